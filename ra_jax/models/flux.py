@@ -1,0 +1,449 @@
+"""The FLUX.1 transformer: double-stream blocks (image and context apart), then single-stream blocks.
+
+Module and parameter names are diffusers' (`FluxTransformer2DModel`) without block numbers: blocks of a kind
+are stacked on a leading axis and run by one `jax.lax.scan`, so that compile time does not grow with depth.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from ra_jax.models.attention import attention, check_implementation
+from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
+
+ROPE_THETA = 10_000
+TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
+SINUSOID_DIM = 256
+NORM_EPS = 1e-6
+
+# What the backward pass of a block finds saved, beside the block's input; None: everything.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "blocks": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    """Geometry of a FLUX transformer: diffusers' `transformer/config.json`, with diffusers' defaults.
+
+    Raises:
+        ValueError: if `axes_dims_rope` are not three even numbers whose sum is `attention_head_dim`.
+    """
+
+    in_channels: int = 64
+    out_channels: int | None = None  # None: in_channels
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    def __post_init__(self):
+        axes = tuple(self.axes_dims_rope)
+        object.__setattr__(self, "axes_dims_rope", axes)
+        object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
+        if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope is {list(axes)}: expected three even numbers that add up to "
+                f"attention_head_dim, {self.attention_head_dim}."
+            )
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the blocks."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config_json: Mapping[str, Any]) -> "FluxConfig":
+        """Read diffusers' config.json; keys that begin with "_" are information only.
+
+        Raises:
+            ValueError: for a key that is not known, or a `patch_size` other than 1.
+        """
+        values = {key: value for key, value in config_json.items() if not key.startswith("_")}
+        if (patch_size := values.pop("patch_size", 1)) != 1:
+            raise ValueError(
+                f"transformer config: patch_size is {patch_size}, only 1 (latents packed outside) is known."
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0) or known
+                raise ValueError(f"transformer config: unknown key {key!r} (nearest known: {nearest[0]!r}).")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of diffusers' config.json."""
+        values = dataclasses.asdict(self) | {"axes_dims_rope": list(self.axes_dims_rope)}
+        return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **values}
+
+
+def rope_table(
+    context_length: int, grid: tuple[int, int], axes_dims: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of rotary positions, computed in float64 as diffusers' `FluxPosEmbed` does.
+
+    Context tokens are at (0, 0, 0), the image token of row r and column c at (0, r, c).
+
+    Returns:
+        two float32 arrays [context_length + rows·cols, sum(axes_dims) / 2].
+    """
+    rows, cols = grid
+    ids = np.zeros((context_length + rows * cols, 3))
+    ids[context_length:, 1] = np.repeat(np.arange(rows), cols)
+    ids[context_length:, 2] = np.tile(np.arange(cols), rows)
+    frequencies = [ROPE_THETA ** (-np.arange(0, dim, 2) / dim) for dim in axes_dims]
+    angles = np.concatenate([np.outer(ids[:, axis], f) for axis, f in enumerate(frequencies)], axis=1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def sinusoid(t: jax.Array, dim: int = SINUSOID_DIM) -> jax.Array:
+    """[cos(t·f), sin(t·f)] with f_i = 10000^(-2i/dim): t [B] -> [B, dim], float32."""
+    frequencies = jnp.exp(-np.log(10_000) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm(x)·(1 + scale) + shift, in float32: x [B, S, D], shift and scale [B, D] -> x's type."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
+    normed = (x32 - mean) * jax.lax.rsqrt(variance + NORM_EPS)
+    return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(
+        x.dtype
+    )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, in float32 and returned as float32."""
+
+    def __init__(self, dim: int, *, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        norm = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
+        return x * norm * self.scale[...].astype(jnp.float32)
+
+
+class MLPEmbedder(nnx.Module):
+    """linear_1, SiLU, linear_2."""
+
+    def __init__(self, in_dim: int, dim: int, *, linear: Callable, rngs: nnx.Rngs):
+        self.linear_1 = linear(in_dim, dim, rngs=rngs)
+        self.linear_2 = linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x, adapter)), adapter)
+
+
+class TimeTextEmbed(nnx.Module):
+    """Sum of the embeddings of time, guidance (if the model embeds it) and pooled text: [B, D] float32."""
+
+    def __init__(self, config: FluxConfig, *, linear: Callable, rngs: nnx.Rngs):
+        embedder = partial(MLPEmbedder, dim=config.inner_dim, linear=linear, rngs=rngs)
+        self.timestep_embedder = embedder(SINUSOID_DIM)
+        self.guidance_embedder = embedder(SINUSOID_DIM) if config.guidance_embeds else None
+        self.text_embedder = embedder(config.pooled_projection_dim)
+
+    def __call__(
+        self, t: jax.Array, guidance: jax.Array | None, pooled: jax.Array, adapter: Adapter | None
+    ) -> jax.Array:
+        embedding = self.timestep_embedder(sinusoid(t * TIME_SCALE), adapter) + self.text_embedder(
+            pooled, adapter
+        )
+        if self.guidance_embedder is None:
+            return embedding
+        if guidance is None:
+            raise ValueError(
+                "guidance is None: this model embeds the guidance scale, give one value per example, [B]."
+            )
+        return embedding + self.guidance_embedder(sinusoid(guidance * TIME_SCALE), adapter)
+
+
+class Modulation(nnx.Module):
+    """SiLU and a linear layer, zero at first: the embedding [B, D] to `count` vectors [B, D]."""
+
+    def __init__(self, dim: int, count: int, *, linear: Callable, rngs: nnx.Rngs):
+        self.linear = linear(dim, count * dim, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.count = count
+
+    def __call__(self, embedding: jax.Array, adapter: Adapter | None) -> list[jax.Array]:
+        return jnp.split(self.linear(jax.nn.silu(embedding), adapter), self.count, axis=-1)
+
+
+class GELU(nnx.Module):
+    """A linear layer and GELU (tanh form)."""
+
+    def __init__(self, dim: int, hidden: int, *, linear: Callable, rngs: nnx.Rngs):
+        self.proj = linear(dim, hidden, rngs=rngs)
+
+    def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+        return jax.nn.gelu(self.proj(x, adapter))
+
+
+class FeedForward(nnx.Module):
+    """The MLP of a double-stream block; the keys of `net` are diffusers' positions."""
+
+    def __init__(self, dim: int, *, linear: Callable, rngs: nnx.Rngs):
+        self.net = nnx.Dict(
+            {"0": GELU(dim, 4 * dim, linear=linear, rngs=rngs), "2": linear(4 * dim, dim, rngs=rngs)}
+        )
+
+    def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+        return self.net["2"](self.net["0"](x, adapter), adapter)
+
+
+class SelfAttention(nnx.Module):
+    """Attention of a single-stream block: [B, S, D] -> [B, S, D], heads joined, no output projection."""
+
+    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+        dim, head_dim = config.inner_dim, config.attention_head_dim
+        norm = partial(RMSNorm, head_dim, param_dtype=linear.keywords["param_dtype"])
+        self.norm_q, self.norm_k = norm(), norm()
+        self.to_q, self.to_k, self.to_v = (linear(dim, dim, rngs=rngs) for _ in range(3))
+        self.head_dim, self.implementation = head_dim, implementation
+
+    def heads(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, H, head_dim]."""
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def qkv(self, x: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, normalised, in float32, and values: each [B, S, H, head_dim]."""
+        q, k, v = (self.heads(project(x, adapter)) for project in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, rope) -> jax.Array:
+        """Rotary positions, then attention: -> [B, S, D] in the type of `v`."""
+        q, k = (rotate(x, rope).astype(v.dtype) for x in (q, k))
+        out = attention(q, k, v, implementation=self.implementation)
+        return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+
+    def __call__(self, x: jax.Array, rope, adapter: Adapter | None) -> jax.Array:
+        return self.attend(*self.qkv(x, adapter), rope)
+
+
+class JointAttention(SelfAttention):
+    """Attention of a double-stream block: image and context have their own projections and attend to both."""
+
+    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+        super().__init__(config, linear=linear, implementation=implementation, rngs=rngs)
+        dim, head_dim = config.inner_dim, config.attention_head_dim
+        norm = partial(RMSNorm, head_dim, param_dtype=linear.keywords["param_dtype"])
+        self.norm_added_q, self.norm_added_k = norm(), norm()
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (linear(dim, dim, rngs=rngs) for _ in range(3))
+        self.to_out = nnx.Dict({"0": linear(dim, dim, rngs=rngs)})
+        self.to_add_out = linear(dim, dim, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, context: jax.Array, rope, adapter: Adapter | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
+        q, k, v = (
+            self.heads(project(context, adapter))
+            for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        joined = zip((self.norm_added_q(q), self.norm_added_k(k), v), self.qkv(x, adapter), strict=True)
+        out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope)
+        length = context.shape[1]
+        return self.to_out["0"](out[:, length:], adapter), self.to_add_out(out[:, :length], adapter)
+
+
+class DoubleBlock(nnx.Module):
+    """MM-DiT block: image and context have their own weights and meet in attention."""
+
+    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+        dim = config.inner_dim
+        self.norm1, self.norm1_context = (Modulation(dim, 6, linear=linear, rngs=rngs) for _ in range(2))
+        self.attn = JointAttention(config, linear=linear, implementation=implementation, rngs=rngs)
+        self.ff, self.ff_context = (FeedForward(dim, linear=linear, rngs=rngs) for _ in range(2))
+
+    def __call__(
+        self, streams: tuple[jax.Array, jax.Array], embedding: jax.Array, rope, adapter: Adapter | None
+    ):
+        """(image [B, N, D], context [B, S, D]) -> the same."""
+        modulations = [norm(embedding, adapter) for norm in (self.norm1, self.norm1_context)]
+        normed = [
+            modulate(x, shift, scale) for x, (shift, scale, *_) in zip(streams, modulations, strict=True)
+        ]
+        attended = self.attn(*normed, rope, adapter)
+        return tuple(
+            self._finish(x, out, modulation, ff, adapter)
+            for x, out, modulation, ff in zip(
+                streams, attended, modulations, (self.ff, self.ff_context), strict=True
+            )
+        )
+
+    @staticmethod
+    def _finish(x, attended, modulation, ff, adapter):
+        _, _, attention_gate, shift, scale, ff_gate = modulation
+        x = x + attention_gate[:, None] * attended
+        return x + ff_gate[:, None] * ff(modulate(x, shift, scale), adapter)
+
+
+class SingleBlock(nnx.Module):
+    """Parallel block: attention and MLP beside each other over context and image in one sequence."""
+
+    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+        dim = config.inner_dim
+        self.norm = Modulation(dim, 3, linear=linear, rngs=rngs)
+        self.attn = SelfAttention(config, linear=linear, implementation=implementation, rngs=rngs)
+        self.proj_mlp = linear(dim, 4 * dim, rngs=rngs)
+        self.proj_out = linear(5 * dim, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, embedding: jax.Array, rope, adapter: Adapter | None) -> jax.Array:
+        """[B, S + N, D] -> the same."""
+        shift, scale, gate = self.norm(embedding, adapter)
+        normed = modulate(x, shift, scale)
+        mlp = jax.nn.gelu(self.proj_mlp(normed, adapter))
+        joined = jnp.concatenate([self.attn(normed, rope, adapter), mlp], axis=-1)
+        return x + gate[:, None] * self.proj_out(joined, adapter)
+
+
+def stack_blocks(block: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """`count` blocks as one module whose parameters have a leading block axis; None for no blocks."""
+    if count == 0:
+        return None
+    return nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(count))
+
+
+def scan_blocks(
+    blocks: nnx.Module | None, carry: Any, embedding: jax.Array, rope, adapter: Adapter | None, remat: str
+):
+    """Run stacked blocks on `carry`, one after another; dropout keys are folded by block number."""
+    if blocks is None:
+        return carry
+    graphdef, params = nnx.split(blocks)
+    count = jax.tree.leaves(params)[0].shape[0]
+
+    def step(carry, layer):
+        index, params = layer
+        block_adapter = adapter if adapter is None else adapter.fold_in(index)
+        return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
+
+    if (policy := REMAT_POLICIES[remat]) is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body is safe from CSE
+    return jax.lax.scan(step, carry, (jnp.arange(count), params))[0]
+
+
+class Flux(nnx.Module):
+    """FLUX.1 transformer: the velocity of packed latents.
+
+    Args:
+        config: geometry.
+        lora: experts on the linear layers that it names; None for none.
+        dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
+        param_dtype: of the stored base parameters; experts are float32.
+        remat: what the backward pass finds saved: "none" everything, "blocks" each block's input and attention
+            output, "full" each block's input.
+        attention: implementation, see `ra_jax.models.attention`.
+        rngs: first values; modulations and `proj_out` begin at zero, so a fresh model returns zeros.
+
+    Raises:
+        ValueError: for an unknown `remat` or `attention`, or a `lora.target_modules` that matches nothing.
+    """
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        lora: LoRAConfig | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        attention: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
+        implementation = check_implementation(attention)
+        linear = partial(ExpertLinear, dtype=dtype, param_dtype=param_dtype)
+        blocks = {"config": config, "linear": linear, "implementation": implementation}
+        zeros = nnx.initializers.zeros
+        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+
+        # float32: the embedding of t is small work, and everything is modulated by it.
+        self.time_text_embed = TimeTextEmbed(config, linear=partial(linear, dtype=jnp.float32), rngs=rngs)
+        self.context_embedder = linear(config.joint_attention_dim, config.inner_dim, rngs=rngs)
+        self.x_embedder = linear(config.in_channels, config.inner_dim, rngs=rngs)
+        self.transformer_blocks = stack_blocks(partial(DoubleBlock, **blocks), config.num_layers, rngs)
+        self.single_transformer_blocks = stack_blocks(
+            partial(SingleBlock, **blocks), config.num_single_layers, rngs
+        )
+        self.norm_out = Modulation(config.inner_dim, 2, linear=linear, rngs=rngs)
+        self.proj_out = linear(config.inner_dim, config.out_channels, kernel_init=zeros, rngs=rngs)
+        if lora is not None:
+            attach_experts(self, lora, rngs)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        context: jax.Array,
+        pooled: jax.Array,
+        t: jax.Array,
+        guidance: jax.Array | None,
+        *,
+        grid: tuple[int, int],
+        adapter: Adapter | None = None,
+    ) -> jax.Array:
+        """Predict the velocity.
+
+        Args:
+            hidden: [B, N, in_channels] packed latents and conditioning channels, tokens row-major on `grid`.
+            context: [B, S, joint_attention_dim].
+            pooled: [B, pooled_projection_dim].
+            t: [B] in (0, 1], 1 = noise.
+            guidance: [B] guidance scale (such as 30); not read, and may be None, if the model embeds none.
+            grid: rows and columns of tokens, rows·cols = N.
+            adapter: gates and dropout of the experts; None switches them off.
+
+        Returns:
+            [B, N, out_channels] float32.
+
+        Raises:
+            ValueError: if shapes and geometry disagree.
+        """
+        self._check(hidden, context, pooled, grid)
+        adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
+        embedding = self.time_text_embed(t, guidance, pooled, adapter)
+        rope = tuple(map(jnp.asarray, rope_table(context.shape[1], grid, self.config.axes_dims_rope)))
+        scan = partial(scan_blocks, embedding=embedding, rope=rope, adapter=adapter, remat=self.remat)
+
+        streams = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)
+        x, context = scan(self.transformer_blocks, streams)
+        x = scan(self.single_transformer_blocks, jnp.concatenate([context, x], axis=1))[:, context.shape[1] :]
+        scale, shift = self.norm_out(embedding, adapter)
+        return self.proj_out(modulate(x, shift, scale), adapter).astype(jnp.float32)
+
+    def _check(self, hidden: jax.Array, context: jax.Array, pooled: jax.Array, grid: tuple[int, int]) -> None:
+        config, batch, tokens = self.config, hidden.shape[0], grid[0] * grid[1]
+        expected = {
+            "hidden": (hidden, (batch, tokens, config.in_channels)),
+            "context": (context, (batch, context.shape[1], config.joint_attention_dim)),
+            "pooled": (pooled, (batch, config.pooled_projection_dim)),
+        }
+        for name, (array, shape) in expected.items():
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}: expected {shape} for token grid {grid}.")

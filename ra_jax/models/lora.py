@@ -1,0 +1,193 @@
+"""A linear layer with LoRA experts side by side, weighted per example by a router's gates.
+
+    y = W x + b + (alpha/r) · Σ_e w_e · B_e A_e x                (LoRA, arXiv:2106.09685, with E experts)
+
+The E experts are one pair of matmuls: A is [in, E·r], its output is scaled by the gates, B is [E·r, out].
+Columns e·r … (e+1)·r of `lora_a` and the same rows of `lora_b` are expert e.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+# Every linear layer of the blocks: attention, MLPs and modulations.
+BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Experts on the linear layers whose name `target_modules` matches.
+
+    Attributes:
+        num_experts: E >= 1.
+        rank: r >= 1, of each expert.
+        alpha: an expert's output is multiplied by alpha/r.
+        dropout: rate in [0, 1) at which the experts' input is dropped, where the `Adapter` brings a key.
+        target_modules: regular expression, searched (`re.search`) in diffusers' module names without block
+            index: "transformer_blocks.ff.net.0.proj", "single_transformer_blocks.attn.to_q", "x_embedder" …
+
+    Raises:
+        ValueError: if a value is out of its range, or `target_modules` is not a regular expression.
+    """
+
+    num_experts: int = 3
+    rank: int = 64
+    alpha: float = 64.0
+    dropout: float = 0.0
+    target_modules: str = BLOCK_LINEARS
+
+    def __post_init__(self):
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts is {self.num_experts}: expected 1 or more.")
+        if self.rank < 1:
+            raise ValueError(f"lora_rank is {self.rank}: expected 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout is {self.dropout}: expected a rate in [0, 1).")
+        try:
+            re.compile(self.target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules {self.target_modules!r} is not a regular expression ({error}): expected one "
+                r"such as '\.attn\.to_[qkv]$'."
+            ) from error
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a forward pass tells the experts.
+
+    Attributes:
+        gates: [B, E] float32 weights of the experts, per example; None switches the experts off.
+        dropout_key: None for no dropout; typed keys (`jax.random.key`), one per example, [B], so that a draw
+            does not depend on how a batch is split; or a single one, from which examples take theirs by row.
+    """
+
+    gates: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+
+    def per_example(self, batch_size: int) -> "Adapter":
+        """The same adapter with `dropout_key` as one key per example, [B]."""
+        if self.dropout_key is None or self.dropout_key.ndim == 1:
+            return self
+        rows = jnp.arange(batch_size)
+        return dataclasses.replace(
+            self, dropout_key=jax.vmap(jax.random.fold_in, (None, 0))(self.dropout_key, rows)
+        )
+
+    def fold_in(self, data: int | jax.Array) -> "Adapter":
+        """The same adapter with `data` (a block's index, a layer's number) folded into every key."""
+        if self.dropout_key is None:
+            return self
+        return dataclasses.replace(
+            self, dropout_key=jax.vmap(jax.random.fold_in, (0, None))(self.dropout_key, data)
+        )
+
+
+class ExpertLinear(nnx.Module):
+    """A linear layer y = x W + b that `attach_experts` can give LoRA experts.
+
+    `kernel` [in, out] and `bias` [out] are `nnx.Param`; with experts, `lora_a` [in, E·r] and `lora_b`
+    [E·r, out] are `nnx.LoRAParam` in float32. In stacked blocks each has a leading block axis. Matmuls run
+    in `dtype`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_init: Callable = nnx.initializers.lecun_normal(),  # noqa: B008 (a pure function)
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+        self.dtype = jnp.dtype(dtype)
+        self.lora: LoRAConfig | None = None
+        self.stream = 0  # tells this layer's dropout from the others'
+
+    def add_experts(self, lora: LoRAConfig, key: jax.Array, *, stream: int = 0) -> None:
+        """Add experts: A uniform in ±1/√in (as peft's), B zero, so that the output is unchanged at first."""
+        *blocks, in_features, out_features = self.kernel.shape
+        width = lora.num_experts * lora.rank
+        bound = in_features**-0.5
+        shape = (*blocks, in_features, width)
+        self.lora_a = nnx.LoRAParam(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*blocks, width, out_features), jnp.float32))
+        self.lora, self.stream = lora, stream
+
+    def __call__(self, x: jax.Array, adapter: Adapter | None = None) -> jax.Array:
+        """x [B, ..., in] -> [B, ..., out] in `dtype`; the base alone without experts, adapter or gates.
+
+        Raises:
+            ValueError: if the adapter's gates are not one weight per expert.
+        """
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        if self.lora is None or adapter is None or adapter.gates is None:
+            return y
+        return y + self._experts(x, adapter)
+
+    def _experts(self, x: jax.Array, adapter: Adapter) -> jax.Array:
+        lora, gates = self.lora, adapter.gates
+        if gates.shape != (x.shape[0], lora.num_experts):
+            raise ValueError(
+                f"gates have shape {gates.shape}: expected {(x.shape[0], lora.num_experts)}, one per expert."
+            )
+        if lora.dropout and adapter.dropout_key is not None:
+            x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
+        weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
+        weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+        h = x @ self.lora_a[...].astype(self.dtype)
+        # float32: the gradient of a gate is a sum over all tokens.
+        h = (h.astype(jnp.float32) * weights).astype(self.dtype)
+        return h @ self.lora_b[...].astype(self.dtype)
+
+
+def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
+    """Every `ExpertLinear` of `model` by its module name, such as "transformer_blocks.attn.to_q"."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, ExpertLinear)
+    }
+
+
+def attach_experts(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> list[str]:
+    """Add experts, in place, to every linear layer whose name `lora.target_modules` matches (`re.search`).
+
+    Only shapes of the base are read: it may be abstract (`nnx.eval_shape`) or hold loaded weights. A layer's
+    first values depend on `rngs.params` and its name, not on which other layers are targeted.
+
+    Returns:
+        the names of the targeted layers.
+
+    Raises:
+        ValueError: if no layer matches; it lists example names.
+    """
+    layers = linear_layers(model)
+    targets = [name for name in layers if re.search(lora.target_modules, name)]
+    if not targets:
+        examples = ", ".join(sorted(layers)[:: max(1, len(layers) // 6)])
+        raise ValueError(
+            f"target_modules {lora.target_modules!r} matches none of the {len(layers)} linear layers: "
+            f"give a regular expression for names such as {examples}."
+        )
+    key = rngs.params()
+    for name in targets:
+        stream = zlib.crc32(name.encode()) >> 1  # fits int32
+        layers[name].add_experts(lora, jax.random.fold_in(key, stream), stream=stream)
+    return targets
