@@ -1,0 +1,359 @@
+"""The configuration of `python -m ra_jax.train`: frozen groups of settings, one flat flag each.
+
+A value comes from the command line, else from the TOML file of `--config`, else from the default written
+here. Groups sort the settings in code and in `--help`; flags and TOML keys are flat, as no name occurs twice:
+
+    config = parse(["--config", "configs/tiny.toml", "--learning_rate", "3e-4"])
+    config.optimization.learning_rate
+"""
+
+import dataclasses
+import difflib
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+import tyro
+
+from ra_jax.config_checks import problems, typed
+
+
+class ConfigError(ValueError):
+    """A flag or TOML key that is unknown, of the wrong type, or contradicts another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on. Panel sizes are those of one panel of the diptych, in pixels."""
+
+    train_json_path: str  # records: JSON list, JSONL, {gt: [inputs]} JSON, or a folder with input/ mask/ gt/
+    val_json_path: str | None = None  # records for previews (None: taken from the training data)
+    score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
+    aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]
+    mask_augmentation: bool = True  # enlarge masks at random in training: outlines, boxes, dilation
+    data_workers: int = 2  # processes that read and decode images (0: the main process does)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base: FLUX-Fill and Redux in diffusers' layout."""
+
+    pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-Fill-dev"  # diffusers folder or hub id
+    pretrained_redux_model_name_or_path: str = "black-forest-labs/FLUX.1-Redux-dev"  # folder or hub id
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"  # compute dtype; fp16 is refused: FLUX overflows
+    gradient_checkpointing: Literal["none", "blocks", "full"] = "blocks"  # what the backward pass recomputes
+    max_sequence_length: int = 512  # prompt tokens (zeros) before the reference image's [tokens]
+    guidance_scale: float = 30.0  # embedded guidance, the same in training and in previews
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """LoRA experts and the router that mixes them. Without --use_lora the whole transformer is trained."""
+
+    use_lora: bool = False  # train LoRA experts on the frozen base
+    num_experts: int = 3  # E, experts in the mixture
+    expert_names: tuple[str, ...] = ()  # one for each (E = 3: removal background smoothness)
+    lora_rank: int = 64  # r, rank of each expert
+    lora_alpha: float = 64.0  # alpha; experts are scaled by alpha / r
+    lora_dropout: float = 0.0  # dropout on the experts' input in the base loss [probability]
+    target_modules: str | None = None  # regex on layer names (None: every linear layer of the blocks)
+    routing: Literal["uniform", "fixed", "soft", "topk", "sample"] = "soft"  # sample: automatic rewards only
+    routing_temperature: float = 1.0  # the router's logits are divided by it
+    router_floor: float = 0.05  # f, smallest gate of an expert; E * f < 1
+    fixed_expert_weights: tuple[float, ...] = ()  # where routing starts (E = 3: 0.4 0.3 0.3; else 1/E)
+    routing_specialisation: float = 0.5  # lambda, weight of the gates' own entropy in the diversity loss
+    routing_mean_decay: float = 0.9  # beta, decay of the gates' running mean in the diversity loss
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names [E], given or default."""
+        if self.expert_names:
+            return self.expert_names
+        if self.num_experts == 3:
+            return ("removal", "background", "smoothness")
+        return tuple(f"expert_{i}" for i in range(self.num_experts))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The gates [E] that `fixed` routing uses and `soft` and `topk` start from, given or default."""
+        if self.fixed_expert_weights:
+            return self.fixed_expert_weights
+        return (0.4, 0.3, 0.3) if self.num_experts == 3 else (1 / self.num_experts,) * self.num_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Learning from scores: where rewards come from and how the policy follows them."""
+
+    use_grpo: bool = False  # train with GRPO; needs --use_human_scores in this version
+    use_human_scores: bool = False  # rewards are the records' three scores
+    enable_grpo_rewards: bool = False  # without it rewards and the policy loss are 0
+    enable_grpo_loss: bool = False  # without it the loss is base + diversity
+    policy_estimator: Literal["matching", "sde", "nft"] = "matching"  # sde, nft: automatic rewards only
+    clip_range: float = 0.2  # epsilon, the ratio is clipped to 1 +- epsilon
+    policy_temperature: float | Literal["auto"] = 0.1  # tau; auto adapts it to the clip fraction
+    policy_sync_steps: int = 8  # the old policy is renewed every so many steps
+    num_policy_timesteps: int = 4  # K, pairs of time and noise in a log-probability
+    policy_timestep_fraction: float = 0.7  # they are drawn from this noisiest part of the schedule
+    kl_weight: float = 0.0  # weight of the distance to the base's velocity
+    removal_reward_weight: float = 0.4  # weight of the removal score
+    background_reward_weight: float = 0.3  # weight of the background score
+    smoothness_reward_weight: float = 0.3  # weight of the smoothness score
+
+    @property
+    def reward_weights(self) -> tuple[float, float, float]:
+        """Weights of the scores, in the order removal, background, smoothness."""
+        return (self.removal_reward_weight, self.background_reward_weight, self.smoothness_reward_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """total = base_loss_weight * base + policy_loss_weight * policy + diversity_loss_weight * diversity."""
+
+    base_loss_weight: float = 1.0  # weight of the flow-matching loss
+    policy_loss_weight: float = 0.1  # weight of the clipped policy loss
+    diversity_loss_weight: float = 0.05  # weight of the loss that keeps experts in use
+    loss_region: Literal["balanced", "panel", "mask", "all"] = "balanced"  # balanced: half mask, half rest
+    base_loss_weighting: Literal["auto", "none", "score", "softmax", "best"] = "auto"
+    """How records count in the base loss; auto: score with human scores, else none."""
+    base_loss_softmax_temperature: float = 0.05  # softmax: weights softmax(reward / temperature) in a group
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """The optimizer and its schedule. Everything counts steps: one update each."""
+
+    optimizer: Literal["adamw", "adafactor", "muon", "prodigy"] = "adamw"  # from optax
+    learning_rate: float = 1e-4  # peak; for prodigy 1.0 is usual
+    router_learning_rate: float | None = None  # peak for the router (None: learning_rate)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    """Shape of the learning rate over the run; all but constant begin with a linear warm-up."""
+    lr_warmup_steps: int = 0  # length of the warm-up [steps]
+    lr_power: float = 1.0  # exponent of the polynomial schedule
+    adam_beta1: float = 0.9  # decay of the gradient's mean (adamw, muon, prodigy)
+    adam_beta2: float = 0.999  # decay of the gradient's square
+    adam_weight_decay: float = 1e-2  # decoupled weight decay
+    adam_epsilon: float = 1e-8  # added to the root of the gradient's square
+    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
+    ema_decay: float = 0.0  # decay of the averaged weights that previews and exports use (0: off)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, place and reproducibility of the run."""
+
+    output_dir: str  # checkpoints, metrics.jsonl, previews and config.toml are written here
+    seed: int = 0  # of everything random; the same seed gives the same run
+    train_batch_size: int = 4  # records a microbatch, over all devices
+    gradient_accumulation_steps: int = 1  # microbatches a step
+    num_train_epochs: int = 1  # passes over the data, unless max_train_steps is given
+    max_train_steps: int | None = None  # length of the run [steps]; wins over num_train_epochs
+    checkpointing_steps: int = 500  # a checkpoint every so many steps (0: only at the end)
+    checkpoints_total_limit: int | None = None  # oldest checkpoints beyond it are deleted (None: keep all)
+    resume_from_checkpoint: str | None = None  # "latest", or a checkpoint's folder
+    overwrite_output_dir: bool = False  # delete the run that output_dir already holds
+    jax_compilation_cache_dir: str | None = None  # keep compiled programs here between runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics and previews."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl and the progress bar, separated by spaces."""
+    log_freq: int = 10  # metrics every so many steps
+    validation_steps: int = 500  # previews at step 0 and every so many steps (0: no previews)
+    num_validation_images: int = 4  # scenes in a preview
+    num_inference_steps: int = 28  # sampling steps of a preview
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tunes FLUX.1-Fill to remove objects: LoRA experts with a router, from pairs or from human scores.
+
+    Any flag below may also stand in a TOML file, by its name: --config FILE.toml. The command line wins over
+    the file. Flags take underscores or hyphens.
+    """
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    losses: LossConfig = LossConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    run: RunConfig
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def mode(self) -> Literal["standard", "human"]:
+        """Training mode: `standard` imitates every result, `human` also learns from the records' scores."""
+        return "human" if self.grpo.use_human_scores else "standard"
+
+    @property
+    def uses_policy(self) -> bool:
+        """Whether the total loss has a policy term."""
+        return self.grpo.use_grpo and self.grpo.enable_grpo_rewards and self.grpo.enable_grpo_loss
+
+    @property
+    def base_loss_weighting(self) -> Literal["none", "score", "softmax", "best"]:
+        """How the base loss weighs records, with `auto` resolved by the mode."""
+        if self.losses.base_loss_weighting != "auto":
+            return self.losses.base_loss_weighting
+        return "score" if self.mode == "human" else "none"
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Steps of the run: `max_train_steps`, else as many as the microbatches of `num_train_epochs` make.
+
+        Raises ConfigError where the warm-up is longer than that.
+        """
+        microbatches = self.run.num_train_epochs * batches_per_epoch
+        steps = self.run.max_train_steps or -(-microbatches // self.run.gradient_accumulation_steps)
+        if self.optimization.lr_warmup_steps > steps:
+            raise ConfigError(
+                f"lr_warmup_steps = {self.optimization.lr_warmup_steps}: longer than the run's {steps} steps "
+                f"(num_train_epochs = {self.run.num_train_epochs} of {batches_per_epoch} batches each); "
+                "lower it, or train longer"
+            )
+        return steps
+
+
+_GROUPS: dict[str, type] = typing.get_type_hints(TrainConfig)
+# flat name -> (group, annotation): every flag and TOML key there is
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    name: (group, hint)
+    for group, kind in _GROUPS.items()
+    for name, hint in typing.get_type_hints(kind).items()
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for (default: this process's).
+
+    Raises ConfigError for unknown flags and TOML keys, TOML values of the wrong type, settings out of range
+    and contradictory ones; exits with a message, as command lines do, for `--help` and for flags whose value
+    cannot be read.
+    """
+    argv, file = _split_config_file(_known_flags(sys.argv[1:] if argv is None else argv))
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        args=argv,
+        default=_build(load_toml(file) if file else {}),
+        prog="python -m ra_jax.train",
+        use_underscores=True,
+    )
+    return _checked(config)
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Settings of a TOML file by flat name, typed as the fields are.
+
+    Raises ConfigError, naming file and key, for keys that do not exist and values of the wrong type.
+    """
+    try:
+        flat = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file; expected TOML like configs/tiny.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
+    try:
+        return _typed_settings(flat)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
+    """Every setting by its flat name; tuples become lists, so that the result is JSON."""
+    flat: dict[str, Any] = {}
+    for group in _GROUPS:
+        flat |= dataclasses.asdict(getattr(config, group))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def from_flat_dict(flat: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of `to_flat_dict`; absent settings take their defaults. Raises ConfigError like `parse`."""
+    return _checked(_build(_typed_settings(flat)))
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved configuration as TOML that `--config` reads back; settings that are None are left out."""
+    flat = to_flat_dict(config)
+    sections = []
+    for group, kind in _GROUPS.items():
+        section = {field.name: flat[field.name] for field in dataclasses.fields(kind)}
+        given = {name: value for name, value in section.items() if value is not None}
+        sections.append(f"# {group}\n{tomli_w.dumps(given)}")
+    return "\n".join(sections)
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    required = [name for name, value in to_flat_dict(config).items() if value is tyro.MISSING]
+    missing = [f"{name}: not given; expected a path; add --{name} PATH" for name in required]
+    if found := missing or list(problems(config)):
+        raise ConfigError("\n".join(found))
+    return config
+
+
+def _build(settings: Mapping[str, Any]) -> TrainConfig:
+    """TrainConfig from typed settings; those that have neither value nor default are `tyro.MISSING`."""
+    groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    for group, kind in _GROUPS.items():
+        for field in dataclasses.fields(kind):
+            default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+            groups[group][field.name] = settings.get(field.name, default)
+    return TrainConfig(**{group: kind(**groups[group]) for group, kind in _GROUPS.items()})
+
+
+def _unknown(name: str, what: str) -> ConfigError:
+    nearest = difflib.get_close_matches(name, [*_SETTINGS, "config"], n=1, cutoff=0.0)[0]
+    return ConfigError(f"unknown {what}; the nearest known one is {nearest}; --help lists them all")
+
+
+def _known_flags(argv: Sequence[str]) -> list[str]:
+    """`argv` with flags spelt with underscores. Raises ConfigError for a flag that does not exist."""
+    spelt = []
+    for token in argv:
+        if not token.startswith("--"):
+            spelt.append(token)
+            continue
+        flag, *value = token[2:].split("=", 1)
+        name = flag.replace("-", "_")
+        positive = name.removeprefix("no_")
+        switched_off = positive != name and _SETTINGS.get(positive, ("", None))[1] is bool
+        if not (name in _SETTINGS or switched_off or name in ("config", "help")):
+            raise _unknown(name, f"flag --{flag}")
+        spelt.append("=".join([f"--{name}", *value]))
+    return spelt
+
+
+def _split_config_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """`argv` without `--config FILE`, and that file."""
+    rest, file = [], None
+    tokens: Iterator[str] = iter(argv)
+    for token in tokens:
+        if token == "--config":
+            file = next(tokens, None)
+            if file is None or file.startswith("--"):
+                raise ConfigError("--config: no file given; expected a TOML file such as configs/tiny.toml")
+        elif token.startswith("--config="):
+            file = token.removeprefix("--config=")
+        else:
+            rest.append(token)
+    return rest, file
+
+
+def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in flat.items():
+        if name not in _SETTINGS:
+            is_table = isinstance(value, dict)
+            raise _unknown(
+                name, f"table [{name}], settings stand outside tables" if is_table else f"key {name}"
+            )
+    try:
+        return {name: typed(name, value, _SETTINGS[name][1]) for name, value in flat.items()}
+    except TypeError as error:
+        raise ConfigError(str(error)) from None

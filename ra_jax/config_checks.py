@@ -1,0 +1,201 @@
+"""What the settings of a training must satisfy, alone and together, told before anything is loaded."""
+
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # config.py imports this module
+    from ra_jax.config import ExpertsConfig, GRPOConfig, LossConfig, RunConfig, TrainConfig
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        "num_experts lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
+        "checkpoints_total_limit policy_sync_steps num_policy_timesteps log_freq num_validation_images "
+        "num_inference_steps",
+    ),
+    "at least 0": (
+        lambda value: value >= 0,
+        "seed data_workers max_sequence_length guidance_scale kl_weight removal_reward_weight "
+        "background_reward_weight smoothness_reward_weight base_loss_weight policy_loss_weight "
+        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power "
+        "adam_weight_decay checkpointing_steps validation_steps",
+    ),
+    "greater than 0": (
+        lambda value: value > 0,
+        "lora_alpha routing_temperature policy_temperature base_loss_softmax_temperature learning_rate "
+        "router_learning_rate adam_epsilon max_grad_norm",
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        "lora_dropout routing_mean_decay adam_beta1 adam_beta2 ema_decay",
+    ),
+    "between 0 and 1, both excluded": (lambda value: 0 < value < 1, "clip_range"),
+    "greater than 0 and at most 1": (lambda value: 0 < value <= 1, "policy_timestep_fraction"),
+}
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotation `hint` of the setting `name` has it: 3 as 3.0 for a float, a list as a tuple.
+
+    Raises TypeError that names the setting, the value and what is expected.
+    """
+    try:
+        return _converted(value, hint)
+    except ValueError:
+        raise TypeError(f"{name} = {value!r}: expected {_described(hint)}") from None
+
+
+def problems(config: "TrainConfig") -> Iterator[str]:
+    """Yields a line for each setting out of range and each contradiction: given, expected, what to do."""
+    if out_of_range := list(_out_of_range(config)):
+        yield from out_of_range
+        return  # how settings go together is only defined within their ranges
+    yield from _not_available(config)
+    yield from _mode(config.grpo, config.losses)
+    yield from _experts(config.experts)
+    yield from _schedule(config)
+    yield from _run(config.run)
+    trackers = config.logging.report_to
+    if "none" in trackers and len(trackers) > 1:
+        yield f"report_to = {' '.join(trackers)}: expected none alone, or trackers without none"
+
+
+def _out_of_range(config: "TrainConfig") -> Iterator[str]:
+    groups = [getattr(config, group.name) for group in fields(config)]
+    settings = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    for expected, (holds, names) in _RANGES.items():
+        for name in names.split():
+            value = settings[name]
+            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
+                yield f"{name} = {value}: expected a value {expected}"
+
+
+def _not_available(config: "TrainConfig") -> Iterator[str]:
+    if config.model.mixed_precision == "fp16":
+        yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
+    if config.experts.routing == "sample":
+        yield (
+            "routing = sample: draws an expert for each rollout, and rollouts come with automatic rewards, "
+            "which do not exist yet in this version; use soft, topk, fixed or uniform"
+        )
+    if config.grpo.policy_estimator != "matching":
+        yield (
+            f"policy_estimator = {config.grpo.policy_estimator}: comes with automatic rewards, which do not "
+            "exist yet in this version; use matching, which learns from stored, scored results"
+        )
+
+
+def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
+    if grpo.use_human_scores and not grpo.use_grpo:
+        yield "use_human_scores without use_grpo: scores are GRPO's rewards; add --use_grpo, or leave it out"
+    if grpo.use_grpo and not grpo.use_human_scores:
+        yield (
+            "use_grpo without use_human_scores: rewards would be computed from generated images, and these "
+            "automatic rewards do not exist yet in this version; add --use_human_scores and train on scored "
+            "records, or leave --use_grpo out"
+        )
+    for name in ("enable_grpo_rewards", "enable_grpo_loss"):
+        if getattr(grpo, name) and not grpo.use_grpo:
+            yield f"{name} without use_grpo: it is a part of GRPO; add --use_grpo, or leave --{name} out"
+    if losses.base_loss_weighting in ("score", "softmax", "best") and not grpo.use_human_scores:
+        yield (
+            f"base_loss_weighting = {losses.base_loss_weighting}: weighs records by their scores, which only "
+            "--use_grpo --use_human_scores reads; add them, or use none"
+        )
+    if not any(grpo.reward_weights):
+        yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"
+
+
+def _experts(experts: "ExpertsConfig") -> Iterator[str]:
+    if not experts.use_lora:
+        given = [field.name for field in fields(experts) if getattr(experts, field.name) != field.default]
+        if given:
+            names = ", ".join(given)
+            yield f"{names} without use_lora: no experts are trained then; add --use_lora, or leave them out"
+        return
+    count = experts.num_experts
+    for name in ("expert_names", "fixed_expert_weights"):
+        values = getattr(experts, name)
+        if values and len(values) != count:
+            listed = " ".join(map(str, values))
+            yield f"num_experts = {count}, but {name} has {len(values)} ({listed}): expected one for each"
+    if len(set(experts.expert_names)) < len(experts.expert_names):
+        yield f"expert_names = {' '.join(experts.expert_names)}: expected names that differ"
+    yield from _gates(experts)
+    try:
+        re.compile(experts.target_modules or "")
+    except re.error as error:
+        yield f"target_modules = {experts.target_modules}: not a regular expression: {error}"
+
+
+def _gates(experts: "ExpertsConfig") -> Iterator[str]:
+    count, floor = experts.num_experts, experts.router_floor
+    listed = " ".join(map(str, experts.weights))
+    if not math.isclose(sum(experts.weights), 1, abs_tol=1e-6):
+        yield f"fixed_expert_weights = {listed}: they sum to {sum(experts.weights):g}; expected a sum of 1"
+    if count * floor >= 1:
+        yield (
+            f"router_floor = {floor}: {count} experts of at least {floor} each leave the router no choice; "
+            f"expected less than 1/{count}"
+        )
+    elif experts.routing in ("soft", "topk") and min(experts.weights) <= floor:
+        yield (
+            f"fixed_expert_weights = {listed}: {experts.routing} routing starts from them and keeps gates "
+            f"above router_floor = {floor}; raise the smallest weight, or lower the floor"
+        )
+    elif min(experts.weights) < 0:
+        yield f"fixed_expert_weights = {listed}: expected weights of at least 0"
+
+
+def _schedule(config: "TrainConfig") -> Iterator[str]:
+    warmup, steps = config.optimization.lr_warmup_steps, config.run.max_train_steps
+    if steps is not None and warmup > steps:
+        yield f"lr_warmup_steps = {warmup}: longer than max_train_steps = {steps}; lower it, or train longer"
+    if config.optimization.lr_scheduler == "constant" and warmup:
+        yield f"lr_warmup_steps = {warmup}: lr_scheduler constant has no warm-up; use constant_with_warmup"
+
+
+def _run(run: "RunConfig") -> Iterator[str]:
+    if run.resume_from_checkpoint and run.overwrite_output_dir:
+        yield (
+            "resume_from_checkpoint with overwrite_output_dir: one continues the run in output_dir, the "
+            "other deletes it; give one of them"
+        )
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        for option in options:
+            try:
+                return _converted(value, option)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(item, options[0]) for item in value)
+    elif origin is typing.Literal and value in options:
+        return value
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:  # not isinstance: true is no whole number
+        return value
+    raise ValueError(value)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
+
+
+def _described(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(_described(option) for option in options if option is not NoneType)
+    if origin is tuple:
+        return f"a list, each item {_described(options[0])}"
+    if origin is typing.Literal:
+        return f"one of {', '.join(options)}" if len(options) > 1 else f'"{options[0]}"'
+    return _WORDS[hint]
