@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lints and tests everything, on the CPU and offline; makes .venv first if need be. Arguments go to pytest:
+#     bash scripts/test.sh
+#     bash scripts/test.sh -m "not slow" tests/data
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+environment test torch
+
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
