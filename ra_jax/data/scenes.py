@@ -1,0 +1,235 @@
+"""Draws synthetic removal scenes: tiny photo-like pictures of an object with its shadow, and of the view without.
+
+Everything is a function of position in the unit square, so a scene looks the same at any size. What lies behind
+the object can be told from its surroundings: backgrounds are smooth light, slow mottling and regular textures.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+# Backgrounds and objects stay inside these ranges, so that defects up to strength 1 are hardly ever clipped.
+BACKGROUND_RANGE = (0.2, 0.8)
+OBJECT_RANGE = (0.04, 0.86)
+_TAU = 2 * np.pi
+_ANGLES = np.linspace(-np.pi, np.pi, 721)
+
+Field = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) -> values of the same shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One view with and without an object, or a stack of views (leading axis) as `stack` makes it.
+
+    source, truth, reference: float32 [..., h, w, 3] in [0, 1]: with object and shadow, without both, and the
+    object on white at its own position. mask: bool [..., h, w], the object and a little around it; the shadow
+    reaches out of it.
+    """
+
+    source: np.ndarray
+    truth: np.ndarray
+    reference: np.ndarray
+    mask: np.ndarray
+
+
+def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
+    """Draw the scene of `seed` as a square of `size` pixels; another size gives the same scene.
+
+    The mask covers 3–30 % of the picture and stays off its border.
+
+    Raises:
+        ValueError: `size` is below 16, where textures can no longer be told from noise.
+    """
+    if size < 16:
+        raise ValueError(f"scene size {size}: expected at least 16 pixels")
+    rng = np.random.default_rng(seed)
+    axis = (np.arange(size) + 0.5) / size
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    background, base_colours = _background(rng, 1 / size)
+    outline = _Outline.draw(rng)
+    light = rng.uniform(0.6, 2.2) * rng.choice(
+        [-1.0, 1.0]
+    )  # the lamp's angle from the vertical, to the left or the right
+    radius, reach, angle = outline.at(x, y)
+    alpha = np.clip(0.5 + (reach - radius) * size, 0, 1)[..., None]
+    truth = background(x, y)
+    body = _body(rng, outline, base_colours, light)(x, y, radius / reach, angle)
+    source = (1 - alpha) * truth * _shadow(rng, outline, light)(x, y)[..., None] + alpha * body
+    return Scene(
+        source=source.astype(np.float32),
+        truth=truth.astype(np.float32),
+        reference=(1 - alpha + alpha * body).astype(np.float32),
+        mask=radius < reach + outline.margin,
+    )
+
+
+def scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:
+    """Scenes number first … first + count − 1 of `seed`; a scene depends on nothing but (seed, number)."""
+    return [
+        make_scene(np.random.SeedSequence((seed, number)), size) for number in range(first, first + count)
+    ]
+
+
+def stack(items: list[Scene]) -> Scene:
+    """Scenes of one size as a single `Scene` of arrays with a leading axis."""
+    return Scene(
+        *(
+            np.stack(field)
+            for field in zip(*((s.source, s.truth, s.reference, s.mask) for s in items), strict=True)
+        )
+    )
+
+
+def _wave(rng: np.random.Generator, period: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A periodic function of one variable in [−1, 1], from a sine to nearly a square wave."""
+    phase, hardness = rng.uniform(0, _TAU), rng.uniform(0.3, 2.5)
+    return lambda u: np.tanh(hardness * np.sin(_TAU * u / period + phase)) / np.tanh(hardness)
+
+
+def _texture(rng: np.random.Generator) -> Field:
+    """A regular texture in [−1, 1] that can be continued across a hole along rows, columns or a diagonal."""
+    kind = rng.choice(["rows", "columns", "diagonal", "plaid", "checks", "ripples"])
+    period = rng.uniform(0.16, 0.27)
+    first, second = _wave(rng, period), _wave(rng, period * rng.uniform(0.8, 1.25))
+    sign, bend = rng.choice([-1.0, 1.0]), rng.uniform(0.1, 0.25) * period
+    table: dict[str, Field] = {
+        "rows": lambda x, y: first(y),
+        "columns": lambda x, y: first(x),
+        "diagonal": lambda x, y: first((x + sign * y) / np.sqrt(2)),
+        "plaid": lambda x, y: 0.5 * (first(y) + second(x)),
+        "checks": lambda x, y: first(y) * second(x),
+        "ripples": lambda x, y: first(y + bend * np.sin(_TAU * x)),
+    }
+    return table[str(kind)]
+
+
+def _mottle(rng: np.random.Generator) -> Field:
+    """Slow irregular light and dark in [−1, 1]: four plane waves no shorter than half the picture."""
+    angles, phases = rng.uniform(0, _TAU, 4), rng.uniform(0, _TAU, 4)
+    frequencies = rng.uniform(0.6, 2.0, 4)
+    return lambda x, y: sum(
+        0.25 * np.sin(_TAU * f * (x * np.cos(a) + y * np.sin(a)) + p)
+        for f, a, p in zip(frequencies, angles, phases, strict=True)
+    )
+
+
+def _colour(rng: np.random.Generator, low: float, high: float, chroma: float) -> np.ndarray:
+    """A colour [3] of brightness in [low, high] and saturation up to `chroma`."""
+    hue = rng.uniform(0, _TAU)
+    return rng.uniform(low, high) + chroma * np.sqrt(rng.uniform()) * np.cos(hue - _TAU / 3 * np.arange(3))
+
+
+def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
+    """A wall or a floor, (x, y) -> [h, w, 3], and its mean colour: lit from one side, mottled, textured."""
+    lit, spotted, marked = rng.uniform(0.02, 0.08), rng.uniform(0.015, 0.04), rng.uniform(0.085, 0.12)
+    slope, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
+    mottle, texture = _mottle(rng), _texture(rng)
+    room = lit + spotted + marked * tint
+    colour = np.clip(_colour(rng, 0.38, 0.62, 0.2), BACKGROUND_RANGE[0] + room, BACKGROUND_RANGE[1] - room)
+
+    def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        gradient = np.sqrt(2) * ((x - 0.5) * np.cos(slope) + (y - 0.5) * np.sin(slope))
+        light = lit * gradient + spotted * mottle(x, y)
+        return colour + light[..., None] + texture(x, y)[..., None] * marked * tint
+
+    return paint, colour
+
+
+def _background(
+    rng: np.random.Generator, pixel: float
+) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
+    """One surface, or a wall above a floor; with the mean colours [2, 3] of what is there."""
+    wall, wall_colour = _surface(rng)
+    floor, floor_colour = _surface(rng)
+    horizon, tilt, single = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
+
+    def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        below = np.clip(0.5 + (y - horizon - tilt * (x - 0.5)) / pixel, 0, 1)[..., None]
+        return wall(x, y) * (1 - below) + floor(x, y) * below
+
+    return (wall, np.stack([wall_colour] * 2)) if single else (paint, np.stack([wall_colour, floor_colour]))
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A star-shaped outline: its distance from the centre in every direction, in fractions of the picture."""
+
+    centre: np.ndarray  # x, y
+    margin: float  # how far the mask reaches out of the object
+    reach: np.ndarray  # [721] in the directions _ANGLES
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "_Outline":
+        """An ellipse, a box, a wavy blob or a polygon with rounded corners, stretched along an axis."""
+        kind = str(rng.choice(["ellipse", "box", "blob", "polygon"]))
+        elongation, margin = np.sqrt(rng.uniform(1.0, 1.8)), rng.uniform(0.04, 0.06)
+        turn = rng.uniform(-0.25, 0.25) if kind == "box" else rng.uniform(0, _TAU)
+        corners, jitter = int(rng.integers(3, 7)), rng.uniform(-0.25, 0.25, 6)
+        amplitudes, phases = rng.uniform(0, [0.18, 0.12, 0.06]), rng.uniform(0, _TAU, 3)
+
+        along, across = np.cos(_ANGLES - turn) / elongation, np.sin(_ANGLES - turn) * elongation
+        inner = np.arctan2(across, along)[:, None]
+        if kind in ("box", "polygon"):
+            normals = np.arange(4) if kind == "box" else (np.arange(corners) + jitter[:corners]) * 4 / corners
+            # A p-norm of the distances to the sides, where their maximum would give sharp corners.
+            unit = (np.maximum(np.cos(inner - normals * _TAU / 4), 0) ** 16).sum(1) ** (-1 / 16)
+        else:
+            unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * inner + phases)).sum(1)
+        unit = unit / np.hypot(along, across)
+        # The area is drawn, not the radius: it decides how much of the picture has to be made up.
+        reach = unit * np.sqrt(rng.uniform(0.025, 0.15) / (np.pi * np.mean(unit**2)))
+
+        extent = (reach + margin) * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
+        low, high = 0.02 - extent.min(1), 0.98 - extent.max(1)
+        return cls(np.where(low < high, low + (high - low) * rng.uniform(size=2), 0.5), margin, reach)
+
+    def at(
+        self, x: np.ndarray, y: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)
+    ) -> tuple[np.ndarray, ...]:
+        """Polar coordinates about the (shifted) centre: radius, the outline's reach there, and angle."""
+        dx, dy = x - self.centre[0] - shift[0], y - self.centre[1] - shift[1]
+        angle = np.arctan2(dy, dx)
+        return np.hypot(dx, dy), np.interp(angle, _ANGLES, self.reach), angle
+
+
+def _body(
+    rng: np.random.Generator, outline: _Outline, base_colours: np.ndarray, light: float
+) -> Callable[..., np.ndarray]:
+    """The object's surface: (x, y, radius / reach, angle) -> [h, w, 3]."""
+    # The most visible of a few colours: the ghost of an object that hides in its background has no measure.
+    palette = np.stack(
+        [_colour(rng, *span, 0.4) for span in ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))]
+    )
+    contrast = np.abs(palette[:, None] - base_colours).mean(-1).min(-1)
+    colour = palette[contrast.argmax()]
+    second = colour + rng.uniform(0.12, 0.25) * rng.choice([-1.0, 1.0])
+    kind = rng.choice(["plain", "stripes", "spots"])
+    bulge, turn = rng.uniform(0.15, 0.5), rng.uniform(0, _TAU)
+    first, across = _wave(rng, rng.uniform(0.08, 0.14)), _wave(rng, rng.uniform(0.08, 0.14))
+    towards = np.pi / 2 + light  # image angles run clockwise from +x; the lamp hangs above
+
+    def paint(x: np.ndarray, y: np.ndarray, depth: np.ndarray, angle: np.ndarray) -> np.ndarray:
+        u = (x - outline.centre[0]) * np.cos(turn) + (y - outline.centre[1]) * np.sin(turn)
+        v = (y - outline.centre[1]) * np.cos(turn) - (x - outline.centre[0]) * np.sin(turn)
+        mark = {"plain": 0 * u, "stripes": first(u), "spots": first(u) * across(v)}[str(kind)]
+        inside = np.minimum(depth, 1.0)
+        facing = -inside * np.cos(angle - towards)
+        shade = 1 + bulge * (0.6 * facing + 0.4 * np.sqrt(1 - inside**2) - 0.3)
+        blend = (0.5 + 0.5 * mark)[..., None]
+        return np.clip((colour * (1 - blend) + second * blend) * shade[..., None], *OBJECT_RANGE)
+
+    return paint
+
+
+def _shadow(rng: np.random.Generator, outline: _Outline, light: float) -> Field:
+    """How much light is left beside and below the object, in (0, 1]: its own outline, shifted and soft."""
+    length, soft, dark = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
+    shift = (float(np.sin(light)) * length, abs(float(np.cos(light))) * length + 0.02)
+
+    def left(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        radius, reach, _ = outline.at(x, y, shift)
+        edge = np.clip(0.5 + (reach - radius) / (2 * soft), 0, 1)
+        return 1 - dark * edge * edge * (3 - 2 * edge)
+
+    return left

@@ -1,0 +1,308 @@
+"""Synthetic scored removals: exact ground truth, candidate results with known defects, scores by a rule.
+
+A candidate is the truth plus a linear mixture of four defects, so that the signed strength of each defect can
+be measured in any image of the scene, a generated one as well:
+
+    candidate = truth + Σ_d s_d · B_d        ŝ = argmin_s ‖image − truth − Σ_d s_d · B_d‖²
+
+Every function takes one scene or a stack of them (`stack`); leading axes of images and scenes broadcast.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ra_jax.data.scenes import Scene, make_scene, scenes, stack
+
+__all__ = [
+    "DEFECTS",
+    "MIXES",
+    "Scene",
+    "apply_defects",
+    "candidate_strengths",
+    "defect_basis",
+    "make_scene",
+    "measure_defects",
+    "quantise",
+    "rule_scores",
+    "scenes",
+    "stack",
+    "write_dataset",
+]
+
+DEFECTS = ("ghost", "cast", "seam", "blur")
+MIXES = ("one_clean", "no_clean")
+SCORES = ("removal_score", "background_score", "smoothness_score")
+
+CAST = np.array(
+    [0.22, 0.0, -0.22], np.float32
+)  # warm, and of no brightness of its own: seams have nothing else
+SEAM = 0.2
+EDGE_WIDTH = 0.06  # σ of the softened mask, as a fraction of the picture, like all lengths here
+BLUR_WIDTH = 0.08  # σ of the blur: nearly half a period of the textures, so that they vanish
+
+ONE_CLEAN_STRENGTH = 0.6
+NO_CLEAN_RANGE = (0.2, 1.0)
+NO_CLEAN_DEFECTS = (3, 4)
+
+_PIXELS = (-3, -2, -1)  # rows, columns and channels of an image
+
+
+@lru_cache(maxsize=32)
+def _gaussian_matrix(size: int, sigma: float) -> np.ndarray:
+    """[size, size] float32: convolution with a Gaussian of σ pixels, renormalised at the ends."""
+    at = np.arange(size)
+    kernel = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _smooth(image: np.ndarray, width: float) -> np.ndarray:
+    """Gaussian blur of square images [..., h, h, c] with σ = `width` of their side."""
+    kernel = _gaussian_matrix(image.shape[-2], width * image.shape[-2])
+    rows = kernel @ image.reshape(*image.shape[:-2], -1)
+    return kernel @ rows.reshape(image.shape)
+
+
+def _soft_mask(scene: Scene) -> np.ndarray:
+    """[..., h, w, 1]: ½ at the mask's edge, rising to 1 inside and falling to 0 outside."""
+    return _smooth(scene.mask[..., None].astype(np.float32), EDGE_WIDTH)
+
+
+def defect_basis(scene: Scene) -> np.ndarray:
+    """The four defects at strength 1, [..., 4, h, w, 3] float32 in the order of `DEFECTS`.
+
+    With the mask m and the softened mask g (½ at its edge):
+
+        ghost  m · (source − truth): the object, and what the mask holds of its shadow
+        cast   (1 − m) · (0.22, 0, −0.22): everything around the mask turns warm
+        seam   m · 0.2 · min(1, 2(1 − g)): a bright rim, strongest at the mask's edge
+        blur   min(1, 2g) · (blurred truth − truth): texture is lost in the mask and just around it
+    """
+    inside = scene.mask[..., None].astype(np.float32)
+    soft = _soft_mask(scene)
+    ghost = inside * (scene.source - scene.truth)
+    cast = (1 - inside) * CAST
+    seam = np.broadcast_to(inside * SEAM * np.minimum(1, 2 * (1 - soft)), ghost.shape)
+    blur = np.minimum(1, 2 * soft) * (_smooth(scene.truth, BLUR_WIDTH) - scene.truth)
+    return np.stack([ghost, cast, seam, blur], axis=-4).astype(np.float32)
+
+
+def apply_defects(scene: Scene, strengths: Mapping[str, float] | np.ndarray) -> np.ndarray:
+    """The truth with defects of the given signed strengths, [..., h, w, 3] float32, not clipped.
+
+    `strengths` names some of `DEFECTS` (the others are 0) or is an array [..., 4] in their order.
+
+    Raises:
+        ValueError: a name that is no defect.
+    """
+    if isinstance(strengths, Mapping):
+        if unknown := sorted(set(strengths) - set(DEFECTS)):
+            raise ValueError(f"unknown defects {unknown}: expected some of {DEFECTS}")
+        strengths = np.array([strengths.get(name, 0.0) for name in DEFECTS])
+    strengths = np.asarray(strengths, np.float32)
+    return scene.truth + np.einsum("...d,...dhwc->...hwc", strengths, defect_basis(scene))
+
+
+def measure_defects(image: np.ndarray, scene: Scene) -> np.ndarray:
+    """Signed strengths [..., 4] (float64) of the defects in images [..., h, w, 3]: joint least squares."""
+    error = np.asarray(image, np.float64) - scene.truth
+    basis = defect_basis(scene).astype(np.float64)
+    basis = basis.reshape(*basis.shape[:-3], -1)
+    projection = basis @ error.reshape(*error.shape[:-3], -1, 1)
+    return np.linalg.solve(basis @ basis.mT, projection)[..., 0]
+
+
+def quantise(image: np.ndarray) -> np.ndarray:
+    """[0, 1] to uint8, clipped and rounded."""
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weighted mean over the pixels and channels of [..., h, w, c]; weight [..., h, w, 1]."""
+    return (weight * values).sum(_PIXELS) / (weight.sum(_PIXELS) * values.shape[-1])
+
+
+def _pairs(plane: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends [..., P] of all horizontal and vertical pixel pairs `distance` apart in [..., h, w]."""
+    flat = (*plane.shape[:-2], -1)
+    near = plane[..., :-distance, :].reshape(flat), plane[..., :-distance].reshape(flat)
+    far = plane[..., distance:, :].reshape(flat), plane[..., distance:].reshape(flat)
+    return np.concatenate(near, axis=-1), np.concatenate(far, axis=-1)
+
+
+def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
+    """Scores (removal, background, smoothness) of candidates [..., h, w, 3] in [0, 1]: [..., 3] in [0, 1].
+
+    From the candidate p, the truth y, the source and the mask alone; e = p − y, o = source − y. "core" weighs
+    the mask's pixels by how deep inside they lie, 2g − 1 with g the softened mask. Negative factors count as 0.
+
+        removal     (1 − |α|) · (1 − ½ RMS_core(r) / RMS_core(o))
+                    with α = ⟨e, o⟩_core / ⟨o, o⟩_core and r = e − α·o (in the mask; r = e around it):
+                    how much of the object is left, and whether something else stands in its place
+        background  1 − RMS_outside(e) / 0.2
+        smoothness  (1 − RMS_across(Δr) / 0.25) · (1 − ½ |⟨Δr, Δy⟩_within / ⟨Δy, Δy⟩_within|)
+                    a step at the mask's edge, and texture lost or overdone inside; Δ is the difference in
+                    brightness of two pixels 1/16 of the picture apart, on either side or both within
+
+    The truth scores (1, 1, 1), the source inside the mask scores removal 0. A score falls with the |strength|
+    of its own defect, on both sides of 0 and all the way to 1: removal with ghost (and a little with blur and
+    seam), background with cast, smoothness with seam and blur.
+    """
+    inside = scene.mask[..., None].astype(np.float64)
+    core = inside * np.clip(2 * _soft_mask(scene) - 1, 0, None)
+    error = np.asarray(image, np.float64) - scene.truth
+    ghost = inside * (scene.source - scene.truth)
+    ghost_power = _mean(ghost**2, core)
+    left = _mean(error * ghost, core) / ghost_power
+    rest = error * inside - left[..., None, None, None] * ghost
+    other = np.sqrt(_mean(rest**2, core) / ghost_power)
+    around = np.sqrt(_mean(error**2, 1 - inside))
+
+    rest = rest + error * (1 - inside)  # outside the mask nothing is put down to the object
+    distance = max(1, round(inside.shape[-2] / 16))
+    r_near, r_far = _pairs(rest.mean(-1), distance)
+    y_near, y_far = _pairs(scene.truth.mean(-1), distance)
+    m_near, m_far = _pairs(inside[..., 0], distance)
+    change, texture = r_far - r_near, y_far - y_near
+    across, within = np.abs(m_far - m_near), m_far * m_near
+    step = np.sqrt((across * change**2).sum(-1) / across.sum(-1))
+    lost = np.abs((within * change * texture).sum(-1) / (within * texture**2).sum(-1))
+
+    factors = [1 - np.abs(left), 1 - other / 2, 1 - around / 0.2, 1 - step / 0.25, 1 - lost / 2]
+    gone, clear, background, even, detailed = np.clip(factors, 0, 1)
+    return np.stack([gone * clear, background, even * detailed], axis=-1)
+
+
+def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -> np.ndarray:
+    """Strengths [K, 4] of the candidates of scene `number` of `seed`, in the order of `DEFECTS`.
+
+        one_clean  K = 5: a clean one, then each defect alone at 0.6; each defect's mean strength is 0.12
+        no_clean   K = `candidates`, each with three or four defects of strengths uniform in [0.2, 1]; each
+                   defect's mean strength is 0.525, or 0.6 where it is present
+
+    Raises:
+        ValueError: an unknown mix, or fewer than two candidates.
+    """
+    if mix not in MIXES:
+        raise ValueError(f"unknown mix {mix!r}: expected one of {MIXES}")
+    if mix == "one_clean":
+        return np.concatenate([np.zeros((1, 4)), ONE_CLEAN_STRENGTH * np.eye(4)])
+    if candidates < 2:
+        raise ValueError(f"candidates={candidates}: expected at least 2, scores are compared within a scene")
+    rng = np.random.default_rng((seed, number, 1))
+    order = rng.permuted(np.tile(np.arange(4), (candidates, 1)), axis=1)
+    present = order < rng.choice(NO_CLEAN_DEFECTS, (candidates, 1))
+    return np.where(present, rng.uniform(*NO_CLEAN_RANGE, (candidates, 4)), 0.0)
+
+
+def write_dataset(
+    folder: str | Path,
+    *,
+    scenes: int,
+    size: int,
+    mix: str,
+    seed: int,
+    first_scene: int = 0,
+    candidates: int = 4,
+) -> Path:
+    """Write scored candidates of scenes first_scene … first_scene + scenes − 1 of `seed`; returns the folder.
+
+        input/ mask/ gt/ ref/  result/           PNG: one each a scene, one a candidate
+        labeled_dict.json, labeled_tensor.json   scored records, in the guide's two formats
+        triplets.json                            {"mapping": {gt: [inputs]}}, for standard training
+        defects.json                             settings, and the true strengths of every result
+
+    Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images.
+    `candidates` counts for the mix "no_clean" alone. The bytes depend on the arguments alone. The folder
+    appears when it is complete; one that the same settings wrote before is replaced.
+
+    Raises:
+        FileExistsError: the folder holds anything else.
+        ValueError: an unknown mix; too few candidates or scenes, or too small a size.
+    """
+    if scenes < 1:
+        raise ValueError(f"scenes={scenes}: expected at least 1")
+    per_scene = len(candidate_strengths(mix, seed, first_scene, candidates))
+    settings = {"mix": mix, "seed": seed, "size": size, "scenes": scenes, "first_scene": first_scene}
+    settings |= {"candidates": per_scene}
+    folder = Path(folder).resolve()
+    _refuse_foreign(folder, settings)
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for room in ("input", "mask", "gt", "ref", "result"):
+        (partial / room).mkdir(parents=True)
+    records, truths, mapping = [], [], {}
+    for number in range(first_scene, first_scene + scenes):
+        name = f"scene_{number:05d}"
+        scene = make_scene(np.random.SeedSequence((seed, number)), size)
+        strengths = candidate_strengths(mix, seed, number, candidates)
+        results = quantise(apply_defects(scene, strengths))
+        scene = Scene(*map(quantise, (scene.source, scene.truth, scene.reference)), scene.mask)
+        pictures = {
+            "input": scene.source,
+            "gt": scene.truth,
+            "ref": scene.reference,
+            "mask": quantise(scene.mask),
+        }
+        for room, pixels in pictures.items():
+            _save(pixels, partial / room / f"{name}.png")
+        mapping[f"{name}.png"] = [f"{name}.png"]
+
+        kinds = ("clean", *DEFECTS) if mix == "one_clean" else range(per_scene)
+        exact = Scene(scene.source / 255, scene.truth / 255, scene.reference / 255, scene.mask)
+        scores = rule_scores(results / 255, exact).round(4).tolist()
+        for kind, pixels, s, triple in zip(kinds, results, strengths.tolist(), scores, strict=True):
+            file = f"result/{name}_{kind}.png"
+            _save(pixels, partial / file)
+            paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
+            records.append({**paths, "result": file, "scores": triple})
+            truths.append({"result": file, **dict(zip(DEFECTS, s, strict=True))})
+
+    mean = {name: float(np.mean([truth[name] for truth in truths])) for name in DEFECTS}
+    named = [{**record, "scores": dict(zip(SCORES, record["scores"], strict=True))} for record in records]
+    _write_json(named, partial / "labeled_dict.json")
+    _write_json(records, partial / "labeled_tensor.json")
+    _write_json({"mapping": mapping}, partial / "triplets.json")
+    _write_json({"settings": settings, "mean_strength": mean, "records": truths}, partial / "defects.json")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return partial.rename(folder)
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    Image.fromarray(pixels).save(path, compress_level=1)
+
+
+def _write_json(content: object, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse_foreign(folder: Path, settings: dict) -> None:
+    """Raise FileExistsError unless `folder` is absent, empty, or just what `settings` wrote there before."""
+    advice = "choose another folder, or delete this one first"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: expected a folder, found a file; {advice}")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if not found:
+        return
+    if "defects.json" not in found:
+        raise FileExistsError(f"{folder}: holds other files, {min(found)} for one; {advice}")
+    before = json.loads((folder / "defects.json").read_text(encoding="utf-8"))["settings"]
+    if before != settings:
+        raise FileExistsError(f"{folder}: holds a data set of {before}, not of {settings}; {advice}")
+    records = json.loads((folder / "labeled_tensor.json").read_text(encoding="utf-8"))
+    ours = {record[key] for record in records for key in ("ref", "src", "mask", "result")}
+    ours |= {record["src"].replace("input/", "gt/") for record in records}
+    ours |= {"labeled_dict.json", "labeled_tensor.json", "triplets.json", "defects.json"}
+    if found - ours:
+        raise FileExistsError(
+            f"{folder}: holds files besides the data set, {min(found - ours)} for one; {advice}"
+        )
