@@ -32,6 +32,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# A few blocks run unrolled: CPUs run them 10-30 % faster than a loop, and compile them no slower.
+UNROLL_UP_TO = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class FluxConfig:
@@ -343,9 +346,11 @@ def scan_blocks(
         block_adapter = adapter if adapter is None else adapter.fold_in(index)
         return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
 
+    unroll = count <= UNROLL_UP_TO
     if (policy := REMAT_POLICIES[remat]) is not None:
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body is safe from CSE
-    return jax.lax.scan(step, carry, (jnp.arange(count), params))[0]
+        # A loop's body is safe from the compiler's merging the recomputation with the first computation.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=unroll)
+    return jax.lax.scan(step, carry, (jnp.arange(count), params), unroll=unroll)[0]
 
 
 class Flux(nnx.Module):
@@ -356,7 +361,7 @@ class Flux(nnx.Module):
         lora: experts on the linear layers that it names; None for none.
         dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
         param_dtype: of the stored base parameters; experts are float32.
-        remat: what the backward pass finds saved: "none" everything, "blocks" each block's input and attention
+        remat: what is saved for the backward pass: "none" all, "blocks" each block's input and attention
             output, "full" each block's input.
         attention: implementation, see `ra_jax.models.attention`.
         rngs: first values; modulations and `proj_out` begin at zero, so a fresh model returns zeros.
