@@ -1,0 +1,155 @@
+"""The forms a data set comes in, each read into the same entries: record number, line, and a dict of fields.
+
+    JSON list       [{"src": ..., "mask": ..., "result": ..., ...}, ...]
+    JSONL           one such object a line
+    mapping JSON    {"mapping": {gt: [inputs]}}, or the inner object alone, beside gt/ input/ mask/ (ref/)
+    folder          with input/ mask/ gt/ (ref/)
+
+In the last two src = input, result = gt, and a mask (gt, ref) is the file of the input's name, another ending
+if need be.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ra_jax.data.errors import DataError, Fault
+from ra_jax.data.images import SUFFIXES
+
+SUPPORTED = "expected a JSON list, JSONL, a mapping JSON or a folder with input/ mask/ gt/"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record as it was written. `fields` is a dict unless the file is wrong."""
+
+    record: int
+    fields: object
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class RawData:
+    """`base`: the folder that paths are relative to; `faults`: of the form; entries with one are left out."""
+
+    base: Path
+    entries: list[Entry]
+    faults: list[Fault]
+
+
+def read_entries(path: str | Path) -> RawData:
+    """Read any of the forms above.
+
+    Raises:
+        DataError: no such file or folder, or a form that this version does not read.
+    """
+    _refuse_pack(path)
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder: {SUPPORTED}")
+    if path.is_dir():
+        return _read_folder(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}): {SUPPORTED}") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        return _read_lines(path, text)
+    return _read_json(path, text)
+
+
+def _refuse_pack(path: str | Path) -> None:
+    folder = Path(path)
+    is_pack = (folder / "dataset_info.json").exists() or any(folder.glob("*.array_record*"))
+    if str(path).startswith("tfds:") or is_pack:
+        raise DataError(f"{path}: packs are not supported by this version: {SUPPORTED}")
+
+
+def _read_json(path: Path, text: str) -> RawData:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _read_lines(path, text)
+        fault = Fault(f"broken JSON: {error.msg} (column {error.colno})", line=error.lineno)
+        return RawData(path.parent, [], [fault])
+    if isinstance(content, list):
+        return RawData(path.parent, [Entry(i, fields) for i, fields in enumerate(content)], [])
+    if isinstance(content, dict) and "src" not in content:
+        return _read_mapping(path, content.get("mapping", content))
+    found = "a single record" if isinstance(content, dict) else str(type(content))
+    return RawData(path.parent, [], [Fault(f"{found} at the top: {SUPPORTED}; put records into a list")])
+
+
+def _read_lines(path: Path, text: str) -> RawData:
+    entries, faults = [], []
+    filled = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for record, (number, line) in enumerate(filled):
+        try:
+            entries.append(Entry(record, json.loads(line), number))
+        except json.JSONDecodeError as error:
+            faults.append(Fault(f"broken JSON: {error.msg} (column {error.colno})", record, number))
+    return RawData(path.parent, entries, faults)
+
+
+def _read_mapping(path: Path, mapping: object) -> RawData:
+    if not isinstance(mapping, dict):
+        return RawData(
+            path.parent, [], [Fault(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")]
+        )
+    pairs, faults = [], []
+    for gt, inputs in mapping.items():
+        if isinstance(inputs, list) and all(isinstance(name, str) for name in inputs):
+            pairs += [(name, gt) for name in inputs]
+        else:
+            message = f"'{gt}' maps to {str(inputs)[:80]!r}: expected a list of names in input/"
+            faults.append(Fault(message, field="mapping"))
+    raw = _triplets(path.parent, pairs)
+    return RawData(raw.base, raw.entries, faults + raw.faults)
+
+
+def _read_folder(folder: Path) -> RawData:
+    missing = [name for name in ("input", "mask") if not (folder / name).is_dir()]
+    if missing:
+        raise DataError(
+            f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}"
+        )
+    inputs = sorted(name for names in _pictures(folder / "input").values() for name in names)
+    truths = _pictures(folder / "gt")
+    return _triplets(folder, [(name, _named_alike(name, truths)) for name in inputs])
+
+
+def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
+    """Entries of (input, gt) names, the masks and references looked up by the input's name."""
+    masks, references = _pictures(base / "mask"), _pictures(base / "ref")
+    entries, faults = [], []
+    for record, (name, gt) in enumerate(pairs):
+        mask, ref = _named_alike(name, masks), _named_alike(name, references)
+        if mask is None:
+            message = f"no mask for input/{name}: expected mask/{name}, or that name with another ending"
+            faults.append(Fault(message, record, field="mask"))
+            continue
+        fields = {
+            "src": f"input/{name}",
+            "mask": f"mask/{mask}",
+            "result": None if gt is None else f"gt/{gt}",
+            "ref": None if ref is None else f"ref/{ref}",
+        }
+        entries.append(Entry(record, fields))
+    return RawData(base, entries, faults)
+
+
+def _pictures(folder: Path) -> dict[str, list[str]]:
+    """The folder's picture names by stem; nothing of a folder that is not there."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES:
+            found.setdefault(path.stem, []).append(path.name)
+    return found
+
+
+def _named_alike(name: str, pictures: dict[str, list[str]]) -> str | None:
+    """The picture of that name, else the first of that stem."""
+    names = pictures.get(Path(name).stem, [])
+    return name if name in names else next(iter(names), None)

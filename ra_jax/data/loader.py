@@ -1,0 +1,198 @@
+"""Batches for a training step: the global plan's rows, loaded ahead by Grain's threads.
+
+Batch i is a pure function of (seed, i): the position in the data is one number, on however many processes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import grain
+import numpy as np
+from PIL import Image
+
+from ra_jax.data.errors import DataError
+from ra_jax.data.images import UNREADABLE, Size
+from ra_jax.data.masks import augment_mask
+from ra_jax.data.panels import PanelCache, Panels, load_panels, nearest_bucket
+from ra_jax.data.plan import MASK_STREAM, batches_per_epoch, epoch_plan, random_generator
+from ra_jax.data.records import Record, scene_ids
+
+CACHE_BYTES = 512 * 2**20
+OWN_KEYS = frozenset(
+    {"source", "result", "reference", "mask", "redux_pixels"}
+    | {"group_id", "record_id", "epoch", "condition_weight"}
+)
+_ENDLESS = 2**62  # rows; Grain wants a length
+
+
+def parse_buckets(text: str) -> tuple[Size, ...]:
+    """From "h,w;h,w" to ((h, w), (h, w)), the sizes of one panel in pixels.
+
+    Raises:
+        DataError: anything else.
+    """
+    try:
+        buckets = tuple(tuple(int(side) for side in part.split(",")) for part in text.strip(" ;").split(";"))
+    except ValueError:
+        buckets = ()
+    if not buckets or any(len(bucket) != 2 or min(bucket) < 1 for bucket in buckets):
+        raise DataError(
+            f'aspect_ratio_buckets "{text}": expected "height,width;height,width", e.g. "512,512;448,576"'
+        )
+    if len(set(buckets)) < len(buckets):
+        raise DataError(
+            f'aspect_ratio_buckets "{text}": a size stands there twice; expected sizes that differ'
+        )
+    return buckets
+
+
+class Loader:
+    """Endless batches of records, in the order of the epochs' global plans.
+
+    A batch is a dict of arrays, this process's B = batch_size / process_count rows of the global batch:
+
+        source, result, reference   [B, h, w, 3] uint8; `result` only where the records have one
+        mask                        [B, h, w] uint8, 1 = remove
+        redux_pixels                [B, ...] float32, with `preprocess_reference`, of the reference panel
+        group_id, record_id, epoch  [B] int32: `scene_ids`, the position in `records`, the epoch
+        condition_weight            [B] float32, 1 / (rows of the record's group in the global batch)
+        and the `extras`            [B, ...]
+
+    All records of a group have the same crop, and in an epoch the same augmented mask.
+
+    Args:
+        batch_size: records of a global batch.
+        buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
+        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch, group). A
+        reference
+            that is made from the mask is made from the one in the file.
+        extras: values per record, [len(records), ...], put into the batch under their names.
+        workers: threads that load batches ahead; 0 loads them when asked.
+        cache_bytes: decoded panels kept in memory.
+
+    Raises:
+        DataError: no records, results in some records only, bucket sides that `multiple` does not divide.
+        ValueError: a batch that processes cannot share evenly, extras of another length or a name in use.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        batch_size: int,
+        buckets: Sequence[Size],
+        seed: int,
+        multiple: int,
+        augment_masks: bool,
+        preprocess_reference: Callable[[Image.Image], np.ndarray] | None,
+        extras: Mapping[str, np.ndarray],
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 2,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        _check_records(records)
+        _check_buckets(buckets, multiple)
+        _check_extras(extras, len(records))
+        _check_share(batch_size, process_index, process_count)
+        self._records, self._buckets, self._seed = list(records), tuple(buckets), seed
+        self._augment_masks, self._preprocess = augment_masks, preprocess_reference
+        self._extras = dict(extras)
+        self._rows = batch_size // process_count
+        self._first_row = process_index * self._rows
+        self._workers, self._cache = workers, PanelCache(cache_bytes)
+        self._scenes = scene_ids(records)
+        record_buckets = np.array([nearest_bucket(record.size, buckets) for record in records], np.int32)
+        self.batches_per_epoch = batches_per_epoch(record_buckets, batch_size)
+        # A few epochs: workers that run ahead in a small data set are not all in the same one.
+        self._plan = lru_cache(maxsize=8)(
+            lambda epoch: epoch_plan(
+                self._scenes, record_buckets, batch_size=batch_size, seed=seed, epoch=epoch
+            )
+        )
+
+    def iterate(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Batches start_batch, start_batch + 1, ... for ever; a Grain iterator, close() ends its threads."""
+        ahead = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=max(2, self._workers))
+        if not self._workers:
+            ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        rows = grain.MapDataset.range(start_batch * self._rows, _ENDLESS).map(self._example)
+        return iter(rows.batch(self._rows).to_iter_dataset(ahead))
+
+    def _example(self, position: int) -> dict[str, np.ndarray]:
+        """Row `position` of this process, counted through all batches."""
+        batch, row = divmod(position, self._rows)
+        epoch, batch = divmod(batch, self.batches_per_epoch)
+        plan = self._plan(epoch)
+        row += self._first_row
+        at = int(plan.rows[batch, row])
+        record, bucket, group = self._records[at], self._buckets[plan.buckets[batch]], int(self._scenes[at])
+        try:
+            panels = load_panels(record, bucket, self._cache)
+        except UNREADABLE as error:
+            error.add_note(
+                f"while loading record {record.index} (id {record.id!r}), which was sound when the run began"
+            )
+            raise
+        mask = panels.mask
+        if self._augment_masks:
+            mask = augment_mask(mask, random_generator(self._seed, MASK_STREAM, epoch, group))
+        example = {
+            "source": panels.source,
+            "reference": panels.reference,
+            "mask": mask,
+            "group_id": np.int32(group),
+            "record_id": np.int32(at),
+            "epoch": np.int32(epoch),
+            "condition_weight": plan.condition_weight[batch, row],
+        }
+        if panels.result is not None:
+            example["result"] = panels.result
+        if self._preprocess is not None:
+            example["redux_pixels"] = self._redux_pixels(record, bucket, panels)
+        return example | {name: values[at] for name, values in self._extras.items()}
+
+    def _redux_pixels(self, record: Record, bucket: Size, panels: Panels) -> np.ndarray:
+        def preprocess() -> np.ndarray:
+            return np.array(self._preprocess(Image.fromarray(panels.reference)), np.float32)
+
+        return self._cache.get(("redux", record.ref, record.src, record.mask, bucket), preprocess)
+
+
+def _check_records(records: Sequence[Record]) -> None:
+    if not records:
+        raise DataError("no records: expected at least one")
+    without = [record.id for record in records if record.result is None]
+    if 0 < len(without) < len(records):
+        named = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        raise DataError(
+            f"{len(without)} of {len(records)} records have no result ({named}): expected all or none"
+        )
+
+
+def _check_buckets(buckets: Sequence[Size], multiple: int) -> None:
+    for bucket in buckets:
+        if any(side % multiple for side in bucket):
+            fitting = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)
+            raise DataError(
+                f"aspect_ratio_buckets: {bucket[0]},{bucket[1]} has a side that is no multiple of {multiple} "
+                f'pixels (one token of this model); the nearest that fits is "{fitting}"'
+            )
+
+
+def _check_extras(extras: Mapping[str, np.ndarray], count: int) -> None:
+    for name, values in extras.items():
+        if name in OWN_KEYS:
+            raise ValueError(f"extras[{name!r}]: a batch has that key itself; choose another name")
+        if len(values) != count:
+            raise ValueError(f"extras[{name!r}] has {len(values)} values: expected one a record, {count}")
+
+
+def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared by {process_count} processes: "
+            f"expected a multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index}: expected 0 to {process_count - 1}")

@@ -1,0 +1,252 @@
+"""Records: what a data set says of one scored removal, everything checked before any model is loaded."""
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ra_jax.data.errors import DataError, Fault
+from ra_jax.data.formats import Entry, read_entries
+from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Size, probe_photo, read_mask
+from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
+
+__all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_records", "load_records", "scene_ids"]
+
+FIELDS = ("ref", "src", "mask", "result", "scores", "id", "split", "annotator", "source")
+IMAGE_FIELDS = ("src", "mask", "ref", "result")
+SOURCES = ("policy", "other", "gt")
+NO_SCORES = "use_human_scores=True but no 'scores' field found in data"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result of one condition (src, mask, ref).
+
+    index: its number in the data set, from 0; id: unique, made of the number and the photo's name where none
+    was given;
+    mask: > 127 = remove; ref: None = to be made from src and mask; result: None where none is needed;
+    scores: (removal, background, smoothness) in [0, 1]; source: who made the result, policy, other or gt;
+    size: (height, width) of src upright, in pixels.
+    """
+
+    index: int
+    id: str
+    src: Path
+    mask: Path
+    ref: Path | None
+    result: Path | None
+    scores: Scores | None
+    split: str | None
+    annotator: str | None
+    source: str | None
+    size: Size
+
+
+@dataclass(frozen=True)
+class _Rules:
+    need_result: bool
+    use_human_scores: bool
+    score_format: ScoreFormat
+
+
+@dataclass
+class _Draft:
+    """A record whose fields have been read but whose pictures have not been looked at."""
+
+    entry: Entry
+    values: dict
+    faults: list[Fault]
+
+    def blame(self, field: str, message: str) -> None:
+        self.faults.append(Fault(message, self.entry.record, self.entry.line, field))
+
+
+def load_records(
+    path: str | Path,
+    *,
+    need_result: bool = True,
+    use_human_scores: bool = False,
+    score_format: ScoreFormat = "dict",
+) -> list[Record]:
+    """Read and check a data set, in any form of `formats`.
+
+    need_result: every record must have `result`; use_human_scores: every record must have `scores`, written
+    as `score_format` says (otherwise either form will do).
+
+    Raises:
+        DataError: with every faulty record of the data set, 20 in full and the rest counted.
+    """
+    records, faults = check_records(
+        path, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
+    )
+    if faults:
+        raise DataError.from_faults(path, faults)
+    return records
+
+
+def check_records(
+    path: str | Path,
+    *,
+    need_result: bool = True,
+    use_human_scores: bool = False,
+    score_format: ScoreFormat = "dict",
+) -> tuple[list[Record], list[Fault]]:
+    """As `load_records`, but returns the sound records and the faults of the others.
+
+    Raises:
+        DataError: no file, or a form that is not read.
+    """
+    raw = read_entries(path)
+    faults = list(raw.faults)
+    if not raw.entries and not faults:
+        return [], [Fault("no records: expected at least one")]
+    rules = _Rules(need_result, use_human_scores, score_format)
+    if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
+        # One fault for the file rather than one a record: these are triplets, or the wrong file.
+        faults.append(
+            Fault(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
+        )
+        rules = _Rules(need_result, False, score_format)
+    drafts = [_draft(entry, raw.base, rules) for entry in raw.entries]
+    _check_ids(drafts)
+    _check_pictures(drafts)
+    faults += [fault for draft in drafts for fault in draft.faults]
+    faults.sort(key=lambda fault: -1 if fault.record is None else fault.record)
+    return [Record(**draft.values) for draft in drafts if not draft.faults], faults
+
+
+def scene_ids(records: Sequence[Record]) -> np.ndarray:
+    """[R] int32: records with the same source and mask share an id, 0, 1, ... as they first appear."""
+    ids: dict[tuple[Path, Path], int] = {}
+    return np.array([ids.setdefault((record.src, record.mask), len(ids)) for record in records], np.int32)
+
+
+def _has_scores(entry: Entry) -> bool:
+    return isinstance(entry.fields, dict) and entry.fields.get("scores") is not None
+
+
+def _draft(entry: Entry, base: Path, rules: _Rules) -> _Draft:
+    """Everything that can be said of an entry without opening a picture."""
+    draft = _Draft(entry, dict.fromkeys(field.name for field in fields(Record)), [])
+    if not isinstance(entry.fields, dict):
+        message = f"expected an object with src, mask and result, got {type(entry.fields)}"
+        draft.faults.append(Fault(message, entry.record, entry.line))
+        return draft
+    draft.values["index"] = entry.record
+    for name in entry.fields:
+        if name not in FIELDS:
+            draft.blame(name, f"unknown field: {nearest(name, FIELDS)}")
+    _draft_paths(draft, base, rules)
+    _draft_scores(draft, rules)
+    _draft_labels(draft)
+    return draft
+
+
+def _draft_paths(draft: _Draft, base: Path, rules: _Rules) -> None:
+    required = ("src", "mask", "result") if rules.need_result else ("src", "mask")
+    for name in IMAGE_FIELDS:
+        value = draft.entry.fields.get(name)
+        if value is None:
+            if name in required:
+                draft.blame(name, f"missing: expected the path of a picture, relative to {base}")
+        elif not isinstance(value, str) or not value:
+            draft.blame(name, f"got {value!r} ({type(value).__name__}): expected the path of a picture")
+        else:
+            draft.values[name] = base / value
+
+
+def _draft_scores(draft: _Draft, rules: _Rules) -> None:
+    value = draft.entry.fields.get("scores")
+    if value is None:
+        if rules.use_human_scores:
+            draft.blame("scores", NO_SCORES)
+        return
+    scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores else None)
+    draft.values["scores"] = scores
+    for field, message in problems:
+        draft.blame(field, message)
+
+
+def _draft_labels(draft: _Draft) -> None:
+    given = draft.entry.fields
+    number, src = draft.entry.record, draft.values["src"]
+    identity = given.get("id", f"{number:06d}_{src.stem}" if src else f"{number:06d}")
+    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+        draft.blame("id", f"got {identity!r} ({type(identity).__name__}): expected a text or a whole number")
+    else:
+        draft.values["id"] = str(identity)
+    for name in ("split", "annotator", "source"):
+        value = given.get(name)
+        if value is not None and not isinstance(value, str):
+            draft.blame(name, f"got {value!r} ({type(value).__name__}): expected a text")
+        elif name == "source" and value is not None and value not in SOURCES:
+            draft.blame(name, f"got {value!r}: expected one of {', '.join(SOURCES)}")
+        else:
+            draft.values[name] = value
+
+
+def _check_ids(drafts: Iterable[_Draft]) -> None:
+    first: dict[str, int] = {}
+    for draft in drafts:
+        identity = draft.values["id"]
+        if identity is None:
+            continue
+        earlier = first.setdefault(identity, draft.entry.record)
+        if earlier != draft.entry.record:
+            draft.blame(
+                "id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids"
+            )
+
+
+def _check_pictures(drafts: Sequence[_Draft]) -> None:
+    """Open and decode every picture once, however many records name it."""
+    wanted = dict.fromkeys(
+        (name == "mask", draft.values[name])
+        for draft in drafts
+        for name in IMAGE_FIELDS
+        if draft.values[name]
+    )
+    with ThreadPoolExecutor(max_workers=min(32, 2 * (os.cpu_count() or 1))) as pool:
+        looked_at = dict(zip(wanted, pool.map(_look_at, wanted), strict=True))
+    for draft in drafts:
+        sizes = {}
+        for name in IMAGE_FIELDS:
+            if path := draft.values[name]:
+                size, problem = looked_at[name == "mask", path]
+                sizes[name] = size
+                if problem:
+                    draft.blame(name, problem)
+        _check_sizes(draft, sizes)
+
+
+def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
+    expected = draft.values["size"] = sizes.get("src")
+    for name in ("mask", "result"):
+        given = sizes.get(name)
+        if expected and given and given != expected:
+            draft.blame(
+                name,
+                f"size {_across(given)}, but src is {_across(expected)}: expected the same (width × height)",
+            )
+
+
+def _across(size: Size) -> str:
+    return f"{size[1]} × {size[0]}"
+
+
+def _look_at(wanted: tuple[bool, Path]) -> tuple[Size | None, str | None]:
+    """The size of a picture and what is wrong with it, either of them None."""
+    is_mask, path = wanted
+    if not path.is_file():
+        return None, f"no such file: {path}"
+    try:
+        if not is_mask:
+            return probe_photo(path), None
+        mask = read_mask(path)
+    except UNREADABLE as error:
+        return None, f"unreadable picture {path}: {error}"
+    problem = None if mask.any() else f"empty mask {path}: expected at least one pixel > {MASK_THRESHOLD}"
+    return mask.shape, problem

@@ -1,0 +1,71 @@
+"""A result's human scores: {"removal_score": s, ...} or [removal, background, smoothness], each in [0, 1]."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+SCORE_NAMES = ("removal_score", "background_score", "smoothness_score")
+
+ScoreFormat = Literal["dict", "tensor"]
+Scores = tuple[float, float, float]
+
+_FORMATS = {
+    "dict": (dict, "an object with " + ", ".join(SCORE_NAMES)),
+    "tensor": (list, "a list [removal, background, smoothness]"),
+}
+
+
+def parse_scores(
+    value: object, score_format: ScoreFormat | None
+) -> tuple[Scores | None, list[tuple[str, str]]]:
+    """The three scores, or None and what is wrong: pairs (field, message). A format of None takes either."""
+    given = next((name for name, (kind, _) in _FORMATS.items() if isinstance(value, kind)), None)
+    expected = score_format or given or "dict"
+    if given != expected:
+        advice = f"; pass --score_format {given}" if given else ""
+        text = f"Expected {expected} format for scores, got {type(value)}"
+        return None, [("scores", f"{text}: expected {_FORMATS[expected][1]}{advice}")]
+    problems = list(_dict_problems(value) if given == "dict" else _list_problems(value))
+    if problems:
+        return None, problems
+    numbers = [value[name] for name in SCORE_NAMES] if given == "dict" else value
+    return tuple(float(number) for number in numbers), []
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The advice for an unknown name."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"expected some of {', '.join(known)}"
+
+
+def _dict_problems(value: dict) -> Iterator[tuple[str, str]]:
+    for name in value:
+        if name not in SCORE_NAMES:
+            yield f"scores.{name}", f"unknown score: {nearest(name, SCORE_NAMES)}"
+    for name in SCORE_NAMES:
+        if name not in value:
+            yield f"scores.{name}", "score missing: expected a number in [0, 1]"
+        elif problem := _number_problem(value[name]):
+            yield f"scores.{name}", problem
+
+
+def _list_problems(value: list) -> Iterator[tuple[str, str]]:
+    if len(value) != len(SCORE_NAMES):
+        yield "scores", f"{len(value)} scores: expected {len(SCORE_NAMES)}, [removal, background, smoothness]"
+        return
+    for i, number in enumerate(value):
+        if problem := _number_problem(number):
+            yield f"scores[{i}]", problem
+
+
+def _number_problem(number: object) -> str | None:
+    # bool is an int to Python, but "true" is no score.
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return f"not a number, got {number!r} ({type(number).__name__}): expected a number in [0, 1]"
+    if math.isnan(number):
+        return "NaN: expected a number in [0, 1]"
+    if not 0 <= number <= 1:
+        return f"out of range, got {number}: expected a number in [0, 1]"
+    return None
