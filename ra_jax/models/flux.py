@@ -6,24 +6,25 @@ are stacked on a leading axis and run by one `jax.lax.scan`, so that compile tim
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from ra_jax.models.attention import attention, check_implementation
+from ra_jax.models.attention import Rope, attention, check_implementation, rope_table, rotate
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
 
-ROPE_THETA = 10_000
 TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
 SINUSOID_DIM = 256
 NORM_EPS = 1e-6
+
+Streams = tuple[jax.Array, jax.Array]  # image [B, N, D], context [B, S, D]
 
 # What the backward pass of a block finds saved, beside the block's input; None: everything.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -95,36 +96,12 @@ class FluxConfig:
         return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **values}
 
 
-def rope_table(
-    context_length: int, grid: tuple[int, int], axes_dims: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of rotary positions, computed in float64 as diffusers' `FluxPosEmbed` does.
-
-    Context tokens are at (0, 0, 0), the image token of row r and column c at (0, r, c).
-
-    Returns:
-        two float32 arrays [context_length + rows·cols, sum(axes_dims) / 2].
-    """
-    rows, cols = grid
-    ids = np.zeros((context_length + rows * cols, 3))
-    ids[context_length:, 1] = np.repeat(np.arange(rows), cols)
-    ids[context_length:, 2] = np.tile(np.arange(cols), rows)
-    frequencies = [ROPE_THETA ** (-np.arange(0, dim, 2) / dim) for dim in axes_dims]
-    angles = np.concatenate([np.outer(ids[:, axis], f) for axis, f in enumerate(frequencies)], axis=1)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
-    cos, sin = (table[None, :, None, :] for table in rope)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
-
-
-def sinusoid(t: jax.Array, dim: int = SINUSOID_DIM) -> jax.Array:
-    """[cos(t·f), sin(t·f)] with f_i = 10000^(-2i/dim): t [B] -> [B, dim], float32."""
-    frequencies = jnp.exp(-np.log(10_000) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+def sinusoid(t: jax.Array) -> jax.Array:
+    """[cos(1000·t·f), sin(1000·t·f)] with f_i = 10000^(-i/128), i < 128: t [B] -> [B, 256], float32."""
+    half = SINUSOID_DIM // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    # float32 before the factor: bfloat16 knows only every fourth of the steps near 1000.
+    angles = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -134,15 +111,13 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     mean = x32.mean(axis=-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
     normed = (x32 - mean) * jax.lax.rsqrt(variance + NORM_EPS)
-    return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(
-        x.dtype
-    )
+    return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last axis, in float32 and returned as float32."""
 
-    def __init__(self, dim: int, *, param_dtype: DTypeLike):
+    def __init__(self, dim: int, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,46 +126,57 @@ class RMSNorm(nnx.Module):
         return x * norm * self.scale[...].astype(jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What the layers of one model have in common."""
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    attention: str
+
+    def linear(self, in_dim: int, out_dim: int, rngs: nnx.Rngs, **init: Any) -> ExpertLinear:
+        return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs, **init)
+
+    def norm(self, dim: int) -> RMSNorm:
+        return RMSNorm(dim, self.param_dtype)
+
+
 class MLPEmbedder(nnx.Module):
     """linear_1, SiLU, linear_2."""
 
-    def __init__(self, in_dim: int, dim: int, *, linear: Callable, rngs: nnx.Rngs):
-        self.linear_1 = linear(in_dim, dim, rngs=rngs)
-        self.linear_2 = linear(dim, dim, rngs=rngs)
+    def __init__(self, in_dim: int, dim: int, layers: Layers, rngs: nnx.Rngs):
+        self.linear_1 = layers.linear(in_dim, dim, rngs)
+        self.linear_2 = layers.linear(dim, dim, rngs)
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x, adapter)), adapter)
 
 
 class TimeTextEmbed(nnx.Module):
-    """Sum of the embeddings of time, guidance (if the model embeds it) and pooled text: [B, D] float32."""
+    """Sum of the embeddings of time, guidance (if the model embeds it) and pooled text: [B, D]."""
 
-    def __init__(self, config: FluxConfig, *, linear: Callable, rngs: nnx.Rngs):
-        embedder = partial(MLPEmbedder, dim=config.inner_dim, linear=linear, rngs=rngs)
-        self.timestep_embedder = embedder(SINUSOID_DIM)
-        self.guidance_embedder = embedder(SINUSOID_DIM) if config.guidance_embeds else None
-        self.text_embedder = embedder(config.pooled_projection_dim)
+    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+        dim = config.inner_dim
+        self.timestep_embedder = MLPEmbedder(SINUSOID_DIM, dim, layers, rngs)
+        self.guidance_embedder = MLPEmbedder(SINUSOID_DIM, dim, layers, rngs) if config.guidance_embeds else None
+        self.text_embedder = MLPEmbedder(config.pooled_projection_dim, dim, layers, rngs)
 
     def __call__(
         self, t: jax.Array, guidance: jax.Array | None, pooled: jax.Array, adapter: Adapter | None
     ) -> jax.Array:
-        embedding = self.timestep_embedder(sinusoid(t * TIME_SCALE), adapter) + self.text_embedder(
-            pooled, adapter
-        )
+        embedding = self.timestep_embedder(sinusoid(t), adapter) + self.text_embedder(pooled, adapter)
         if self.guidance_embedder is None:
             return embedding
         if guidance is None:
-            raise ValueError(
-                "guidance is None: this model embeds the guidance scale, give one value per example, [B]."
-            )
-        return embedding + self.guidance_embedder(sinusoid(guidance * TIME_SCALE), adapter)
+            raise ValueError("guidance is None, but this model embeds the guidance scale: give [B] values.")
+        return embedding + self.guidance_embedder(sinusoid(guidance), adapter)
 
 
 class Modulation(nnx.Module):
     """SiLU and a linear layer, zero at first: the embedding [B, D] to `count` vectors [B, D]."""
 
-    def __init__(self, dim: int, count: int, *, linear: Callable, rngs: nnx.Rngs):
-        self.linear = linear(dim, count * dim, kernel_init=nnx.initializers.zeros, rngs=rngs)
+    def __init__(self, dim: int, count: int, layers: Layers, rngs: nnx.Rngs):
+        self.linear = layers.linear(dim, count * dim, rngs, kernel_init=nnx.initializers.zeros)
         self.count = count
 
     def __call__(self, embedding: jax.Array, adapter: Adapter | None) -> list[jax.Array]:
@@ -200,8 +186,8 @@ class Modulation(nnx.Module):
 class GELU(nnx.Module):
     """A linear layer and GELU (tanh form)."""
 
-    def __init__(self, dim: int, hidden: int, *, linear: Callable, rngs: nnx.Rngs):
-        self.proj = linear(dim, hidden, rngs=rngs)
+    def __init__(self, dim: int, hidden: int, layers: Layers, rngs: nnx.Rngs):
+        self.proj = layers.linear(dim, hidden, rngs)
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         return jax.nn.gelu(self.proj(x, adapter))
@@ -210,10 +196,8 @@ class GELU(nnx.Module):
 class FeedForward(nnx.Module):
     """The MLP of a double-stream block; the keys of `net` are diffusers' positions."""
 
-    def __init__(self, dim: int, *, linear: Callable, rngs: nnx.Rngs):
-        self.net = nnx.Dict(
-            {"0": GELU(dim, 4 * dim, linear=linear, rngs=rngs), "2": linear(4 * dim, dim, rngs=rngs)}
-        )
+    def __init__(self, dim: int, layers: Layers, rngs: nnx.Rngs):
+        self.net = nnx.Dict({"0": GELU(dim, 4 * dim, layers, rngs), "2": layers.linear(4 * dim, dim, rngs)})
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         return self.net["2"](self.net["0"](x, adapter), adapter)
@@ -222,102 +206,97 @@ class FeedForward(nnx.Module):
 class SelfAttention(nnx.Module):
     """Attention of a single-stream block: [B, S, D] -> [B, S, D], heads joined, no output projection."""
 
-    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
-        dim, head_dim = config.inner_dim, config.attention_head_dim
-        norm = partial(RMSNorm, head_dim, param_dtype=linear.keywords["param_dtype"])
-        self.norm_q, self.norm_k = norm(), norm()
-        self.to_q, self.to_k, self.to_v = (linear(dim, dim, rngs=rngs) for _ in range(3))
-        self.head_dim, self.implementation = head_dim, implementation
+    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+        dim, self.head_dim = config.inner_dim, config.attention_head_dim
+        self.norm_q, self.norm_k = (layers.norm(self.head_dim) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (layers.linear(dim, dim, rngs) for _ in range(3))
+        self.implementation = layers.attention
+
+    def __call__(self, x: jax.Array, rope: Rope, adapter: Adapter | None) -> jax.Array:
+        return self.attend(*self.qkv(x, adapter), rope)
+
+    def qkv(self, x: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, normalised, in float32, and values: each [B, S, H, head_dim]."""
+        q, k, v = (self.heads(linear(x, adapter)) for linear in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
 
     def heads(self, x: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, H, head_dim]."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def qkv(self, x: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys, normalised, in float32, and values: each [B, S, H, head_dim]."""
-        q, k, v = (self.heads(project(x, adapter)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
-
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, rope) -> jax.Array:
-        """Rotary positions, then attention: -> [B, S, D] in the type of `v`."""
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope) -> jax.Array:
+        """Rotary positions, then attention: [B, S, D] in the type of `v`."""
         q, k = (rotate(x, rope).astype(v.dtype) for x in (q, k))
         out = attention(q, k, v, implementation=self.implementation)
         return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
-
-    def __call__(self, x: jax.Array, rope, adapter: Adapter | None) -> jax.Array:
-        return self.attend(*self.qkv(x, adapter), rope)
 
 
 class JointAttention(SelfAttention):
     """Attention of a double-stream block: image and context have their own projections and attend to both."""
 
-    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
-        super().__init__(config, linear=linear, implementation=implementation, rngs=rngs)
-        dim, head_dim = config.inner_dim, config.attention_head_dim
-        norm = partial(RMSNorm, head_dim, param_dtype=linear.keywords["param_dtype"])
-        self.norm_added_q, self.norm_added_k = norm(), norm()
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (linear(dim, dim, rngs=rngs) for _ in range(3))
-        self.to_out = nnx.Dict({"0": linear(dim, dim, rngs=rngs)})
-        self.to_add_out = linear(dim, dim, rngs=rngs)
+    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+        super().__init__(config, layers, rngs)
+        dim = config.inner_dim
+        self.norm_added_q, self.norm_added_k = (layers.norm(self.head_dim) for _ in range(2))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (layers.linear(dim, dim, rngs) for _ in range(3))
+        self.to_out = nnx.Dict({"0": layers.linear(dim, dim, rngs)})
+        self.to_add_out = layers.linear(dim, dim, rngs)
 
     def __call__(
-        self, x: jax.Array, context: jax.Array, rope, adapter: Adapter | None
+        self, x: jax.Array, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
-        q, k, v = (
-            self.heads(project(context, adapter))
-            for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        )
-        joined = zip((self.norm_added_q(q), self.norm_added_k(k), v), self.qkv(x, adapter), strict=True)
+        joined = zip(self.added_qkv(context, adapter), self.qkv(x, adapter), strict=True)
         out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope)
         length = context.shape[1]
         return self.to_out["0"](out[:, length:], adapter), self.to_add_out(out[:, :length], adapter)
+
+    def added_qkv(self, context: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`qkv` of the context."""
+        linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (self.heads(linear(context, adapter)) for linear in linears)
+        return self.norm_added_q(q), self.norm_added_k(k), v
 
 
 class DoubleBlock(nnx.Module):
     """MM-DiT block: image and context have their own weights and meet in attention."""
 
-    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
-        self.norm1, self.norm1_context = (Modulation(dim, 6, linear=linear, rngs=rngs) for _ in range(2))
-        self.attn = JointAttention(config, linear=linear, implementation=implementation, rngs=rngs)
-        self.ff, self.ff_context = (FeedForward(dim, linear=linear, rngs=rngs) for _ in range(2))
+        self.norm1, self.norm1_context = (Modulation(dim, 6, layers, rngs) for _ in range(2))
+        self.attn = JointAttention(config, layers, rngs)
+        self.ff, self.ff_context = (FeedForward(dim, layers, rngs) for _ in range(2))
 
-    def __call__(
-        self, streams: tuple[jax.Array, jax.Array], embedding: jax.Array, rope, adapter: Adapter | None
-    ):
-        """(image [B, N, D], context [B, S, D]) -> the same."""
-        modulations = [norm(embedding, adapter) for norm in (self.norm1, self.norm1_context)]
-        normed = [
-            modulate(x, shift, scale) for x, (shift, scale, *_) in zip(streams, modulations, strict=True)
-        ]
-        attended = self.attn(*normed, rope, adapter)
-        return tuple(
-            self._finish(x, out, modulation, ff, adapter)
-            for x, out, modulation, ff in zip(
-                streams, attended, modulations, (self.ff, self.ff_context), strict=True
-            )
+    def __call__(self, streams: Streams, embedding: jax.Array, rope: Rope, adapter: Adapter | None) -> Streams:
+        """(image [B, N, D], context [B, S, D]) -> the same shapes."""
+        x, context = streams
+        shift, scale, gate, *mlp = self.norm1(embedding, adapter)
+        context_shift, context_scale, context_gate, *context_mlp = self.norm1_context(embedding, adapter)
+        attended, context_attended = self.attn(
+            modulate(x, shift, scale), modulate(context, context_shift, context_scale), rope, adapter
         )
+        x = self._feed_forward(self.ff, x + gate[:, None] * attended, mlp, adapter)
+        context = context + context_gate[:, None] * context_attended
+        return x, self._feed_forward(self.ff_context, context, context_mlp, adapter)
 
     @staticmethod
-    def _finish(x, attended, modulation, ff, adapter):
-        _, _, attention_gate, shift, scale, ff_gate = modulation
-        x = x + attention_gate[:, None] * attended
-        return x + ff_gate[:, None] * ff(modulate(x, shift, scale), adapter)
+    def _feed_forward(ff: FeedForward, x: jax.Array, modulation: list[jax.Array], adapter: Adapter | None) -> jax.Array:
+        shift, scale, gate = modulation
+        return x + gate[:, None] * ff(modulate(x, shift, scale), adapter)
 
 
 class SingleBlock(nnx.Module):
-    """Parallel block: attention and MLP beside each other over context and image in one sequence."""
+    """Parallel block: attention and MLP beside each other, over context and image in one sequence."""
 
-    def __init__(self, config: FluxConfig, *, linear: Callable, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
-        self.norm = Modulation(dim, 3, linear=linear, rngs=rngs)
-        self.attn = SelfAttention(config, linear=linear, implementation=implementation, rngs=rngs)
-        self.proj_mlp = linear(dim, 4 * dim, rngs=rngs)
-        self.proj_out = linear(5 * dim, dim, rngs=rngs)
+        self.norm = Modulation(dim, 3, layers, rngs)
+        self.attn = SelfAttention(config, layers, rngs)
+        self.proj_mlp = layers.linear(dim, 4 * dim, rngs)
+        self.proj_out = layers.linear(5 * dim, dim, rngs)
 
-    def __call__(self, x: jax.Array, embedding: jax.Array, rope, adapter: Adapter | None) -> jax.Array:
-        """[B, S + N, D] -> the same."""
+    def __call__(self, x: jax.Array, embedding: jax.Array, rope: Rope, adapter: Adapter | None) -> jax.Array:
+        """[B, S + N, D] -> the same shape."""
         shift, scale, gate = self.norm(embedding, adapter)
         normed = modulate(x, shift, scale)
         mlp = jax.nn.gelu(self.proj_mlp(normed, adapter))
@@ -333,8 +312,14 @@ def stack_blocks(block: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -
 
 
 def scan_blocks(
-    blocks: nnx.Module | None, carry: Any, embedding: jax.Array, rope, adapter: Adapter | None, remat: str
-):
+    blocks: nnx.Module | None,
+    carry: Any,
+    *,
+    embedding: jax.Array,
+    rope: Rope,
+    adapter: Adapter | None,
+    remat: str,
+) -> Any:
     """Run stacked blocks on `carry`, one after another; dropout keys are folded by block number."""
     if blocks is None:
         return carry
@@ -383,22 +368,18 @@ class Flux(nnx.Module):
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat {remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
-        implementation = check_implementation(attention)
-        linear = partial(ExpertLinear, dtype=dtype, param_dtype=param_dtype)
-        blocks = {"config": config, "linear": linear, "implementation": implementation}
-        zeros = nnx.initializers.zeros
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
-
-        # float32: the embedding of t is small work, and everything is modulated by it.
-        self.time_text_embed = TimeTextEmbed(config, linear=partial(linear, dtype=jnp.float32), rngs=rngs)
-        self.context_embedder = linear(config.joint_attention_dim, config.inner_dim, rngs=rngs)
-        self.x_embedder = linear(config.in_channels, config.inner_dim, rngs=rngs)
-        self.transformer_blocks = stack_blocks(partial(DoubleBlock, **blocks), config.num_layers, rngs)
+        layers = Layers(dtype, param_dtype, check_implementation(attention))
+        # float32: the embedding of time is small work, and everything is modulated by it.
+        self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
+        self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
+        self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
+        self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, layers), config.num_layers, rngs)
         self.single_transformer_blocks = stack_blocks(
-            partial(SingleBlock, **blocks), config.num_single_layers, rngs
+            partial(SingleBlock, config, layers), config.num_single_layers, rngs
         )
-        self.norm_out = Modulation(config.inner_dim, 2, linear=linear, rngs=rngs)
-        self.proj_out = linear(config.inner_dim, config.out_channels, kernel_init=zeros, rngs=rngs)
+        self.norm_out = Modulation(config.inner_dim, 2, layers, rngs)
+        self.proj_out = layers.linear(config.inner_dim, config.out_channels, rngs, kernel_init=nnx.initializers.zeros)
         if lora is not None:
             attach_experts(self, lora, rngs)
 
@@ -433,7 +414,7 @@ class Flux(nnx.Module):
         self._check(hidden, context, pooled, grid)
         adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
         embedding = self.time_text_embed(t, guidance, pooled, adapter)
-        rope = tuple(map(jnp.asarray, rope_table(context.shape[1], grid, self.config.axes_dims_rope)))
+        rope = rope_table(context.shape[1], grid, self.config.axes_dims_rope)
         scan = partial(scan_blocks, embedding=embedding, rope=rope, adapter=adapter, remat=self.remat)
 
         streams = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)

@@ -77,17 +77,13 @@ class Adapter:
         if self.dropout_key is None or self.dropout_key.ndim == 1:
             return self
         rows = jnp.arange(batch_size)
-        return dataclasses.replace(
-            self, dropout_key=jax.vmap(jax.random.fold_in, (None, 0))(self.dropout_key, rows)
-        )
+        return dataclasses.replace(self, dropout_key=jax.vmap(jax.random.fold_in, (None, 0))(self.dropout_key, rows))
 
     def fold_in(self, data: int | jax.Array) -> "Adapter":
         """The same adapter with `data` (a block's index, a layer's number) folded into every key."""
         if self.dropout_key is None:
             return self
-        return dataclasses.replace(
-            self, dropout_key=jax.vmap(jax.random.fold_in, (0, None))(self.dropout_key, data)
-        )
+        return dataclasses.replace(self, dropout_key=jax.vmap(jax.random.fold_in, (0, None))(self.dropout_key, data))
 
 
 class ExpertLinear(nnx.Module):
@@ -160,9 +156,7 @@ def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
 def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
     """Every `ExpertLinear` of `model` by its module name, such as "transformer_blocks.attn.to_q"."""
     return {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, ExpertLinear)
+        ".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, ExpertLinear)
     }
 
 

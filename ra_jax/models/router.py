@@ -1,7 +1,7 @@
 """The router: from an image's condition to the experts' weights, and the loss that keeps experts in use.
 
-The router sees the condition only, never noise or time: gates are constant per image, and exported experts with
-these weights reproduce the model.
+The router sees the condition only, never noise or time: gates are constant per image, and exported experts
+with these weights reproduce the model.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 RING_TOKENS = 2  # how far the ring around the mask reaches
@@ -25,9 +26,10 @@ class RouterConfig:
         hidden: width of the hidden layer.
         floor: f in [0, 1/E), the least weight that `soft` leaves to an expert.
         temperature: > 0; the logits are divided by it.
-        routing: "uniform": 1/E each; "fixed": `fixed_weights`; "soft": f + (1 - E·f)·softmax(logits/temperature);
-            "topk": the `top_k` largest of "soft", scaled to sum 1, with the gradient of "soft" (straight through).
-        fixed_weights: E weights that sum to 1; "soft" and "topk" start from them, so there each exceeds `floor`.
+        routing: "uniform", 1/E each; "fixed", the `fixed_weights`; "soft", f + (1 - E·f)·softmax(logits /
+            temperature); "topk", the `top_k` largest of "soft", scaled to sum 1, with the gradient of "soft"
+            (straight through).
+        fixed_weights: E weights that sum to 1; "soft" and "topk" start from them, and there each exceeds f.
         top_k: experts that "topk" keeps, 1 to E.
 
     Raises:
@@ -48,26 +50,20 @@ class RouterConfig:
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing {self.routing!r} is unknown: expected one of {', '.join(ROUTINGS)}.")
         if experts < 1 or self.hidden < 1:
-            raise ValueError(
-                f"num_experts is {experts} and hidden {self.hidden}: expected 1 or more of each."
-            )
+            raise ValueError(f"num_experts is {experts} and hidden {self.hidden}: expected 1 or more of each.")
         if self.floor < 0 or experts * self.floor >= 1:
-            raise ValueError(
-                f"router floor {self.floor} for {experts} experts: expected 0 to below {1 / experts:g}."
-            )
+            raise ValueError(f"router floor {self.floor} for {experts} experts: expected 0 to below {1 / experts:g}.")
         if self.temperature <= 0:
             raise ValueError(f"routing_temperature is {self.temperature}: expected a number above 0.")
         if not 1 <= self.top_k <= experts:
             raise ValueError(f"top_k is {self.top_k}: expected 1 to num_experts, {experts}.")
         if len(weights) != experts:
-            raise ValueError(
-                f"fixed_expert_weights has {len(weights)} values: expected {experts}, one per expert."
-            )
+            raise ValueError(f"fixed_expert_weights has {len(weights)} values: expected {experts}, one per expert.")
         if min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise ValueError(f"fixed_expert_weights {weights}: expected weights from 0 to 1 that sum to 1.")
         if self.routing in ("soft", "topk") and min(weights) <= self.floor:
             raise ValueError(
-                f"fixed_expert_weights {weights}: {self.routing} routing starts from them, so each has to exceed "
+                f"fixed_expert_weights {weights}: {self.routing} routing starts from them, so each must exceed "
                 f"the router's floor, {self.floor}; give larger weights, a lower floor or --routing fixed."
             )
 
@@ -75,21 +71,24 @@ class RouterConfig:
 class Router(nnx.Module):
     """MLP from `router_features` to gates [B, E], float32; each row sums to 1.
 
-    The last layer's kernel is zero and its bias log((w_fixed - f)/(1 - E·f)), so that "soft" gates begin at the
-    fixed weights for every image.
+    The last layer's kernel is zero and its bias temperature·log((w_fixed - f)/(1 - E·f)), so that "soft" gates
+    begin at the fixed weights for every image.
     """
 
     def __init__(self, config: RouterConfig, latent_channels: int, rngs: nnx.Rngs):
         """`latent_channels`: features of a packed latent token, 4C."""
         self.config = config
         self.hidden = nnx.Linear(feature_count(latent_channels), config.hidden, rngs=rngs)
-        self.logits = nnx.Linear(
-            config.hidden, config.num_experts, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
         # A weight at the floor has no finite logit; only routings that do not read the logits allow it.
-        above_floor = jnp.maximum(jnp.asarray(config.fixed_weights) - config.floor, GATE_EPS)
-        start = jnp.log(above_floor / (1 - config.num_experts * config.floor))
-        self.logits.bias[...] = config.temperature * start
+        above_floor = np.maximum(np.asarray(config.fixed_weights) - config.floor, GATE_EPS)
+        start = config.temperature * np.log(above_floor / (1 - config.num_experts * config.floor))
+        self.logits = nnx.Linear(
+            config.hidden,
+            config.num_experts,
+            kernel_init=nnx.initializers.zeros,
+            bias_init=nnx.initializers.constant(start),
+            rngs=rngs,
+        )
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """features [B, F] -> gates [B, E] by `config.routing`; uniform and fixed gates have no gradient."""
@@ -140,9 +139,9 @@ def router_features(
 ) -> jax.Array:
     """What the router sees of a condition.
 
-    Per latent feature the mean and the standard deviation over a ring of two tokens around the mask, then over
-    the tokens beyond the ring (0 where a region is empty); √(the mask's fraction of the panel); the complexity of
-    its edge, perimeter / (4·√(tokens in the mask)), 1 for a square of whole tokens.
+    Per latent feature the mean and the standard deviation over a ring of two tokens around the mask, then
+    over the tokens beyond the ring (0 where a region is empty); √(the mask's fraction of the panel); the
+    complexity of its edge, perimeter / (4·√(tokens in the mask)), 1 for a square of whole tokens.
 
     Args:
         masked_latents: [B, N, 4C] packed, standardised latents of the masked image.
@@ -158,9 +157,7 @@ def router_features(
     """
     batch, tokens, channels = masked_latents.shape
     if tokens != grid[0] * grid[1]:
-        raise ValueError(
-            f"masked_latents has {tokens} tokens: expected {grid[0] * grid[1]} for token grid {grid}."
-        )
+        raise ValueError(f"masked_latents has {tokens} tokens: expected {grid[0] * grid[1]} for token grid {grid}.")
     latents = masked_latents.astype(jnp.float32).reshape(batch, *grid, channels)[:, :, panel_columns]
     mask = token_mask.astype(jnp.float32).reshape(batch, *grid)[:, :, panel_columns]
 
@@ -200,13 +197,13 @@ def diversity_loss(
 
         m̂ = sg(β·m + (1 - β)·m_b) + (m_b - sg(m_b))
 
-    with m_b the batch's mean gate and m its running mean: the value of the running mean, the whole gradient of
-    the batch's. Mixing without the straight-through form scales the gradient of balance by 1 - β, and the router
-    collapses to one expert.
+    with m_b the batch's mean gate and m its running mean: the value of the running mean, the whole gradient
+    of the batch's. Mixing without the straight-through form scales the gradient of balance by 1 - β, and the
+    router collapses to one expert.
 
     Args:
-        gates: [B, E], rows that sum to 1. With "topk" give `Router.probabilities`: a hard gate's entropy is 0,
-            whatever the router does.
+        gates: [B, E], rows that sum to 1. With "topk" give `Router.probabilities`: the entropy of a hard gate
+            is 0, whatever the router does.
         weights: [B] >= 0, weight of each row, such that members of one condition together count once.
         running_mean: [E], m.
         decay: β in [0, 1).
