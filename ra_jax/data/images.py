@@ -63,12 +63,17 @@ def probe_photo(path: Path) -> Size:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """[h, w] bool, True = remove: luminance (transparent = black) above 127; raises one of `UNREADABLE`."""
+    """[h, w] bool, True = remove: `read_soft_mask` above 127; raises one of `UNREADABLE`."""
+    return read_soft_mask(path) > MASK_THRESHOLD
+
+
+def read_soft_mask(path: Path) -> np.ndarray:
+    """[h, w] uint8: luminance, black where transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         upright = _over(upright, "black")
-    return np.asarray(upright.convert("L")) > MASK_THRESHOLD
+    return np.asarray(upright.convert("L"))
 
 
 def read_photo(path: Path) -> Image.Image:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ra_jax.data.errors import DataError, Fault
-from ra_jax.data.formats import Entry, read_entries
+from ra_jax.data.formats import Entry, RawData, read_entries
 from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Size, probe_photo, read_mask
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
 
-__all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_records", "load_records", "scene_ids"]
+__all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_entries", "check_records", "load_records", "scene_ids"]
 
 FIELDS = ("ref", "src", "mask", "result", "scores", "id", "split", "annotator", "source")
 IMAGE_FIELDS = ("src", "mask", "ref", "result")
@@ -99,7 +99,19 @@ def check_records(
     Raises:
         DataError: no file, or a form that is not read.
     """
-    raw = read_entries(path)
+    return check_entries(
+        read_entries(path), need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
+    )
+
+
+def check_entries(
+    raw: RawData,
+    *,
+    need_result: bool = True,
+    use_human_scores: bool = False,
+    score_format: ScoreFormat = "dict",
+) -> tuple[list[Record], list[Fault]]:
+    """As `check_records`, of entries that need not come from a data file."""
     faults = list(raw.faults)
     if not raw.entries and not faults:
         return [], [Fault("no records: expected at least one")]
