@@ -1,0 +1,181 @@
+"""FLUX.1-Fill with experts, as pure functions of arrays.
+
+`FillModel` is the static half (graph definitions and sizes; hashable, closed over by compiled functions); the arrays
+are two pytrees beside it:
+
+    trainable  {"flux": LoRA parameters (or the whole transformer), "router": router parameters}
+    frozen     {"flux": the rest of the transformer, "vae": …, "redux": …}
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ra_jax.models.conditioning import Condition, context_tokens, pack, pack_mask, token_mask, unpack
+from ra_jax.models.flux import Flux
+from ra_jax.models.lora import Adapter
+from ra_jax.models.router import Router, router_features
+from ra_jax.models.siglip import Redux
+from ra_jax.models.vae import AutoencoderKL
+
+Weights = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FillModel:
+    """What to call on the weights. `redux` is None without image tokens, `router` without experts."""
+
+    flux: nnx.GraphDef = field(repr=False)
+    vae: nnx.GraphDef = field(repr=False)
+    redux: nnx.GraphDef | None = field(repr=False)
+    router: nnx.GraphDef | None = field(repr=False)
+    factor: int
+    latent_features: int
+    joint_dim: int
+    pooled_dim: int
+    text_tokens: int
+    num_experts: int
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of an image must be divisible by this many pixels: 2f."""
+        return 2 * self.factor
+
+    def encode(self, frozen: Weights, image: jax.Array) -> jax.Array:
+        """Packed clean latents [B, N, 4C], float32, of an image [B, H, W, 3] in [0, 1]: the VAE's mean, standardised."""
+        vae = nnx.merge(self.vae, frozen["vae"])
+        mean, _ = vae.encode(2.0 * image - 1.0)
+        return pack(vae.normalise(mean).astype(jnp.float32))
+
+    def decode(self, frozen: Weights, latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Image [B, H, W, 3] in [0, 1], not clipped, of packed latents [B, N, 4C]."""
+        vae = nnx.merge(self.vae, frozen["vae"])
+        return (vae.decode(vae.denormalise(unpack(latents, grid))).astype(jnp.float32) + 1.0) / 2.0
+
+    def image_tokens(self, frozen: Weights, pixels: jax.Array) -> jax.Array:
+        """Redux tokens [B, T, joint_dim] of preprocessed pixels [B, s, s, 3]."""
+        return nnx.merge(self.redux, frozen["redux"])(pixels)
+
+    def condition(
+        self,
+        frozen: Weights,
+        image: jax.Array,
+        mask: jax.Array,
+        *,
+        image_tokens: jax.Array | None = None,
+        text: jax.Array | None = None,
+        masked_latents: jax.Array | None = None,
+    ) -> Condition:
+        """The condition of filling `mask` [B, H, W] (1 = fill) in `image` [B, H, W, 3] in [0, 1].
+
+        The network sees the image with the masked pixels at 0 of [−1, 1] (grey), as FluxFillPipeline shows it.
+        `masked_latents` [B, N, 4C] replaces their encoding; `text` [B, S, joint_dim] replaces the empty prompt.
+        """
+        b, height, width, _ = image.shape
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"image of {height}x{width} pixels: both sides must be multiples of {self.multiple} "
+                "(twice the VAE's factor); resize or pad it"
+            )
+        if masked_latents is None:
+            masked_latents = self.encode(frozen, 0.5 + (image - 0.5) * (1.0 - mask[..., None]))
+        fill = jnp.concatenate([masked_latents, pack_mask(mask, self.factor)], axis=-1)
+        context = context_tokens(
+            image_tokens, batch=b, text_tokens=self.text_tokens, joint_dim=self.joint_dim, text=text
+        )
+        pooled = jnp.zeros((b, self.pooled_dim), jnp.float32)
+        return Condition(fill, context, pooled, (height // self.multiple, width // self.multiple))
+
+    def gates(
+        self, trainable: Weights, condition: Condition, *, panel: slice | None = None
+    ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+        """The router's gates [B, E], and the soft gates behind them that balance is kept by; (None, None) without experts.
+
+        The router looks at the token columns of `panel`: the right half, a diptych's photo, where none is given.
+        The two differ only with `topk` routing.
+        """
+        if self.router is None:
+            return None, None
+        columns = condition.grid[1]
+        features = router_features(
+            condition.fill[..., : self.latent_features],
+            token_mask(condition.fill, self.latent_features),
+            condition.grid,
+            panel_columns=slice(columns // 2, columns) if panel is None else panel,
+        )
+        router = nnx.merge(self.router, trainable["router"])
+        gates = router(features)
+        return gates, router.probabilities(features) if router.config.routing == "topk" else gates
+
+    def velocity(
+        self,
+        trainable: Weights,
+        frozen: Weights,
+        latents: jax.Array,
+        t: jax.Array,
+        condition: Condition,
+        *,
+        gates: jax.Array | None,
+        guidance_scale: float,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """v_θ(x_t, t, c) [B, N, 4C] in float32; t [B] in (0, 1]. Without gates the experts are off."""
+        flux = nnx.merge(self.flux, trainable["flux"], frozen["flux"])
+        return flux(
+            jnp.concatenate([latents, condition.fill], axis=-1),
+            condition.context,
+            condition.pooled,
+            t,
+            jnp.full(t.shape, guidance_scale, jnp.float32),
+            grid=condition.grid,
+            adapter=None if gates is None else Adapter(gates, dropout_key),
+        ).astype(jnp.float32)
+
+
+def assemble(
+    flux: Flux,
+    vae: AutoencoderKL,
+    redux: Redux | None,
+    router: Router | None,
+    *,
+    text_tokens: int,
+    train_base: bool = False,
+) -> tuple[FillModel, Weights, Weights]:
+    """Split modules into (model, trainable, frozen): trainable are experts and router, or the whole transformer.
+
+    Raises ValueError where transformer and VAE do not belong together.
+    """
+    trained = nnx.Param if train_base else nnx.LoRAParam
+    flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trained, ...)
+    vae_graph, vae_state = nnx.split(vae)
+    trainable, frozen = {"flux": flux_trainable}, {"flux": flux_frozen, "vae": vae_state}
+    redux_graph = router_graph = None
+    if redux is not None:
+        redux_graph, frozen["redux"] = nnx.split(redux)
+    if router is not None:
+        router_graph, trainable["router"] = nnx.split(router)
+    config = flux.config
+    channels = vae.config.latent_channels
+    expected = 8 * channels + 4 * vae.config.factor**2
+    if config.in_channels != expected or config.out_channels != 4 * channels:
+        raise ValueError(
+            f"the transformer takes {config.in_channels} channels and gives {config.out_channels}, but a Fill model on "
+            f"this VAE ({channels} latent channels, factor {vae.config.factor}) takes {expected} and gives "
+            f"{4 * channels}: use a FLUX.1-Fill transformer and the VAE from one folder"
+        )
+    model = FillModel(
+        flux=flux_graph,
+        vae=vae_graph,
+        redux=redux_graph,
+        router=router_graph,
+        factor=vae.config.factor,
+        latent_features=4 * channels,
+        joint_dim=config.joint_attention_dim,
+        pooled_dim=config.pooled_projection_dim,
+        text_tokens=text_tokens,
+        num_experts=0 if router is None else router.config.num_experts,
+    )
+    return model, trainable, frozen

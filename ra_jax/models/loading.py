@@ -1,0 +1,82 @@
+"""A FillModel with its weights from diffusers' folders: transformer, VAE, Redux, fresh experts and router."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from PIL import Image
+
+from ra_jax.models.fill_model import FillModel, Weights, assemble
+from ra_jax.models.flux import FluxConfig
+from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.router import Router, RouterConfig
+from ra_jax.models.siglip import preprocess
+from ra_jax.models.weights import fingerprint, load_flux, load_redux, load_vae, resolve
+
+FILL_PARTS = ("transformer", "vae", "scheduler")
+REDUX_PARTS = ("image_encoder", "image_embedder", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its weights. folder: the Fill folder on disk; preprocess: a reference picture -> Redux pixels
+    [s, s, 3], None without Redux; image_tokens: Redux tokens an image; fingerprint: of the base's files."""
+
+    model: FillModel
+    trainable: Weights
+    frozen: Weights
+    flux_config: FluxConfig
+    folder: Path
+    preprocess: Callable[[Image.Image], np.ndarray] | None
+    image_tokens: int
+    fingerprint: str
+
+
+def load_fill_model(
+    fill: str,
+    redux: str | None,
+    *,
+    lora: LoRAConfig | None,
+    router: RouterConfig | None,
+    dtype: DTypeLike = jnp.float32,
+    text_tokens: int = 512,
+    remat: str = "none",
+    train_base: bool = False,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
+
+    The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); matmuls run in `dtype`; the
+    VAE stays float32. Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
+    Raises WeightError for weights that cannot be had or do not fit.
+    """
+    folder = resolve(fill, FILL_PARTS)
+    rngs = nnx.Rngs(seed)
+    flux = load_flux(
+        folder,
+        dtype=dtype,
+        param_dtype=jnp.float32 if train_base else dtype,
+        lora=lora,
+        remat=remat,
+        rngs=rngs,
+    )
+    vae = load_vae(folder)
+    redux_folder = None if redux is None else resolve(redux, REDUX_PARTS)
+    embedder = None if redux_folder is None else load_redux(redux_folder, dtype=dtype, param_dtype=dtype)
+    experts = None if router is None else Router(router, 4 * vae.config.latent_channels, rngs)
+    model, trainable, frozen = assemble(flux, vae, embedder, experts, text_tokens=text_tokens, train_base=train_base)
+    return LoadedModel(
+        model=model,
+        trainable=trainable,
+        frozen=jax.device_put(frozen),
+        flux_config=flux.config,
+        folder=folder,
+        preprocess=None if redux_folder is None else preprocess(redux_folder),
+        image_tokens=0 if embedder is None else embedder.vision.config.num_tokens,
+        fingerprint=fingerprint(folder) if redux_folder is None else fingerprint(folder) + fingerprint(redux_folder),
+    )

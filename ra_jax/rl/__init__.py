@@ -1,0 +1,1 @@
+"""Reinforcement from scores, as pure functions of arrays: advantages, policy estimators, losses."""

@@ -1,0 +1,84 @@
+"""Advantages of human-scored records, and the weights with which they are imitated.
+
+Both are computed once over the data set, in NumPy, before training: a group is all the records of one scene.
+"""
+
+import numpy as np
+
+from ra_jax.rl.rewards import total_reward
+
+STD_FLOOR = 0.02
+ADVANTAGE_LIMIT = 5.0
+DEAD_GROUP_STD = 1e-3
+
+BASE_LOSS_WEIGHTINGS = ("none", "score", "softmax", "best")
+
+
+def _group_sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    sums = np.zeros((groups.max() + 1, *values.shape[1:]))
+    np.add.at(sums, groups, values)
+    return sums
+
+
+def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Each record's group mean; values [R, ...], groups [R] in 0…G−1 -> [R, ...]."""
+    counts = np.bincount(groups).reshape(-1, *[1] * (values.ndim - 1))
+    return (_group_sums(values, groups) / counts)[groups]
+
+
+def dead_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Records [R] of groups of at least two whose total rewards have std < 1e-3: they say nothing."""
+    variance = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
+    return (np.sqrt(variance) < DEAD_GROUP_STD) & (np.bincount(groups)[groups] > 1)
+
+
+def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndarray:
+    """Advantage of every record of a scored data set (GRPO, Shao et al. 2402.03300, per score), [R] float32.
+
+        A = Σ_i w_i · clip((s_i − mean_group s_i) / max(σ_i, 0.02), ±5)
+
+    scores [R, 3] in [0, 1]; groups [R] scene numbers in 0…G−1; weights [3]. σ_i is the *pooled within-group* standard
+    deviation over the data set, with the degrees of freedom that the groups' means leave: a group of two or four says
+    too little about its own. A scene with a single record is centred on the data set's mean. Groups whose total reward
+    does not vary (`dead_groups`) get 0.
+    """
+    scores = np.asarray(scores, np.float64)
+    single = np.bincount(groups)[groups] == 1
+    residual = scores - group_means(scores, groups)
+    freedom = len(groups) - len(np.unique(groups))
+    pooled = np.sqrt((residual**2).sum(0) / freedom) if freedom else scores.std(0)
+    centred = np.where(single[:, None], scores - scores.mean(0), residual)
+    standard = np.clip(centred / np.maximum(pooled, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    advantages = standard @ np.asarray(weights, np.float64)
+    return np.where(dead_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
+
+
+def imitation_weights(
+    rewards: np.ndarray, groups: np.ndarray, kind: str, *, limit: float = 1.0, temperature: float = 0.05
+) -> np.ndarray:
+    """Weight of each record in the base loss, [R] float32, with mean 1 over the data set.
+
+    none: 1. score: the reward mapped from [−limit, limit] to [0, 1]. softmax: exp(R/temperature), normalised in each
+    group. best: the best record of each group only (the first of equals).
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if kind == "none":
+        weights = np.ones_like(rewards)
+    elif kind == "score":
+        weights = (rewards / limit + 1.0) / 2.0
+    elif kind == "softmax":
+        exponent = np.exp((rewards - rewards.max()) / temperature)
+        weights = exponent / _group_sums(exponent, groups)[groups]
+    elif kind == "best":
+        order = np.lexsort((np.arange(len(rewards)), -rewards))
+        _, first = np.unique(groups[order], return_index=True)
+        weights = np.zeros_like(rewards)
+        weights[order[first]] = 1.0
+    else:
+        raise ValueError(f"base_loss_weighting={kind!r}: expected one of {', '.join(BASE_LOSS_WEIGHTINGS)}")
+    if not weights.any():
+        raise ValueError(
+            f"base_loss_weighting={kind!r} gives every record weight 0, since all rewards are at their minimum: "
+            "check the scores, or use --base_loss_weighting none"
+        )
+    return (weights / weights.mean()).astype(np.float32)

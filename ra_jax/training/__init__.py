@@ -1,0 +1,1 @@
+"""The training run: state, one compiled step, the loop around it, checkpoints, metrics and previews."""

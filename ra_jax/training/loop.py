@@ -1,0 +1,149 @@
+"""The loop around the compiled step: batches in; metrics, checkpoints, previews and curves out."""
+
+import logging
+import math
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ra_jax.config import TrainConfig, to_flat_dict
+from ra_jax.training.checkpoints import Checkpoints
+from ra_jax.training.metrics import open_trackers, summarise
+from ra_jax.training.report import plot_curves
+from ra_jax.training.setup import Setup, set_up, step_tflops
+from ra_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", "velocity_norm_ratio", "step_time")
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as `config` says; returns the output folder, with checkpoints, metrics.jsonl, previews and curves.png.
+
+    Raises what `set_up` raises, and FloatingPointError where the loss is not finite (no checkpoint is written then).
+    SIGTERM ends the run after the step in progress with a checkpoint and exit status 143.
+    """
+    setup = set_up(config)
+    checkpoints = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
+    recorder = Recorder(config, setup)
+    try:
+        run_steps(config, setup, recorder, checkpoints)
+    finally:
+        checkpoints.close()
+        recorder.close()
+    log.info("curves: %s", plot_curves(setup.output))
+    return setup.output
+
+
+def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: Checkpoints) -> None:
+    """Every step from `first_step` on, with what is due after each."""
+    state, step, total = setup.state, setup.compiled_step(), setup.total_steps
+    interval = config.run.checkpointing_steps or total
+    if setup.first_step == 0:
+        draw_preview(setup, state, 0)
+    batches = setup.loader.iterate(setup.first_step)
+    with sigterm_noted() as stop:
+        for done in range(setup.first_step + 1, total + 1):
+            batch = next(batches)
+            state, metrics = step(state, setup.loaded.frozen, batch)
+            recorder.add(done, metrics, batch)
+            last = done == total or stop.is_set
+            if last or done % interval == 0 or recorder.due(done):
+                recorder.flush(done)
+            if last or done % interval == 0:
+                checkpoints.save(done, state, position=done, config=to_flat_dict(config), base=setup.loaded.fingerprint)
+            if stop.is_set:
+                raise SystemExit(128 + signal.SIGTERM)
+            if last or due(done, config.logging.validation_steps):
+                draw_preview(setup, state, done)
+                recorder.restart_clock()
+
+
+def due(done: int, interval: int) -> bool:
+    return interval > 0 and done % interval == 0
+
+
+def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
+    """A preview by the averaged weights, where there are any."""
+    if setup.previews is not None:
+        weights = state.trainable if state.ema is None else state.ema
+        log.info("preview: %s", setup.previews.draw(step, weights, setup.loaded.frozen))
+
+
+class Recorder:
+    """Collects the steps' metrics on the device and, when due, writes one row for them to every tracker.
+
+    Metrics are fetched only when a row is due, so that the device is never waited for in between.
+    """
+
+    def __init__(self, config: TrainConfig, setup: Setup):
+        self._config, self._setup = config, setup
+        self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step)
+        self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True)
+        self._pending: list[dict[str, jax.Array]] = []
+        self._images = self._tflops = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._since = time.perf_counter()
+
+    def add(self, done: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+        self._pending.append(metrics)
+        self._images += len(batch["record_id"])
+        self._tflops += step_tflops(self._config, self._setup.loaded, batch)
+
+    def due(self, done: int) -> bool:
+        """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""
+        return done == self._setup.first_step + 1 or done % self._config.logging.log_freq == 0
+
+    def flush(self, done: int) -> None:
+        """Write the row of the steps since the last one. Raises FloatingPointError if the loss is not finite."""
+        row = summarise(jax.device_get(self._pending))
+        seconds = time.perf_counter() - self._since
+        row |= {
+            "lr": float(self._setup.learning_rate(done - 1)),
+            "step_time": seconds / len(self._pending),
+            "images_per_second": self._images / seconds,
+            "tflops_per_second_per_device": self._tflops / seconds / jax.device_count(),
+        }
+        for tracker in self._trackers:
+            tracker.write(done, row)
+        self._bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row}, refresh=False)
+        self._bar.update(done - self._bar.n)
+        self._pending, self._images, self._tflops = [], 0.0, 0.0
+        self.restart_clock()
+        if not math.isfinite(row["train_loss"]):
+            raise FloatingPointError(
+                f"train_loss is {row['train_loss']} at step {done}: lower --learning_rate or --policy_loss_weight, check "
+                "--max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class _Stop:
+    is_set = False
+
+
+@contextmanager
+def sigterm_noted():
+    """Within, SIGTERM only sets `is_set` of the value yielded, so that the step in progress can end."""
+    stop = _Stop()
+
+    def note(*_):
+        stop.is_set = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,99 @@
+"""Optax optimizers and learning-rate schedules by name. Steps count updates."""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon, prodigy
+
+from ra_jax.config import OptimizationConfig
+
+MATRICES = ("kernel", "lora_a", "lora_b")
+
+
+def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up (all but `constant`), then the named decay to 0 at `total_steps`."""
+    if config.lr_scheduler == "constant":
+        return optax.constant_schedule(peak)
+    warmup, rest = config.lr_warmup_steps, max(total_steps - config.lr_warmup_steps, 1)
+    after = {
+        "constant_with_warmup": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.lr_power, rest),
+    }[config.lr_scheduler]()
+    # The first step already learns: the warm-up runs from peak/(warmup + 1).
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def _names(params):
+    """The leaf's own name (kernel, bias, lora_a, …) in place of every leaf."""
+
+    def name(path, _):
+        keys = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+        return next(key for key in reversed(keys) if key not in ("value", ""))
+
+    return jax.tree_util.tree_map_with_path(name, params)
+
+
+def decayed(params):
+    """True for the leaves that weight decay applies to: matrices, not biases, norms or scales."""
+    return jax.tree.map(lambda name: name in MATRICES, _names(params))
+
+
+def muon_dimensions(params):
+    """Which leaves Muon orthogonalises: every matrix, also those stacked on leading axes; None = left to Adam.
+
+    Without this Optax hands stacked [L, in, out] leaves to Adam, and takes stacked biases [L, out] for matrices.
+    """
+
+    def dimensions(name, leaf):
+        if name not in MATRICES:
+            return None
+        return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+    return jax.tree.map(dimensions, _names(params), params)
+
+
+def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
+    match config.optimizer:
+        case "adamw":
+            return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=decayed)
+        case "adafactor":
+            # Optax applies its decay undivided by the learning rate: scaled here to mean what it means for AdamW.
+            return optax.chain(
+                optax.adafactor(None, multiply_by_parameter_scale=False),
+                # adafactor without a learning rate returns descent directions; decay pulls the same way.
+                optax.add_decayed_weights(-decay, mask=decayed),
+                optax.scale_by_schedule(schedule),
+            )
+        case "muon":
+            return muon(
+                schedule,
+                beta=b1,
+                weight_decay=decay,
+                weight_decay_mask=decayed,
+                adam_b1=b1,
+                adam_b2=b2,
+                muon_weight_dimension_numbers=muon_dimensions,
+                consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
+            )
+        case "prodigy":
+            return prodigy(schedule, (b1, b2), eps=eps, weight_decay=decay)
+    raise ValueError(f"optimizer={config.optimizer!r}: expected adamw, adafactor, muon or prodigy")
+
+
+def build_optimizer(
+    config: OptimizationConfig, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a {"flux": …, "router": …} tree, and the learning rate by step that metrics report.
+
+    Gradients are first scaled to a global norm of at most `max_grad_norm`; the router may have its own learning rate.
+    """
+    schedule = learning_rate(config, config.learning_rate, total_steps)
+    update = _by_name(config, schedule)
+    if config.router_learning_rate is not None:
+        router = _by_name(config, learning_rate(config, config.router_learning_rate, total_steps))
+        groups = {"flux": update, "router": router}
+        update = optax.partition(groups, lambda params: {name: name for name in params})
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update), schedule

@@ -1,0 +1,74 @@
+"""Previews: source | mask | result | ground truth, one row a scene, the same scenes and noise all through a run."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ra_jax.data.loader import Loader
+from ra_jax.data.records import Record, scene_ids
+from ra_jax.inference.sampling import initial_noise
+from ra_jax.models.fill_model import FillModel
+from ra_jax.rl.rewards import total_reward
+from ra_jax.training.state import keys_for, stream
+
+MARGIN = 4  # pixels between panels
+
+
+def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
+    """`count` scenes spread over the data; of each its best record, whose result stands for the ground truth."""
+    scenes = scene_ids(records)
+    distinct = np.unique(scenes)
+
+    def quality(i: int) -> float:
+        return 0.0 if records[i].scores is None else float(total_reward(np.asarray(records[i].scores), reward_weights))
+
+    chosen = distinct[np.linspace(0, len(distinct) - 1, min(count, len(distinct))).astype(int)]
+    return [records[max(np.flatnonzero(scenes == scene), key=quality)] for scene in chosen]
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """Rows of panels [h, w, 3] uint8, of any sizes, on white."""
+    heights = [max(panel.shape[0] for panel in row) for row in rows]
+    widths = [max(panel.shape[1] for panel in column) for column in zip(*rows, strict=True)]
+    size = (sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(heights) + 1))
+    sheet = Image.new("RGB", size, "white")
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = MARGIN
+        for panel, width in zip(row, widths, strict=True):
+            sheet.paste(Image.fromarray(panel), (left, top))
+            left += width + MARGIN
+        top += height + MARGIN
+    return sheet
+
+
+class Previews:
+    """Draws `previews/step_<n>.png` in the run's folder.
+
+    remove: `inference.sampling.make_remover`'s function; loader: yields each preview scene once an epoch.
+    """
+
+    def __init__(self, output_dir: Path, model: FillModel, remove: Callable, loader: Loader, seed: int):
+        self.folder = output_dir / "previews"
+        self._model, self._remove, self._key = model, remove, stream(seed, "previews")
+        self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
+
+    def draw(self, step: int, trainable, frozen) -> Path:
+        """Sample every preview scene with these weights and write the sheet; returns its path."""
+        rows = []
+        for batch in self._batches:
+            panels = {name: batch[name] for name in ("source", "reference", "mask", "redux_pixels") if name in batch}
+            keys = keys_for(self._key, batch["record_id"])
+            noise = initial_noise(self._model, keys, *batch["mask"].shape[1:])
+            images, _ = self._remove(trainable, frozen, panels, noise)
+            images = np.asarray(jax.device_get(images) * 255.0 + 0.5, np.uint8)
+            masks = np.repeat(batch["mask"][..., None] * np.uint8(255), 3, -1)
+            rows += zip(batch["source"], masks, images, batch["result"], strict=True)
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step_{step:06d}.png"
+        contact_sheet(rows).save(path)
+        return path

@@ -1,0 +1,285 @@
+"""From a configuration to everything a run needs; whatever can be refused is refused here, cheapest first."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ra_jax.config import ConfigError, TrainConfig, to_toml
+from ra_jax.data.loader import Loader, parse_buckets
+from ra_jax.data.records import Record, load_records, scene_ids
+from ra_jax.flow.schedule import FlowSchedule
+from ra_jax.inference.sampling import make_remover
+from ra_jax.models.loading import LoadedModel, load_fill_model
+from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.router import RouterConfig
+from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
+from ra_jax.rl.rewards import total_reward
+from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, read_about, restore
+from ra_jax.training.metrics import forward_flops, step_flops
+from ra_jax.training.objective import Objective, ObjectiveSettings
+from ra_jax.training.optimizers import build_optimizer
+from ra_jax.training.previews import Previews, preview_records
+from ra_jax.training.state import TrainState, init_state
+from ra_jax.training.step import StepSettings, make_train_step
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.toml"
+INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the loop runs. `first_step` > 0 when resumed; `step_tflop` is one step's model TFLOPs for a batch."""
+
+    output: Path
+    loaded: LoadedModel
+    loader: Loader
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    step_settings: StepSettings
+    state: TrainState
+    first_step: int
+    total_steps: int
+    previews: Previews | None
+
+    def compiled_step(self):
+        """`train_step`, jitted, with the state donated; it compiles once a bucket."""
+        return jax.jit(make_train_step(self.objective, self.optimizer, self.step_settings), donate_argnums=0)
+
+
+def set_up(config: TrainConfig) -> Setup:
+    """Check the output folder and the data, then load the model, then claim the folder.
+
+    Raises ConfigError, DataError, WeightError or CheckpointError, each with what was given, expected and to be done.
+    """
+    output = Path(config.run.output_dir)
+    resume_from = checkpoint_to_resume(config, output)
+    human = config.mode == "human"
+    records = load_records(config.data.train_json_path, use_human_scores=human, score_format=config.data.score_format)
+    buckets = parse_buckets(config.data.aspect_ratio_buckets)
+    loaded = load_model(config)
+    schedule = FlowSchedule.from_folder(loaded.folder)
+    loader = Loader(
+        records,
+        batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
+        buckets=buckets,
+        seed=config.run.seed,
+        multiple=loaded.model.multiple,
+        augment_masks=config.data.mask_augmentation,
+        preprocess_reference=loaded.preprocess,
+        extras=record_values(config, records),
+        workers=config.data.data_workers,
+    )
+    total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
+    optimizer, learning_rate = build_optimizer(config.optimization, total_steps)
+    state = init_state(
+        loaded.trainable,
+        optimizer,
+        num_experts=loaded.model.num_experts,
+        temperature=initial_temperature(config),
+        with_snapshot=config.uses_policy,
+        with_ema=config.optimization.ema_decay > 0,
+    )
+    first_step = 0
+    if resume_from is not None:
+        state, first_step = resumed(resume_from, state, loaded.fingerprint)
+    claim_output_dir(config, output, keep=resume_from is not None)
+    return Setup(
+        output=output,
+        loaded=loaded,
+        loader=loader,
+        objective=Objective(loaded.model, schedule, objective_settings(config)),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        step_settings=step_settings(config),
+        state=state,
+        first_step=first_step,
+        total_steps=total_steps,
+        previews=make_previews(config, output, records, loaded, schedule),
+    )
+
+
+def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run.
+
+    `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
+    """
+    where = config.run.resume_from_checkpoint
+    if where is not None and where != "latest":
+        return find_checkpoint(where)
+    holds_run = (output / CONFIG_FILE).exists()
+    if where == "latest":
+        try:
+            return find_checkpoint(output)
+        except CheckpointError:
+            log.warning("--resume_from_checkpoint latest: %s holds no checkpoint yet, starting at step 0", output)
+            return None
+    if holds_run and not config.run.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir {output} already holds a run: expected a new folder; go on with it by "
+            "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or choose another --output_dir"
+        )
+    return None
+
+
+def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
+    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run is deleted."""
+    if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+
+
+def load_model(config: TrainConfig) -> LoadedModel:
+    """The base with fresh experts and router, or without them where the whole transformer is trained."""
+    experts = config.experts
+    lora = router = None
+    if experts.use_lora:
+        target = {} if experts.target_modules is None else {"target_modules": experts.target_modules}
+        lora = LoRAConfig(experts.num_experts, experts.lora_rank, experts.lora_alpha, experts.lora_dropout, **target)
+        router = RouterConfig(
+            num_experts=experts.num_experts,
+            floor=experts.router_floor,
+            temperature=experts.routing_temperature,
+            routing=experts.routing,
+            fixed_weights=experts.weights,
+        )
+    return load_fill_model(
+        config.model.pretrained_model_name_or_path,
+        config.model.pretrained_redux_model_name_or_path,
+        lora=lora,
+        router=router,
+        dtype=jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
+        text_tokens=config.model.max_sequence_length,
+        remat=config.model.gradient_checkpointing,
+        train_base=not experts.use_lora,
+        seed=config.run.seed,
+    )
+
+
+def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
+    if config.mode == "standard":
+        return {"imitation_weight": np.ones(len(records), np.float32)}
+    scenes = scene_ids(records)
+    weights = config.grpo.reward_weights
+    scores = np.asarray([record.scores for record in records], np.float32)
+    rewards = total_reward(scores, weights).astype(np.float32)
+    values = {
+        "imitation_weight": imitation_weights(
+            rewards,
+            scenes,
+            config.base_loss_weighting,
+            limit=sum(weights),
+            temperature=config.losses.base_loss_softmax_temperature,
+        )
+    }
+    if config.grpo.enable_grpo_rewards:
+        spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
+        values |= {
+            "scores": scores,
+            "reward": rewards,
+            "advantage": human_advantages(scores, scenes, weights),
+            "group_reward_std": spread.astype(np.float32),
+            "dead_group": dead_groups(rewards, scenes).astype(np.float32),
+        }
+    return values
+
+
+def objective_settings(config: TrainConfig) -> ObjectiveSettings:
+    losses, grpo = config.losses, config.grpo
+    return ObjectiveSettings(
+        seed=config.run.seed,
+        guidance_scale=config.model.guidance_scale,
+        loss_region=losses.loss_region,
+        base_loss_weight=losses.base_loss_weight,
+        policy_loss_weight=losses.policy_loss_weight,
+        diversity_loss_weight=losses.diversity_loss_weight,
+        kl_weight=grpo.kl_weight,
+        learn_policy=config.uses_policy,
+        clip_range=grpo.clip_range,
+        policy_pairs=grpo.num_policy_timesteps,
+        policy_fraction=grpo.policy_timestep_fraction,
+        dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
+        routing_decay=config.experts.routing_mean_decay,
+        routing_specialisation=config.experts.routing_specialisation,
+    )
+
+
+def step_settings(config: TrainConfig) -> StepSettings:
+    return StepSettings(
+        accumulation=config.run.gradient_accumulation_steps,
+        sync_steps=config.grpo.policy_sync_steps,
+        adapt_temperature=config.grpo.policy_temperature == "auto",
+        ema_decay=config.optimization.ema_decay,
+        drift_interval=config.logging.log_freq,
+    )
+
+
+def initial_temperature(config: TrainConfig) -> float:
+    given = config.grpo.policy_temperature
+    return INITIAL_TEMPERATURE if given == "auto" else given
+
+
+def resumed(checkpoint: Path, state: TrainState, base: str) -> tuple[TrainState, int]:
+    """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry."""
+    about = read_about(checkpoint)
+    if about.base != base:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was trained on another base model (fingerprint {about.base}, this one has {base}): "
+            "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
+        )
+    log.info("resuming from %s", checkpoint)
+    return restore(checkpoint, state), about.position
+
+
+def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray]) -> float:
+    """Model TFLOPs of one step on this batch (`metrics.step_flops`)."""
+    records, height, width, _ = batch["source"].shape
+    image_tokens = 2 * height * width // loaded.model.multiple**2
+    context_tokens = config.model.max_sequence_length + loaded.image_tokens
+    return 1e-12 * step_flops(
+        forward_flops(loaded.flux_config, image_tokens, context_tokens),
+        records=records,
+        policy_pairs=config.grpo.num_policy_timesteps if config.uses_policy else 0,
+        sync_steps=config.grpo.policy_sync_steps,
+        full_fine_tuning=not config.experts.use_lora,
+    )
+
+
+def make_previews(
+    config: TrainConfig, output: Path, records: Sequence[Record], loaded: LoadedModel, schedule: FlowSchedule
+) -> Previews | None:
+    """Previews of `--val_json_path`'s scenes, or of the training data's; None with `--validation_steps 0`."""
+    if not config.logging.validation_steps:
+        return None
+    if config.data.val_json_path is not None:
+        records = load_records(config.data.val_json_path)
+    chosen = preview_records(records, config.grpo.reward_weights, config.logging.num_validation_images)
+    loader = Loader(
+        chosen,
+        batch_size=1,
+        buckets=parse_buckets(config.data.aspect_ratio_buckets),
+        seed=config.run.seed,
+        multiple=loaded.model.multiple,
+        augment_masks=False,
+        preprocess_reference=loaded.preprocess,
+        extras={},
+        workers=0,
+    )
+    remove = make_remover(
+        loaded.model,
+        schedule,
+        num_inference_steps=config.logging.num_inference_steps,
+        guidance_scale=config.model.guidance_scale,
+    )
+    return Previews(output, loaded.model, remove, loader, config.run.seed)

@@ -1,0 +1,83 @@
+"""The state of a run: everything that a step changes and a checkpoint keeps, and the streams of its random numbers."""
+
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "trainable",
+        "opt_state",
+        "snapshot",
+        "ema",
+        "router_mean",
+        "temperature",
+        "clip_at_sync",
+        "step",
+    ],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """trainable: experts and router (or the transformer), float32; opt_state: Optax's;
+    snapshot: the old policy, None without one; ema: averaged weights, None without; router_mean: the running mean gate
+    [E]; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal; step: int32.
+    """
+
+    trainable: Any
+    opt_state: Any
+    snapshot: Any
+    ema: Any
+    router_mean: jax.Array
+    temperature: jax.Array
+    clip_at_sync: jax.Array
+    step: jax.Array
+
+
+def init_state(
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_experts: int,
+    temperature: float,
+    with_snapshot: bool,
+    with_ema: bool,
+) -> TrainState:
+    """The state before step 0. Copies are real copies, since the state's buffers are donated to each step."""
+
+    def copy():
+        return jax.tree.map(jnp.copy, trainable)
+
+    return TrainState(
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
+        snapshot=copy() if with_snapshot else None,
+        ema=copy() if with_ema else None,
+        router_mean=jnp.full((num_experts,), 1.0 / max(num_experts, 1), jnp.float32),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        clip_at_sync=jnp.zeros((), jnp.float32),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def stream(seed: int, name: str) -> jax.Array:
+    """The key of a named stream of random numbers; a draw folds in the step (or epoch) and the global example's id."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def keys_for(key: jax.Array, *ids: jax.Array) -> jax.Array:
+    """One key for each example: `key` with every one of `ids` [B] folded in, in order. Returns [B] keys.
+
+    Each key depends on the example's global id alone, so that draws do not depend on how a batch is laid out.
+    """
+    keys = jnp.broadcast_to(key, ids[0].shape)
+    for column in ids:
+        keys = jax.vmap(jax.random.fold_in)(keys, column)
+    return keys
