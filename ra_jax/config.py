@@ -225,9 +225,7 @@ class TrainConfig:
 _GROUPS: dict[str, type] = typing.get_type_hints(TrainConfig)
 # flat name -> (group, annotation): every flag and TOML key there is
 _SETTINGS: dict[str, tuple[str, Any]] = {
-    name: (group, hint)
-    for group, kind in _GROUPS.items()
-    for name, hint in typing.get_type_hints(kind).items()
+    name: (group, hint) for group, kind in _GROUPS.items() for name, hint in typing.get_type_hints(kind).items()
 }
 
 
@@ -350,9 +348,7 @@ def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in flat.items():
         if name not in _SETTINGS:
             is_table = isinstance(value, dict)
-            raise _unknown(
-                name, f"table [{name}], settings stand outside tables" if is_table else f"key {name}"
-            )
+            raise _unknown(name, f"table [{name}], settings stand outside tables" if is_table else f"key {name}")
     try:
         return {name: typed(name, value, _SETTINGS[name][1]) for name, value in flat.items()}
     except TypeError as error:

@@ -183,9 +183,7 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"), CONTRADICTIONS, ids=[" ".join(flags) for flags, _ in CONTRADICTIONS]
-)
+@pytest.mark.parametrize(("flags", "expected"), CONTRADICTIONS, ids=[" ".join(flags) for flags, _ in CONTRADICTIONS])
 def test_contradictions_and_ranges(flags, expected):
     assert expected in refusal([*PATHS, *flags])
 
@@ -255,9 +253,7 @@ def test_flat_dict_and_toml_give_the_configuration_back(tmp_path):
     assert from_flat_dict(to_flat_dict(config)) == config
     text = to_toml(config)
     assert parse(write(tmp_path, text)) == config
-    assert set(tomllib.loads(text)) == {
-        name for name, value in to_flat_dict(config).items() if value is not None
-    }
+    assert set(tomllib.loads(text)) == {name for name, value in to_flat_dict(config).items() if value is not None}
 
 
 def test_experts_other_than_three_start_uniform():
