@@ -54,6 +54,8 @@ def test_what_is_not_given_is_as_the_experts_were_trained(scene, monkeypatch):
         "pretrained_redux_model_name_or_path": "tiny-redux",
         "mixed_precision": "no",
         "guidance_scale": 3.0,
+        "gradient_checkpointing": "none",
+        "max_sequence_length": 16,
         "seed": 9,
     }
     monkeypatch.setattr(infer, "find_checkpoint", lambda where: where)
