@@ -39,12 +39,10 @@ DEFECTS = ("ghost", "cast", "seam", "blur")
 MIXES = ("one_clean", "no_clean")
 SCORES = ("removal_score", "background_score", "smoothness_score")
 
-CAST = np.array(
-    [0.22, 0.0, -0.22], np.float32
-)  # warm, and of no brightness of its own: seams have nothing else
-SEAM = 0.2
+CAST = np.array([0.22, 0.0, -0.22], np.float32)  # warm, and of no brightness of its own: seams have nothing else
+SEAM = 0.25
 EDGE_WIDTH = 0.06  # σ of the softened mask, as a fraction of the picture, like all lengths here
-BLUR_WIDTH = 0.08  # σ of the blur: nearly half a period of the textures, so that they vanish
+BLUR_WIDTH = 0.09  # σ of the blur: a third of the textures' period, so that they vanish
 
 ONE_CLEAN_STRENGTH = 0.6
 NO_CLEAN_RANGE = (0.2, 1.0)
@@ -80,7 +78,7 @@ def defect_basis(scene: Scene) -> np.ndarray:
 
         ghost  m · (source − truth): the object, and what the mask holds of its shadow
         cast   (1 − m) · (0.22, 0, −0.22): everything around the mask turns warm
-        seam   m · 0.2 · min(1, 2(1 − g)): a bright rim, strongest at the mask's edge
+        seam   m · 0.25 · min(1, 2(1 − g)): a bright rim, strongest at the mask's edge
         blur   min(1, 2g) · (blurred truth − truth): texture is lost in the mask and just around it
     """
     inside = scene.mask[..., None].astype(np.float32)
@@ -138,14 +136,15 @@ def _pairs(plane: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
 def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
     """Scores (removal, background, smoothness) of candidates [..., h, w, 3] in [0, 1]: [..., 3] in [0, 1].
 
-    From the candidate p, the truth y, the source and the mask alone; e = p − y, o = source − y. "core" weighs
-    the mask's pixels by how deep inside they lie, 2g − 1 with g the softened mask. Negative factors count as 0.
+    From the candidate p, the truth y, the source and the mask alone; e = p − y, o = source − y. "core"
+    weighs the mask's pixels by how deep inside they lie, 2g − 1 with g the softened mask. Negative factors
+    count as 0.
 
         removal     (1 − |α|) · (1 − ½ RMS_core(r) / RMS_core(o))
                     with α = ⟨e, o⟩_core / ⟨o, o⟩_core and r = e − α·o (in the mask; r = e around it):
                     how much of the object is left, and whether something else stands in its place
         background  1 − RMS_outside(e) / 0.2
-        smoothness  (1 − RMS_across(Δr) / 0.25) · (1 − ½ |⟨Δr, Δy⟩_within / ⟨Δy, Δy⟩_within|)
+        smoothness  (1 − RMS_across(Δr) / 0.3) · (1 − ½ |⟨Δr, Δy⟩_within / ⟨Δy, Δy⟩_within|)
                     a step at the mask's edge, and texture lost or overdone inside; Δ is the difference in
                     brightness of two pixels 1/16 of the picture apart, on either side or both within
 
@@ -173,7 +172,7 @@ def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
     step = np.sqrt((across * change**2).sum(-1) / across.sum(-1))
     lost = np.abs((within * change * texture).sum(-1) / (within * texture**2).sum(-1))
 
-    factors = [1 - np.abs(left), 1 - other / 2, 1 - around / 0.2, 1 - step / 0.25, 1 - lost / 2]
+    factors = [1 - np.abs(left), 1 - other / 2, 1 - around / 0.2, 1 - step / 0.3, 1 - lost / 2]
     gone, clear, background, even, detailed = np.clip(factors, 0, 1)
     return np.stack([gone * clear, background, even * detailed], axis=-1)
 
@@ -303,6 +302,4 @@ def _refuse_foreign(folder: Path, settings: dict) -> None:
     ours |= {record["src"].replace("input/", "gt/") for record in records}
     ours |= {"labeled_dict.json", "labeled_tensor.json", "triplets.json", "defects.json"}
     if found - ours:
-        raise FileExistsError(
-            f"{folder}: holds files besides the data set, {min(found - ours)} for one; {advice}"
-        )
+        raise FileExistsError(f"{folder}: holds files besides the data set, {min(found - ours)} for one; {advice}")
