@@ -12,14 +12,17 @@ from tqdm import tqdm
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
 
 TINY_VAE = VAEConfig(
-    block_out_channels=(24, 48, 64),
+    block_out_channels=(12, 24, 48),
     layers_per_block=1,
     latent_channels=8,
-    norm_num_groups=8,
+    norm_num_groups=4,
     mid_block_add_attention=False,
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
+
+
+SAMPLE = 128  # diptychs that latents are standardised on
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,27 @@ class VAETraining:
     """Adam on mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL; whitening comes after `whiten_at` of the steps."""
 
     steps: int = 1200
-    batch_size: int = 16
+    batch_size: int = 8
+    crop: int = 32
     learning_rate: float = 3e-3
     kl_weight: float = 1e-5
     whiten_at: float = 0.7
     seed: int = 0
 
 
-def train_vae(images: np.ndarray, config: VAEConfig, training: VAETraining) -> AutoencoderKL:
-    """An autoencoder of `images` [R, H, W, 3] float32 in [0, 1], with scaling and shift factors measured on them.
+def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, training: VAETraining) -> AutoencoderKL:
+    """An autoencoder of diptychs, with scaling and shift factors measured on them.
+
+    references, photos: [R, H, W, 3] float32 in [0, 1], panels that belong together. It is trained on crops of
+    `crop` pixels of both side by side, whose statistics are those of whole diptychs at a quarter of the cost.
 
     Late in training the latents are whitened once by a linear map folded into the convolutions around them: a
-    diffusion model learns every channel at the same signal-to-noise ratio then. The steps after it heal the borders,
+    diffusion model then learns every channel at the same signal-to-noise ratio. The steps after it heal the borders,
     where the decoder's zero padding has changed its meaning.
     """
     vae = AutoencoderKL(config, rngs=nnx.Rngs(training.seed))
     graph, weights = nnx.split(vae)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, 50, training.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, training.steps // 20, training.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     def loss_fn(weights, batch, key):
@@ -61,17 +68,28 @@ def train_vae(images: np.ndarray, config: VAEConfig, training: VAETraining) -> A
         return optax.apply_updates(weights, updates), opt_state, loss
 
     rng = np.random.default_rng(training.seed)
+    sample = np.concatenate([references[:SAMPLE], photos[:SAMPLE]], axis=2)
     opt_state = optimizer.init(weights)
     for i in tqdm(range(training.steps), desc="VAE", unit="step"):
         if i == int(training.whiten_at * training.steps):
-            weights = _whitened(graph, weights, images[:256])
-            opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)
-        batch = 2.0 * images[rng.choice(len(images), training.batch_size, replace=False)] - 1.0
+            weights = _whitened(graph, weights, sample)
+            opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)  # keeps the count
+        batch = 2.0 * _crops(references, photos, training, rng) - 1.0
         weights, opt_state, _ = step(weights, opt_state, batch, jax.random.fold_in(jax.random.key(training.seed), i))
-    mean = _latents(graph, weights, images[:256])
+    mean = _latents(graph, weights, sample)
     vae = nnx.merge(graph, weights)
     vae.config = replace(config, shift_factor=float(mean.mean()), scaling_factor=float(1.0 / mean.std()))
     return vae
+
+
+def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rng: np.random.Generator) -> np.ndarray:
+    """[batch_size, crop, 2·crop, 3]: the same window of a reference and its photo, side by side."""
+    rows = rng.integers(len(photos), size=training.batch_size)
+    offsets = rng.integers(photos.shape[1] - training.crop + 1, size=(training.batch_size, 2))
+    windows = [
+        np.s_[row, y : y + training.crop, x : x + training.crop] for row, (y, x) in zip(rows, offsets, strict=True)
+    ]
+    return np.stack([np.concatenate([references[window], photos[window]], axis=1) for window in windows])
 
 
 def _latents(graph, weights, images: np.ndarray) -> np.ndarray:

@@ -120,8 +120,8 @@ class Recorder:
         self.restart_clock()
         if not math.isfinite(row["train_loss"]):
             raise FloatingPointError(
-                f"train_loss is {row['train_loss']} at step {done}: lower --learning_rate or --policy_loss_weight, check "
-                "--max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
+                f"train_loss is {row['train_loss']} at step {done}: lower --learning_rate or --policy_loss_weight, "
+                "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
             )
 
     def close(self) -> None:

@@ -17,11 +17,10 @@ from ra_jax.data.records import Record, load_records, scene_ids
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
 from ra_jax.models.loading import LoadedModel, load_fill_model
-from ra_jax.models.lora import LoRAConfig
-from ra_jax.models.router import RouterConfig
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
 from ra_jax.rl.rewards import total_reward
 from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, read_about, restore
+from ra_jax.training.experts import expert_configs
 from ra_jax.training.metrics import forward_flops, step_flops
 from ra_jax.training.objective import Objective, ObjectiveSettings
 from ra_jax.training.optimizers import build_optimizer
@@ -141,18 +140,7 @@ def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
 
 def load_model(config: TrainConfig) -> LoadedModel:
     """The base with fresh experts and router, or without them where the whole transformer is trained."""
-    experts = config.experts
-    lora = router = None
-    if experts.use_lora:
-        target = {} if experts.target_modules is None else {"target_modules": experts.target_modules}
-        lora = LoRAConfig(experts.num_experts, experts.lora_rank, experts.lora_alpha, experts.lora_dropout, **target)
-        router = RouterConfig(
-            num_experts=experts.num_experts,
-            floor=experts.router_floor,
-            temperature=experts.routing_temperature,
-            routing=experts.routing,
-            fixed_weights=experts.weights,
-        )
+    lora, router = expert_configs(config.experts)
     return load_fill_model(
         config.model.pretrained_model_name_or_path,
         config.model.pretrained_redux_model_name_or_path,
@@ -161,7 +149,7 @@ def load_model(config: TrainConfig) -> LoadedModel:
         dtype=jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
         text_tokens=config.model.max_sequence_length,
         remat=config.model.gradient_checkpointing,
-        train_base=not experts.use_lora,
+        train_base=not config.experts.use_lora,
         seed=config.run.seed,
     )
 
@@ -235,7 +223,7 @@ def resumed(checkpoint: Path, state: TrainState, base: str) -> tuple[TrainState,
     about = read_about(checkpoint)
     if about.base != base:
         raise CheckpointError(
-            f"checkpoint {checkpoint} was trained on another base model (fingerprint {about.base}, this one has {base}): "
+            f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
             "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
         )
     log.info("resuming from %s", checkpoint)

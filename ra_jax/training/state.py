@@ -28,14 +28,14 @@ import optax
 class TrainState:
     """trainable: experts and router (or the transformer), float32; opt_state: Optax's;
     snapshot: the old policy, None without one; ema: averaged weights, None without; router_mean: the running mean gate
-    [E]; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal; step: int32.
+    [E], None without experts; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal; step: int32.
     """
 
     trainable: Any
     opt_state: Any
     snapshot: Any
     ema: Any
-    router_mean: jax.Array
+    router_mean: jax.Array | None
     temperature: jax.Array
     clip_at_sync: jax.Array
     step: jax.Array
@@ -60,7 +60,7 @@ def init_state(
         opt_state=optimizer.init(trainable),
         snapshot=copy() if with_snapshot else None,
         ema=copy() if with_ema else None,
-        router_mean=jnp.full((num_experts,), 1.0 / max(num_experts, 1), jnp.float32),
+        router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),
         clip_at_sync=jnp.zeros((), jnp.float32),
         step=jnp.zeros((), jnp.int32),

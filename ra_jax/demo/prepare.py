@@ -1,0 +1,177 @@
+"""Makes the embedded default on disk: scored scenes, and a tiny FLUX-Fill and Redux in diffusers' layout.
+
+The base is trained uniformly on *all* candidates, scores unused: like FLUX.1-Fill on the web's pictures, it has learnt
+what results look like, good and bad alike, and there is something for scores to teach it.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from ra_jax.config import from_flat_dict
+from ra_jax.data.synthetic import scenes, stack, write_dataset
+from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, train_vae
+from ra_jax.models.flux import Flux, FluxConfig
+from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.models.weights import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
+from ra_jax.training.checkpoints import find_checkpoint, restore
+from ra_jax.training.loop import train
+
+log = logging.getLogger(__name__)
+
+TINY_FLUX = FluxConfig(
+    in_channels=8 * TINY_VAE.latent_channels + 4 * TINY_VAE.factor**2,
+    out_channels=4 * TINY_VAE.latent_channels,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=64,
+    pooled_projection_dim=32,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 12, 12),
+)
+TINY_SIGLIP = SiglipConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14
+)
+HELD_OUT = 100_000  # number of the first scene that no training has seen
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """mix: of `ra_jax.data synth`; scenes: in the training set; vae_steps, base_steps: lengths of the two trainings."""
+
+    mix: str = "no_clean"
+    scenes: int = 400
+    held_out_scenes: int = 16
+    size: int = 64
+    vae_steps: int = 1000
+    base_steps: int = 375
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where `prepare` puts what: two data sets, and the Fill and Redux folders."""
+
+    root: Path
+
+    @property
+    def train(self) -> Path:
+        return self.root / "data" / "train"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / "data" / "held_out"
+
+    @property
+    def fill(self) -> Path:
+        return self.root / "tiny_flux_fill"
+
+    @property
+    def redux(self) -> Path:
+        return self.root / "tiny_redux"
+
+
+def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
+    """Make whatever is not there yet; a part that these settings made before is kept.
+
+    Raises FileExistsError where `root` holds the parts of other settings.
+    """
+    paths = DemoPaths(Path(root))
+    _claim(paths.root, settings)
+    common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
+    if not paths.train.exists():
+        write_dataset(paths.train, scenes=settings.scenes, **common)
+    if not paths.held_out.exists():
+        write_dataset(paths.held_out, scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
+    if not paths.redux.exists():
+        _finished(paths.redux, lambda folder: save_redux(_random_redux(settings.seed), folder))
+    if not paths.fill.exists():
+        _finished(paths.fill, lambda folder: _make_fill(paths, folder, settings))
+    return paths
+
+
+def _claim(root: Path, settings: DemoSettings) -> None:
+    """Note the settings in the folder, or compare with those noted."""
+    note = root / "settings.json"
+    if note.exists() and (found := json.loads(note.read_text())) != asdict(settings):
+        raise FileExistsError(
+            f"{root} was prepared with other settings ({found}, now {asdict(settings)}): delete it, or give another "
+            "--output_dir"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(asdict(settings), indent=1))
+
+
+def _finished(folder: Path, make) -> None:
+    """Call make(temporary folder); it gets its name when it is complete, so that a kill leaves no half of it."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    partial.rename(folder)
+
+
+def _random_redux(seed: int) -> Redux:
+    """SigLIP and embedder at random: fixed random features of the reference tell scenes apart well enough."""
+    embedder = ReduxConfig(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=TINY_FLUX.joint_attention_dim)
+    return Redux(TINY_SIGLIP, embedder, rngs=nnx.Rngs(seed))
+
+
+def _make_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
+    """Train the VAE, then the transformer on its latents, and save both."""
+    save_vae(_train_vae(settings), folder)
+    save_fill_pipeline_config(folder)
+    save_flux(Flux(TINY_FLUX, rngs=nnx.Rngs(settings.seed)), folder)
+    run = train(base_config(paths, folder, settings))
+    flux = load_flux(folder)
+    graph, parameters, rest = nnx.split(flux, nnx.Param, ...)
+    averaged = restore(find_checkpoint(run), parameters, prefix="ema/flux")
+    save_flux(nnx.merge(graph, averaged, rest), folder)
+
+
+def _train_vae(settings: DemoSettings):
+    """On the scenes' sources, truths and masked sources, beside their references."""
+    drawn = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
+    masked = np.where(drawn.mask[..., None], 0.5, drawn.source)
+    photos = np.concatenate([drawn.source, drawn.truth, masked]).astype(np.float32)
+    references = np.concatenate([drawn.reference] * 3).astype(np.float32)
+    order = np.random.default_rng(settings.seed).permutation(len(photos))
+    training = VAETraining(steps=settings.vae_steps, crop=settings.size // 2, seed=settings.seed)
+    return train_vae(references[order], photos[order], TINY_VAE, training)
+
+
+def base_config(paths: DemoPaths, folder: Path, settings: DemoSettings):
+    """Full fine-tuning of the whole (fresh) transformer on every candidate alike: the recipe of the tiny base."""
+    return from_flat_dict(
+        {
+            "train_json_path": str(paths.train / "labeled_dict.json"),
+            "output_dir": str(paths.root / "base_training"),
+            "overwrite_output_dir": True,
+            "pretrained_model_name_or_path": str(folder),
+            "pretrained_redux_model_name_or_path": str(paths.redux),
+            "aspect_ratio_buckets": f"{settings.size},{settings.size}",
+            "mask_augmentation": False,
+            "mixed_precision": "no",
+            "gradient_checkpointing": "none",
+            "max_sequence_length": 16,
+            "train_batch_size": settings.batch_size,
+            "max_train_steps": settings.base_steps,
+            "learning_rate": 2e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": min(50, settings.base_steps // 4),
+            "adam_weight_decay": 0.0,
+            "ema_decay": 0.99,
+            "checkpointing_steps": 0,
+            "validation_steps": 0,
+            "log_freq": 10,
+            "report_to": ["none"],
+            "seed": settings.seed,
+        }
+    )
