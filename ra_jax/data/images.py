@@ -14,6 +14,7 @@ Window = tuple[int, int, int, int]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MASK_THRESHOLD = 127
+SPARED = 1.5  # a photo is decoded at no less than this factor of the size it is resized to
 
 # What Pillow raises for a file that is no picture, is cut short or broken: SyntaxError comes from PNG chunks.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -29,9 +30,7 @@ def open_image(path: Path) -> Image.Image:
     image = Image.open(path)
     if image.mode.startswith(("I", "F")):
         image.close()
-        raise ValueError(
-            f"{path.name} has pixels of mode {image.mode}: expected 8 bits a channel; save it as such"
-        )
+        raise ValueError(f"{path.name} has pixels of mode {image.mode}: expected 8 bits a channel; save it as such")
     return image
 
 
@@ -93,13 +92,13 @@ def read_panel(path: Path, window: Window, size: Size) -> np.ndarray:
 
 
 def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
-    """Decode JPEG at 1/2, 1/4 or 1/8 if twice the panel's pixels remain; returns the divisor of coordinates.
+    """Decode JPEG at 1/2, 1/4 or 1/8 if 1.5 times the panel's side remains; returns the divisor of coordinates.
 
     Only for pictures stored upright: the smaller size is rounded up, and turning would move that padding to
     the front.
     """
     left, top, right, bottom = window
-    spare = min((bottom - top) / size[0], (right - left) / size[1]) / 2
+    spare = min((bottom - top) / size[0], (right - left) / size[1]) / SPARED
     if spare < 2 or orientation(image) != 1:
         return 1.0
     width, height = image.size

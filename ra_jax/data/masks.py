@@ -12,10 +12,7 @@ PROBABILITIES = {OUTLINE: 0.4, BOX: 0.4, DILATION: 0.2}
 
 DILATION_SIZE, DILATION_TIMES = 7, 2
 KNOTS = (8, 13)  # control points of an outline, half-open
-SLACK = (
-    1.05,
-    1.35,
-)  # how far beyond the mask an outline's control point lies, as a factor of the distance to the centre
+SLACK = (1.05, 1.35)  # an outline's control points lie this factor beyond the mask, as seen from its centre
 SAMPLES = 16  # points a Bézier segment is drawn with
 
 
@@ -70,9 +67,9 @@ def dilate(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
 def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random smooth closed curve around the mask, filled. [h, w] bool.
 
-    8 to 12 control points around the bounding box's centre, each at U(1.05, 1.35) times the mask's reach in
-    its direction, are joined by cubic Bézier segments (tangents as Catmull and Rom's); the curve is then
-    scaled about the centre until it holds the whole mask.
+    8 to 12 control points around the bounding box's centre, each at U(1.05, 1.35) times the mask's reach in its
+    direction, are joined by cubic Bézier segments (tangents as Catmull and Rom's). What little of the mask such a
+    curve may leave out is added.
     """
     left, top, right, bottom = bounding_box(mask)
     centre = np.array([(left + right) / 2, (top + bottom) / 2])
@@ -85,18 +82,15 @@ def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     knots = int(rng.integers(*KNOTS))
     spacing = 2 * np.pi / knots
     directions = (np.arange(knots) + rng.uniform(-0.25, 0.25, knots)) * spacing + rng.uniform(0, spacing)
-    nearby = np.abs((angles - directions[:, None] + np.pi) % (2 * np.pi) - np.pi) <= spacing
+    # So wide that both control points beside a pixel know of it, and the curve between them passes outside.
+    nearby = np.abs((angles - directions[:, None] + np.pi) % (2 * np.pi) - np.pi) <= 1.25 * spacing
     reach = np.where(nearby, distances, 0.0).max(1).clip(min=0.25 * distances.max())
     radii = reach * rng.uniform(*SLACK, knots)
     curve = _closed_bezier(radii[:, None] * np.stack([np.cos(directions), np.sin(directions)], 1))
 
-    drawn = np.hypot(curve[:, 0], curve[:, 1])
-    there = np.interp(angles, np.arctan2(curve[:, 1], curve[:, 0]), drawn, period=2 * np.pi)
-    curve *= max(1.0, (distances / there).max())
-
     canvas = Image.new("L", mask.shape[::-1])
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in curve + centre - 0.5], fill=1)
-    return mask | (np.asarray(canvas) != 0)  # rounding to pixels may shave one off
+    return mask | (np.asarray(canvas) != 0)
 
 
 def _closed_bezier(points: np.ndarray) -> np.ndarray:

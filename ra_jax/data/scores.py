@@ -16,9 +16,7 @@ _FORMATS = {
 }
 
 
-def parse_scores(
-    value: object, score_format: ScoreFormat | None
-) -> tuple[Scores | None, list[tuple[str, str]]]:
+def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Scores | None, list[tuple[str, str]]]:
     """The three scores, or None and what is wrong: pairs (field, message). A format of None takes either."""
     given = next((name for name, (kind, _) in _FORMATS.items() if isinstance(value, kind)), None)
     expected = score_format or given or "dict"
@@ -37,7 +35,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The advice for an unknown name."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"expected some of {', '.join(known)}"
+    return f"expected some of {', '.join(known)}" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 def _dict_problems(value: dict) -> Iterator[tuple[str, str]]:

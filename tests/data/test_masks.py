@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, box, dilate
+
+
+def blobs(seed, size=(48, 64)):
+    """A few random ellipses, apart as often as not."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    mask = np.zeros(size, bool)
+    for _ in range(rng.integers(1, 4)):
+        centre, radii = rng.uniform([5, 5], [size[0] - 5, size[1] - 5]), rng.uniform(1, 9, 2)
+        mask |= ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 <= 1
+    mask[rng.integers(size[0]), rng.integers(size[1])] = True
+    return mask
+
+
+def test_output_contains_the_input_and_keeps_its_form():
+    for seed in range(200):
+        mask = blobs(seed).astype(np.uint8 if seed % 2 else bool)
+        grown = augment_mask(mask, np.random.default_rng(seed))
+        assert grown.shape == mask.shape and grown.dtype == mask.dtype
+        assert set(np.unique(grown)) <= {0, 1}
+        assert (grown >= mask).all()
+
+
+def test_same_generator_same_mask():
+    for seed in range(20):
+        first, second = (augment_mask(blobs(3), np.random.default_rng(seed)) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+    drawn = {augment_mask(blobs(3), np.random.default_rng(seed)).tobytes() for seed in range(40)}
+    assert len(drawn) > 10  # one box, one dilation, many outlines
+
+
+def test_forty_forty_twenty():
+    mask = blobs(5)
+    boxed, dilated = box(mask), dilate(mask, 7, 2)
+    rng = np.random.default_rng(0)
+    drawn = [augment_mask(mask, rng) for _ in range(2000)]
+    boxes = np.mean([np.array_equal(grown, boxed) for grown in drawn])
+    dilations = np.mean([np.array_equal(grown, dilated) for grown in drawn])
+    assert abs(boxes - 0.4) < 0.04  # 3.6 standard deviations
+    assert abs(dilations - 0.2) < 0.035
+
+
+def test_box():
+    mask = np.zeros((6, 8), bool)
+    mask[1, 5] = mask[4, 2] = True
+    assert bounding_box(mask) == (2, 1, 6, 5)
+    expected = np.zeros((6, 8), bool)
+    expected[1:5, 2:6] = True
+    np.testing.assert_array_equal(box(mask), expected)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (5, 64), (1, 3)])
+def test_dilation_is_a_maximum_filter_twice_over(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.02
+    mask[0, 0] = True
+    once = ndimage.maximum_filter(mask.astype(np.uint8), 7, mode="constant")
+    expected = ndimage.maximum_filter(once, 7, mode="constant")
+    np.testing.assert_array_equal(dilate(mask, 7, 2), expected)
+
+
+def test_outline_is_one_region_without_holes_around_all_parts():
+    for seed in range(50):
+        mask = np.zeros((64, 64), bool)
+        mask[20:24, 12:20] = mask[40:46, 40:50] = True
+        outline = bezier_outline(mask, np.random.default_rng(seed))
+        assert (outline >= mask).all()
+        assert ndimage.label(outline, np.ones((3, 3)))[1] == 1
+        assert (ndimage.binary_fill_holes(outline) == outline).all()
+
+
+def test_outline_is_smooth_and_not_much_larger_than_the_mask():
+    y, x = np.mgrid[:128, :128]
+    mask = (y - 64) ** 2 + (x - 64) ** 2 <= 20**2
+    for seed in range(20):
+        outline = bezier_outline(mask, np.random.default_rng(seed))
+        assert 1.05**2 < outline.sum() / mask.sum() < 1.8**2
+        edge = outline & ~ndimage.binary_erosion(outline)
+        perimeter, area = edge.sum(), outline.sum()
+        assert perimeter**2 / area < 1.5 * 4 * np.pi  # a circle has 4π: neither spikes nor fringes
+
+
+def test_outline_passes_around_the_mask():
+    """The curve itself holds the mask: hardly ever is a pixel of the mask added to it, at its edge."""
+    added = 0
+    for seed in range(300):
+        mask = blobs(seed, (128, 128))
+        outline = bezier_outline(mask, np.random.default_rng(seed))
+        edge = outline & ~ndimage.binary_erosion(outline, border_value=1)
+        added += (edge & mask).any()
+    assert added <= 3
+
+
+def test_one_pixel_at_the_corner():
+    mask = np.zeros((16, 16), bool)
+    mask[0, 15] = True
+    for seed in range(50):
+        assert augment_mask(mask, np.random.default_rng(seed))[0, 15]
+
+
+def test_empty_mask_is_refused():
+    with pytest.raises(ValueError, match="at least one pixel"):
+        augment_mask(np.zeros((8, 8), bool), np.random.default_rng(0))
