@@ -185,7 +185,9 @@ def _draft_scores(draft: _Draft, rules: _Rules) -> None:
 def _draft_labels(draft: _Draft) -> None:
     given = draft.entry.fields
     number, src = draft.entry.record, draft.values["src"]
-    identity = given.get("id", f"{number:06d}_{src.stem}" if src else f"{number:06d}")
+    identity = given.get("id")
+    if identity is None:
+        identity = f"{number:06d}_{src.stem}" if src else f"{number:06d}"
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         draft.blame("id", f"got {identity!r} ({type(identity).__name__}): expected a text or a whole number")
     else:

@@ -40,6 +40,7 @@ HUMAN = {"use_human_scores": True}
 def test_list_with_dict_scores(data_folder):
     data = data_folder(sizes=[(24, 24), (16, 32)])
     data.records[0] |= {"id": 7, "split": "val", "annotator": "a", "source": "gt", "ref": "gt/s0.png"}
+    data.records[1] |= {"id": None, "split": None, "annotator": None, "source": None, "ref": None}
     records = load_records(data.write(), **HUMAN)
     assert [record.index for record in records] == [0, 1, 2, 3]
     first = records[0]
