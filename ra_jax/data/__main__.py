@@ -34,9 +34,7 @@ def validate(
     if not faults:
         print("no faults")
         return 0
-    print(
-        f"{len(faults)} fault{'s' * (len(faults) > 1)}, left out above (records count from 0, lines from 1)"
-    )
+    print(f"{len(faults)} fault{'s' * (len(faults) > 1)}, left out above (records count from 0, lines from 1)")
     for fault in faults:
         print(f"  {fault}")
     return 1

@@ -20,9 +20,7 @@ def reference_on_white(source: Array, mask: Array) -> Array:
         ValueError: a mask that is not the photo without its channels.
     """
     if source.shape[:-1] != mask.shape:
-        raise ValueError(
-            f"mask {mask.shape} does not fit source {source.shape}: expected {source.shape[:-1]}"
-        )
+        raise ValueError(f"mask {mask.shape} does not fit source {source.shape}: expected {source.shape[:-1]}")
     xp = source.__array_namespace__()
     white = 255 if source.dtype == np.uint8 else 1
     return xp.where(mask[..., None] != 0, source, xp.asarray(white, dtype=source.dtype))
@@ -35,9 +33,7 @@ def join(reference: Array, photo: Array) -> Array:
         ValueError: panels of different shapes.
     """
     if reference.shape != photo.shape:
-        raise ValueError(
-            f"panels differ: reference {reference.shape}, photo {photo.shape}; resize them alike"
-        )
+        raise ValueError(f"panels differ: reference {reference.shape}, photo {photo.shape}; resize them alike")
     return photo.__array_namespace__().concat([reference, photo], axis=-2)
 
 
@@ -55,8 +51,6 @@ def right_panel(x: Array, axis: int = -2) -> Array:
     """
     width = x.shape[axis]
     if width % 2:
-        raise ValueError(
-            f"axis {axis} of shape {x.shape} is {width}: expected an even width, two panels side by side"
-        )
+        raise ValueError(f"axis {axis} of shape {x.shape} is {width}: expected an even width, two panels side by side")
     axis %= x.ndim
     return x[(slice(None),) * axis + (slice(width // 2, None),)]

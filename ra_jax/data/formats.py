@@ -95,9 +95,7 @@ def _read_lines(path: Path, text: str) -> RawData:
 
 def _read_mapping(path: Path, mapping: object) -> RawData:
     if not isinstance(mapping, dict):
-        return RawData(
-            path.parent, [], [Fault(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")]
-        )
+        return RawData(path.parent, [], [Fault(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")])
     pairs, faults = [], []
     for gt, inputs in mapping.items():
         if isinstance(inputs, list) and all(isinstance(name, str) for name in inputs):
@@ -112,9 +110,7 @@ def _read_mapping(path: Path, mapping: object) -> RawData:
 def _read_folder(folder: Path) -> RawData:
     missing = [name for name in ("input", "mask") if not (folder / name).is_dir()]
     if missing:
-        raise DataError(
-            f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}"
-        )
+        raise DataError(f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}")
     inputs = sorted(name for names in _pictures(folder / "input").values() for name in names)
     truths = _pictures(folder / "gt")
     return _triplets(folder, [(name, _named_alike(name, truths)) for name in inputs])

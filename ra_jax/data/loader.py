@@ -19,8 +19,7 @@ from ra_jax.data.records import Record, scene_ids
 
 CACHE_BYTES = 512 * 2**20
 OWN_KEYS = frozenset(
-    {"source", "result", "reference", "mask", "redux_pixels"}
-    | {"group_id", "record_id", "epoch", "condition_weight"}
+    {"source", "result", "reference", "mask", "redux_pixels"} | {"group_id", "record_id", "epoch", "condition_weight"}
 )
 _ENDLESS = 2**62  # rows; Grain wants a length
 
@@ -36,13 +35,9 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
     except ValueError:
         buckets = ()
     if not buckets or any(len(bucket) != 2 or min(bucket) < 1 for bucket in buckets):
-        raise DataError(
-            f'aspect_ratio_buckets "{text}": expected "height,width;height,width", e.g. "512,512;448,576"'
-        )
+        raise DataError(f'aspect_ratio_buckets "{text}": expected "height,width;height,width", e.g. "512,512;448,576"')
     if len(set(buckets)) < len(buckets):
-        raise DataError(
-            f'aspect_ratio_buckets "{text}": a size stands there twice; expected sizes that differ'
-        )
+        raise DataError(f'aspect_ratio_buckets "{text}": a size stands there twice; expected sizes that differ')
     return buckets
 
 
@@ -106,9 +101,7 @@ class Loader:
         self.batches_per_epoch = batches_per_epoch(record_buckets, batch_size)
         # A few epochs: workers that run ahead in a small data set are not all in the same one.
         self._plan = lru_cache(maxsize=8)(
-            lambda epoch: epoch_plan(
-                self._scenes, record_buckets, batch_size=batch_size, seed=seed, epoch=epoch
-            )
+            lambda epoch: epoch_plan(self._scenes, record_buckets, batch_size=batch_size, seed=seed, epoch=epoch)
         )
 
     def iterate(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -165,9 +158,7 @@ def _check_records(records: Sequence[Record]) -> None:
     without = [record.id for record in records if record.result is None]
     if 0 < len(without) < len(records):
         named = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-        raise DataError(
-            f"{len(without)} of {len(records)} records have no result ({named}): expected all or none"
-        )
+        raise DataError(f"{len(without)} of {len(records)} records have no result ({named}): expected all or none")
 
 
 def _check_buckets(buckets: Sequence[Size], multiple: int) -> None:

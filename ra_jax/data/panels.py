@@ -121,9 +121,7 @@ def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -
     def reference(path: Path) -> np.ndarray:
         if photo_size(path) == record.size:
             return photo(path)
-        return np.asarray(
-            ImageOps.pad(read_photo(path), bucket[::-1], Image.Resampling.BICUBIC, color="white")
-        )
+        return np.asarray(ImageOps.pad(read_photo(path), bucket[::-1], Image.Resampling.BICUBIC, color="white"))
 
     source = photo(record.src)
     ref = record.ref

@@ -34,9 +34,7 @@ def batches_per_epoch(buckets: np.ndarray, batch_size: int) -> int:
     return int((-(-counts // batch_size)).sum())
 
 
-def epoch_plan(
-    scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed: int, epoch: int
-) -> EpochPlan:
+def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> EpochPlan:
     """Shuffle the scenes, and the records of each; cut each bucket into batches; shuffle the batches.
 
     scenes, buckets: [R] ids, equal scenes in equal buckets. Records of a scene stay adjacent, though a batch

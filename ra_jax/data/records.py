@@ -118,9 +118,7 @@ def check_entries(
     rules = _Rules(need_result, use_human_scores, score_format)
     if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
         # One fault for the file rather than one a record: these are triplets, or the wrong file.
-        faults.append(
-            Fault(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
-        )
+        faults.append(Fault(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record"))
         rules = _Rules(need_result, False, score_format)
     drafts = [_draft(entry, raw.base, rules) for entry in raw.entries]
     _check_ids(drafts)
@@ -210,18 +208,13 @@ def _check_ids(drafts: Iterable[_Draft]) -> None:
             continue
         earlier = first.setdefault(identity, draft.entry.record)
         if earlier != draft.entry.record:
-            draft.blame(
-                "id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids"
-            )
+            draft.blame("id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids")
 
 
 def _check_pictures(drafts: Sequence[_Draft]) -> None:
     """Open and decode every picture once, however many records name it."""
     wanted = dict.fromkeys(
-        (name == "mask", draft.values[name])
-        for draft in drafts
-        for name in IMAGE_FIELDS
-        if draft.values[name]
+        (name == "mask", draft.values[name]) for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
     )
     with ThreadPoolExecutor(max_workers=min(32, 2 * (os.cpu_count() or 1))) as pool:
         looked_at = dict(zip(wanted, pool.map(_look_at, wanted), strict=True))
