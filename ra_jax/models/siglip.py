@@ -18,6 +18,8 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from ra_jax.models.attention import attention
+from ra_jax.models.initializers import drawn_by_xla, lecun_normal
+from ra_jax.models.weight_files import WeightError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
@@ -137,7 +139,7 @@ class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=lecun_normal, rngs=rngs)
         self.layer_norm1, self.layer_norm2 = (
             _layer_norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(2)
         )
@@ -181,10 +183,11 @@ class SiglipVision(nnx.Module):
             patch,
             strides=patch,
             padding="VALID",
+            kernel_init=lecun_normal,
             rngs=rngs,
             **common,
         )
-        positions = nnx.initializers.normal(config.hidden_size**-0.5)
+        positions = drawn_by_xla(nnx.initializers.normal(config.hidden_size**-0.5))
         self.position_embedding = nnx.Param(
             positions(rngs.params(), (config.num_tokens, config.hidden_size), param_dtype)
         )
@@ -223,7 +226,7 @@ class ReduxEmbedder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=lecun_normal, rngs=rngs)
         self.config = config
         self.redux_up = linear(config.redux_dim, 3 * config.txt_in_features)
         self.redux_down = linear(3 * config.txt_in_features, config.txt_in_features)
@@ -275,14 +278,14 @@ def preprocess(folder: str | Path) -> Callable[[Image.Image], np.ndarray]:
         `folder/feature_extractor/preprocessor_config.json` says (FLUX.1-Redux: 384 px, bicubic, [-1, 1]).
 
     Raises:
-        FileNotFoundError: if that file is missing.
+        WeightError: if that file is missing.
     """
     # Late: transformers takes seconds to import, and only this function needs it.
     from transformers import SiglipImageProcessorPil
 
     config = Path(folder) / "feature_extractor" / "preprocessor_config.json"
     if not config.is_file():
-        raise FileNotFoundError(
+        raise WeightError(
             f"{config} does not exist: expected a folder of FLUX.1-Redux in diffusers' layout "
             "(feature_extractor/, image_encoder/, image_embedder/)."
         )

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ra_jax.models.initializers import lecun_normal
+
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clips the posterior's log-variance to it before any use
 
@@ -127,7 +129,7 @@ class _Layers:
 
     def __init__(self, config: VAEConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
-        self._common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self._common = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": lecun_normal, "rngs": rngs}
 
     def conv(self, inputs: int, outputs: int, size: int = 3, *, strides: int = 1, padding="SAME") -> nnx.Conv:
         return nnx.Conv(inputs, outputs, (size, size), strides=strides, padding=padding, **self._common)
@@ -168,20 +170,20 @@ class PixelAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, c)
-        y = _attend(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = attend(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + self.to_out[0](y).reshape(b, h, w, c)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(q kᵀ/√C) v, each [B, N, C]; scores and softmax in float32, QUERY_CHUNK queries at a time."""
     scale = query.shape[-1] ** -0.5
 
     @jax.checkpoint
-    def attend(query: jax.Array) -> jax.Array:  # [B, C], one pixel of each image
+    def one_query(query: jax.Array) -> jax.Array:  # [B, C], one pixel of each image
         scores = jnp.einsum("bc,bnc->bn", query, key, preferred_element_type=jnp.float32) * scale
         return jnp.einsum("bn,bnc->bc", jax.nn.softmax(scores).astype(value.dtype), value)
 
-    return jax.lax.map(attend, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
+    return jax.lax.map(one_query, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
 
 
 class MidBlock(nnx.Module):
@@ -253,9 +255,7 @@ def _blocks(kind: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], make
     """One block a resolution, in the order of `widths`."""
     inputs = (widths[0], *widths[:-1])
     last = len(widths) - 1
-    return nnx.List(
-        [kind(i, o, n == last, make) for n, (i, o) in enumerate(zip(inputs, widths, strict=True))]
-    )
+    return nnx.List([kind(i, o, n == last, make) for n, (i, o) in enumerate(zip(inputs, widths, strict=True))])
 
 
 class Encoder(nnx.Module):

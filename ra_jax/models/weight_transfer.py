@@ -1,0 +1,157 @@
+"""Between a module's parameters and a folder's tensors, one parameter at a time, by a table of `weight_tables.py`."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ra_jax.models.weight_files import TensorFolder, WeightError, write_tensors
+from ra_jax.models.weight_tables import Table
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+# Puts a parameter, given its path and value, on the device or devices where it is to live.
+Place = Callable[[str, np.ndarray], jax.Array]
+
+REPORT_LINES = 20  # of each kind of problem; the rest is counted
+STRIP = 32  # rows
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter and the tensors of the file that make it up: one, or one a block."""
+
+    path: tuple
+    variable: nnx.Variable
+    tensors: tuple[str, ...]
+    stacked: bool
+    axes: tuple[int, ...]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of `tensors`."""
+        shape = self.variable.shape[self.stacked :]
+        return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
+
+
+def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
+    """The module with the weights of `folder`, in the types of its parameters.
+
+    Args:
+        module: abstract (`nnx.eval_shape`), so that no first values are made.
+        folder: of safetensors.
+        table: the rules of this kind of module.
+        place: None: on the default device. Host memory holds one parameter at a time.
+
+    Raises:
+        WeightError: if the files cannot be read, or tensors and parameters do not match one to one in name and shape;
+            the report has all that are missing, left over or misshapen.
+    """
+    graphdef, state = nnx.split(module)
+    source = TensorFolder(folder)
+    prefix = table.prefix if any(name.startswith(table.prefix) for name in source) else ""
+    parameters = _parameters(state, table, prefix)
+    _check(parameters, source, prefix, table)
+    place = place or (lambda path, value: jnp.asarray(value))
+
+    filled = []
+    for parameter in parameters:
+        value = np.empty(parameter.variable.shape, parameter.variable.dtype)
+        blocks = value if parameter.stacked else value[None]
+        for block, tensor in zip(blocks, parameter.tensors, strict=True):
+            _copy(source.read(tensor), block, parameter.axes)
+        placed = place(".".join(map(str, parameter.path)), value)
+        filled.append((parameter.path, parameter.variable.replace(placed)))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
+    """Write `config` to `folder`/config.json and all parameters but experts, in their own types, beside it.
+
+    Args:
+        module, table: as in `fill`, the module with weights.
+        config: content of config.json.
+        folder: made if it is not there.
+        stem: see `weight_files.write_tensors`.
+    """
+    state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    sources = {
+        tensor: (parameter, block)
+        for parameter in _parameters(state, table, table.prefix)
+        for block, tensor in enumerate(parameter.tensors)
+    }
+
+    def read(tensor: str) -> np.ndarray:
+        parameter, block = sources[tensor]
+        value = np.asarray(parameter.variable[block] if parameter.stacked else parameter.variable[...])
+        return np.ascontiguousarray(value.transpose(np.argsort(parameter.axes)) if parameter.axes else value)
+
+    sizes = {
+        tensor: math.prod(parameter.tensor_shape) * parameter.variable.dtype.itemsize
+        for tensor, (parameter, _) in sources.items()
+    }
+    write_tensors(folder, stem, sizes, read)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
+    parameters = []
+    for path, variable in nnx.to_flat_state(state):
+        tensor, axes = table.tensor(".".join(map(str, path)))
+        stacked = "{block}" in tensor
+        blocks = range(variable.shape[0] if stacked else 1)
+        tensors = tuple(prefix + tensor.format(block=block) for block in blocks)
+        parameters.append(Parameter(path, variable, tensors, stacked, axes))
+    return parameters
+
+
+def _copy(tensor: np.ndarray, out: np.ndarray, axes: tuple[int, ...]) -> None:
+    if not axes:
+        out[...] = tensor
+        return
+    # A strip at a time, which stays in the cache: three times faster than a large matrix transposed at once.
+    for start in range(0, tensor.shape[0], STRIP):
+        strip = slice(start, start + STRIP)
+        out[..., strip] = tensor[strip].transpose(axes)
+
+
+def _check(parameters: Sequence[Parameter], source: TensorFolder, prefix: str, table: Table) -> None:
+    """Raise WeightError unless parameters and tensors match one to one."""
+    wanted = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
+    claims = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
+    shapes = {tensor: source.shape(tensor) for tensor in source}
+    problems = {
+        "missing (the model needs them)": [
+            f"{tensor} {list(shape)}" for tensor, shape in wanted.items() if tensor not in shapes
+        ],
+        "left over (the model has no place for them)": [
+            f"{tensor} {list(shape)}"
+            for tensor, shape in shapes.items()
+            if tensor not in wanted and not table.is_unused(tensor.removeprefix(prefix))
+        ],
+        "misshapen": [
+            f"{tensor} {list(shapes[tensor])}, expected {list(shape)}"
+            for tensor, shape in wanted.items()
+            if tensor in shapes and shapes[tensor] != shape
+        ],
+        "claimed by more than one parameter": [tensor for tensor, count in claims.items() if count > 1],
+    }
+    if not any(problems.values()):
+        return
+    report = [f"the tensors in {source.folder} are not those that its config.json asks for:"]
+    for kind, lines in problems.items():
+        if lines:
+            report.append(f"{len(lines)} {kind}:")
+            report += [f"  {line}" for line in lines[:REPORT_LINES]]
+        if len(lines) > REPORT_LINES:
+            report.append(f"  and {len(lines) - REPORT_LINES} more")
+    report.append("Take config.json and weights from one model in diffusers' layout.")
+    raise WeightError("\n".join(report))

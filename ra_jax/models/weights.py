@@ -1,0 +1,287 @@
+"""Models in and out of diffusers' folders, tensor by tensor.
+
+Folders are whole pipelines: FLUX.1-Fill (`transformer/`, `vae/`) or FLUX.1-Redux (`image_encoder/`,
+`image_embedder/`, `feature_extractor/`), on disk or on the Hugging Face hub.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ra_jax.models.flux import Flux, FluxConfig
+from ra_jax.models.lora import LoRAConfig, attach_experts
+from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.models.vae import AutoencoderKL, VAEConfig
+from ra_jax.models.weight_files import WeightError
+from ra_jax.models.weight_tables import FLUX, REDUX, SIGLIP, VAE
+from ra_jax.models.weight_transfer import Place, fill, store
+
+__all__ = [
+    "WeightError",
+    "fingerprint",
+    "load_flux",
+    "load_redux",
+    "load_vae",
+    "resolve",
+    "save_fill_pipeline_config",
+    "save_flux",
+    "save_redux",
+    "save_vae",
+]
+
+FLUX_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+FLUX_PREPROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+}
+
+# Folders whose weights decide what a base model computes, and so its fingerprint.
+COMPONENTS = ("transformer", "vae", "image_encoder", "image_embedder")
+SAMPLES, SAMPLE_BYTES = 256, 1024  # evenly spaced in each file
+
+
+def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
+    """The folder of a pipeline: a local one as it is, or what `subfolders` of a hub repository hold, downloaded.
+
+    Args:
+        name_or_path: folder in diffusers' layout, or hub id such as "black-forest-labs/FLUX.1-Fill-dev".
+        subfolders: what is needed of it, such as ("transformer", "vae", "scheduler"); nothing else is downloaded.
+
+    Raises:
+        WeightError: if a subfolder is missing, or the hub cannot give it; it says how to get access.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(name_or_path), subfolders)
+    if absent := [name for name in subfolders if not (folder / name).is_dir()]:
+        raise WeightError(
+            f"{name_or_path} has no {'/, '.join(absent)}/: expected a model in diffusers' layout with "
+            f"{'/, '.join(subfolders)}/."
+        )
+    return folder
+
+
+def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
+    # Late: only those who name a hub id need it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                allow_patterns=[f"{name}/*" for name in subfolders],
+                ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5"],
+            )
+        )
+    except Exception as error:  # offline, gated, misspelt, disk full: whatever it is, the ways out are the same
+        raise WeightError(
+            f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
+            f"{type(error).__name__}: {error}\n"
+            f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/, or a hub id. Either\n"
+            f"  - accept the licence at https://huggingface.co/{repo_id} and run `huggingface-cli login`,\n"
+            "  - or download the model elsewhere and give its folder,\n"
+            "  - or begin with the embedded tiny model, which needs no download: `--config configs/tiny.toml`."
+        ) from error
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A name for the weights in `folder` that changes when they do: 16 hexadecimal digits.
+
+    It hashes each component's config.json and, of each safetensors file, name, length, header and 256 samples of
+    1 KiB, so that 24 GB take a moment. A change confined to the bytes between samples is not seen.
+
+    Raises:
+        WeightError: if the folder holds no weights.
+    """
+    folder = Path(folder)
+    files = [path for name in COMPONENTS for path in sorted((folder / name).glob("*.safetensors"))]
+    if not files:
+        raise WeightError(f"{folder} has no safetensors in any of {'/, '.join(COMPONENTS)}/.")
+    digest = hashlib.sha256()
+    for config in dict.fromkeys(path.with_name("config.json") for path in files):
+        digest.update(config.read_bytes())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header))
+            for offset in np.linspace(8 + header, max(8 + header, size - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
+                file.seek(int(offset))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def load_flux(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    lora: LoRAConfig | None = None,
+    remat: str = "none",
+    attention: str = "auto",
+    rngs: nnx.Rngs | None = None,
+    place: Place | None = None,
+) -> Flux:
+    """The transformer in `folder`/transformer, with fresh experts if `lora` is given.
+
+    Args:
+        folder: of the pipeline.
+        dtype, param_dtype, lora, remat, attention: as in `Flux`; the files may be of any float type.
+        rngs: first values of the experts; needed with `lora` only.
+        place: puts a parameter where it is to live, given its path and value; None: on the default device. It gets
+            one after another, and host memory never holds more than one.
+
+    Raises:
+        WeightError: with a full report, unless every tensor of the files fits one parameter and all are filled.
+    """
+    path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention}
+    flux = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), **options))
+    flux = fill(flux, path, FLUX, place)
+    if lora is not None:
+        if rngs is None:
+            raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
+        attach_experts(flux, lora, rngs)
+    return flux
+
+
+def load_vae(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> AutoencoderKL:
+    """The autoencoder in `folder`/vae; arguments and errors as in `load_flux`."""
+    path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    return fill(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, place)
+
+
+def load_redux(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> Redux:
+    """SigLIP in `folder`/image_encoder and the embedder in `folder`/image_embedder; the rest as in `load_flux`."""
+    vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, "siglip_vision_model", "siglip")
+    embedder_path, embedder = _read_config(folder, "image_embedder", ReduxConfig, "ReduxImageEncoder")
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    try:
+        redux = nnx.eval_shape(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0), **options))
+    except ValueError as error:
+        raise WeightError(f"{folder}: {error}") from error
+    redux.vision = fill(redux.vision, vision_path, SIGLIP, place)
+    redux.embedder = fill(redux.embedder, embedder_path, REDUX, place)
+    return redux
+
+
+def save_flux(flux: Flux, folder: str | Path) -> None:
+    """Write the transformer without its experts to `folder`/transformer, as diffusers' from_pretrained reads it."""
+    store(flux, flux.config.to_dict(), Path(folder) / "transformer", "diffusion_pytorch_model", FLUX)
+
+
+def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
+    """Write the autoencoder to `folder`/vae, as diffusers' from_pretrained reads it."""
+    store(vae, vae.config.to_dict(), Path(folder) / "vae", "diffusion_pytorch_model", VAE)
+
+
+def save_redux(redux: Redux, folder: str | Path) -> None:
+    """Write `folder` as a FluxPriorReduxPipeline without text encoders.
+
+    Writes image_encoder/, image_embedder/, feature_extractor/ (FLUX.1-Redux's preprocessing at this model's size)
+    and model_index.json.
+    """
+    folder = Path(folder)
+    size = redux.vision.config.image_size
+    preprocessor = FLUX_PREPROCESSOR | {"size": {"height": size, "width": size}}
+    store(redux.vision, redux.vision.config.to_dict(), folder / "image_encoder", "model", SIGLIP)
+    embedder = folder / "image_embedder"
+    store(redux.embedder, redux.embedder.config.to_dict(), embedder, "diffusion_pytorch_model", REDUX)
+    _write_json(folder / "feature_extractor" / "preprocessor_config.json", preprocessor)
+    _write_pipeline(
+        folder,
+        "FluxPriorReduxPipeline",
+        image_encoder=("transformers", "SiglipVisionModel"),
+        image_embedder=("diffusers", "ReduxImageEncoder"),
+        feature_extractor=("transformers", "SiglipImageProcessor"),
+    )
+
+
+def save_fill_pipeline_config(folder: str | Path, scheduler: Mapping[str, Any] | None = None) -> None:
+    """Make `folder`, where `save_flux` and `save_vae` wrote, a FluxFillPipeline without text encoders.
+
+    Writes scheduler/scheduler_config.json and model_index.json.
+
+    Args:
+        folder: of the pipeline.
+        scheduler: values that differ from FLUX.1-Fill-dev's (`FLUX_SCHEDULER`).
+
+    Raises:
+        ValueError: for a key of `scheduler` that FLUX's has not.
+    """
+    scheduler = dict(scheduler or {})
+    if unknown := sorted(set(scheduler) - set(FLUX_SCHEDULER)):
+        raise ValueError(f"scheduler has unknown keys {unknown}: expected some of {sorted(FLUX_SCHEDULER)}.")
+    folder = Path(folder)
+    _write_json(folder / "scheduler" / "scheduler_config.json", FLUX_SCHEDULER | scheduler)
+    _write_pipeline(
+        folder,
+        "FluxFillPipeline",
+        scheduler=("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        transformer=("diffusers", "FluxTransformer2DModel"),
+        vae=("diffusers", "AutoencoderKL"),
+    )
+
+
+def _write_pipeline(folder: Path, name: str, **components: tuple[str, str]) -> None:
+    text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), (None, None))
+    _write_json(folder / "model_index.json", {"_class_name": name, **components, **text})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_config(folder: str | Path, component: str, config_type: Any, *kinds: str) -> tuple[Path, Any]:
+    """A component's folder and its config.json as `config_type`; the file must say that it is one of `kinds`."""
+    path = Path(folder) / component
+    file = path / "config.json"
+    if not file.is_file():
+        raise WeightError(f"{file} does not exist: expected the folder of a pipeline in diffusers' layout.")
+    try:
+        content = json.loads(file.read_text())
+        kind = content.get("_class_name", content.get("model_type"))
+        if kind not in kinds:
+            raise ValueError(f"it is of a {kind}, expected {' or '.join(kinds)}.")
+        return path, config_type.from_dict(content)
+    except ValueError as error:
+        raise WeightError(f"{file}: {error}") from error
