@@ -51,14 +51,12 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     background, base_colours = _background(rng, 1 / size)
     outline = _Outline.draw(rng)
-    light = rng.uniform(0.6, 2.2) * rng.choice(
-        [-1.0, 1.0]
-    )  # the lamp's angle from the vertical, to the left or the right
+    fall = rng.uniform(0.1, 0.9) * np.pi  # where shadows fall: from the right, over down, to the left
     radius, reach, angle = outline.at(x, y)
     alpha = np.clip(0.5 + (reach - radius) * size, 0, 1)[..., None]
     truth = background(x, y)
-    body = _body(rng, outline, base_colours, light)(x, y, radius / reach, angle)
-    source = (1 - alpha) * truth * _shadow(rng, outline, light)(x, y)[..., None] + alpha * body
+    body = _body(rng, outline, base_colours, fall)(x, y, radius / reach, angle)
+    source = (1 - alpha) * truth * _shadow(rng, outline, fall)(x, y)[..., None] + alpha * body
     return Scene(
         source=source.astype(np.float32),
         truth=truth.astype(np.float32),
@@ -160,7 +158,7 @@ class _Outline:
         kind = str(rng.choice(["ellipse", "box", "blob", "polygon"]))
         elongation, margin = np.sqrt(rng.uniform(1.0, 1.8)), rng.uniform(0.04, 0.06)
         turn = rng.uniform(-0.25, 0.25) if kind == "box" else rng.uniform(0, _TAU)
-        corners, jitter = int(rng.integers(3, 7)), rng.uniform(-0.25, 0.25, 6)
+        corners, jitter = int(rng.integers(3, 7)), rng.uniform(-0.1, 0.1, 6)
         amplitudes, phases = rng.uniform(0, [0.18, 0.12, 0.06]), rng.uniform(0, _TAU, 3)
 
         along, across = np.cos(_ANGLES - turn) / elongation, np.sin(_ANGLES - turn) * elongation
@@ -173,11 +171,12 @@ class _Outline:
             unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * inner + phases)).sum(1)
         unit = unit / np.hypot(along, across)
         # The area is drawn, not the radius: it decides how much of the picture has to be made up.
-        reach = unit * np.sqrt(rng.uniform(0.025, 0.15) / (np.pi * np.mean(unit**2)))
+        size = np.sqrt(rng.uniform(0.02, 0.17) / (np.pi * np.mean(unit**2)))
+        reach = unit * min(size, 0.4 / unit.max())
 
         extent = (reach + margin) * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
         low, high = 0.02 - extent.min(1), 0.98 - extent.max(1)
-        return cls(np.where(low < high, low + (high - low) * rng.uniform(size=2), 0.5), margin, reach)
+        return cls(low + (high - low) * rng.uniform(size=2), margin, reach)
 
     def at(self, x: np.ndarray, y: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, ...]:
         """Polar coordinates about the (shifted) centre: radius, the outline's reach there, and angle."""
@@ -187,7 +186,7 @@ class _Outline:
 
 
 def _body(
-    rng: np.random.Generator, outline: _Outline, base_colours: np.ndarray, light: float
+    rng: np.random.Generator, outline: _Outline, base_colours: np.ndarray, fall: float
 ) -> Callable[..., np.ndarray]:
     """The object's surface: (x, y, radius / reach, angle) -> [h, w, 3]."""
     # The most visible of a few colours: the ghost of an object that hides in its background has no measure.
@@ -198,14 +197,13 @@ def _body(
     kind = rng.choice(["plain", "stripes", "spots"])
     bulge, turn = rng.uniform(0.15, 0.5), rng.uniform(0, _TAU)
     first, across = _wave(rng, rng.uniform(0.08, 0.14)), _wave(rng, rng.uniform(0.08, 0.14))
-    towards = np.pi / 2 + light  # image angles run clockwise from +x; the lamp hangs above
 
     def paint(x: np.ndarray, y: np.ndarray, depth: np.ndarray, angle: np.ndarray) -> np.ndarray:
         u = (x - outline.centre[0]) * np.cos(turn) + (y - outline.centre[1]) * np.sin(turn)
         v = (y - outline.centre[1]) * np.cos(turn) - (x - outline.centre[0]) * np.sin(turn)
         mark = {"plain": 0 * u, "stripes": first(u), "spots": first(u) * across(v)}[str(kind)]
         inside = np.minimum(depth, 1.0)
-        facing = -inside * np.cos(angle - towards)
+        facing = -inside * np.cos(angle - fall)
         shade = 1 + bulge * (0.6 * facing + 0.4 * np.sqrt(1 - inside**2) - 0.3)
         blend = (0.5 + 0.5 * mark)[..., None]
         return np.clip((colour * (1 - blend) + second * blend) * shade[..., None], *OBJECT_RANGE)
@@ -213,10 +211,10 @@ def _body(
     return paint
 
 
-def _shadow(rng: np.random.Generator, outline: _Outline, light: float) -> Field:
+def _shadow(rng: np.random.Generator, outline: _Outline, fall: float) -> Field:
     """How much light is left beside and below the object, in (0, 1]: its own outline, shifted and soft."""
     length, soft, dark = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
-    shift = (float(np.sin(light)) * length, abs(float(np.cos(light))) * length + 0.02)
+    shift = (np.cos(fall) * length, np.sin(fall) * length + 0.02)
 
     def left(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         radius, reach, _ = outline.at(x, y, shift)

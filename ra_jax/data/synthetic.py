@@ -38,10 +38,12 @@ __all__ = [
 DEFECTS = ("ghost", "cast", "seam", "blur")
 MIXES = ("one_clean", "no_clean")
 SCORES = ("removal_score", "background_score", "smoothness_score")
+ROOMS = ("input", "mask", "gt", "ref")
+DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "defects.json")
 
 CAST = np.array([0.22, 0.0, -0.22], np.float32)  # warm, and of no brightness of its own: seams have nothing else
 SEAM = 0.25
-EDGE_WIDTH = 0.06  # σ of the softened mask, as a fraction of the picture, like all lengths here
+EDGE_WIDTH = 0.05  # σ of the softened mask, as a fraction of the picture, like all lengths here
 BLUR_WIDTH = 0.09  # σ of the blur: a third of the textures' period, so that they vanish
 
 ONE_CLEAN_STRENGTH = 0.6
@@ -226,80 +228,64 @@ def write_dataset(
     """
     if scenes < 1:
         raise ValueError(f"scenes={scenes}: expected at least 1")
-    per_scene = len(candidate_strengths(mix, seed, first_scene, candidates))
-    settings = {"mix": mix, "seed": seed, "size": size, "scenes": scenes, "first_scene": first_scene}
-    settings |= {"candidates": per_scene}
+    numbers = range(first_scene, first_scene + scenes)
+    strengths = np.stack([candidate_strengths(mix, seed, number, candidates) for number in numbers])
+    names = [f"scene_{number:05d}" for number in numbers]
+    kinds = ("clean", *DEFECTS) if mix == "one_clean" else range(candidates)
+    results = [[f"result/{name}_{kind}.png" for kind in kinds] for name in names]
+    known = {
+        "settings": {"mix": mix, "seed": seed, "size": size, "scenes": scenes, "first_scene": first_scene},
+        "mean_strength": dict(zip(DEFECTS, strengths.mean((0, 1)).tolist(), strict=True)),
+        "records": [
+            {"result": file, **dict(zip(DEFECTS, values.tolist(), strict=True))}
+            for file, values in zip(np.ravel(results).tolist(), strengths.reshape(-1, len(DEFECTS)), strict=True)
+        ],
+    }
     folder = Path(folder).resolve()
-    _refuse_foreign(folder, settings)
+    _refuse_foreign(folder, _json(known), {f"{room}/{name}.png" for room in ROOMS for name in names}.union(*results))
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for room in ("input", "mask", "gt", "ref", "result"):
+    for room in (*ROOMS, "result"):
         (partial / room).mkdir(parents=True)
-    records, truths, mapping = [], [], {}
-    for number in range(first_scene, first_scene + scenes):
-        name = f"scene_{number:05d}"
+    records = []
+    for number, name, files, values in zip(numbers, names, results, strengths, strict=True):
         scene = make_scene(np.random.SeedSequence((seed, number)), size)
-        strengths = candidate_strengths(mix, seed, number, candidates)
-        results = quantise(apply_defects(scene, strengths))
-        scene = Scene(*map(quantise, (scene.source, scene.truth, scene.reference)), scene.mask)
-        pictures = {
-            "input": scene.source,
-            "gt": scene.truth,
-            "ref": scene.reference,
-            "mask": quantise(scene.mask),
-        }
-        for room, pixels in pictures.items():
-            _save(pixels, partial / room / f"{name}.png")
-        mapping[f"{name}.png"] = [f"{name}.png"]
-
-        kinds = ("clean", *DEFECTS) if mix == "one_clean" else range(per_scene)
-        exact = Scene(scene.source / 255, scene.truth / 255, scene.reference / 255, scene.mask)
-        scores = rule_scores(results / 255, exact).round(4).tolist()
-        for kind, pixels, s, triple in zip(kinds, results, strengths.tolist(), scores, strict=True):
-            file = f"result/{name}_{kind}.png"
-            _save(pixels, partial / file)
-            paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
-            records.append({**paths, "result": file, "scores": triple})
-            truths.append({"result": file, **dict(zip(DEFECTS, s, strict=True))})
-
-    mean = {name: float(np.mean([truth[name] for truth in truths])) for name in DEFECTS}
+        scores = _write_scene(partial, name, scene, files, values)
+        paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
+        records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
     named = [{**record, "scores": dict(zip(SCORES, record["scores"], strict=True))} for record in records]
-    _write_json(named, partial / "labeled_dict.json")
-    _write_json(records, partial / "labeled_tensor.json")
-    _write_json({"mapping": mapping}, partial / "triplets.json")
-    _write_json({"settings": settings, "mean_strength": mean, "records": truths}, partial / "defects.json")
+    mapping = {f"{name}.png": [f"{name}.png"] for name in names}
+    for file, content in zip(DOCUMENTS, (named, records, {"mapping": mapping}, known), strict=True):
+        (partial / file).write_text(_json(content), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     return partial.rename(folder)
 
 
-def _save(pixels: np.ndarray, path: Path) -> None:
-    Image.fromarray(pixels).save(path, compress_level=1)
+def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], strengths: np.ndarray) -> np.ndarray:
+    """Write a scene's four pictures and its results, one of `files` a row of strengths; returns their scores."""
+    results = quantise(apply_defects(scene, strengths))
+    pictures = [quantise(picture) for picture in (scene.source, scene.mask, scene.truth, scene.reference)]
+    for room, picture in zip(ROOMS, pictures, strict=True):
+        Image.fromarray(picture).save(folder / room / f"{name}.png", compress_level=1)
+    for file, picture in zip(files, results, strict=True):
+        Image.fromarray(picture).save(folder / file, compress_level=1)
+    source, _, truth, reference = (picture / 255 for picture in pictures)
+    return rule_scores(results / 255, Scene(source, truth, reference, scene.mask)).round(4)
 
 
-def _write_json(content: object, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _json(content: object) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
-def _refuse_foreign(folder: Path, settings: dict) -> None:
-    """Raise FileExistsError unless `folder` is absent, empty, or just what `settings` wrote there before."""
+def _refuse_foreign(folder: Path, known: str, pictures: set[str]) -> None:
+    """Raise FileExistsError unless `folder` is absent, empty or an earlier copy of the very data set to write."""
     advice = "choose another folder, or delete this one first"
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: expected a folder, found a file; {advice}")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if not found:
-        return
-    if "defects.json" not in found:
-        raise FileExistsError(f"{folder}: holds other files, {min(found)} for one; {advice}")
-    before = json.loads((folder / "defects.json").read_text(encoding="utf-8"))["settings"]
-    if before != settings:
-        raise FileExistsError(f"{folder}: holds a data set of {before}, not of {settings}; {advice}")
-    records = json.loads((folder / "labeled_tensor.json").read_text(encoding="utf-8"))
-    ours = {record[key] for record in records for key in ("ref", "src", "mask", "result")}
-    ours |= {record["src"].replace("input/", "gt/") for record in records}
-    ours |= {"labeled_dict.json", "labeled_tensor.json", "triplets.json", "defects.json"}
-    if found - ours:
-        raise FileExistsError(f"{folder}: holds files besides the data set, {min(found - ours)} for one; {advice}")
+    if foreign := sorted(found - pictures - set(DOCUMENTS)):
+        raise FileExistsError(f"{folder}: holds {len(foreign)} other files, {foreign[0]} for one; {advice}")
+    if found and ("defects.json" not in found or (folder / "defects.json").read_text(encoding="utf-8") != known):
+        raise FileExistsError(f"{folder}: holds a data set of other settings; {advice}")

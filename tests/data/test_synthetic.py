@@ -1,0 +1,266 @@
+"""Synthetic scenes: what they look like, defects that can be measured, scores that fall with every defect."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ra_jax.data.records import load_records, scene_ids
+from ra_jax.data.synthetic import (
+    DEFECTS,
+    Scene,
+    apply_defects,
+    candidate_strengths,
+    defect_basis,
+    make_scene,
+    measure_defects,
+    quantise,
+    rule_scores,
+    scenes,
+    stack,
+    write_dataset,
+)
+
+REWARD_WEIGHTS = np.array([0.4, 0.3, 0.3])
+
+
+@pytest.fixture(scope="module", params=[32, 64])
+def views(request):
+    return stack(scenes(seed=5, first=0, count=60, size=request.param))
+
+
+def only(defect, strength):
+    return {name: strength * (name == defect) for name in DEFECTS}
+
+
+def reward(image, views):
+    """Total reward in [−1, 1]."""
+    return (2 * rule_scores(image, views) - 1) @ REWARD_WEIGHTS
+
+
+def test_a_scene_is_the_same_at_any_size():
+    for number in range(8):
+        fine, coarse = (make_scene(np.random.SeedSequence((1, number)), size) for size in (128, 32))
+        for name in ("source", "truth", "reference"):
+            halved = getattr(fine, name).reshape(32, 4, 32, 4, 3).mean((1, 3))
+            assert np.abs(halved - getattr(coarse, name)).mean() < 0.01
+        assert np.abs(fine.mask.mean() - coarse.mask.mean()) < 0.02
+
+
+def test_a_scene_depends_on_its_seed_and_number_alone():
+    several, single = scenes(3, 0, 5, 32)[4], scenes(3, 4, 1, 32)[0]
+    assert all(np.array_equal(getattr(several, name), getattr(single, name)) for name in vars(single))
+    assert not np.array_equal(several.truth, scenes(4, 4, 1, 32)[0].truth)
+
+
+def test_size_below_16_is_refused():
+    with pytest.raises(ValueError, match="scene size 8: expected at least 16"):
+        make_scene(np.random.SeedSequence(0), 8)
+
+
+def test_the_mask_covers_the_object_and_stays_off_the_border():
+    views = stack(scenes(7, 0, 300, 32))
+    area = views.mask.mean((1, 2))
+    assert area.min() > 0.03 and area.max() < 0.30
+    assert not (views.mask[:, [0, -1]].any() or views.mask[:, :, [0, -1]].any())
+    outside = ~views.mask[..., None]
+    assert np.all(views.reference[outside[..., 0]] == 1.0)
+    # Outside the mask the source differs by the shadow alone: darker, in most scenes somewhere plainly so.
+    shadow = (views.truth - views.source) * outside
+    assert shadow.min() >= -1e-6
+    assert np.mean(shadow.max((1, 2, 3)) > 0.03) > 0.9
+
+
+def test_the_reference_shows_the_object_where_it_stands(views):
+    solid = np.all(views.source == views.reference, axis=-1)
+    assert np.all(solid.sum((1, 2)) > 0.15 * views.mask.sum((1, 2)))
+    assert not np.any(solid & ~views.mask)
+
+
+def test_pixels_leave_room_for_the_defects(views):
+    assert views.truth.min() >= 0.2 and views.truth.max() <= 0.8
+    strengths = np.stack([candidate_strengths("no_clean", 0, number) for number in range(60)], axis=1)
+    images = apply_defects(views, strengths)
+    assert np.mean((images < 0) | (images > 1)) < 1e-3
+
+
+def test_each_defect_is_where_it_belongs(views):
+    inside = views.mask[..., None]
+    basis = dict(zip(DEFECTS, np.moveaxis(defect_basis(views), 1, 0), strict=True))
+    ghosted = views.truth + basis["ghost"]
+    np.testing.assert_allclose(ghosted, np.where(inside, views.source, views.truth), atol=1e-6)
+    assert not np.any(basis["cast"] * inside) and not np.any(basis["seam"] * ~inside)
+    warm = basis["cast"][~views.mask]
+    np.testing.assert_allclose(warm, np.broadcast_to([0.22, 0, -0.22], warm.shape), rtol=1e-6)
+    edge = views.mask & ~np.roll(views.mask, 1, axis=1)
+    deep = views.mask & np.roll(views.mask, 4, 1) & np.roll(views.mask, -4, 1)
+    assert basis["seam"][edge].mean() > 1.5 * basis["seam"][deep].mean()
+    blurred, texture = (views.truth + basis["blur"]), views.truth
+    assert np.all(blurred.std((1, 2)).mean(-1) < texture.std((1, 2)).mean(-1))
+
+
+def test_strengths_are_measured_jointly_and_with_their_sign(views):
+    strengths = np.random.default_rng(0).uniform(-1, 1, (60, 4))
+    np.testing.assert_allclose(measure_defects(apply_defects(views, strengths), views), strengths, atol=1e-3)
+
+
+def test_strengths_survive_8_bits():
+    for number, scene in enumerate(scenes(5, 0, 60, 64)):
+        strengths = candidate_strengths("no_clean", 5, number)
+        written = quantise(apply_defects(scene, strengths)) / 255
+        assert np.abs(measure_defects(written, scene) - strengths).max() < 0.03
+
+
+def test_noise_hardly_moves_the_measurement(views):
+    basis = defect_basis(views).reshape(60, 4, -1).astype(np.float64)
+    gram = basis @ basis.mT
+    scale = np.sqrt(np.einsum("naa->na", gram))
+    assert np.linalg.cond(gram / (scale[:, :, None] * scale[:, None])).max() < 6
+    noisy = views.truth + np.random.default_rng(0).normal(0, 0.05, views.truth.shape)
+    assert np.abs(measure_defects(noisy, views)).mean(0).max() < 0.05
+
+
+def test_unknown_defect_is_named():
+    scene = scenes(0, 0, 1, 32)[0]
+    with pytest.raises(ValueError, match=r"unknown defects \['gost'\]"):
+        apply_defects(scene, {"gost": 1.0})
+
+
+def test_the_truth_scores_one_and_the_object_zero(views):
+    np.testing.assert_array_equal(rule_scores(views.truth, views), np.ones((60, 3)))
+    np.testing.assert_allclose(rule_scores(apply_defects(views, only("ghost", 1)), views)[:, 0], 0, atol=1e-5)
+
+
+def test_ghost_and_cast_score_as_the_formula_says(views):
+    strength = 0.4
+    ghost = rule_scores(apply_defects(views, only("ghost", strength)), views)
+    np.testing.assert_allclose(ghost, np.broadcast_to([1 - strength, 1, 1], ghost.shape), atol=1e-4)
+    cast = rule_scores(apply_defects(views, only("cast", strength)), views)
+    background = 1 - strength * 0.22 * np.sqrt(2 / 3) / 0.2
+    np.testing.assert_allclose(cast, np.broadcast_to([1, background, 1], cast.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("defect", "score"), [("ghost", 0), ("cast", 1), ("seam", 2), ("blur", 0), ("blur", 1), ("blur", 2)]
+)
+def test_scores_fall_with_their_defect_all_the_way(views, defect, score, sign):
+    steps = [rule_scores(apply_defects(views, only(defect, sign * s)), views)[:, score] for s in np.linspace(0, 1, 6)]
+    assert np.all(np.diff(steps, axis=0) < 0)
+
+
+def test_every_defect_costs_reward_at_a_like_rate(views):
+    slopes = [(1 - reward(apply_defects(views, only(name, 0.6)), views)).mean() / 0.6 for name in DEFECTS]
+    assert min(slopes) > 0.4 and max(slopes) < 2 * min(slopes)
+
+
+def test_lowering_a_defect_pays_in_the_company_of_the_others(views):
+    rng = np.random.default_rng(1)
+    strengths = rng.uniform(0.2, 1.0, (60, 4))
+    slopes = []
+    for number in range(4):
+        less, more = strengths - 0.05 * np.eye(4)[number], strengths + 0.05 * np.eye(4)[number]
+        gain = reward(apply_defects(views, less), views) - reward(apply_defects(views, more), views)
+        assert np.mean(gain > 0) > 0.9
+        slopes.append(gain.mean() / 0.1)
+    assert max(slopes) < 4 * min(slopes)
+
+
+def test_another_object_in_the_hole_is_no_removal(views):
+    other = np.where(views.mask[..., None], np.roll(views.source, 1, axis=0), views.truth)
+    assert (
+        np.mean(rule_scores(other, views)[:, 0] < rule_scores(apply_defects(views, only("blur", 1)), views)[:, 0]) > 0.9
+    )
+
+
+def test_stacked_scenes_score_as_single_ones():
+    singles = scenes(2, 0, 3, 32)
+    images = [apply_defects(scene, dict.fromkeys(DEFECTS, 0.5)) for scene in singles]
+    views = stack(singles)
+    for function in (rule_scores, measure_defects):
+        alone = np.stack([function(image, scene) for image, scene in zip(images, singles, strict=True)])
+        np.testing.assert_allclose(function(np.stack(images), views), alone, atol=1e-5)
+
+
+def test_strengths_of_the_mixes():
+    np.testing.assert_array_equal(candidate_strengths("one_clean", 0, 0)[1:], 0.6 * np.eye(4))
+    assert not candidate_strengths("one_clean", 0, 0)[0].any()
+    drawn = np.concatenate([candidate_strengths("no_clean", 0, number, 5) for number in range(500)])
+    assert drawn.shape == (2500, 4) and set((drawn > 0).sum(1)) == {3, 4}
+    assert drawn[drawn > 0].min() >= 0.2 and drawn.max() <= 1
+    np.testing.assert_allclose(drawn.mean(0), 0.525, atol=0.03)
+    with pytest.raises(ValueError, match="unknown mix 'clean'"):
+        candidate_strengths("clean", 0, 0)
+    with pytest.raises(ValueError, match="candidates=1: expected at least 2"):
+        candidate_strengths("no_clean", 0, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "set"
+    return write_dataset(folder, scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
+
+
+def read(folder, name):
+    return np.asarray(Image.open(folder / name)) / 255
+
+
+@pytest.mark.parametrize("score_format", ["dict", "tensor"])
+def test_a_written_set_passes_the_checks_of_training(dataset, score_format):
+    records = load_records(dataset / f"labeled_{score_format}.json", use_human_scores=True, score_format=score_format)
+    assert list(scene_ids(records)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(load_records(dataset / "triplets.json")) == 3
+
+
+def test_written_scores_and_strengths_are_those_of_the_written_images(dataset):
+    records = json.loads((dataset / "labeled_tensor.json").read_text())
+    known = json.loads((dataset / "defects.json").read_text())
+    assert known["settings"] == {"mix": "no_clean", "seed": 4, "size": 32, "scenes": 3, "first_scene": 10}
+    for record, truth in zip(records, known["records"], strict=True):
+        name = record["src"].removeprefix("input/")
+        mask = read(dataset, record["mask"]) > 0.5
+        scene = Scene(*(read(dataset, f"{room}/{name}") for room in ("input", "gt", "ref")), mask)
+        result = read(dataset, record["result"])
+        assert truth["result"] == record["result"]
+        np.testing.assert_allclose(measure_defects(result, scene), [truth[name] for name in DEFECTS], atol=0.04)
+        np.testing.assert_allclose(rule_scores(result, scene), record["scores"], atol=1e-4)
+    means = [np.mean([truth[name] for truth in known["records"]]) for name in DEFECTS]
+    np.testing.assert_allclose([known["mean_strength"][name] for name in DEFECTS], means)
+
+
+def test_clean_results_are_the_truth_and_score_one(tmp_path):
+    folder = write_dataset(tmp_path / "set", scenes=2, size=32, mix="one_clean", seed=0)
+    records = json.loads((folder / "labeled_dict.json").read_text())
+    assert [record["result"].split("_")[-1] for record in records[:5]] == [f"{k}.png" for k in ("clean", *DEFECTS)]
+    for record in records[::5]:
+        assert set(record["scores"].values()) == {1.0}
+        np.testing.assert_array_equal(
+            read(folder, record["result"]), read(folder, record["src"].replace("input", "gt"))
+        )
+
+
+def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp_path):
+    folder = tmp_path / "set"
+    for _ in range(2):
+        write_dataset(folder, scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 3 * (4 + 3) + 4
+    assert all((folder / file).read_bytes() == (dataset / file).read_bytes() for file in files)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
+    settings = {"scenes": 1, "size": 32, "mix": "one_clean", "seed": 0}
+    folder = write_dataset(tmp_path / "set", **settings)
+    with pytest.raises(FileExistsError, match="other settings"):
+        write_dataset(folder, **{**settings, "seed": 1})
+    (folder / "input" / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"holds 1 other files, input/holiday\.png"):
+        write_dataset(folder, **settings)
+    assert (folder / "input" / "holiday.png").read_bytes() == b"mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="expected a folder, found a file"):
+        write_dataset(tmp_path / "file", **settings)
+    with pytest.raises(ValueError, match="scenes=0"):
+        write_dataset(tmp_path / "none", **{**settings, "scenes": 0})
