@@ -16,7 +16,7 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = parse()
-        from ra_jax.training.loop import train
+        from ra_jax.training.loop import train  # after parsing: --help needs no JAX
 
         output = train(config)
     except (ConfigError, DataError, WeightError, CheckpointError, FloatingPointError) as error:

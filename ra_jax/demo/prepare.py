@@ -50,7 +50,7 @@ class DemoSettings:
     scenes: int = 400
     held_out_scenes: int = 16
     size: int = 64
-    vae_steps: int = 1000
+    vae_steps: int = 600
     base_steps: int = 375
     batch_size: int = 32
     seed: int = 0

@@ -29,6 +29,8 @@ def train(config: TrainConfig) -> Path:
     Raises what `set_up` raises, and FloatingPointError where the loss is not finite (no checkpoint is written then).
     SIGTERM ends the run after the step in progress with a checkpoint and exit status 143.
     """
+    if config.run.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", config.run.jax_compilation_cache_dir)
     setup = set_up(config)
     checkpoints = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
     recorder = Recorder(config, setup)

@@ -18,3 +18,12 @@ def all_mean(x: jax.Array, axis_name: str | None = None, weights: jax.Array | No
     weights = jnp.ones(x.shape[:1], jnp.float32) if weights is None else weights
     total = all_sum(jnp.tensordot(weights, x.astype(jnp.float32), 1), axis_name)
     return total / all_sum(weights.sum(), axis_name)
+
+
+def mean_gradients(gradient: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """The gradient of a loss made of `all_mean`s, from every replica's own.
+
+    A mean rather than a sum: the transpose of `psum` is `psum`, so that each replica's gradient is already that of the
+    sum of all replicas' (equal) losses.
+    """
+    return gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)

@@ -18,7 +18,7 @@ from ra_jax.models.router import diversity_loss
 from ra_jax.rl.estimators import MatchingCache, matching_cache, matching_log_prob
 from ra_jax.rl.losses import clipped_policy_loss, flow_matching_error
 from ra_jax.training.mesh import all_mean, all_sum
-from ra_jax.training.state import keys_for, stream
+from ra_jax.training.state import TrainState, keys_for, stream
 
 Metrics = dict[str, jax.Array]
 
@@ -27,7 +27,6 @@ Metrics = dict[str, jax.Array]
 class ObjectiveSettings:
     """What a step optimises. learn_policy: whether there is a policy term (rewards and `--enable_grpo_loss`)."""
 
-    seed: int = 0
     guidance_scale: float = 30.0
     loss_region: str = "balanced"
     base_loss_weight: float = 1.0
@@ -67,7 +66,7 @@ class Objective:
     schedule: FlowSchedule
     settings: ObjectiveSettings
 
-    def encode(self, frozen: Weights, batch: Batch) -> Encoded:
+    def encode(self, frozen: Weights, batch: Batch, seed: jax.Array) -> Encoded:
         """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used.
 
         The policy's (t, ε) derive from (seed, epoch, group): a group shares them wherever its members stand.
@@ -78,7 +77,7 @@ class Objective:
         region = region_weights(diptych_mask(batch), self.model.factor, set_.loss_region)
         if not set_.learn_policy:
             return Encoded(condition, clean, region)
-        keys = keys_for(stream(set_.seed, "policy"), batch["epoch"], batch["group_id"])
+        keys = keys_for(stream(seed, "policy"), batch["epoch"], batch["group_id"])
         cache = matching_cache(keys, clean, region, count=set_.policy_pairs, fraction=set_.policy_fraction)
         return Encoded(condition, clean, region, cache)
 
@@ -106,25 +105,25 @@ class Objective:
 
         return matching_log_prob(velocity, trainable, encoded.cache, temperature=temperature)
 
-    def noised(self, batch: Batch, encoded: Encoded, step) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def noised(self, batch: Batch, encoded: Encoded, state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The base loss's draws, one a record and step: noise [B, N, 4C], t [B], dropout keys [B]."""
-        keys = keys_for(jax.random.fold_in(stream(self.settings.seed, "base"), step), batch["record_id"])
+        keys = keys_for(jax.random.fold_in(stream(state.seed, "base"), state.step), batch["record_id"])
         noise_key, time_key, dropout_key = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
         tokens, features = encoded.clean.shape[1:]
         noise = jax.vmap(lambda key: jax.random.normal(key, (tokens, features), jnp.float32))(noise_key)
         return noise, jax.vmap(lambda key: self.schedule.training_time(key, tokens))(time_key), dropout_key
 
     def __call__(
-        self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, state, *, fresh, axis_name=None
+        self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, state: TrainState, *, fresh, axis_name=None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         """Total loss of a microbatch; with it the router's new running mean [E] and the metrics.
 
-        `state` is the TrainState (its step, router_mean and temperature are read); `fresh`: θ_old *is* θ, so that
+        Of `state` the seed, step, router_mean and temperature are read; `fresh`: θ_old *is* θ, so that
         ℓ_old = stop_gradient(ℓ_θ) and ρ is exactly 1.
         """
         set_ = self.settings
         gates, soft_gates = self.model.gates(trainable, encoded.condition)
-        noise, t, dropout_keys = self.noised(batch, encoded, state.step)
+        noise, t, dropout_keys = self.noised(batch, encoded, state)
         predicted = self.velocity(
             trainable,
             frozen,
@@ -180,14 +179,14 @@ class Objective:
             metrics["kl_loss"] = kl
         return total, metrics
 
-    def velocity_norm_ratio(self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, step, axis_name=None):
+    def velocity_norm_ratio(self, state: TrainState, frozen: Weights, batch: Batch, encoded: Encoded, axis_name=None):
         """Drift: the mean over records of ‖v_θ‖ / ‖v_base‖ at the base loss's (t, ε); v_base has the experts off."""
-        noise, t, _ = self.noised(batch, encoded, step)
+        noise, t, _ = self.noised(batch, encoded, state)
         x = interpolate(encoded.clean, noise, t)
-        gates, _ = self.model.gates(trainable, encoded.condition)
+        gates, _ = self.model.gates(state.trainable, encoded.condition)
 
         def norm(gates):
-            velocity = self.velocity(trainable, frozen, x, t, encoded.condition, gates)
+            velocity = self.velocity(state.trainable, frozen, x, t, encoded.condition, gates)
             return jnp.sqrt(region_mean(velocity**2, encoded.region))
 
         return all_mean(norm(gates) / norm(None), axis_name)

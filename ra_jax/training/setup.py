@@ -83,6 +83,7 @@ def set_up(config: TrainConfig) -> Setup:
     state = init_state(
         loaded.trainable,
         optimizer,
+        seed=config.run.seed,
         num_experts=loaded.model.num_experts,
         temperature=initial_temperature(config),
         with_snapshot=config.uses_policy,
@@ -186,7 +187,6 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
 def objective_settings(config: TrainConfig) -> ObjectiveSettings:
     losses, grpo = config.losses, config.grpo
     return ObjectiveSettings(
-        seed=config.run.seed,
         guidance_scale=config.model.guidance_scale,
         loss_region=losses.loss_region,
         base_loss_weight=losses.base_loss_weight,

@@ -21,6 +21,7 @@ import optax
         "temperature",
         "clip_at_sync",
         "step",
+        "seed",
     ],
     meta_fields=[],
 )
@@ -28,7 +29,8 @@ import optax
 class TrainState:
     """trainable: experts and router (or the transformer), float32; opt_state: Optax's;
     snapshot: the old policy, None without one; ema: averaged weights, None without; router_mean: the running mean gate
-    [E], None without experts; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal; step: int32.
+    [E], None without experts; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal;
+    step: int32; seed: int32, here so that one compiled program serves every seed.
     """
 
     trainable: Any
@@ -39,12 +41,14 @@ class TrainState:
     temperature: jax.Array
     clip_at_sync: jax.Array
     step: jax.Array
+    seed: jax.Array
 
 
 def init_state(
     trainable: Any,
     optimizer: optax.GradientTransformation,
     *,
+    seed: int,
     num_experts: int,
     temperature: float,
     with_snapshot: bool,
@@ -64,10 +68,11 @@ def init_state(
         temperature=jnp.asarray(temperature, jnp.float32),
         clip_at_sync=jnp.zeros((), jnp.float32),
         step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.int32),
     )
 
 
-def stream(seed: int, name: str) -> jax.Array:
+def stream(seed: int | jax.Array, name: str) -> jax.Array:
     """The key of a named stream of random numbers; a draw folds in the step (or epoch) and the global example's id."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 

@@ -10,8 +10,8 @@ import optax
 from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.rl.losses import adapted_temperature
-from ra_jax.training.mesh import all_mean, all_sum
-from ra_jax.training.objective import Metrics, Objective
+from ra_jax.training.mesh import all_mean, mean_gradients
+from ra_jax.training.objective import Encoded, Metrics, Objective
 from ra_jax.training.state import TrainState
 
 
@@ -39,7 +39,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
         def microbatch(carry, batch):
             gradients, router_mean = carry
-            encoded = encode_with_old_policy(objective, snapshot, frozen, batch, state.temperature, fresh)
+            encoded = encode_with_old_policy(objective, state, snapshot, frozen, batch, fresh)
             loss = jax.value_and_grad(objective, has_aux=True)
             (_, (router_mean, metrics)), update = loss(
                 state.trainable,
@@ -58,12 +58,13 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
         (gradients, router_mean), metrics = jax.lax.scan(microbatch, (zeros, state.router_mean), microbatches)
         metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-        gradients = jax.tree.map(lambda g: all_sum(g, axis_name) / settings.accumulation, gradients)
+        gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name) / settings.accumulation, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        temperature, clip_at_sync = at_sync(state, metrics, settings)
-        if clip_at_sync is not None:
+        temperature, clip_at_sync = state.temperature, state.clip_at_sync
+        if "clip_fraction" in metrics:
+            temperature, clip_at_sync = at_sync(state, metrics["clip_fraction"], settings)
             metrics |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
         state = replace(
             state,
@@ -88,15 +89,15 @@ def renewed_snapshot(state: TrainState, fresh: jax.Array) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(fresh, new, old), state.trainable, state.snapshot)
 
 
-def encode_with_old_policy(objective, snapshot, frozen, batch, temperature, fresh):
+def encode_with_old_policy(objective, state, snapshot, frozen, batch, fresh) -> Encoded:
     """The encoded microbatch with ℓ_old; where the old policy is fresh its pass is skipped (ρ is 1 by construction)."""
-    encoded = objective.encode(frozen, batch)
+    encoded = objective.encode(frozen, batch, state.seed)
     if encoded.cache is None:
         return encoded
     old = jax.lax.cond(
         fresh,
         lambda: jnp.zeros(encoded.clean.shape[:1], jnp.float32),
-        lambda: objective.log_prob(snapshot, frozen, encoded, temperature)[0],
+        lambda: objective.log_prob(snapshot, frozen, encoded, state.temperature)[0],
     )
     return replace(encoded, old_log_prob=old)
 
@@ -124,18 +125,16 @@ def drift_metrics(objective, state, frozen, batch, encoded, interval: int, axis_
     return {
         "velocity_norm_ratio": jax.lax.cond(
             (state.step + 1) % interval == 0,
-            lambda: objective.velocity_norm_ratio(state.trainable, frozen, batch, encoded, state.step, axis_name),
+            lambda: objective.velocity_norm_ratio(state, frozen, batch, encoded, axis_name),
             lambda: jnp.full((), jnp.nan, jnp.float32),
         )
     }
 
 
-def at_sync(state: TrainState, metrics: Metrics, settings: StepSettings) -> tuple[jax.Array, jax.Array]:
+def at_sync(state: TrainState, clip_fraction: jax.Array, settings: StepSettings) -> tuple[jax.Array, jax.Array]:
     """(τ, clip_fraction) as they stand after this step; both change only at the last step before a renewal."""
-    if "clip_fraction" not in metrics:
-        return state.temperature, state.clip_at_sync
     last = (state.step + 1) % settings.sync_steps == 0
-    clip = jnp.where(last, metrics["clip_fraction"], state.clip_at_sync)
+    clip = jnp.where(last, clip_fraction, state.clip_at_sync)
     if not settings.adapt_temperature:
         return state.temperature, clip
     return jnp.where(last, adapted_temperature(state.temperature, clip), state.temperature), clip

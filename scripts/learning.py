@@ -1,0 +1,301 @@
+"""Does human-scored GRPO learn more from scores than imitation does? The experiment behind README's "Learning".
+
+    python scripts/learning.py run   [--root output/learning]     trains and measures every cell, resumes per cell
+    python scripts/learning.py table [--root output/learning]     prints the tables, draws the contact sheets
+
+Two synthetic data sets (one candidate in five clean; none clean), one tiny base each, trained uniformly on all
+candidates. From each base, with equal data, steps and seeds: standard training, three ways to weigh the base loss by
+the scores, human-scored GRPO; a ceiling (trained on the truth only); and the best-of-group run again, as long as GRPO
+takes by the clock. Each model then removes the objects of held-out scenes, and the pictures are measured.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+
+from ra_jax.config import from_flat_dict, load_toml
+from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
+from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.flow.schedule import FlowSchedule
+from ra_jax.inference.sampling import initial_noise, make_remover
+from ra_jax.models.loading import load_fill_model
+from ra_jax.rl.rewards import total_reward
+from ra_jax.training.checkpoints import find_checkpoint, restore
+from ra_jax.training.experts import expert_configs
+from ra_jax.training.loop import train
+from ra_jax.training.metrics import read_rows
+from ra_jax.training.previews import contact_sheet
+from ra_jax.training.state import keys_for, stream
+
+REWARD_WEIGHTS = (0.4, 0.3, 0.3)
+SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
+METHODS = {
+    "standard": dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False},
+    "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
+    "softmax": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "softmax"},
+    "best": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
+    "grpo": SCORED | {"enable_grpo_loss": True},
+    "best_equal_time": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
+    "clean": dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False},
+}
+TITLES = {
+    "base": "floor: the base",
+    "standard": "standard",
+    "score": "score-weighted base loss",
+    "softmax": "softmax(R/0.05)-weighted",
+    "best": "best-of-group",
+    "best_equal_time": "best-of-group, GRPO's wall time",
+    "grpo": "human-scored GRPO",
+    "clean": "ceiling: trained on the truth",
+    "roundtrip": "ceiling: VAE round trip of the truth",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """root: where everything goes; steps: of every training; held_out: scenes measured on."""
+
+    root: Path = Path("output/learning")
+    config: Path = Path("configs/tiny.toml")
+    mixes: tuple[str, ...] = MIXES
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 80
+    held_out: int = 64
+    num_inference_steps: int = 12
+
+    def cell(self, mix: str, method: str, seed: int) -> Path:
+        return self.root / "cells" / f"{mix}-{method}-{seed}.json"
+
+
+def run(experiment: Experiment) -> None:
+    """Train and measure every cell that has no result yet, cheapest comparisons first."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    for mix in experiment.mixes:
+        paths = prepare(experiment.root / mix, DemoSettings(mix=mix))
+        measure = Measure(experiment, paths)
+        for name, images in {"base": None, "roundtrip": measure.round_trip()}.items():
+            cell = experiment.cell(mix, name, 0)
+            if not cell.exists():
+                write_cell(cell, measure(images if images is not None else measure.generate(None)), {})
+        for seed in experiment.seeds:
+            for method in (name for name in METHODS if name in experiment.methods):
+                cell = experiment.cell(mix, method, seed)
+                if not cell.exists():
+                    run_cell(experiment, paths, measure, mix, method, seed)
+
+
+def run_cell(experiment: Experiment, paths: DemoPaths, measure: "Measure", mix: str, method: str, seed: int) -> None:
+    """One training from the base, and what its model generates."""
+    steps = experiment.steps
+    if method == "best_equal_time":
+        seconds = {
+            name: json.loads(experiment.cell(mix, name, seed).read_text())["step_time"] for name in ("grpo", "best")
+        }
+        steps = round(steps * seconds["grpo"] / seconds["best"])
+    file = "triplets.json" if method == "clean" else "labeled_dict.json"
+    output = experiment.root / "runs" / f"{mix}-{method}-{seed}"
+    settings = load_toml(experiment.config) | {
+        "train_json_path": str(paths.train / file),
+        "output_dir": str(output),
+        "overwrite_output_dir": True,
+        "pretrained_model_name_or_path": str(paths.fill),
+        "pretrained_redux_model_name_or_path": str(paths.redux),
+        "max_train_steps": steps,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+        "report_to": ["none"],
+        "log_freq": 8,
+        "seed": seed,
+    }
+    since = time.perf_counter()
+    train(from_flat_dict(settings | METHODS[method]))
+    seconds = time.perf_counter() - since
+    rows = read_rows(output / "metrics.jsonl")
+    about = {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        # The first row holds the compilation.
+        "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
+        "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
+        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row][1:],
+        "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
+    }
+    images = measure.generate(output)
+    np.savez_compressed(output / "generated.npz", images=quantise(images[:8]))
+    write_cell(experiment.cell(mix, method, seed), measure(images), about)
+
+
+def write_cell(path: Path, measured: dict, about: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
+    path.write_text(json.dumps(about | rounded))
+    print(path.stem, {name: np.round(np.mean(values, 0), 3).tolist() for name, values in measured.items()}, flush=True)
+
+
+class Measure:
+    """Generates the held-out scenes with a model and measures the pictures, before any blending with the source."""
+
+    def __init__(self, experiment: Experiment, paths: DemoPaths):
+        self.experiment, self.paths = experiment, paths
+        size = DemoSettings().size
+        self.scenes = stack(scenes(DemoSettings().seed, HELD_OUT, experiment.held_out, size))
+        self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"])
+        lora, router = expert_configs(self.config.experts)
+        self.loaded = load_fill_model(
+            str(paths.fill),
+            str(paths.redux),
+            lora=lora,
+            router=router,
+            text_tokens=self.config.model.max_sequence_length,
+        )
+        self.remove = make_remover(
+            self.loaded.model,
+            FlowSchedule.from_folder(paths.fill),
+            num_inference_steps=experiment.num_inference_steps,
+            guidance_scale=self.config.model.guidance_scale,
+        )
+
+    def panels(self) -> dict[str, np.ndarray]:
+        """The held-out scenes as the loader would give them."""
+        as_bytes = {
+            name: np.round(getattr(self.scenes, name) * 255).astype(np.uint8) for name in ("source", "reference")
+        }
+        from PIL import Image
+
+        pixels = np.stack([self.loaded.preprocess(Image.fromarray(panel)) for panel in as_bytes["reference"]])
+        return as_bytes | {"mask": self.scenes.mask.astype(np.uint8), "redux_pixels": pixels}
+
+    def generate(self, run_dir: Path | None) -> np.ndarray:
+        """Right panels [S, h, w, 3] in [0, 1] by the experts of a run (None: fresh ones, which change nothing)."""
+        weights = self.loaded.trainable
+        if run_dir is not None:
+            weights = restore(find_checkpoint(run_dir), weights, prefix="trainable")
+        panels, count = self.panels(), self.experiment.held_out
+        keys = keys_for(stream(0, "held-out"), jnp.arange(count))
+        noise = initial_noise(self.loaded.model, keys, *panels["mask"].shape[1:])
+        batches = [slice(i, i + 32) for i in range(0, count, 32)]
+        images = [
+            self.remove(weights, self.loaded.frozen, {k: v[rows] for k, v in panels.items()}, noise[rows])[0]
+            for rows in batches
+        ]
+        return np.concatenate([np.asarray(image) for image in images])
+
+    def round_trip(self) -> np.ndarray:
+        """The truth through the VAE, beside its reference as in training."""
+        model, frozen = self.loaded.model, self.loaded.frozen
+        diptych = np.concatenate([self.scenes.reference, self.scenes.truth], axis=2).astype(np.float32)
+        grid = (diptych.shape[1] // model.multiple, diptych.shape[2] // model.multiple)
+        decoded = jax.jit(lambda frozen, x: model.decode(frozen, model.encode(frozen, x), grid))(frozen, diptych)
+        return np.clip(np.asarray(decoded)[:, :, diptych.shape[2] // 2 :], 0.0, 1.0)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Per scene: the three rule scores, the signed strength of each defect, and PSNR inside the mask [dB]."""
+        inside = self.scenes.mask[..., None]
+        error = ((images - self.scenes.truth) ** 2 * inside).sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
+        return {
+            "scores": rule_scores(images, self.scenes),
+            "defects": measure_defects(images, self.scenes),
+            "psnr_inside": -10.0 * np.log10(np.maximum(error, 1e-10)),
+        }
+
+
+def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarray]]:
+    """By method: reward, |defect| and PSNR [seeds, scenes], defects [seeds, scenes, 4], and what the runs say."""
+    cells = {}
+    for method in TITLES:
+        files = [experiment.cell(mix, method, seed) for seed in experiment.seeds]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not found:
+            continue
+        defects = np.asarray([cell["defects"] for cell in found])
+        cells[method] = {
+            "reward": np.asarray([total_reward(np.asarray(cell["scores"]), REWARD_WEIGHTS) for cell in found]),
+            "defects": defects,
+            "mean_abs": np.abs(defects).mean(-1),
+            "psnr": np.asarray([cell["psnr_inside"] for cell in found]),
+            "about": found,
+        }
+    return cells
+
+
+def interval(values: np.ndarray, samples: int = 4000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of [seeds, scenes], both resampled."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(values.shape[0], size=(samples, values.shape[0]))
+    rows = rng.integers(values.shape[1], size=(samples, values.shape[1]))
+    means = values[seeds[:, :, None], rows[:, None, :]].mean((1, 2))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def table(experiment: Experiment) -> None:
+    """Print one table a data set, with paired differences to GRPO, and write a contact sheet of each."""
+    for mix in experiment.mixes:
+        cells = load_cells(experiment, mix)
+        print(f"\n### {mix}, {experiment.held_out} held-out scenes\n")
+        print(
+            "| training | seeds | steps | s | reward | mean \\|defect\\| | " + " | ".join(DEFECTS) + " | PSNR in mask |"
+        )
+        print("| --- " * (7 + len(DEFECTS)) + "|")
+        for method, cell in cells.items():
+            about = cell["about"]
+            steps, seconds = (
+                (f"{np.mean([c[k] for c in about]):.0f}" if k in about[0] else "") for k in ("steps", "seconds")
+            )
+            signed = " | ".join(f"{value:+.3f}" for value in cell["defects"].mean((0, 1)))
+            print(
+                f"| {TITLES[method]} | {len(about)} | {steps} | {seconds} | {cell['reward'].mean():.3f} | "
+                f"{cell['mean_abs'].mean():.3f} | {signed} | {cell['psnr'].mean():.2f} |"
+            )
+        if "grpo" in cells:
+            print_differences(cells)
+            draw_sheet(experiment, mix)
+
+
+def print_differences(cells: dict) -> None:
+    """GRPO minus each other training, paired by scene and seed, with 95 % bootstrap intervals."""
+    grpo = cells["grpo"]
+    print("\n| GRPO minus | reward [95 %] | mean \\|defect\\| [95 %] | ratio of mean \\|defect\\| |")
+    print("| --- | --- | --- | --- |")
+    for method in ("standard", "score", "softmax", "best", "best_equal_time"):
+        if method not in cells or len(cells[method]["reward"]) != len(grpo["reward"]):
+            continue
+        other, columns = cells[method], []
+        for key in ("reward", "mean_abs"):
+            difference = grpo[key] - other[key]
+            low, high = interval(difference)
+            columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        ratio = grpo["mean_abs"].mean() / other["mean_abs"].mean()
+        print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
+    clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["about"]])
+    ratio = np.mean([cell["mean_ratio"] for cell in grpo["about"]])
+    drift = np.mean([cell["velocity_norm_ratio"] for cell in grpo["about"]])
+    print(f"\nGRPO: clip_fraction before a sync {clip:.3f}, mean_ratio {ratio:.4f}, velocity_norm_ratio {drift:.3f}")
+
+
+def draw_sheet(experiment: Experiment, mix: str) -> None:
+    """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
+    held_out = stack(scenes(DemoSettings().seed, HELD_OUT, 8, DemoSettings().size))
+    columns = [quantise(panel) for panel in (held_out.source, held_out.truth)]
+    for method in METHODS:
+        file = experiment.root / "runs" / f"{mix}-{method}-{experiment.seeds[0]}" / "generated.npz"
+        if file.exists():
+            columns.append(np.load(file)["images"])
+    path = experiment.root / f"{mix}.png"
+    contact_sheet(list(zip(*columns, strict=True))).save(path)
+    print(f"contact sheet (source, truth, {', '.join(METHODS)}): {path}")
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table}, use_underscores=True)
+
+
+if __name__ == "__main__":
+    main()
