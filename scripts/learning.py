@@ -165,11 +165,7 @@ class Measure:
 
     def panels(self) -> dict[str, np.ndarray]:
         """The held-out scenes as the loader would give them."""
-        as_bytes = {
-            name: np.round(getattr(self.scenes, name) * 255).astype(np.uint8) for name in ("source", "reference")
-        }
-        from PIL import Image
-
+        as_bytes = {name: quantise(getattr(self.scenes, name)) for name in ("source", "reference")}
         pixels = np.stack([self.loaded.preprocess(Image.fromarray(panel)) for panel in as_bytes["reference"]])
         return as_bytes | {"mask": self.scenes.mask.astype(np.uint8), "redux_pixels": pixels}
 
