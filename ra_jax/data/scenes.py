@@ -44,8 +44,7 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     Raises:
         ValueError: `size` is below 16, where textures can no longer be told from noise.
     """
-    if size < 16:
-        raise ValueError(f"scene size {size}: expected at least 16 pixels")
+    check_size(size)
     rng = np.random.default_rng(seed)
     axis = (np.arange(size) + 0.5) / size
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -63,6 +62,12 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
         reference=(1 - alpha + alpha * body).astype(np.float32),
         mask=radius < reach + outline.margin,
     )
+
+
+def check_size(size: int) -> None:
+    """Raise ValueError for a size at which no scene can be drawn."""
+    if size < 16:
+        raise ValueError(f"scene size {size}: expected at least 16 pixels")
 
 
 def scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.scenes import Scene, make_scene, scenes, stack
+from ra_jax.data.scenes import Scene, check_size, make_scene, scenes, stack
 
 __all__ = [
     "DEFECTS",
@@ -228,6 +228,7 @@ def write_dataset(
     """
     if scenes < 1:
         raise ValueError(f"scenes={scenes}: expected at least 1")
+    check_size(size)
     numbers = range(first_scene, first_scene + scenes)
     strengths = np.stack([candidate_strengths(mix, seed, number, candidates) for number in numbers])
     names = [f"scene_{number:05d}" for number in numbers]

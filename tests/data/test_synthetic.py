@@ -264,3 +264,6 @@ def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
         write_dataset(tmp_path / "file", **settings)
     with pytest.raises(ValueError, match="scenes=0"):
         write_dataset(tmp_path / "none", **{**settings, "scenes": 0})
+    with pytest.raises(ValueError, match="scene size 8"):
+        write_dataset(tmp_path / "none", **{**settings, "size": 8})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"]
