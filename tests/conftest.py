@@ -1,0 +1,131 @@
+"""Models and data sets that tests share, all random and tiny.
+
+    make_tiny_fill   function: factor (2, 4, 8) of the VAE -> folder of a FLUX-Fill model; made once a factor
+    tiny_fill        Path: a FLUX-Fill model in diffusers' layout (transformer/ vae/ scheduler/), VAE factor 4
+    tiny_redux       Path: a FLUX-Redux model (image_encoder/ image_embedder/ feature_extractor/), 28 px, 4 tokens
+    tiny_pipeline    RemovalPipeline of both in float32, without experts, 8 prompt tokens
+    tiny_experts     LoadedModel of both in float32 with two experts a layer, B random, and a router, 8 prompt tokens
+    scored_scenes    Path: a data set of 6 scenes of 32 px with four scored results each, no result clean
+
+Weights are random everywhere, where a fresh model has zeros too (modulations, output layer, experts' B), so that
+every layer counts in every output. Nobody may write into these folders.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ra_jax.data.synthetic import write_dataset
+from ra_jax.models.flux import Flux, FluxConfig
+from ra_jax.models.loading import load_fill_model
+from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.router import RouterConfig
+from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.models.vae import AutoencoderKL, VAEConfig
+from ra_jax.models.weights import save_fill_pipeline_config, save_flux, save_redux, save_vae
+from ra_jax.pipeline import RemovalPipeline
+
+LATENT_CHANNELS = 4
+JOINT_DIM = 32
+TEXT_TOKENS = 8
+
+
+def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
+    """A module with every parameter random: kernels of variance 1/inputs, norms about 1, biases about 0."""
+    rng = np.random.default_rng(seed)
+    module = nnx.eval_shape(make)
+
+    def draw(path, value):
+        noise = rng.normal(size=value.shape).astype(np.float32)
+        name = [getattr(key, "key", None) for key in path]
+        if "scale" in name:
+            return jnp.asarray(1.0 + 0.1 * noise)
+        if "bias" in name:
+            return jnp.asarray(0.1 * noise)
+        inputs = value.shape[:-1] if value.ndim == 4 else value.shape[-2:-1]  # a convolution's, or a linear layer's
+        return jnp.asarray(noise / np.sqrt(np.prod(inputs)))
+
+    nnx.update(module, jax.tree_util.tree_map_with_path(draw, nnx.state(module)))
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_tiny_fill(tmp_path_factory):
+    @cache
+    def make(factor: int):
+        vae = VAEConfig(
+            block_out_channels=(8,) * factor.bit_length(),
+            norm_num_groups=4,
+            latent_channels=LATENT_CHANNELS,
+            scaling_factor=0.8,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+        )
+        transformer = FluxConfig(
+            in_channels=8 * LATENT_CHANNELS + 4 * factor**2,
+            out_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=JOINT_DIM,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+        folder = tmp_path_factory.mktemp(f"tiny_fill_{factor}")
+        save_flux(_random(lambda: Flux(transformer, rngs=nnx.Rngs(0)), seed=1), folder)
+        save_vae(_random(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)), seed=2), folder)
+        save_fill_pipeline_config(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_fill(make_tiny_fill):
+    return make_tiny_fill(4)
+
+
+@pytest.fixture(scope="session")
+def tiny_redux(tmp_path_factory):
+    vision = SiglipConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    embedder = ReduxConfig(redux_dim=16, txt_in_features=JOINT_DIM)
+    folder = tmp_path_factory.mktemp("tiny_redux")
+    save_redux(_random(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0)), seed=3), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_fill, tiny_redux):
+    return RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, dtype="float32", max_sequence_length=TEXT_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tiny_fill, tiny_redux):
+    loaded = load_fill_model(
+        str(tiny_fill),
+        str(tiny_redux),
+        lora=LoRAConfig(num_experts=2, rank=2, alpha=2.0),
+        router=RouterConfig(num_experts=2, hidden=8, fixed_weights=(0.6, 0.4)),
+        text_tokens=TEXT_TOKENS,
+    )
+    rng = np.random.default_rng(4)
+    trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), loaded.trainable)
+    return replace(loaded, trainable=trainable)
+
+
+@pytest.fixture(scope="session")
+def scored_scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "scored"
+    return write_dataset(folder, scenes=6, size=32, mix="no_clean", seed=0)
