@@ -199,7 +199,8 @@ def diversity_loss(
 
     with m_b the batch's mean gate and m its running mean: the value of the running mean, the whole gradient
     of the batch's. Mixing without the straight-through form scales the gradient of balance by 1 - β, and the
-    router collapses to one expert.
+    router collapses to one expert. Experts whose gates are equal for every image get equal gradients here: only
+    what they compute tells them apart.
 
     Args:
         gates: [B, E], rows that sum to 1. With "topk" give `Router.probabilities`: the entropy of a hard gate

@@ -1,0 +1,58 @@
+"""Attention against torch and float64, rotary positions against diffusers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+from ra_jax.models.attention import attention, rope_table, rotate
+
+
+def qkv(seed, queries, keys, heads=3, dim=16):
+    draw = np.random.default_rng(seed).normal
+    return [draw(size=(2, length, heads, dim)).astype(np.float32) for length in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_matches_torch(implementation):
+    arrays = qkv(0, 7, 11)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(torch.from_numpy(x).transpose(1, 2) for x in arrays))
+    got = attention(*arrays, implementation=implementation)
+    np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_is_float32_for_bfloat16_inputs():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1, 40, 300))
+    q = 8 * q  # logits of about 30, which bfloat16 rounds by 0.06
+    logits = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / 4
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, np.asarray(v, np.float64))
+    got = attention(q, k, v)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_unknown_implementation_names_the_known_ones():
+    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of auto, xla, cudnn"):
+        attention(*qkv(0, 2, 2), implementation="flash")
+
+
+@pytest.mark.parametrize(("context", "grid"), [(5, (3, 4)), (0, (4, 2)), (2, (60, 125))])
+def test_rotary_positions_match_diffusers(context, grid):
+    rows, cols = grid
+    axes = (4, 6, 6)
+    ids = torch.zeros(context + rows * cols, 3)
+    ids[context:, 1] = torch.arange(rows).repeat_interleave(cols)
+    ids[context:, 2] = torch.arange(cols).repeat(rows)
+    cos, sin = FluxPosEmbed(theta=10000, axes_dim=axes)(ids)
+    table = rope_table(context, grid, axes)
+    for got, expected in zip(table, (cos, sin), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(jnp.repeat(got, 2, axis=-1), expected.numpy(), atol=1e-7)
+
+    x = np.random.default_rng(0).normal(size=(1, len(ids), 2, 16)).astype(np.float32)
+    expected = apply_rotary_emb(torch.from_numpy(x), (cos, sin), sequence_dim=1)
+    np.testing.assert_allclose(jax.jit(rotate)(x, table), expected.numpy(), atol=1e-6)

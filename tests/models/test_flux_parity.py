@@ -1,0 +1,266 @@
+"""The FLUX transformer against diffusers' on random weights, read from the folder that diffusers writes."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from flax import nnx
+
+from ra_jax.models.flux import REMAT_POLICIES, UNROLL_UP_TO, Flux, FluxConfig, RMSNorm, modulate
+from ra_jax.models.weights import load_flux
+
+TINY = {
+    "in_channels": 20,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 12,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # FLUX.1-Fill; the rest are defaults
+
+
+def reference(folder, dtype=torch.float32, **geometry) -> FluxTransformer2DModel:
+    """A random diffusers model, saved to `folder`/transformer; its biases and norms are random too."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel.from_config(geometry).eval()
+    for name, value in model.named_parameters():
+        if value.ndim == 1:
+            torch.nn.init.normal_(value, mean=float(name.endswith("weight")), std=0.3)
+    model.to(dtype).save_pretrained(folder / "transformer")
+    return model
+
+
+def make_inputs(config: FluxConfig, grid, context_length=5, batch=2) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    shapes = (grid[0] * grid[1], config.in_channels), (context_length, config.joint_attention_dim)
+    arrays = [rng.normal(size=(batch, *shape)).astype(np.float32) for shape in shapes]
+    pooled = rng.normal(size=(batch, config.pooled_projection_dim)).astype(np.float32)
+    t = np.linspace(0.3, 0.97, batch, dtype=np.float32)
+    guidance = np.linspace(30, 3.5, batch, dtype=np.float32) if config.guidance_embeds else None
+    return *arrays, pooled, t, guidance
+
+
+def run_reference(model, inputs, grid) -> torch.Tensor:
+    hidden, context, pooled, t, guidance = (None if x is None else torch.as_tensor(x) for x in inputs)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(grid[0]).float(), torch.arange(grid[1]).float())
+    names = "encoder_hidden_states", "pooled_projections", "timestep", "guidance"
+    arguments = dict(zip(names, (context, pooled, t, guidance), strict=True))
+    return model(hidden, img_ids=ids, txt_ids=torch.zeros(context.shape[1], 3), **arguments).sample
+
+
+def relative_error(got, expected) -> float:
+    return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid"),
+    [
+        ({}, (3, 5)),
+        ({"num_layers": 0, "guidance_embeds": False}, (3, 2)),
+        ({"num_single_layers": 0, "out_channels": None, "num_attention_heads": 3}, (1, 4)),
+        ({"num_layers": UNROLL_UP_TO + 1, "num_single_layers": UNROLL_UP_TO + 2}, (2, 3)),
+    ],
+    ids=["both kinds", "single blocks, no guidance", "double blocks, out = in", "rolled loops"],
+)
+def test_tiny_models_match_diffusers(tmp_path, changes, grid):
+    model = reference(tmp_path, **(TINY | changes))
+    flux = load_flux(tmp_path)
+    inputs = make_inputs(flux.config, grid)
+    with torch.no_grad():
+        expected = run_reference(model, inputs, grid).numpy()
+    got = jax.jit(lambda flux, *inputs: flux(*inputs, grid=grid))(flux, *inputs)
+    assert got.dtype == jnp.float32
+    assert got.shape == expected.shape
+    assert relative_error(got, expected) <= 1e-4
+
+
+def test_flux_widths_match_diffusers():
+    # In bfloat16 on disk and one model after the other: half a billion parameters.
+    config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
+    inputs = make_inputs(config, (2, 3), context_length=4, batch=1)
+    with tempfile.TemporaryDirectory() as folder:
+        model = reference(Path(folder), dtype=torch.bfloat16, **config.to_dict()).float()
+        with torch.no_grad():
+            expected = run_reference(model, inputs, (2, 3)).numpy()
+        del model
+        flux = load_flux(folder)
+    assert flux.config == config
+    assert (config.inner_dim, config.joint_attention_dim) == (3072, 4096)
+    got = jax.jit(lambda flux, *inputs: flux(*inputs, grid=(2, 3)))(flux, *inputs)
+    assert relative_error(got, expected) <= 1e-4
+
+
+def test_gradients_match_diffusers(tmp_path):
+    model = reference(tmp_path, **(TINY | {"num_layers": 1, "num_single_layers": 1}))
+    flux = load_flux(tmp_path)
+    inputs, grid = make_inputs(flux.config, (3, 4)), (3, 4)
+    run_reference(model, inputs, grid).square().mean().backward()
+
+    grads = jax.jit(jax.grad(lambda flux: jnp.square(flux(*inputs, grid=grid)).mean()))(flux)
+    double, single = grads.transformer_blocks, grads.single_transformer_blocks
+    pairs = {
+        "x_embedder": (grads.x_embedder, model.x_embedder),
+        "pooled": (grads.time_text_embed.text_embedder.linear_1, model.time_text_embed.text_embedder.linear_1),
+        "to_k": (double.attn.to_k, model.transformer_blocks[0].attn.to_k),
+        "norm1_context": (double.norm1_context.linear, model.transformer_blocks[0].norm1_context.linear),
+        "proj_out": (single.proj_out, model.single_transformer_blocks[0].proj_out),
+    }
+    for name, (got, expected) in pairs.items():
+        kernel = got.kernel[...].reshape(got.kernel.shape[-2:])  # without the block axis
+        assert relative_error(kernel.T, expected.weight.grad.numpy()) <= 1e-4, name
+
+
+def random_flux(config=TINY, **options) -> Flux:
+    """A model whose zero-initialised layers are random too; the same values in any type."""
+    flux = nnx.eval_shape(lambda: Flux(FluxConfig(**config), rngs=nnx.Rngs(0), **options))
+    rng = np.random.default_rng(1)
+
+    def draw(x):
+        scale = (x.shape[-2] if x.ndim > 1 else 100) ** -0.5
+        return jnp.asarray(rng.normal(size=x.shape) * scale, x.dtype)
+
+    nnx.update(flux, jax.tree.map(draw, nnx.state(flux)))
+    return flux
+
+
+def test_bfloat16_keeps_what_must_be_float32():
+    grid = (4, 4)
+    inputs = make_inputs(FluxConfig(**TINY), grid)
+    call = jax.jit(lambda flux, *inputs: flux(*inputs, grid=grid))
+    expected = np.asarray(call(random_flux(), *inputs))
+    flux = random_flux(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(flux))} == {jnp.dtype(jnp.bfloat16)}
+    got = call(flux, *inputs)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, expected) < 0.03
+    # bfloat16 cannot tell 1000·0.97 from 1000·0.9705.
+    hidden, context, pooled, t, guidance = inputs
+    moved = call(flux, hidden, context, pooled, t + 5e-4, guidance)
+    assert float(jnp.abs(moved - got)[1].max()) > 0
+
+
+def test_norms_of_bfloat16_are_computed_in_float32():
+    x = jnp.asarray(3 + np.random.default_rng(0).normal(size=(2, 3, 512)) / 8, jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    norm = RMSNorm(512, jnp.bfloat16)(x)
+    assert norm.dtype == jnp.float32
+    np.testing.assert_allclose(norm, exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-6)
+    shift, scale = (jnp.full((2, 512), value, jnp.bfloat16) for value in (0.5, 2.0))
+    centred = exact - exact.mean(-1, keepdims=True)
+    expected = 3 * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + 0.5
+    got = modulate(x, shift, scale)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8)
+
+
+def test_a_fresh_model_returns_zeros():
+    flux = Flux(FluxConfig(**(TINY | {"num_layers": 1, "num_single_layers": 0})), rngs=nnx.Rngs(0))
+    inputs = make_inputs(flux.config, (2, 2))
+    assert not np.any(jax.jit(lambda flux: flux(*inputs, grid=(2, 2)))(flux))
+
+
+def test_remat_policies_give_the_same_gradients_and_save_less():
+    config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 4}
+    grid = (8, 8)
+    inputs = make_inputs(FluxConfig(**config), grid, batch=4)
+    grads, memory = {}, {}
+    for remat in REMAT_POLICIES:
+        graphdef, state = nnx.split(random_flux(config, remat=remat))
+
+        def loss(state, graphdef=graphdef):
+            return jnp.square(nnx.merge(graphdef, state)(*inputs, grid=grid)).mean()
+
+        compiled = jax.jit(jax.grad(loss)).lower(state).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        grads[remat] = compiled(state)
+    for remat in ("blocks", "full"):
+        close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-6), grads["none"], grads[remat])
+        assert jax.tree.all(close), remat
+    assert memory["full"] < memory["blocks"] < 0.7 * memory["none"]
+
+
+def test_program_does_not_grow_with_depth_and_compiles_once():
+    def program(depth):
+        config = FluxConfig(**(TINY | {"num_layers": depth, "num_single_layers": depth}))
+        flux = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
+        inputs = make_inputs(config, (2, 2))
+        return len(str(jax.make_jaxpr(lambda flux: flux(*inputs, grid=(2, 2)))(flux)))
+
+    assert program(40) < 1.02 * program(20)
+
+    graphdef, state = nnx.split(random_flux())
+    call = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, grid=(2, 2)))
+    inputs = make_inputs(FluxConfig(**TINY), (2, 2))
+    for scale in (1, 2):
+        call(jax.tree.map(lambda x, scale=scale: x * scale, state), *inputs)
+    assert call._cache_size() == 1
+
+
+def test_flux_fill_has_as_many_parameters_as_diffusers_says():
+    with torch.device("meta"):
+        expected = sum(x.numel() for x in FluxTransformer2DModel(**FILL).parameters())
+    flux = nnx.eval_shape(lambda: Flux(FluxConfig(**FILL), rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(flux))) == expected
+    assert round(expected / 1e9, 1) == 11.9
+
+
+def test_config_round_trip_with_diffusers():
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(**(TINY | {"out_channels": None})).config
+    config = FluxConfig.from_dict(dict(theirs))
+    assert config.out_channels == TINY["in_channels"]
+    assert FluxConfig.from_dict(config.to_dict()) == config
+    with torch.device("meta"):
+        again = FluxTransformer2DModel.from_config(config.to_dict()).config
+    assert {k: v for k, v in again.items() if k in theirs and k != "out_channels"}.items() <= {
+        **theirs,
+        "axes_dims_rope": [4, 6, 6],
+    }.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"patch_size": 2}, "patch_size is 2"),
+        ({"num_layer": 2}, "unknown key 'num_layer' .nearest known: 'num_layers'"),
+        ({"axes_dims_rope": [16, 56, 57]}, r"axes_dims_rope is \[16, 56, 57\]: expected three even numbers"),
+        ({"attention_head_dim": 64}, "add up to attention_head_dim, 64"),
+    ],
+)
+def test_a_wrong_config_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        FluxConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (3, 4)}, r"hidden has shape \(2, 6, 20\): expected \(2, 12, 20\) for token grid \(3, 4\)"),
+        ({"context": np.zeros((2, 5, 7))}, r"context has shape .*expected \(2, 5, 24\)"),
+        ({"pooled": np.zeros((3, 12))}, r"pooled has shape .*expected \(2, 12\)"),
+        ({"guidance": None}, "guidance is None, but this model embeds"),
+    ],
+)
+def test_wrong_shapes_are_refused(change, message):
+    names = "hidden", "context", "pooled", "t", "guidance"
+    flux = Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0))
+    arguments = dict(zip(names, make_inputs(flux.config, (2, 3)), strict=True)) | {"grid": (2, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        flux(**arguments)
+
+
+@pytest.mark.parametrize("option", [{"remat": "all"}, {"attention": "flash"}])
+def test_unknown_options_are_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} .* is unknown: expected one of"):
+        Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0), **option)

@@ -1,0 +1,303 @@
+"""Expert mixtures against peft's weighted adapters, and what experts must leave alone."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from flax import nnx
+
+from ra_jax.models.flux import Flux, FluxConfig, scan_blocks
+from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
+from ra_jax.models.weights import load_flux
+
+TINY = {
+    "in_channels": 8,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 6,
+    "axes_dims_rope": (4, 2, 2),
+}
+GRID = (2, 3)
+GATES = np.array([[0.6, 0.3, 0.1], [0.05, 0.15, 0.8]], np.float32)
+# Every linear layer of the blocks, as listed for LoRA files.
+BLOCK_LAYERS = {
+    *(f"transformer_blocks.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"transformer_blocks.{name}.net.{i}" for name in ("ff", "ff_context") for i in ("0.proj", "2")),
+    *(f"transformer_blocks.{name}.linear" for name in ("norm1", "norm1_context")),
+    *(f"single_transformer_blocks.attn.{name}" for name in ("to_q", "to_k", "to_v")),
+    *(f"single_transformer_blocks.{name}" for name in ("proj_mlp", "proj_out", "norm.linear")),
+}
+
+
+def make_inputs(batch=2):
+    rng = np.random.default_rng(0)
+    shapes = (6, TINY["in_channels"]), (3, TINY["joint_attention_dim"]), (TINY["pooled_projection_dim"],)
+    t = np.linspace(0.4, 0.9, batch, dtype=np.float32)
+    return [rng.normal(size=(batch, *shape)).astype(np.float32) for shape in shapes] + [t]
+
+
+def call(flux, adapter):
+    hidden, context, pooled, t = make_inputs()
+    return flux(hidden, context, pooled, t, None, grid=GRID, adapter=adapter)
+
+
+def with_random_values(module):
+    """Every parameter random, experts' B and zero-initialised layers too."""
+    rng = np.random.default_rng(0)
+    nnx.update(module, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), nnx.state(module)))
+    return module
+
+
+def make_flux(**lora):
+    lora = LoRAConfig(rank=2, alpha=3.0, **lora)
+    return with_random_values(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0))))
+
+
+def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype=jnp.float32, seed=0, **lora):
+    """One linear layer with random experts, as the module `layer`."""
+    model = nnx.Dict(
+        layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+    attach_experts(model, LoRAConfig(target_modules="layer", **lora), nnx.Rngs(seed))
+    return with_random_values(model).layer
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # several adapters are meant
+def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
+    rank, alpha = 4, 6.0
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(**TINY).eval()
+    model.save_pretrained(tmp_path / "transformer")
+    flux = load_flux(tmp_path, lora=LoRAConfig(rank=rank, alpha=alpha), rngs=nnx.Rngs(0))
+
+    names = ["removal", "background", "smoothness"]
+    linears = r"(single_)?transformer_blocks\.\d+\..*(to_\w|to_out\.0|add_\w+|proj\w*|net\.2|linear)"
+    for name in names:
+        model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears), adapter_name=name)
+    layers, filled = linear_layers(flux), set()
+    for path, module in model.named_modules():
+        if not isinstance(module, peft.tuners.lora.Linear):
+            continue
+        stack, block, rest = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path).groups()
+        layer, block = layers[f"{stack}.{rest}"], int(block)
+        filled.add(f"{stack}.{rest}")
+        for e, name in enumerate(names):
+            torch.nn.init.normal_(module.lora_B[name].weight, std=0.2)
+            columns = slice(e * rank, (e + 1) * rank)
+            a, b = module.lora_A[name].weight.detach().numpy(), module.lora_B[name].weight.detach().numpy()
+            layer.lora_a[...] = layer.lora_a[...].at[block, :, columns].set(a.T)
+            layer.lora_b[...] = layer.lora_b[...].at[block, columns].set(b.T)
+    assert filled == BLOCK_LAYERS
+
+    expected = []
+    hidden, context, pooled, t = map(torch.from_numpy, make_inputs())
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(GRID[0]).float(), torch.arange(GRID[1]).float())
+    for i, gates in enumerate(GATES):
+        model.set_adapters(names, weights=gates.tolist())
+        row = slice(i, i + 1)
+        with torch.no_grad():
+            out = model(hidden[row], context[row], pooled[row], t[row], img_ids=ids, txt_ids=torch.zeros(3, 3))
+        expected.append(out.sample.numpy())
+    expected = np.concatenate(expected)
+    run = jax.jit(call)
+    got, base = run(flux, Adapter(jnp.asarray(GATES))), run(flux, None)
+    assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected)
+    assert np.linalg.norm(base - expected) > 0.1 * np.linalg.norm(expected)  # the experts matter here
+
+
+def test_mixture_is_the_sum_of_its_experts():
+    layer = make_linear(rank=2, alpha=5.0)
+    x = np.random.default_rng(1).normal(size=(2, 4, 7)).astype(np.float32)
+    a, b = np.asarray(layer.lora_a[...]).reshape(7, 3, 2), np.asarray(layer.lora_b[...]).reshape(3, 2, 5)
+    updates = np.einsum("bni,ier,ero->bnoe", x, a, b) * 5.0 / 2
+    base = x @ layer.kernel[...] + layer.bias[...]
+    gates = jnp.asarray(GATES)
+    np.testing.assert_allclose(
+        layer(x, Adapter(gates)), base + np.einsum("bnoe,be->bno", updates, GATES), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(layer(x[:, 0], Adapter(gates)), layer(x, Adapter(gates))[:, 0], rtol=1e-5, atol=1e-6)
+    # The gates' gradient: how much of each expert's update the output's gradient asks for.
+    grad = jax.grad(lambda gates: layer(x, Adapter(gates)).sum())(gates)
+    np.testing.assert_allclose(grad, updates.sum((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_off_is_the_base_bit_for_bit():
+    layer = make_linear()
+    plain = ExpertLinear(7, 5, rngs=nnx.Rngs(0))
+    plain.kernel[...], plain.bias[...] = layer.kernel[...], layer.bias[...]
+    x = jnp.ones((2, 7))
+    for adapter in (None, Adapter(), Adapter(dropout_key=jax.random.key(0))):
+        np.testing.assert_array_equal(layer(x, adapter), plain(x))
+    np.testing.assert_array_equal(plain(x, Adapter(jnp.asarray(GATES))), plain(x))
+
+
+def test_fresh_experts_change_nothing_and_begin_as_peft_does():
+    layer = ExpertLinear(64, 8, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 64))
+    base = layer(x)
+    layer.add_experts(LoRAConfig(rank=32), jax.random.key(0))
+    np.testing.assert_array_equal(layer(x, Adapter(jnp.asarray(GATES))), base)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 8)), peft.LoraConfig(r=96, target_modules=["0"])
+    )
+    theirs = next(p for name, p in theirs.named_parameters() if "lora_A" in name).detach().numpy()
+    ours = np.asarray(layer.lora_a[...])
+    assert ours.shape == theirs.T.shape
+    np.testing.assert_allclose([ours.std(), ours.max()], [theirs.std(), theirs.max()], rtol=0.02)
+
+
+def test_first_values_do_not_depend_on_other_targets():
+    def experts(regex):
+        flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # an abstract base is enough
+        attach_experts(flux, LoRAConfig(rank=2, target_modules=regex), nnx.Rngs(3))
+        return flux.transformer_blocks.attn
+
+    alone, among = experts(r"attn\.to_q$"), experts(r"attn\.to_[qk]$")
+    np.testing.assert_array_equal(alone.to_q.lora_a[...], among.to_q.lora_a[...])
+    assert not np.array_equal(among.to_q.lora_a[...], among.to_k.lora_a[...])
+
+
+@pytest.mark.parametrize(
+    ("regex", "names"),
+    [
+        (LoRAConfig().target_modules, BLOCK_LAYERS),
+        (r"single.*attn\.to_[qv]$", {f"single_transformer_blocks.attn.to_{name}" for name in "qv"}),
+        (r"^(x_embedder|proj_out)$", {"x_embedder", "proj_out"}),
+        ("ff_context", {f"transformer_blocks.ff_context.net.{name}" for name in ("0.proj", "2")}),
+    ],
+    ids=["blocks", "single q and v", "outside blocks", "ff_context"],
+)
+def test_experts_are_on_what_the_regex_matches(regex, names):
+    lora = LoRAConfig(target_modules=regex)
+    flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0)))
+    assert {name for name, layer in linear_layers(flux).items() if layer.lora is not None} == names
+    experts, base = nnx.state(flux, nnx.LoRAParam, ...)
+    assert len(jax.tree.leaves(experts)) == 2 * len(names)
+    assert not any("lora" in str(path[-1]) for path, _ in nnx.to_flat_state(base))
+
+
+def test_a_regex_that_matches_nothing_lists_names():
+    lora = LoRAConfig(target_modules="to_query")
+    names = linear_layers(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=f"'to_query' matches none of the {len(names)} linear layers") as error:
+        nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0)))
+    listed = str(error.value).split("such as ")[1].rstrip(".").split(", ")
+    assert len(listed) > 4
+    assert set(listed) <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 0}, "num_experts is 0: expected 1 or more"),
+        ({"rank": 0}, "lora_rank is 0: expected 1 or more"),
+        ({"dropout": 1.0}, r"lora_dropout is 1.0: expected a rate in \[0, 1\)"),
+        ({"target_modules": "to_(q"}, r"target_modules 'to_\(q' is not a regular expression"),
+    ],
+)
+def test_a_wrong_config_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**values)
+
+
+def test_gates_for_another_number_of_experts_are_refused():
+    with pytest.raises(ValueError, match=r"gates have shape \(2, 2\): expected \(2, 3\)"):
+        make_linear()(jnp.ones((2, 7)), Adapter(jnp.ones((2, 2))))
+
+
+def test_only_experts_and_gates_have_gradients_and_the_base_is_untouched():
+    graphdef, experts, base = nnx.split(make_flux(), nnx.LoRAParam, ...)
+    before = jax.tree.map(np.array, base)
+
+    @jax.jit
+    def step(experts, base, gates):
+        def loss(trained):
+            experts, gates = trained
+            return jnp.square(call(nnx.merge(graphdef, experts, base), Adapter(gates))).mean()
+
+        grads = jax.grad(loss)((experts, gates))
+        return jax.tree.map(lambda p, g: p - 0.1 * g, (experts, gates), grads), grads
+
+    (new_experts, _), (grads, gate_grads) = step(experts, base, jnp.asarray(GATES))
+    assert jax.tree.structure(grads) == jax.tree.structure(experts)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    assert np.all(gate_grads != 0)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, new_experts, experts))
+    assert jax.tree.all(jax.tree.map(np.array_equal, base, before))
+    step(new_experts, base, jnp.asarray(GATES))
+    assert step._cache_size() == 1
+
+
+def test_experts_are_float32_over_a_bfloat16_base():
+    layer = make_linear(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rank=8)
+    assert {x.dtype for x in (layer.kernel[...], layer.bias[...])} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in (layer.lora_a[...], layer.lora_b[...])} == {jnp.dtype(jnp.float32)}
+    assert layer(jnp.ones((2, 7)), Adapter(jnp.asarray(GATES))).dtype == jnp.bfloat16
+    # Summed in bfloat16 the gradient of a gate would stall after 256 equal tokens.
+    x = jnp.ones((2, 2000, 7), jnp.bfloat16)
+    grad = jax.grad(lambda gates: layer(x, Adapter(gates)).astype(jnp.float32).sum())(jnp.asarray(GATES))
+    one = jax.grad(lambda gates: layer(x[:, :1], Adapter(gates)).astype(jnp.float32).sum())(jnp.asarray(GATES))
+    np.testing.assert_allclose(grad, 2000 * one, rtol=1e-3)
+
+
+def dropout_layer(rate):
+    """Output = the experts' input after dropout."""
+    layer = make_linear(16, 16, num_experts=1, rank=16, alpha=16.0, dropout=rate)
+    layer.kernel[...], layer.bias[...] = jnp.zeros((16, 16)), jnp.zeros(16)
+    layer.lora_a[...] = layer.lora_b[...] = jnp.eye(16)
+    return layer
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean():
+    layer, gates = dropout_layer(0.25), jnp.ones((8, 1))
+    x = jnp.ones((8, 500, 16))
+    np.testing.assert_array_equal(layer(x, Adapter(gates)), x)
+    out = np.asarray(layer(x, Adapter(gates, jax.random.key(0))))
+    assert set(np.unique(out)) == {0, np.float32(1 / 0.75)}
+    np.testing.assert_allclose((out == 0).mean(axis=(1, 2)), 0.25, atol=0.02)
+
+
+def test_dropout_of_an_example_does_not_depend_on_its_batch():
+    layer, keys = dropout_layer(0.5), jax.random.split(jax.random.key(0), 4)
+    x, gates = jnp.ones((4, 10, 16)), jnp.ones((4, 1))
+    whole = layer(x, Adapter(gates, keys))
+    parts = [layer(x[part], Adapter(gates[part], keys[part])) for part in (slice(0, 1), slice(1, 4))]
+    np.testing.assert_array_equal(whole, jnp.concatenate(parts))
+    assert len({np.asarray(row).tobytes() for row in whole}) == 4
+
+
+@pytest.mark.parametrize("count", [2, 7], ids=["unrolled", "rolled"])
+def test_every_block_layer_and_example_has_its_own_dropout(count):
+    class Probe(nnx.Module):
+        """A block of two equal layers that reports what they drop: carry [B, count, 2, 16] is a queue."""
+
+        def __init__(self):
+            lora = LoRAConfig(num_experts=1, rank=16, alpha=16.0, dropout=0.5, target_modules="layer")
+            self.layer_1, self.layer_2 = (ExpertLinear(16, 16, rngs=nnx.Rngs(0)) for _ in range(2))
+            attach_experts(self, lora, nnx.Rngs(0))
+            for layer in (self.layer_1, self.layer_2):
+                layer.kernel[...] = jnp.zeros((16, 16))
+                layer.lora_a[...] = layer.lora_b[...] = jnp.eye(16)
+
+        def __call__(self, carry, embedding, rope, adapter):
+            drops = [layer(jnp.ones((carry.shape[0], 16)), adapter) for layer in (self.layer_1, self.layer_2)]
+            return jnp.concatenate([carry[:, 1:], jnp.stack(drops, axis=1)[:, None]], axis=1)
+
+    blocks = Probe()
+    nnx.update(blocks, jax.tree.map(lambda x: jnp.stack([x] * count), nnx.state(blocks)))
+    adapter = Adapter(jnp.ones((2, 1)), jax.random.key(0)).per_example(2)
+    carry = jnp.full((2, count, 2, 16), jnp.nan)
+    drops = scan_blocks(blocks, carry, embedding=None, rope=None, adapter=adapter, remat="none")
+    patterns = {np.asarray(row).tobytes() for row in drops.reshape(-1, 16)}
+    assert len(patterns) == 2 * count * 2
+    assert not np.isnan(drops).any()
