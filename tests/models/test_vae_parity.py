@@ -89,13 +89,16 @@ def test_gradients_of_both_halves(tmp_path):
 
 def test_attention_in_chunks_is_attention(monkeypatch):
     monkeypatch.setattr(vae_module, "QUERY_CHUNK", 8)  # 30 queries: three chunks and a rest
-    query, key, value = np.random.default_rng(0).normal(size=(3, 2, 30, 16)).astype(np.float32)
+    query, key, value, weights = np.random.default_rng(0).normal(size=(4, 2, 30, 16)).astype(np.float32)
 
     def one_head(*qkv):
         return jax.nn.dot_product_attention(*(x[:, :, None] for x in qkv))[:, :, 0]
 
     def output_and_gradients(attend):
-        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2)))(query, key, value)
+        def loss(*qkv):
+            return (weights * attend(*qkv)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
 
     ours, reference = output_and_gradients(vae_module.attend), output_and_gradients(one_head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, reference)
