@@ -60,13 +60,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """root: where everything goes; steps: of every training; held_out: scenes measured on."""
+    """root: where everything goes; base_steps: of the bases; steps: of every training; held_out: scenes measured on."""
 
     root: Path = Path("output/learning")
     config: Path = Path("configs/tiny.toml")
     mixes: tuple[str, ...] = MIXES
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
+    base_steps: int = DemoSettings.base_steps
     steps: int = 80
     held_out: int = 64
     num_inference_steps: int = 12
@@ -79,7 +80,7 @@ def run(experiment: Experiment) -> None:
     """Train and measure every cell that has no result yet, cheapest comparisons first."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
-        paths = prepare(experiment.root / mix, DemoSettings(mix=mix))
+        paths = prepare(experiment.root / mix, DemoSettings(mix=mix, base_steps=experiment.base_steps))
         measure = Measure(experiment, paths)
         for name, images in {"base": None, "roundtrip": measure.round_trip()}.items():
             cell = experiment.cell(mix, name, 0)
@@ -290,7 +291,8 @@ def draw_sheet(experiment: Experiment, mix: str) -> None:
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table}, use_underscores=True)
+    commands = {"run": run, "table": table}
+    tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that several tests need are compiled by the first of them."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+
+
 @pytest.fixture(scope="session")
 def make_tiny_fill(tmp_path_factory):
     @cache

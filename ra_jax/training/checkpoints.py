@@ -33,7 +33,8 @@ class About:
 def named_leaves(tree: Any) -> dict[str, jax.Array]:
     """The leaves of a pytree by their path, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    # Flax ends a variable's path in an attribute of its own choosing, which is none of a checkpoint's business.
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
 
 
 def geometry(tree: Any) -> dict[str, list]:
