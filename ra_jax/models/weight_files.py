@@ -1,9 +1,11 @@
 """Folders of safetensors as diffusers and transformers write them: one file, or shards and an index."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (safetensors asks NumPy for bfloat16, which this import gives it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -17,69 +19,65 @@ class WeightError(ValueError):
     """Weights that cannot be found, read, or fitted to the model; the message is the whole report."""
 
 
-class TensorFolder:
-    """The tensors of a folder's safetensors files by name; nothing is read until `read`.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it; `kind` is safetensors' name of its type, such as "BF16"."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    def read(self) -> np.ndarray:
+        """The values, in the file's type, one of `FLOATS`."""
+        # Opened for this tensor alone: a file that stays mapped counts as memory page by page as it is read.
+        with safe_open(self.file, framework="np") as tensors:
+            return tensors.get_tensor(self.name)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors files by name; only headers are read.
 
     Args:
         folder: holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, or shards and their
             `….safetensors.index.json`.
 
     Raises:
-        WeightError: if there is no such file, a shard is missing or damaged, or two shards hold the same tensor.
+        WeightError: if there is no such file, a file is missing or damaged, or two shards hold the same tensor.
     """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="np") as header:
+                slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 (not a dict)
+                stored = [StoredTensor(file, n, tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()]
+        except SafetensorError as error:
+            raise WeightError(f"{file} cannot be read ({error}): download or write it again.") from error
+        for tensor in stored:
+            if (earlier := tensors.setdefault(tensor.name, tensor)) is not tensor:
+                raise WeightError(f"{file} holds {tensor.name}, as {earlier.file.name} does: expected it once.")
+    return tensors
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._files = {}
-        for path in self._paths():
+
+def _files(folder: Path) -> list[Path]:
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
             try:
-                file = safe_open(path, framework="np")
-            except SafetensorError as error:
-                raise WeightError(f"{path} cannot be read ({error}): download or write it again.") from error
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in self._files:
-                    raise WeightError(f"{path} holds {name}, as another shard does: expected every tensor once.")
-                self._files[name] = file
-
-    def _paths(self) -> list[Path]:
-        for stem in STEMS:
-            index = self.folder / f"{stem}.safetensors.index.json"
-            if index.is_file():
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                if absent := [shard for shard in shards if not (self.folder / shard).is_file()]:
-                    raise WeightError(
-                        f"{index} names shards that are not there: {', '.join(absent)}; the download is not complete."
-                    )
-                return [self.folder / shard for shard in shards]
-            if (single := self.folder / f"{stem}.safetensors").is_file():
-                return [single]
-        raise WeightError(
-            f"{self.folder} has no safetensors: expected one of "
-            f"{', '.join(f'{stem}.safetensors' for stem in STEMS)}, or shards with an index beside them."
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in the file's type.
-
-        Raises:
-            WeightError: if it is not of floats that can be cast, as in quantised files.
-        """
-        kind = self._files[name].get_slice(name).get_dtype()
-        if kind not in FLOATS:
-            raise WeightError(
-                f"{self.folder}: {name} is {kind}, expected one of {', '.join(FLOATS)}; take the bfloat16 files."
-            )
-        return self._files[name].get_tensor(name)
+            except (ValueError, KeyError) as error:
+                raise WeightError(f"{index} cannot be read ({error!r}): expected JSON with weight_map.") from error
+            if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise WeightError(
+                    f"{index} names shards that are not there: {', '.join(absent)}; the download is not complete."
+                )
+            return [folder / shard for shard in shards]
+        if (single := folder / f"{stem}.safetensors").is_file():
+            return [single]
+    raise WeightError(
+        f"{folder} has no safetensors: expected one of {', '.join(f'{stem}.safetensors' for stem in STEMS)}, "
+        "or shards with an index beside them."
+    )
 
 
 def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Callable[[str], np.ndarray]) -> None:

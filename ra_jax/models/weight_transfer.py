@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ra_jax.models.weight_files import TensorFolder, WeightError, write_tensors
+from ra_jax.models.weight_files import FLOATS, StoredTensor, WeightError, stored_tensors, write_tensors
 from ra_jax.models.weight_tables import Table
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -41,6 +41,10 @@ class Parameter:
         shape = self.variable.shape[self.stacked :]
         return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
 
+    def in_file(self, block: np.ndarray) -> np.ndarray:
+        """A view of the parameter, or of one of its blocks, with the file's order of axes."""
+        return block.transpose(np.argsort(self.axes)) if self.axes else block
+
 
 def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
     """The module with the weights of `folder`, in the types of its parameters.
@@ -56,10 +60,10 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
             the report has all that are missing, left over or misshapen.
     """
     graphdef, state = nnx.split(module)
-    source = TensorFolder(folder)
+    source = stored_tensors(folder)
     prefix = table.prefix if any(name.startswith(table.prefix) for name in source) else ""
     parameters = _parameters(state, table, prefix)
-    _check(parameters, source, prefix, table)
+    _check(folder, parameters, source, prefix, table)
     place = place or (lambda path, value: jnp.asarray(value))
 
     filled = []
@@ -67,7 +71,7 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
         value = np.empty(parameter.variable.shape, parameter.variable.dtype)
         blocks = value if parameter.stacked else value[None]
         for block, tensor in zip(blocks, parameter.tensors, strict=True):
-            _copy(source.read(tensor), block, parameter.axes)
+            _copy(source[tensor].read(), parameter.in_file(block))
         placed = place(".".join(map(str, parameter.path)), value)
         filled.append((parameter.path, parameter.variable.replace(placed)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -92,7 +96,9 @@ def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str
     def read(tensor: str) -> np.ndarray:
         parameter, block = sources[tensor]
         value = np.asarray(parameter.variable[block] if parameter.stacked else parameter.variable[...])
-        return np.ascontiguousarray(value.transpose(np.argsort(parameter.axes)) if parameter.axes else value)
+        out = np.empty(parameter.tensor_shape, value.dtype)
+        _copy(parameter.in_file(value), out)
+        return out
 
     sizes = {
         tensor: math.prod(parameter.tensor_shape) * parameter.variable.dtype.itemsize
@@ -113,40 +119,43 @@ def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
     return parameters
 
 
-def _copy(tensor: np.ndarray, out: np.ndarray, axes: tuple[int, ...]) -> None:
-    if not axes:
-        out[...] = tensor
-        return
+def _copy(values: np.ndarray, out: np.ndarray) -> None:
+    """Copy and cast, where either may be a transposed view."""
     # A strip at a time, which stays in the cache: three times faster than a large matrix transposed at once.
-    for start in range(0, tensor.shape[0], STRIP):
-        strip = slice(start, start + STRIP)
-        out[..., strip] = tensor[strip].transpose(axes)
+    for start in range(0, values.shape[0], STRIP):
+        out[start : start + STRIP] = values[start : start + STRIP]
 
 
-def _check(parameters: Sequence[Parameter], source: TensorFolder, prefix: str, table: Table) -> None:
+def _check(
+    folder: Path, parameters: Sequence[Parameter], source: Mapping[str, StoredTensor], prefix: str, table: Table
+) -> None:
     """Raise WeightError unless parameters and tensors match one to one."""
     wanted = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
     claims = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
-    shapes = {tensor: source.shape(tensor) for tensor in source}
     problems = {
         "missing (the model needs them)": [
-            f"{tensor} {list(shape)}" for tensor, shape in wanted.items() if tensor not in shapes
+            f"{tensor} {list(shape)}" for tensor, shape in wanted.items() if tensor not in source
         ],
         "left over (the model has no place for them)": [
-            f"{tensor} {list(shape)}"
-            for tensor, shape in shapes.items()
+            f"{tensor} {list(stored.shape)}"
+            for tensor, stored in source.items()
             if tensor not in wanted and not table.is_unused(tensor.removeprefix(prefix))
         ],
         "misshapen": [
-            f"{tensor} {list(shapes[tensor])}, expected {list(shape)}"
+            f"{tensor} {list(source[tensor].shape)}, expected {list(shape)}"
             for tensor, shape in wanted.items()
-            if tensor in shapes and shapes[tensor] != shape
+            if tensor in source and source[tensor].shape != shape
+        ],
+        f"of a type other than {', '.join(FLOATS)} (quantised files are not read)": [
+            f"{tensor} {source[tensor].kind}"
+            for tensor in wanted
+            if tensor in source and source[tensor].kind not in FLOATS
         ],
         "claimed by more than one parameter": [tensor for tensor, count in claims.items() if count > 1],
     }
     if not any(problems.values()):
         return
-    report = [f"the tensors in {source.folder} are not those that its config.json asks for:"]
+    report = [f"the tensors in {folder} are not those that its config.json asks for:"]
     for kind, lines in problems.items():
         if lines:
             report.append(f"{len(lines)} {kind}:")

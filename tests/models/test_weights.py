@@ -17,7 +17,7 @@ from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import LoRAConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig, preprocess
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
-from ra_jax.models.weight_files import TensorFolder
+from ra_jax.models.weight_files import StoredTensor
 from ra_jax.models.weight_tables import Rule, Table
 from ra_jax.models.weight_transfer import fill
 from ra_jax.models.weights import (
@@ -193,18 +193,18 @@ def test_experts_are_fresh_and_are_not_saved(theirs, tmp_path):
 
 
 def test_parameters_are_placed_one_by_one_and_tensors_read_once(theirs, monkeypatch):
-    read = TensorFolder.read
+    read = StoredTensor.read
     reads, placed = [], {}
 
-    def counted(self, name):
-        reads.append(name)
-        return read(self, name)
+    def counted(self):
+        reads.append(self.name)
+        return read(self)
 
     def place(path, value):
         placed[path] = len(reads)
         return jax.device_put(value, jax.devices()[0])
 
-    monkeypatch.setattr(TensorFolder, "read", counted)
+    monkeypatch.setattr(StoredTensor, "read", counted)
     load_flux(theirs, place=place)
     assert set(Counter(reads).values()) == {1}
     assert set(reads) == set(load_file(theirs / "transformer" / "diffusion_pytorch_model.safetensors"))
@@ -273,6 +273,10 @@ def write_index_of_absent_shard(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_broken_index(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+
+
 def write_shards_that_overlap(folder):
     shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae" / "b.safetensors")
     index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "b.safetensors"}}
@@ -295,9 +299,13 @@ def change_config(key, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (write_quantised, r"vae: decoder.conv_in.bias is I8, expected one of BF16, F16, F32, F64; take the bfloat16"),
+        (write_quantised, r"1 of a type other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"),
         (write_index_of_absent_shard, r"index.json names shards that are not there: part-1.safetensors; the download"),
-        (write_shards_that_overlap, r"diffusion_pytorch_model.safetensors holds .*, as another shard does"),
+        (
+            write_shards_that_overlap,
+            r"diffusion_pytorch_model.safetensors holds .*, as b.safetensors does: expected it once",
+        ),
+        (write_broken_index, r"index.json cannot be read \(KeyError\('weight_map'\)\): expected JSON with weight_map"),
         (cut_file, r"diffusion_pytorch_model.safetensors cannot be read \(.*\): download or write it again"),
         (lambda folder: next((folder / "vae").glob("*.safetensors")).unlink(), r"vae has no safetensors: expected one"),
         (
