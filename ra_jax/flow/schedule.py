@@ -1,4 +1,4 @@
-"""Time steps for sampling and for training, with FLUX's resolution-dependent shift (Esser et al. 2403.03206, eq. 23)."""
+"""Time steps for sampling and for training, with FLUX's shift for the resolution (Esser et al. 2403.03206, eq. 23)."""
 
 import json
 from dataclasses import dataclass, fields
@@ -7,6 +7,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What diffusers takes for a value that scheduler_config.json leaves out, where FLUX's own differs from it.
+ABSENT = {"shift": 1.0, "use_dynamic_shifting": False}
+# Values of diffusers' scheduler that change its times or steps and that FLUX leaves as they are.
+FIXED = {
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "time_shift_type": "exponential",
+    "stochastic_sampling": False,
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,17 @@ class FlowSchedule:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "FlowSchedule":
-        """Read `scheduler/scheduler_config.json` of a diffusers folder; FLUX's own values where there is none."""
+        """Read `scheduler/scheduler_config.json` of a diffusers folder; FLUX's own values where there is none.
+
+        Raises ValueError for a kind of schedule that FLUX does not use.
+        """
         path = Path(folder) / "scheduler" / "scheduler_config.json"
         if not path.exists():
             return cls()
-        given = json.loads(path.read_text())
+        given = ABSENT | json.loads(path.read_text())
+        for name, value in FIXED.items():
+            if given.get(name, value) != value:
+                raise ValueError(f"{path}: {name} is {given[name]!r}, only {value!r} is known.")
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
     def mu(self, tokens: int) -> float:
