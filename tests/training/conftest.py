@@ -23,9 +23,6 @@ def config_in(tiny_fill, tiny_redux, scored_scenes):
             "mixed_precision": "no",
             "gradient_checkpointing": "none",
             "max_sequence_length": 8,
-            "use_lora": True,
-            "lora_rank": 2,
-            "lora_alpha": 2.0,
             "train_batch_size": 8,
             "max_train_steps": 4,
             "learning_rate": 0.01,
@@ -38,7 +35,8 @@ def config_in(tiny_fill, tiny_redux, scored_scenes):
             "log_freq": 1,
             "data_workers": 0,
         }
-        return from_flat_dict(settings | HUMAN | flags)
+        experts = {"use_lora": True, "lora_rank": 2, "lora_alpha": 2.0} if flags.get("use_lora", True) else {}
+        return from_flat_dict(settings | experts | HUMAN | flags)
 
     return make
 

@@ -1,0 +1,172 @@
+"""Whole runs: outputs, exact resume after a kill, SIGTERM, experts in the pipeline, and what is refused."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ra_jax.config import ConfigError
+from ra_jax.data.loader import Loader
+from ra_jax.data.records import DataError
+from ra_jax.pipeline import RemovalPipeline
+from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, restore
+from ra_jax.training.loop import train
+from ra_jax.training.metrics import read_rows
+from ra_jax.training.setup import set_up
+
+CLOCK = {"step_time", "images_per_second", "tflops_per_second_per_device"}
+RUN = {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9}
+
+
+def rows(folder):
+    return [
+        {name: value for name, value in row.items() if name not in CLOCK} for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def final_state(folder, config):
+    like = set_up(config).state
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(restore(find_checkpoint(folder), like)).items()}
+
+
+@pytest.fixture(scope="module")
+def straight(config_in, tmp_path_factory):
+    """A run of six steps that nobody disturbed, with previews."""
+    config = config_in(
+        tmp_path_factory.mktemp("straight"),
+        validation_steps=3,
+        num_inference_steps=2,
+        num_validation_images=2,
+        report_to=["tensorboard"],
+        **RUN,
+    )
+    return train(config)
+
+
+def test_run_writes_what_it_promises(straight):
+    assert [row["step"] for row in read_rows(straight / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    last = read_rows(straight / "metrics.jsonl")[-1]
+    promised = {"train_loss", "lr", "base_loss", "policy_loss", "diversity_loss", "mean_reward", "mean_ratio"}
+    promised |= {f"routing_expert_{i}_usage" for i in range(3)} | {f"routing_expert_{i}_weight" for i in range(3)}
+    promised |= {"reward_std", "clip_fraction", "approx_kl", "frac_reward_zero_std", "grad_norm", "removal_score"}
+    promised |= {"background_score", "smoothness_score", "velocity_norm_ratio", *CLOCK}
+    assert promised <= last.keys()
+    assert sorted(path.name for path in (straight / "previews").iterdir()) == [f"step_00000{n}.png" for n in (0, 3, 6)]
+    assert Image.open(straight / "curves.png").size[0] > 500
+    assert list((straight / "tensorboard").iterdir())
+    assert (straight / "config.toml").exists()
+
+
+def test_previews_show_four_panels_a_scene_and_change(straight):
+    first, last = (np.asarray(Image.open(straight / "previews" / f"step_00000{n}.png")) for n in (0, 6))
+    assert first.shape == (2 * 36 + 4, 4 * 36 + 4, 3)
+    assert not np.array_equal(first, last)
+
+
+def test_killed_run_resumes_bit_for_bit(straight, make_config, monkeypatch):
+    """Stopped at step 5, after the checkpoint of step 3: steps 4 and 5 are run again, and their rows replaced."""
+    config = make_config(**RUN)
+    iterate = Loader.iterate
+
+    def dies(self, start=0):
+        for i, batch in enumerate(iterate(self, start)):
+            if start + i == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(Loader, "iterate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    resumed = make_config(resume_from_checkpoint="latest", **RUN)
+    folder = train(resumed)
+    assert rows(folder) == rows(straight)
+    ours, theirs = final_state(folder, resumed), final_state(straight, resumed)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_sigterm_saves_and_exits(straight, make_config, monkeypatch):
+    iterate = Loader.iterate
+
+    def terminated(self, start=0):
+        for i, batch in enumerate(iterate(self, start)):
+            if start + i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Loader, "iterate", terminated)
+    config = make_config(**RUN)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert find_checkpoint(config.run.output_dir).name == "2"
+    assert rows(straight)[:2] == rows(find_checkpoint(config.run.output_dir).parents[1])
+
+
+def test_trained_experts_load_into_the_pipeline(straight, tiny_fill, tiny_redux, scored_scenes):
+    pipe = RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
+    image = Image.open(scored_scenes / "input" / "scene_00000.png")
+    mask = Image.open(scored_scenes / "mask" / "scene_00000.png")
+    trained = pipe(image, mask, num_inference_steps=2, num_images=2)
+    assert trained.gates.shape == (2, 3)
+    np.testing.assert_allclose(trained.gates.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(trained.gates[0], trained.gates[1])
+    base = RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, dtype="float32", max_sequence_length=8)
+    plain = base(image, mask, num_inference_steps=2, num_images=1)
+    assert not np.array_equal(np.asarray(plain.images[0]), np.asarray(trained.images[0]))
+
+
+def test_other_run_in_the_folder_is_refused_and_kept(straight, config_in):
+    before = (straight / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume_from_checkpoint latest"):
+        train(config_in(straight.parent))
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_faulty_data_leaves_an_overwritten_run_alone(straight, config_in, tmp_path):
+    """`--overwrite_output_dir` deletes only once data and model are sound."""
+    (tmp_path / "bad.json").write_text(json.dumps([{"src": "missing.png", "mask": "missing.png"}]))
+    with pytest.raises(DataError):
+        train(config_in(straight.parent, overwrite_output_dir=True, train_json_path=str(tmp_path / "bad.json")))
+    assert (straight / "metrics.jsonl").exists()
+
+
+def test_checkpoint_of_another_geometry_is_refused(straight, make_config):
+    config = make_config(resume_from_checkpoint=str(straight), lora_rank=4, lora_alpha=4.0, **RUN)
+    with pytest.raises(CheckpointError, match=r"another geometry[\s\S]*lora_a"):
+        train(config)
+
+
+def test_checkpoint_of_another_base_is_refused(straight, make_config, make_tiny_fill):
+    other = make_config(
+        resume_from_checkpoint=str(straight), pretrained_model_name_or_path=str(make_tiny_fill(2)), **RUN
+    )
+    with pytest.raises(CheckpointError, match="another base"):
+        train(other)
+
+
+def test_missing_checkpoint_is_named(make_config, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere"):
+        train(make_config(resume_from_checkpoint=str(tmp_path / "nowhere")))
+
+
+def test_resume_latest_without_a_checkpoint_begins_anew(make_config):
+    config = make_config(resume_from_checkpoint="latest", **RUN)
+    assert set_up(config).first_step == 0
+
+
+def test_human_scores_with_triplets_are_refused(make_config, scored_scenes):
+    with pytest.raises(DataError, match="use_human_scores=True but no 'scores' field found in data"):
+        train(make_config(train_json_path=str(scored_scenes / "triplets.json")))
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(make_config):
+    config = make_config(learning_rate=1e30, max_train_steps=6, checkpointing_steps=1, ema_decay=0.9)
+    with pytest.raises(FloatingPointError, match=r"train_loss is nan at step \d.*lower --learning_rate"):
+        train(config)
+    assert find_checkpoint(config.run.output_dir).name == "1"
