@@ -1,11 +1,13 @@
 """Models and data sets that tests share, all random and tiny.
 
-    make_tiny_fill   function: factor (2, 4, 8) of the VAE -> folder of a FLUX-Fill model; made once a factor
-    tiny_fill        Path: a FLUX-Fill model in diffusers' layout (transformer/ vae/ scheduler/), VAE factor 4
-    tiny_redux       Path: a FLUX-Redux model (image_encoder/ image_embedder/ feature_extractor/), 28 px, 4 tokens
-    tiny_pipeline    RemovalPipeline of both in float32, without experts, 8 prompt tokens
-    tiny_experts     LoadedModel of both in float32 with two experts a layer, B random, and a router, 8 prompt tokens
-    scored_scenes    Path: a data set of 6 scenes of 32 px with four scored results each, no result clean
+    make_tiny_fill     function: factor (2, 4, 8) of the VAE -> folder of a FLUX-Fill model; made once a factor
+    tiny_fill          Path: a FLUX-Fill model in diffusers' layout (transformer/ vae/ scheduler/), VAE factor 4
+    tiny_redux         Path: a FLUX-Redux model (image_encoder/ image_embedder/ feature_extractor/), 28 px, 4 tokens
+    tiny_pipeline      RemovalPipeline of both in float32, without experts, 8 prompt tokens
+    load_tiny_experts  function: dtype -> LoadedModel of both with two experts a layer, B random, and a router, 8
+                       prompt tokens; loaded once a dtype
+    tiny_experts       the same in float32
+    scored_scenes      Path: a data set of 6 scenes of 32 px with four scored results each, no result clean
 
 Weights are random everywhere, where a fresh model has zeros too (modulations, output layer, experts' B), so that
 every layer counts in every output. Nobody may write into these folders.
@@ -118,17 +120,30 @@ def tiny_pipeline(tiny_fill, tiny_redux):
 
 
 @pytest.fixture(scope="session")
-def tiny_experts(tiny_fill, tiny_redux):
-    loaded = load_fill_model(
-        str(tiny_fill),
-        str(tiny_redux),
-        lora=LoRAConfig(num_experts=2, rank=2, alpha=2.0),
-        router=RouterConfig(num_experts=2, hidden=8, fixed_weights=(0.6, 0.4)),
-        text_tokens=TEXT_TOKENS,
-    )
-    rng = np.random.default_rng(4)
-    trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), loaded.trainable)
-    return replace(loaded, trainable=trainable)
+def load_tiny_experts(tiny_fill, tiny_redux):
+    @cache
+    def load(dtype):
+        loaded = load_fill_model(
+            str(tiny_fill),
+            str(tiny_redux),
+            lora=LoRAConfig(num_experts=2, rank=2, alpha=2.0),
+            router=RouterConfig(num_experts=2, hidden=8, fixed_weights=(0.6, 0.4)),
+            dtype=dtype,
+            text_tokens=TEXT_TOKENS,
+        )
+        rng = np.random.default_rng(4)
+
+        def noisy(x):
+            return jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype)
+
+        return replace(loaded, trainable=jax.tree.map(noisy, loaded.trainable))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(load_tiny_experts):
+    return load_tiny_experts(jnp.dtype("float32"))
 
 
 @pytest.fixture(scope="session")

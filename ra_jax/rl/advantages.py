@@ -67,7 +67,9 @@ def imitation_weights(
     elif kind == "score":
         weights = (rewards / limit + 1.0) / 2.0
     elif kind == "softmax":
-        exponent = np.exp((rewards - rewards.max()) / temperature)
+        highest = np.full(groups.max() + 1, -np.inf)
+        np.maximum.at(highest, groups, rewards)
+        exponent = np.exp((rewards - highest[groups]) / temperature)
         weights = exponent / _group_sums(exponent, groups)[groups]
     elif kind == "best":
         order = np.lexsort((np.arange(len(rewards)), -rewards))

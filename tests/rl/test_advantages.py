@@ -1,0 +1,137 @@
+"""Advantages and imitation weights against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+from ra_jax.rl.advantages import dead_groups, human_advantages, imitation_weights
+
+WEIGHTS = (0.4, 0.3, 0.3)
+
+
+def column(*removal):
+    """Scores [R, 3] of which the first differ, the others are 0.5."""
+    return np.stack([removal, *[np.full(len(removal), 0.5)] * 2], axis=1)
+
+
+def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedom():
+    # Residuals ∓0.2; −0.1, −0.1, 0.2: squares sum to 0.14, and 5 records of 2 groups leave 3 degrees of freedom.
+    scores = column(0.2, 0.6, 0.5, 0.5, 0.8)
+    pooled = np.sqrt(0.14 / 3)
+    expected = 0.4 * np.array([-0.2, 0.2, -0.1, -0.1, 0.2]) / pooled
+    advantages = human_advantages(scores, np.array([0, 0, 1, 1, 1]), WEIGHTS)
+    assert advantages.dtype == np.float32
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5)
+
+
+def test_scores_are_standardised_one_by_one_and_weighed():
+    # Two groups of two, 2 degrees of freedom: residuals ±0.1 and ±0.1, ±0.2 and 0, 0 and ±0.3.
+    scores = np.array([[0.4, 0.7, 0.5], [0.6, 0.3, 0.5], [0.7, 0.5, 0.9], [0.5, 0.5, 0.3]])
+    a, b, c = 0.1 / np.sqrt(0.04 / 2), 0.2 / np.sqrt(0.08 / 2), 0.3 / np.sqrt(0.18 / 2)
+    expected = [-0.5 * a + 0.2 * b, 0.5 * a - 0.2 * b, 0.5 * a + 0.3 * c, -0.5 * a - 0.3 * c]
+    advantages = human_advantages(scores, np.array([0, 0, 1, 1]), (0.5, 0.2, 0.3))
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5)
+
+
+def test_members_of_a_group_need_not_stand_together():
+    scores = np.random.default_rng(0).uniform(size=(6, 3))
+    groups, order = np.array([0, 0, 1, 1, 2, 2]), np.array([4, 0, 2, 5, 3, 1])
+    apart = human_advantages(scores[order], groups[order], WEIGHTS)
+    np.testing.assert_allclose(apart, human_advantages(scores, groups, WEIGHTS)[order], rtol=1e-6)
+
+
+def test_a_single_result_is_centred_on_the_data_set_and_takes_no_degree_of_freedom():
+    scores = column(0.2, 0.6, 0.7)  # the pair leaves 1 degree of freedom: √(0.08/1); the data set's mean is 0.5
+    expected = 0.4 * np.array([-0.2, 0.2, 0.2]) / np.sqrt(0.08)
+    np.testing.assert_allclose(human_advantages(scores, np.array([0, 0, 1]), WEIGHTS), expected, rtol=1e-5)
+
+
+def test_only_single_results_are_standardised_over_the_data_set():
+    scores = column(0.2, 0.6, 0.7)
+    expected = 0.4 * (scores[:, 0] - 0.5) / scores[:, 0].std()
+    np.testing.assert_allclose(human_advantages(scores, np.arange(3), WEIGHTS), expected, rtol=1e-5)
+
+
+def test_a_tiny_std_is_held_at_its_floor():
+    advantages = human_advantages(column(0.500, 0.506), np.array([0, 0]), WEIGHTS)  # pooled std 0.0042
+    np.testing.assert_allclose(advantages, 0.4 * np.array([-0.003, 0.003]) / 0.02, rtol=1e-4)
+
+
+def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
+    removal = np.full(80, 0.5)
+    removal[0] = 1.0
+    groups = np.repeat(np.arange(20), 4)
+    residual = np.array([0.375, -0.125, -0.125, -0.125])
+    pooled = np.sqrt((residual**2).sum() / 60)
+    assert residual[0] / pooled > 5
+    removal[4:] += np.tile([0.001, -0.001], 38)  # so that no other group is dead
+    advantages = human_advantages(column(*removal), groups, WEIGHTS)
+    assert advantages[0] == pytest.approx(0.4 * 5)
+    np.testing.assert_allclose(advantages[1:4], 0.4 * -0.125 / pooled, rtol=1e-3)
+    lowest = human_advantages(1 - column(*removal), groups, WEIGHTS)
+    assert lowest[0] == pytest.approx(0.4 * -5)
+
+
+def test_a_group_of_one_reward_says_nothing():
+    # Group 0: scores differ, but removal's 0.3·0.4 is what background's −0.4·0.3 takes. Group 1 is alive, 2 single.
+    scores = np.array([[0.5, 0.5, 0.5], [0.8, 0.1, 0.5], [0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    groups = np.array([0, 0, 1, 1, 2])
+    rewards = (2 * scores - 1) @ np.array(WEIGHTS)
+    assert dead_groups(rewards, groups).tolist() == [True, True, False, False, False]
+    advantages = human_advantages(scores, groups, WEIGHTS)
+    assert (advantages[:2] == 0).all()
+    assert (advantages[2:4] != 0).all()
+    assert advantages[4] != 0
+
+
+def test_a_group_is_dead_below_a_std_of_a_thousandth():
+    groups = np.array([0, 0, 1, 1])
+    assert dead_groups(np.array([0.0, 0.0018, 0.0, 0.0022]), groups).tolist() == [True, True, False, False]
+
+
+REWARDS, GROUPS = np.array([0.5, -0.2, 0.1, 0.3, 0.3, -1.0]), np.array([0, 0, 0, 1, 1, 2])
+
+
+def test_imitation_of_all_alike():
+    np.testing.assert_array_equal(imitation_weights(REWARDS, GROUPS, "none"), np.ones(6, np.float32))
+
+
+def test_imitation_by_score_is_the_reward_in_zero_to_one():
+    mapped = np.array([0.75, 0.4, 0.55, 0.65, 0.65, 0.0])
+    np.testing.assert_allclose(imitation_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
+    wider = imitation_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # weights that sum to 2
+    np.testing.assert_allclose(wider, mapped / 0.5, rtol=1e-6)
+
+
+def test_imitation_of_the_best_takes_one_a_group():
+    # The first of equals in group 1, and a single record however bad: 3 of 6, so weight 2.
+    np.testing.assert_allclose(imitation_weights(REWARDS, GROUPS, "best"), [2, 0, 0, 2, 0, 2])
+
+
+def test_imitation_by_softmax_sums_to_the_same_in_every_group():
+    weights = imitation_weights(REWARDS, GROUPS, "softmax", temperature=0.2)
+    first = np.exp(np.array([0.5, -0.2, 0.1]) / 0.2)
+    expected = np.array([*first / first.sum(), 0.5, 0.5, 1.0]) * 6 / 3
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    np.testing.assert_allclose(np.bincount(GROUPS, weights), [2, 2, 2], rtol=1e-5)
+
+
+def test_softmax_of_a_group_far_below_the_best_is_finite():
+    weights = imitation_weights(np.array([1.0, 0.9, -0.99, -1.0]), np.array([0, 0, 1, 1]), "softmax", temperature=1e-3)
+    low = 1 / (1 + np.exp(-10))
+    np.testing.assert_allclose(weights, 2 * np.array([1, 0, low, 1 - low]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "score", "softmax", "best"])
+def test_every_imitation_has_mean_weight_one(kind):
+    rng = np.random.default_rng(0)
+    weights = imitation_weights(rng.uniform(-1, 1, 40), rng.permutation(np.repeat(np.arange(10), 4)), kind)
+    assert weights.dtype == np.float32
+    assert weights.min() >= 0
+    assert weights.mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_faults_are_told():
+    with pytest.raises(ValueError, match="base_loss_weighting='worst': expected one of none, score, softmax, best"):
+        imitation_weights(REWARDS, GROUPS, "worst")
+    with pytest.raises(ValueError, match="base_loss_weighting='score' gives every record weight 0"):
+        imitation_weights(np.full(3, -1.0), np.arange(3), "score")

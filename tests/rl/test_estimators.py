@@ -1,0 +1,155 @@
+"""The matching estimator: its value against a loop, what a group shares, and the ratio contract of a real network."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ra_jax.flow.regions import region_weights
+from ra_jax.models.conditioning import Condition
+from ra_jax.rl.estimators import MatchingCache, matching_cache, matching_log_prob
+
+TEMPERATURE = 0.1
+
+
+def random_keys(*seeds):
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def make_cache(keys, tokens=6, features=8, count=3, fraction=0.7) -> MatchingCache:
+    rng = np.random.default_rng(0)
+    clean = jnp.asarray(rng.normal(size=(len(keys), tokens, features)), jnp.float32)
+    region = rng.uniform(size=(len(keys), tokens, 4)).astype(np.float32)
+    region = jnp.asarray(region / region.sum((1, 2), keepdims=True))
+    return matching_cache(keys, clean, region, count=count, fraction=fraction)
+
+
+def test_log_prob_is_minus_the_mean_error_over_the_temperature():
+    keys = random_keys(0, 1)
+    cache = make_cache(keys)
+    bias = np.random.default_rng(1).normal(size=(2, 6, 8)).astype(np.float32)
+
+    def velocity(scale, x, t, records):
+        return scale * jnp.tanh(x) * t[:, None, None] + jnp.asarray(bias)[records]
+
+    log_prob, predicted = matching_log_prob(velocity, 0.7, cache, temperature=TEMPERATURE)
+    clean, times, noise, region = (np.asarray(x, np.float64) for x in vars(cache).values())
+    for record in range(2):
+        errors = []
+        for k in range(3):
+            t, eps, x0 = times[record, k], noise[record, k], clean[record]
+            v = 0.7 * np.tanh((1 - t) * x0 + t * eps) * t + bias[record]
+            np.testing.assert_allclose(predicted[3 * record + k], v, rtol=1e-4, atol=1e-5)
+            squared = (v - (eps - x0)) ** 2
+            cells = squared.reshape(6, 2, 4).mean(1)  # over the two channels
+            errors.append((cells * region[record]).sum())
+        assert float(log_prob[record]) == pytest.approx(-np.mean(errors) / TEMPERATURE, rel=1e-5)
+    assert log_prob.dtype == jnp.float32
+
+
+def test_members_of_a_group_share_times_and_noise_wherever_they_stand():
+    apart, together = make_cache(random_keys(5, 7, 5)), make_cache(random_keys(7, 5))
+    assert not np.array_equal(apart.clean[0], apart.clean[2])
+    for drawn in (apart.times, apart.noise):
+        np.testing.assert_array_equal(drawn[0], drawn[2])
+        assert not np.array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(apart.times[:2], together.times[::-1])
+    np.testing.assert_array_equal(apart.noise[:2], together.noise[::-1])
+
+
+def test_a_cache_is_a_function_of_its_keys():
+    first, again = make_cache(random_keys(3)), make_cache(random_keys(3))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert first.times.shape == (1, 3)
+    assert first.noise.shape == (1, 3, 6, 8)
+
+
+def test_times_lie_in_the_noisiest_fraction_and_noise_is_standard_normal():
+    cache = make_cache(random_keys(*range(64)), tokens=32, count=4)
+    times, noise = np.asarray(cache.times), np.asarray(cache.noise)
+    assert 0.3 <= times.min() < 0.31 and 0.99 < times.max() <= 1.0
+    assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
+    assert abs(noise.std() - 1) < 0.01
+    flat = noise.reshape(64 * 4, -1)
+    correlation = flat @ flat.T / flat.shape[1] - np.eye(len(flat))
+    assert np.abs(correlation).max() < 0.4  # every pair (record, k) has a noise of its own
+
+
+class Policy:
+    """ℓ of a FLUX model with experts and router, two records of one group and one of another."""
+
+    GRID = (4, 8)
+
+    def __init__(self, loaded):
+        rng = np.random.default_rng(0)
+        model, tokens = loaded.model, self.GRID[0] * self.GRID[1]
+
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+        mask_part = jnp.asarray(rng.uniform(size=(3, tokens, 64)) > 0.7, jnp.float32)
+        fill = jnp.concatenate([normal(3, tokens, 16), mask_part], axis=-1)
+        self.model, self.frozen = model, loaded.frozen
+        self.condition = Condition(fill, normal(3, 8, model.joint_dim), normal(3, model.pooled_dim), self.GRID)
+        mask = np.zeros((3, 32, 64), np.float32)
+        mask[:, 8:20, 40:52] = 1
+        region = region_weights(mask, model.factor)
+        self.cache = matching_cache(random_keys(0, 0, 1), normal(3, tokens, 16), region, count=2, fraction=0.7)
+
+    def log_prob(self, trainable) -> jax.Array:
+        def velocity(params, x, t, records):
+            gates, _ = self.model.gates(params, self.condition)
+            condition = jax.tree.map(lambda leaf: leaf[records], self.condition)
+            arguments = {"gates": gates[records], "guidance_scale": 30.0}
+            return self.model.velocity(params, self.frozen, x, t, condition, **arguments)
+
+        return matching_log_prob(velocity, trainable, self.cache, temperature=TEMPERATURE)[0]
+
+    def step(self, trainable, snapshot):
+        """Old ℓ by a forward pass of the snapshot, new ℓ in the program that differentiates it."""
+
+        def loss(trainable, old):
+            log_prob = self.log_prob(trainable)
+            return jnp.exp(log_prob - old).sum(), log_prob
+
+        old = jax.lax.stop_gradient(self.log_prob(snapshot))
+        (_, log_prob), gradient = jax.value_and_grad(loss, has_aux=True)(trainable, old)
+        return log_prob, old, gradient
+
+
+@pytest.fixture(scope="module")
+def steps(load_tiny_experts):
+    """(trainable, policy, its compiled step) of a dtype."""
+
+    @cache
+    def make(dtype):
+        loaded = load_tiny_experts(jnp.dtype(dtype))
+        policy = Policy(loaded)
+        return loaded.trainable, policy, jax.jit(policy.step)
+
+    return make
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_equal_parameters_give_a_ratio_of_one(steps, dtype, limit):
+    """Forward and differentiated passes, in one program and in two, agree; other parameters do not."""
+    trainable, policy, step = steps(dtype)
+    snapshot = jax.tree.map(np.array, trainable)
+    log_prob, old, gradient = step(trainable, snapshot)
+    assert np.isfinite(log_prob).all()
+    assert np.abs(log_prob - old).max() <= limit
+    assert np.abs(jax.jit(policy.log_prob)(snapshot) - log_prob).max() <= limit
+
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(jax.tree.map(np.asarray, gradient))))
+    moved = jax.tree.map(lambda x, g: np.asarray(x) - 0.05 * np.asarray(g) / norm, trainable, gradient)
+    log_prob, old, _ = step(moved, snapshot)
+    assert np.abs(log_prob - old).max() > 10 * limit
+
+
+def test_the_policy_gradient_reaches_experts_and_router(steps):
+    trainable, _, step = steps("float32")
+    _, _, gradient = step(trainable, trainable)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
