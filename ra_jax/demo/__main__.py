@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
@@ -14,7 +14,7 @@ class DemoCommand:
     """Prepares synthetic scored scenes and a tiny FLUX-Fill trained on them from scratch (minutes on 2 CPU cores)."""
 
     output_dir: str = "output/demo"  # where scenes and models go; what is there already is kept
-    settings: tyro.conf.OmitArgPrefixes[DemoSettings] = DemoSettings()
+    settings: tyro.conf.OmitArgPrefixes[DemoSettings] = field(default_factory=DemoSettings)
 
 
 def main() -> None:

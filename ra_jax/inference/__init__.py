@@ -1,1 +1,1 @@
-"""Around the network when a photo is edited: the window it sees, the way back into the photo, the candidates on disk."""
+"""Around the network when a photo is edited: the window it sees, the way back, the candidates on disk."""

@@ -62,7 +62,7 @@ def context_tokens(
     joint_dim: int,
     text: jax.Array | None = None,
 ) -> jax.Array:
-    """Context [B, S, joint_dim]: `text_tokens` zeros (or prompt embeddings `text` [B, S', joint_dim]), then image tokens.
+    """Context [B, S, joint_dim]: `text_tokens` zeros (or prompt embeddings `text`), then image tokens.
 
     Zeros stand for the empty prompt, as FLUX.1-Redux without text encoders does.
     """

@@ -45,7 +45,7 @@ class FillModel:
         return 2 * self.factor
 
     def encode(self, frozen: Weights, image: jax.Array) -> jax.Array:
-        """Packed clean latents [B, N, 4C], float32, of an image [B, H, W, 3] in [0, 1]: the VAE's mean, standardised."""
+        """The VAE's mean, standardised and packed, [B, N, 4C] float32, of an image [B, H, W, 3] in [0, 1]."""
         vae = nnx.merge(self.vae, frozen["vae"])
         mean, _ = vae.encode(2.0 * image - 1.0)
         return pack(vae.normalise(mean).astype(jnp.float32))
@@ -92,10 +92,10 @@ class FillModel:
     def gates(
         self, trainable: Weights, condition: Condition, *, panel: slice | None = None
     ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-        """The router's gates [B, E], and the soft gates behind them that balance is kept by; (None, None) without experts.
+        """The router's gates [B, E], and the soft gates behind them that balance is kept by.
 
         The router looks at the token columns of `panel`: the right half, a diptych's photo, where none is given.
-        The two differ only with `topk` routing.
+        The two differ only with `topk` routing; both are None without experts.
         """
         if self.router is None:
             return None, None

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ra_jax.models.initializers import lecun_normal
+
 # Every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
 
@@ -99,7 +101,7 @@ class ExpertLinear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        kernel_init: Callable = nnx.initializers.lecun_normal(),  # noqa: B008 (a pure function)
+        kernel_init: Callable = lecun_normal,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
