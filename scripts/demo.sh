@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, within 10 minutes on 2 cores: makes .venv, synthetic scored scenes and a tiny
-# FLUX-Fill if need be, then trains experts on the scores. Arguments go to the training:
+# The main job on the embedded default, within 10 minutes on 2 cores: makes .venv if need be, synthetic scored scenes and
+# a tiny FLUX-Fill (both once), trains experts on the scores, and removes objects from scenes that no training has seen.
+# Arguments go to the training; its folder stays output/tiny_grpo, and an earlier run there is replaced:
 #     bash scripts/demo.sh
 #     bash scripts/demo.sh --max_train_steps 40
 set -euo pipefail
@@ -8,5 +9,22 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment
 
+held_out=output/demo/data/held_out
+run=output/tiny_grpo
+removals=output/tiny_removals
+
+echo "1/3 scenes and base"
 .venv/bin/python -m ra_jax.demo
-.venv/bin/python -m ra_jax.train --config configs/tiny.toml --overwrite_output_dir "$@"
+echo "2/3 training"
+.venv/bin/python -m ra_jax.train --config configs/tiny.toml --overwrite_output_dir "$@" --output_dir "$run"
+echo "3/3 removal"
+.venv/bin/python -m ra_jax.infer --source_image "$held_out/triplets.json" --experts "$run" \
+    --num_inference_steps 12 --overwrite --output_dir "$removals"
+
+cat <<END
+
+Done. Look at
+  $run/previews/    source | mask | result | ground truth, at step 0 (the base alone) and as training went on
+  $run/curves.png   losses, ratio, clipping, experts, drift; the numbers are in metrics.jsonl beside it
+  $removals/        the object removed from held-out scenes (originals: $held_out/input, truth: $held_out/gt)
+END
