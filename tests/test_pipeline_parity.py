@@ -1,0 +1,163 @@
+"""`RemovalPipeline` on arrays against diffusers' whole FluxFillPipeline, read from one folder in float32.
+
+diffusers samples the masked image's latents. Here its posterior gives its mean instead, as ours does; in one test the
+sample is drawn and handed to both.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxFillPipeline, FluxPriorReduxPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+
+from ra_jax.models.siglip import preprocess
+from ra_jax.pipeline import RemovalPipeline
+
+NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+STEPS, GUIDANCE = 5, 30.0
+LATENTS_LIMIT, PIXELS_LIMIT = 1e-3, 2 / 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of two: image [B, H, W, 3], soft mask [B, H, W], context [B, S, joint_dim], noise [B, N, 4C]."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    context: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.mask.shape[1:]
+
+
+def make_case(height: int, width: int, factor: int) -> Case:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((2, height, width), np.float32)
+    mask[0, height // 4 : height // 2 + 3, width // 3 : -5] = rng.uniform(size=1) * 0.4 + 0.6
+    mask[1] = rng.uniform(size=(height, width))
+    tokens = height * width // (2 * factor) ** 2
+    shapes = (2, height, width, 3), (2, 6, 32), (2, tokens, 16)
+    image, context, noise = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    return Case(1 / (1 + np.exp(-image)), mask, context, noise)
+
+
+def channels_first(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+
+def run_diffusers(folder, case: Case, generator=None) -> tuple[np.ndarray, np.ndarray]:
+    """Final packed latents [B, N, 4C] and images [B, H, W, 3] in [0, 1], clipped."""
+    pipeline = FluxFillPipeline.from_pretrained(folder, **NO_TEXT)
+    pipeline.set_progress_bar_config(disable=True)
+    final = {}
+
+    def keep(pipeline, step, timestep, tensors):
+        final.update(tensors)
+        return {}
+
+    height, width = case.size
+    images = pipeline(
+        image=channels_first(case.image),
+        mask_image=torch.from_numpy(case.mask)[:, None],
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        latents=torch.from_numpy(case.noise),
+        prompt_embeds=torch.from_numpy(case.context),
+        pooled_prompt_embeds=torch.zeros(len(case.image), pipeline.transformer.config.pooled_projection_dim),
+        generator=generator,
+        output_type="np",
+        callback_on_step_end=keep,
+    ).images
+    return final["latents"].numpy(), images
+
+
+def run_ours(pipe: RemovalPipeline, case: Case, **given) -> tuple[np.ndarray, np.ndarray]:
+    cond = pipe.condition(case.image, case.mask, case.context, **given)
+    latents = pipe.denoise(case.noise, cond, STEPS, GUIDANCE)
+    return np.asarray(latents), np.asarray(pipe.decode(latents, *case.size))
+
+
+def assert_equal(ours, theirs) -> None:
+    """Compare (latents, images); the images of a random network reach beyond [0, 1], where diffusers clips."""
+    error = np.linalg.norm(ours[0] - theirs[0]) / np.linalg.norm(theirs[0])
+    assert error <= LATENTS_LIMIT
+    assert ours[1].shape == theirs[1].shape
+    assert ((ours[1] > 0) & (ours[1] < 1)).mean() > 0.2
+    assert np.abs(ours[1].clip(0, 1) - theirs[1]).max() <= PIXELS_LIMIT
+
+
+def relative_change(a, b) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture
+def mean_latents(monkeypatch):
+    """diffusers encodes to the mean."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5)], ids=["square", "oblong"])
+def test_the_whole_pipeline_is_diffusers(make_tiny_fill, mean_latents, size, factor):
+    case = make_case(*(2 * factor * side for side in size), factor)
+    pipe = RemovalPipeline.from_pretrained(make_tiny_fill(factor), dtype="float32")
+    ours, theirs = run_ours(pipe, case), run_diffusers(make_tiny_fill(factor), case)
+    assert_equal(ours, theirs)
+    assert relative_change(ours[0], case.noise) > 0.5
+
+
+def test_a_sampled_encoding_of_the_masked_image_can_be_given(tiny_fill, tiny_pipeline):
+    case = make_case(32, 32, 4)
+    theirs = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
+
+    vae = AutoencoderKL.from_pretrained(tiny_fill, subfolder="vae")
+    masked = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
+    with torch.no_grad():
+        sampled = vae.encode(masked).latent_dist.sample(torch.Generator().manual_seed(3))
+    sampled = (sampled - vae.config.shift_factor) * vae.config.scaling_factor
+    sampled = FluxFillPipeline._pack_latents(sampled, *sampled.shape).numpy()
+
+    ours = run_ours(tiny_pipeline, case, masked_latents=sampled)
+    assert_equal(ours, theirs)
+    assert relative_change(run_ours(tiny_pipeline, case)[0], ours[0]) > 10 * LATENTS_LIMIT  # the mean is another
+
+
+def test_redux_tokens_behind_the_empty_prompt(tiny_fill, tiny_redux, tiny_pipeline, mean_latents):
+    reference = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8))
+    prior = FluxPriorReduxPipeline.from_pretrained(tiny_redux, **NO_TEXT)
+    with torch.no_grad():
+        theirs = prior.image_embedder(prior.encode_image(reference, "cpu", 1)).image_embeds.numpy()
+    tokens = np.asarray(tiny_pipeline.redux(preprocess(tiny_redux)(reference)[None]))
+    assert np.linalg.norm(tokens - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+    case = make_case(32, 32, 4)
+    empty = np.zeros((2, 8, 32), np.float32)
+    case = replace(case, context=np.concatenate([empty, theirs.repeat(2, 0)], axis=1))
+    ours = run_ours(tiny_pipeline, replace(case, context=np.concatenate([empty, tokens.repeat(2, 0)], axis=1)))
+    assert_equal(ours, run_diffusers(tiny_fill, case))
+    without = run_ours(tiny_pipeline, replace(case, context=empty))
+    assert relative_change(without[0], ours[0]) > 10 * LATENTS_LIMIT
+
+
+def test_guidance_and_the_empty_prompt_are_as_documented(tiny_pipeline):
+    case = make_case(32, 32, 4)
+    empty = np.zeros((2, 8, 32), np.float32)
+    cond, explicit = (tiny_pipeline.condition(case.image, case.mask, context) for context in (None, empty))
+    np.testing.assert_array_equal(cond.context, explicit.context)
+    assert cond.fill.shape == (2, 16, 16 + 64)
+    assert cond.pooled.shape == (2, 16) and not np.any(cond.pooled)
+
+    t = np.array([0.9, 0.4], np.float32)
+    velocity = tiny_pipeline.velocity(case.noise, t, cond, GUIDANCE)
+    assert velocity.shape == case.noise.shape
+    assert relative_change(tiny_pipeline.velocity(case.noise, t, cond, 2.0), velocity) > 0.01
+    one_step = tiny_pipeline.denoise(case.noise, cond, 1, GUIDANCE)
+    at_noise = tiny_pipeline.velocity(case.noise, np.ones(2, np.float32), cond, GUIDANCE)
+    np.testing.assert_allclose(one_step, case.noise - at_noise, atol=1e-4)
