@@ -50,8 +50,8 @@ class RemovalPipeline:
                 loaded.model, schedule, num_inference_steps=steps, guidance_scale=guidance
             )
         )
-        self._velocity = jax.jit(self._panel_velocity, static_argnames="guidance_scale")
-        self._denoise = jax.jit(self._panel_denoise, static_argnames=("guidance_scale", "num_inference_steps"))
+        self._velocity = jax.jit(self._panel_velocity)
+        self._denoise = jax.jit(self._panel_denoise, static_argnames="num_inference_steps")
         self._decode = jax.jit(loaded.model.decode, static_argnames="grid")
         self._condition = jax.jit(loaded.model.condition)
         self._image_tokens = jax.jit(loaded.model.image_tokens)
@@ -114,7 +114,7 @@ class RemovalPipeline:
         A window around the mask is edited beside the reference (`ref`, or the object itself on white) and blended
         back: pixels beyond the feathered mask are the image's own, bit for bit. Image i starts from noise of
         (seed, i), or from latents[i], the packed noise [num_images, N, 4C] of the diptych. Raises ValueError for a
-        mask that is empty or of another size.
+        mask that is empty or of another size, and for latents of another shape.
         """
         if mask.size != image.size:
             raise ValueError(f"mask of {mask.size} for an image of {image.size}: expected equal sizes (width, height)")
@@ -134,6 +134,13 @@ class RemovalPipeline:
         if latents is None:
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_images))
             latents = initial_noise(self.model, keys, *crop.size)
+        height, width = crop.size
+        expected = (num_images, 2 * height * width // multiple**2, self.model.latent_features)
+        if latents.shape != expected:
+            raise ValueError(
+                f"latents of shape {latents.shape}: expected {expected}, the packed noise [num_images, N, 4C] of a "
+                f"diptych of panels of {height} × {width} pixels, in which this photo is edited"
+            )
         batch = {name: np.repeat(panel[None], num_images, 0) for name, panel in panels.items()}
         remove = self._remover(num_inference_steps, float(guidance_scale))
         edited, gates = remove(self._weights, self._loaded.frozen, batch, jnp.asarray(latents, jnp.float32))
