@@ -53,8 +53,10 @@ def load_fill_model(
 
     The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); matmuls run in `dtype`; the
     VAE stays float32. Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
-    Raises WeightError for weights that cannot be had or do not fit.
+    Raises WeightError for weights that cannot be had or do not fit, ValueError for one of `lora` and `router` alone.
     """
+    if (lora is None) != (router is None):
+        raise ValueError(f"lora is {lora} and router {router}: expected both, or None twice for no experts")
     folder = resolve(fill, FILL_PARTS)
     rngs = nnx.Rngs(seed)
     flux = load_flux(
