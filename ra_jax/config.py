@@ -36,7 +36,7 @@ class DataConfig:
     score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
     aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]
     mask_augmentation: bool = True  # enlarge masks at random in training: outlines, boxes, dilation
-    data_workers: int = 2  # processes that read and decode images (0: the main process does)
+    data_workers: int = 2  # threads that read and decode images ahead (0: none, when asked for)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class OptimizationConfig:
     adam_weight_decay: float = 1e-2  # decoupled weight decay
     adam_epsilon: float = 1e-8  # added to the root of the gradient's square
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    ema_decay: float = 0.0  # decay of the averaged weights that previews and exports use (0: off)
+    ema_decay: float = 0.0  # decay of the averaged weights that previews and removal use (0: off)
 
 
 @dataclass(frozen=True, kw_only=True)

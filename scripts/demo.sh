@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, within 10 minutes on 2 cores: makes .venv if need be, synthetic scored scenes and
-# a tiny FLUX-Fill (both once), trains experts on the scores, and removes objects from scenes that no training has seen.
-# Arguments go to the training; its folder stays output/tiny_grpo, and an earlier run there is replaced:
+# The main job on the embedded default, meant to take less than 10 minutes on 2 cores: makes .venv if need be, then
+# synthetic scored scenes and a tiny FLUX-Fill (both once), trains experts on the scores, and removes objects from
+# scenes that no training has seen. Arguments go to the training; its folder stays output/tiny_grpo, and an earlier run
+# there is replaced:
 #     bash scripts/demo.sh
 #     bash scripts/demo.sh --max_train_steps 40
 set -euo pipefail

@@ -58,9 +58,8 @@ class Loader:
     Args:
         batch_size: records of a global batch.
         buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
-        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch, group). A
-        reference
-            that is made from the mask is made from the one in the file.
+        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch,
+            group). A reference that is made from the mask is made from the one in the file.
         extras: values per record, [len(records), ...], put into the batch under their names.
         workers: threads that load batches ahead; 0 loads them when asked.
         cache_bytes: decoded panels kept in memory.

@@ -36,7 +36,7 @@ INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs. `first_step` > 0 when resumed; `step_tflop` is one step's model TFLOPs for a batch."""
+    """What the loop runs. `first_step`: steps done before, > 0 when resumed; `previews`: None without any."""
 
     output: Path
     loaded: LoadedModel
