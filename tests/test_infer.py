@@ -26,7 +26,7 @@ class RecordingPipeline:
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch):
-    monkeypatch.setattr(ra_jax, "RemovalPipeline", RecordingPipeline, raising=False)
+    monkeypatch.setattr(ra_jax, "RemovalPipeline", RecordingPipeline)
     Image.new("RGB", (20, 10), "red").save(tmp_path / "photo.png")
     Image.new("L", (20, 10), 200).save(tmp_path / "mask.png")
     names = {"source_image": "photo.png", "source_mask": "mask.png", "output_dir": "out"}

@@ -102,7 +102,7 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
             f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
             f"{type(error).__name__}: {error}\n"
             f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/, or a hub id. Either\n"
-            f"  - accept the licence at https://huggingface.co/{repo_id} and run `huggingface-cli login`,\n"
+            f"  - accept the licence at https://huggingface.co/{repo_id} and run `hf auth login`,\n"
             "  - or download the model elsewhere and give its folder,\n"
             "  - or begin with the embedded tiny model, which needs no download: `--config configs/tiny.toml`."
         ) from error

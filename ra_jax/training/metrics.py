@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ra_jax.config import ConfigError
 from ra_jax.models.flux import FluxConfig
 
 FILE = "metrics.jsonl"
@@ -66,7 +67,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ModuleNotFoundError:
-            raise ValueError(
+            raise ConfigError(
                 "--report_to wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
             ) from None
         self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")

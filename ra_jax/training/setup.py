@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -132,11 +132,15 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
 
 
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run is deleted."""
+    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run is deleted.
+
+    How this run began (anew, over another, resumed) is left out of it, so that `--config` with the file can resume.
+    """
     if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    lasting = replace(config, run=replace(config.run, overwrite_output_dir=False, resume_from_checkpoint=None))
+    (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
 
 
 def load_model(config: TrainConfig) -> LoadedModel:

@@ -359,7 +359,7 @@ def test_resolve_says_how_to_get_access(name, tmp_path, monkeypatch):
     message = str(error.value)
     assert f"pretrained model '{name}' cannot be had" in message
     assert "transformer/, vae/" in message
-    assert f"accept the licence at https://huggingface.co/{name} and run `huggingface-cli login`" in message
+    assert f"accept the licence at https://huggingface.co/{name} and run `hf auth login`" in message
     assert "`--config configs/tiny.toml`" in message
 
 

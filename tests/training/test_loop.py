@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.config import ConfigError
+from ra_jax.config import ConfigError, from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
 from ra_jax.data.records import DataError
 from ra_jax.pipeline import RemovalPipeline
 from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, restore
 from ra_jax.training.loop import train
 from ra_jax.training.metrics import read_rows
-from ra_jax.training.setup import set_up
+from ra_jax.training.setup import claim_output_dir, set_up
 
 CLOCK = {"step_time", "images_per_second", "tflops_per_second_per_device"}
 RUN = {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9}
@@ -126,6 +126,12 @@ def test_other_run_in_the_folder_is_refused_and_kept(straight, config_in):
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume_from_checkpoint latest"):
         train(config_in(straight.parent))
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_written_configuration_can_resume_a_run_that_overwrote_another(make_config, tmp_path):
+    claim_output_dir(make_config(overwrite_output_dir=True), tmp_path, keep=False)
+    written = load_toml(tmp_path / "config.toml")
+    assert from_flat_dict(written | {"resume_from_checkpoint": "latest"}).run.resume_from_checkpoint == "latest"
 
 
 def test_faulty_data_leaves_an_overwritten_run_alone(straight, config_in, tmp_path):
