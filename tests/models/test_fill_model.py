@@ -68,21 +68,17 @@ def test_a_base_that_is_trained_is_float32_and_whole(tiny_fill):
     assert loaded.preprocess is None and loaded.image_tokens == 0
 
 
-def test_first_experts_derive_from_the_seed_and_change_nothing(tiny_fill, tiny_pipeline, condition):
+def test_first_experts_derive_from_the_seed_and_change_nothing(tiny_fill, condition):
     first, again, other = (
         load_fill_model(str(tiny_fill), None, lora=LORA, router=ROUTER, seed=seed) for seed in (0, 0, 1)
     )
     assert_equal_trees(first.trainable, again.trainable)
     a, b = (jax.tree.leaves(loaded.trainable["router"]) for loaded in (first, other))
     assert any((x != y).any() for x, y in zip(a, b, strict=True))
-    x, t = condition.fill[..., :16], jnp.array([0.3, 0.9])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(first.trainable["flux"]):
+        assert np.any(leaf) == ("lora_a" in jax.tree_util.keystr(path))  # B is zero
     gates, _ = first.model.gates(first.trainable, condition)
     np.testing.assert_allclose(gates, [[0.6, 0.4]] * 2, rtol=1e-5)
-    arguments = x, t, condition
-    got = jax.jit(first.model.velocity, static_argnames="guidance_scale")(
-        first.trainable, first.frozen, *arguments, gates=gates, guidance_scale=30.0
-    )
-    np.testing.assert_allclose(got, tiny_pipeline.velocity(*arguments, 30.0), atol=1e-5)
 
 
 def test_without_gates_the_experts_are_off(tiny_experts, tiny_pipeline, condition):
