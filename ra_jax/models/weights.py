@@ -88,6 +88,7 @@ def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
 def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
     # Late: only those who name a hub id need it.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(
@@ -97,7 +98,8 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
                 ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5"],
             )
         )
-    except Exception as error:  # offline, gated, misspelt, disk full: whatever it is, the ways out are the same
+    # Gated or missing, misspelt, offline or disk full: the ways out are the same.
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise WeightError(
             f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
             f"{type(error).__name__}: {error}\n"
