@@ -9,7 +9,7 @@ photos=${1:?usage: scripts/real_photos.sh PHOTOS [BASE] [OUTPUT] [SIZE] [STEPS]}
 base=${2:-output/demo} output=${3:-output/photos} size=${4:-128} steps=${5:-200}
 tiny=(
     --pretrained_model_name_or_path "$base/tiny_flux_fill" --pretrained_redux_model_name_or_path "$base/tiny_redux"
-    --aspect_ratio_buckets "$size,$size" --max_sequence_length 16 --mixed_precision no --gradient_checkpointing none
+    --aspect_ratio_buckets "$size,$size" --max_sequence_length 4 --mixed_precision no --gradient_checkpointing none
     --lora_rank 8 --lora_alpha 8 --num_inference_steps 12 --validation_steps $((steps / 2)) --num_validation_images 6
     --use_lora --num_experts 3 --train_batch_size 4 --learning_rate 1e-4 --max_train_steps "$steps" --log_freq 10
     --overwrite_output_dir

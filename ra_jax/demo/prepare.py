@@ -49,9 +49,9 @@ class DemoSettings:
     mix: str = "no_clean"
     scenes: int = 400
     held_out_scenes: int = 16
-    size: int = 64
-    vae_steps: int = 600
-    base_steps: int = 375
+    size: int = 32
+    vae_steps: int = 900
+    base_steps: int = 800
     batch_size: int = 32
     seed: int = 0
 
@@ -160,7 +160,7 @@ def base_config(paths: DemoPaths, folder: Path, settings: DemoSettings):
             "mask_augmentation": False,
             "mixed_precision": "no",
             "gradient_checkpointing": "none",
-            "max_sequence_length": 16,
+            "max_sequence_length": 4,
             "train_batch_size": settings.batch_size,
             "max_train_steps": settings.base_steps,
             "learning_rate": 2e-3,

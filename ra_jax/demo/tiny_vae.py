@@ -15,7 +15,7 @@ TINY_VAE = VAEConfig(
     block_out_channels=(12, 24, 48),
     layers_per_block=1,
     latent_channels=8,
-    norm_num_groups=4,
+    norm_num_groups=1,  # groups of three channels would take the picture's colour for a mean, and lose it
     mid_block_add_attention=False,
     use_quant_conv=False,
     use_post_quant_conv=False,
@@ -23,15 +23,16 @@ TINY_VAE = VAEConfig(
 
 
 SAMPLE = 128  # diptychs that latents are standardised on
+INITIAL_LOGVAR = -6.0  # where the posterior's log-variance begins: at 0, noise hides what little colour scenes have
 
 
 @dataclass(frozen=True)
 class VAETraining:
     """Adam on mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL; whitening comes after `whiten_at` of the steps."""
 
-    steps: int = 1200
-    batch_size: int = 8
-    crop: int = 32
+    steps: int = 900
+    batch_size: int = 16
+    crop: int = 16
     learning_rate: float = 3e-3
     kl_weight: float = 1e-5
     whiten_at: float = 0.7
@@ -49,6 +50,7 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
     where the decoder's zero padding has changed its meaning.
     """
     vae = AutoencoderKL(config, rngs=nnx.Rngs(training.seed))
+    _quiet(vae)
     graph, weights = nnx.split(vae)
     schedule = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, training.steps // 20, training.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
@@ -80,6 +82,13 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
     vae = nnx.merge(graph, weights)
     vae.config = replace(config, shift_factor=float(mean.mean()), scaling_factor=float(1.0 / mean.std()))
     return vae
+
+
+def _quiet(vae: AutoencoderKL) -> None:
+    """Let every posterior begin with the log-variance `INITIAL_LOGVAR`, whatever the picture."""
+    out, channels = vae.encoder.conv_out, vae.config.latent_channels
+    out.kernel[...] = out.kernel[...].at[..., channels:].set(0.0)
+    out.bias[...] = out.bias[...].at[channels:].set(INITIAL_LOGVAR)
 
 
 def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rng: np.random.Generator) -> np.ndarray:

@@ -184,12 +184,13 @@ class Objective:
         noise, t, _ = self.noised(batch, encoded, state)
         x = interpolate(encoded.clean, noise, t)
         gates, _ = self.model.gates(state.trainable, encoded.condition)
-
-        def norm(gates):
-            velocity = self.velocity(state.trainable, frozen, x, t, encoded.condition, gates)
-            return jnp.sqrt(region_mean(velocity**2, encoded.region))
-
-        return all_mean(norm(gates) / norm(None), axis_name)
+        # Gates of 0 are the base: one pass of 2B rows leaves the compiler one copy of the network, not two.
+        x, t, condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, t, encoded.condition))
+        both = jnp.concatenate([gates, jnp.zeros_like(gates)])
+        velocity = self.velocity(state.trainable, frozen, x, t, condition, both)
+        policy, base = jnp.split(velocity, 2)
+        norms = (jnp.sqrt(region_mean(v**2, encoded.region)) for v in (policy, base))
+        return all_mean(jnp.divide(*norms), axis_name)
 
 
 def routing_metrics(gates: jax.Array, weights: jax.Array, axis_name: str | None) -> Metrics:
