@@ -60,17 +60,22 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """root: where everything goes; base_steps: of the bases; steps: of every training; held_out: scenes measured on."""
+    """root: where everything goes; vae_steps, base_steps: of the bases, longer than the demo's; steps: of every training;
+    held_out: scenes measured on."""
 
     root: Path = Path("output/learning")
     config: Path = Path("configs/tiny.toml")
     mixes: tuple[str, ...] = MIXES
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    base_steps: int = DemoSettings.base_steps
-    steps: int = 80
+    vae_steps: int = 900
+    base_steps: int = 800
+    steps: int = 120
     held_out: int = 64
     num_inference_steps: int = 12
+
+    def demo_settings(self, mix: str) -> DemoSettings:
+        return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
 
     def cell(self, mix: str, method: str, seed: int) -> Path:
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
@@ -80,7 +85,7 @@ def run(experiment: Experiment) -> None:
     """Train and measure every cell that has no result yet, cheapest comparisons first."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
-        paths = prepare(experiment.root / mix, DemoSettings(mix=mix, base_steps=experiment.base_steps))
+        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
         measure = Measure(experiment, paths)
         for name, images in {"base": None, "roundtrip": measure.round_trip()}.items():
             cell = experiment.cell(mix, name, 0)
