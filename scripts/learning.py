@@ -60,8 +60,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """root: where everything goes; vae_steps, base_steps: of the bases, longer than the demo's; steps: of every training;
-    held_out: scenes measured on."""
+    """root: where everything goes; vae_steps, base_steps: of the bases; steps: of every training; held_out: scenes
+    measured on."""
 
     root: Path = Path("output/learning")
     config: Path = Path("configs/tiny.toml")
