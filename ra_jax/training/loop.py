@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -45,14 +46,17 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: Checkpoints) -> None:
     """Every step from `first_step` on, with what is due after each."""
-    state, step, total = setup.state, setup.compiled_step(), setup.total_steps
+    state, step, total = setup.state, setup.step_programs(), setup.total_steps
     interval = config.run.checkpointing_steps or total
+    if setup.first_step >= total:
+        return
+    batches = setup.loader.iterate(setup.first_step)
+    first = next(batches)
+    step.prepare(state, setup.loaded.frozen, first)
     if setup.first_step == 0:
         draw_preview(setup, state, 0)
-    batches = setup.loader.iterate(setup.first_step)
     with sigterm_noted() as stop:
-        for done in range(setup.first_step + 1, total + 1):
-            batch = next(batches)
+        for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
             state, metrics = step(state, setup.loaded.frozen, batch)
             recorder.add(done, metrics, batch)
             last = done == total or stop.is_set

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,6 +24,7 @@ from ra_jax.training.metrics import forward_flops, step_flops
 from ra_jax.training.objective import Objective, ObjectiveSettings
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
+from ra_jax.training.programs import StepPrograms
 from ra_jax.training.state import TrainState, init_state
 from ra_jax.training.step import StepSettings, make_train_step
 
@@ -50,9 +50,9 @@ class Setup:
     total_steps: int
     previews: Previews | None
 
-    def compiled_step(self):
-        """`train_step`, jitted, with the state donated; it compiles once a bucket."""
-        return jax.jit(make_train_step(self.objective, self.optimizer, self.step_settings), donate_argnums=0)
+    def step_programs(self) -> StepPrograms:
+        """`train_step` with the state donated; it compiles once a bucket."""
+        return StepPrograms(make_train_step(self.objective, self.optimizer, self.step_settings))
 
 
 def set_up(config: TrainConfig) -> Setup:
