@@ -16,6 +16,7 @@ from ra_jax.rl.rewards import total_reward
 from ra_jax.training.state import keys_for, stream
 
 MARGIN = 4  # pixels between panels
+SEEN = 96  # pixels: panels smaller than this are enlarged by whole factors
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
@@ -31,7 +32,8 @@ def preview_records(records: Sequence[Record], reward_weights, count: int) -> li
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Rows of panels [h, w, 3] uint8, of any sizes, on white."""
+    """Rows of panels [h, w, 3] uint8, of any sizes, on white; tiny ones enlarged, each pixel to a square."""
+    rows = [[_enlarged(panel) for panel in row] for row in rows]
     heights = [max(panel.shape[0] for panel in row) for row in rows]
     widths = [max(panel.shape[1] for panel in column) for column in zip(*rows, strict=True)]
     size = (sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(heights) + 1))
@@ -44,6 +46,11 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
             left += width + MARGIN
         top += height + MARGIN
     return sheet
+
+
+def _enlarged(panel: np.ndarray) -> np.ndarray:
+    factor = max(1, round(SEEN / max(panel.shape[:2])))
+    return panel.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 class Previews:

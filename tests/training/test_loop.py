@@ -62,7 +62,7 @@ def test_run_writes_what_it_promises(straight):
 
 def test_previews_show_four_panels_a_scene_and_change(straight):
     first, last = (np.asarray(Image.open(straight / "previews" / f"step_00000{n}.png")) for n in (0, 6))
-    assert first.shape == (2 * 36 + 4, 4 * 36 + 4, 3)
+    assert first.shape == (2 * 100 + 4, 4 * 100 + 4, 3)  # panels of 32 pixels, enlarged to 96
     assert not np.array_equal(first, last)
 
 
