@@ -5,6 +5,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +59,15 @@ def problems(config: "TrainConfig") -> Iterator[str]:
     yield from _not_available(config)
     yield from _mode(config.grpo, config.losses)
     yield from _experts(config.experts)
+    if config.grpo.kl_weight and not config.experts.use_lora:
+        yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
     yield from _schedule(config)
     yield from _run(config.run)
     trackers = config.logging.report_to
     if "none" in trackers and len(trackers) > 1:
         yield f"report_to = {' '.join(trackers)}: expected none alone, or trackers without none"
+    if "wandb" in trackers and find_spec("wandb") is None:
+        yield "report_to = wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
 
 
 def _out_of_range(config: "TrainConfig") -> Iterator[str]:
@@ -106,6 +111,11 @@ def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
         yield (
             f"base_loss_weighting = {losses.base_loss_weighting}: weighs records by their scores, which only "
             "--use_grpo --use_human_scores reads; add them, or use none"
+        )
+    if grpo.kl_weight and not (grpo.use_grpo and grpo.enable_grpo_rewards and grpo.enable_grpo_loss):
+        yield (
+            f"kl_weight = {grpo.kl_weight}: holds the policy to the base, and there is no policy term; add --use_grpo "
+            "--enable_grpo_rewards --enable_grpo_loss, or leave it out"
         )
     if not any(grpo.reward_weights):
         yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"

@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ra_jax.config import from_flat_dict
+from ra_jax.data.images import soft_mask, upright_rgb
 from ra_jax.data.loader import parse_buckets
 from ra_jax.flow.samplers import euler
 from ra_jax.flow.schedule import FlowSchedule
@@ -116,14 +117,17 @@ class RemovalPipeline:
         (seed, i), or from latents[i], the packed noise [num_images, N, 4C] of the diptych. Raises ValueError for a
         mask that is empty or of another size, and for latents of another shape.
         """
-        if mask.size != image.size:
-            raise ValueError(f"mask of {mask.size} for an image of {image.size}: expected equal sizes (width, height)")
+        photo, coverage = np.asarray(upright_rgb(image)), soft_mask(mask)
+        if coverage.shape != photo.shape[:2]:
+            raise ValueError(
+                f"mask of {coverage.shape[::-1]} for an image of {photo.shape[1::-1]}: expected equal sizes (width, "
+                "height) once both are upright"
+            )
         if num_images < 1:
             raise ValueError(f"num_images={num_images}: expected at least 1")
-        photo, coverage = np.asarray(image.convert("RGB")), np.asarray(mask.convert("L"))
         multiple = self.model.multiple
         crop = plan_crop(coverage, panel_sizes(self._panel_area, multiple), multiple=multiple)
-        given = None if ref is None else np.asarray(ImageOps.exif_transpose(ref).convert("RGB"))
+        given = None if ref is None else np.asarray(upright_rgb(ref))
         panels = {
             "source": crop.photo(photo),
             "mask": crop.mask(coverage),

@@ -3,10 +3,19 @@
 import logging
 import sys
 
+from jax.errors import JaxRuntimeError
+
 from ra_jax.config import ConfigError, parse
 from ra_jax.data.records import DataError
+from ra_jax.models.lora import TargetError
 from ra_jax.models.weights import WeightError
 from ra_jax.training.checkpoints import CheckpointError
+
+OUT_OF_MEMORY = (
+    "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full, fewer "
+    "--num_policy_timesteps, smaller --aspect_ratio_buckets, a lower --lora_rank; on a GPU also "
+    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+)
 
 
 def main() -> None:
@@ -19,8 +28,12 @@ def main() -> None:
         from ra_jax.training.loop import train  # after parsing: --help needs no JAX
 
         output = train(config)
-    except (ConfigError, DataError, WeightError, CheckpointError, FloatingPointError) as error:
+    except (ConfigError, DataError, WeightError, CheckpointError, TargetError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
     print(f"trained: {output}")
 
 

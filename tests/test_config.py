@@ -70,7 +70,8 @@ def test_hyphens_underscores_and_switches():
     assert config.data.mask_augmentation is False
 
 
-def test_lists_and_unions():
+def test_lists_and_unions(monkeypatch):
+    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: name)  # as if wandb were installed
     config = parse([*HUMAN, "--policy_temperature", "auto", "--report_to", "tensorboard", "wandb"])
     assert config.grpo.policy_temperature == "auto"
     assert config.logging.report_to == ("tensorboard", "wandb")
@@ -139,6 +140,7 @@ def test_toml_files_that_cannot_be_read(tmp_path):
     assert "no file given" in refusal([*PATHS, "--config"])
 
 
+GRPO = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
 CONTRADICTIONS = [
     (["--use_lora", "--num_experts", "2", "--expert_names", "a", "b", "c"], "expert_names has 3 (a b c)"),
     (
@@ -166,7 +168,9 @@ CONTRADICTIONS = [
     ),
     (["--lr_warmup_steps", "5"], "lr_scheduler constant has no warm-up"),
     (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
-    (["--report_to", "none", "wandb"], "expected none alone"),
+    (["--report_to", "none", "tensorboard"], "expected none alone"),
+    (["--kl_weight", "0.5"], "there is no policy term"),
+    ([*GRPO, "--kl_weight", "0.5"], "the base it is measured to is itself trained"),
     (["--train_batch_size", "0"], "train_batch_size = 0: expected a value at least 1"),
     (["--max_train_steps", "-3"], "max_train_steps = -3: expected a value at least 1"),
     (["--num_experts", "0", "--use_lora"], "num_experts = 0: expected a value at least 1"),
@@ -278,3 +282,9 @@ def test_warm_up_longer_than_the_epochs():
     config = parse([*PATHS, "--lr_scheduler", "linear", "--lr_warmup_steps", "11"])
     with pytest.raises(ConfigError, match="lr_warmup_steps = 11: longer than the run's 10 steps"):
         config.total_steps(batches_per_epoch=10)
+
+
+def test_wandb_that_is_not_installed_is_told_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="the package wandb is not installed"):
+        parse([*HUMAN, "--report_to", "wandb"])

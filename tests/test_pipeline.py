@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ra_jax.data.diptych import join, join_mask, reference_on_white, right_panel
 from ra_jax.flow.schedule import FlowSchedule
@@ -145,3 +145,13 @@ def test_faults_of_loading_are_told(tiny_fill, tiny_redux):
         pipe.redux(np.zeros((1, 28, 28, 3), np.float32))
     with pytest.raises(ValueError, match="image of 20x32 pixels: both sides must be multiples of 8"):
         pipe.condition(np.zeros((1, 20, 32, 3), np.float32), np.zeros((1, 20, 32), np.float32))
+
+
+def test_photos_are_taken_upright_and_masks_black_where_transparent(remove, first, photo, mask):
+    """As the command does: a turned photo with its EXIF orientation, a mask whose object is its opaque part."""
+    lying = photo.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[ExifTags.Base.Orientation] = 6  # to be turned clockwise by 90 degrees
+    painted = Image.new("RGBA", mask.size, "white")
+    painted.putalpha(mask)
+    again = remove(image=lying, mask=painted)
+    np.testing.assert_array_equal(arrays(again), arrays(first))

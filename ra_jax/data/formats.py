@@ -17,6 +17,7 @@ from pathlib import Path
 from ra_jax.data.errors import DataError, Fault
 from ra_jax.data.images import SUFFIXES
 
+DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
 SUPPORTED = "expected a JSON list, JSONL, a mapping JSON or a folder with input/ mask/ gt/"
 
 
@@ -47,7 +48,8 @@ def read_entries(path: str | Path) -> RawData:
     _refuse_pack(path)
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder: {SUPPORTED}")
+        made = "; `python -m ra_jax.demo` makes it" if path.parts[:2] == DEMO else ""
+        raise DataError(f"{path}: no such file or folder{made}: {SUPPORTED}")
     if path.is_dir():
         return _read_folder(path)
     try:
@@ -72,7 +74,8 @@ def _read_json(path: Path, text: str) -> RawData:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _read_lines(path, text)
-        fault = Fault(f"broken JSON: {error.msg} (column {error.colno})", line=error.lineno)
+        comment = "; JSON has no // comments, remove them" if "//" in text.splitlines()[error.lineno - 1] else ""
+        fault = Fault(f"broken JSON: {error.msg} (column {error.colno}){comment}", line=error.lineno)
         return RawData(path.parent, [], [fault])
     if isinstance(content, list):
         return RawData(path.parent, [Entry(i, fields) for i, fields in enumerate(content)], [])

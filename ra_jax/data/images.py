@@ -69,7 +69,12 @@ def read_mask(path: Path) -> np.ndarray:
 def read_soft_mask(path: Path) -> np.ndarray:
     """[h, w] uint8: luminance, black where transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
-        upright = ImageOps.exif_transpose(image)
+        return soft_mask(image)
+
+
+def soft_mask(image: Image.Image) -> np.ndarray:
+    """[h, w] uint8 of an opened mask, upright: luminance, black where transparent."""
+    upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         upright = _over(upright, "black")
     return np.asarray(upright.convert("L"))
@@ -78,7 +83,7 @@ def read_soft_mask(path: Path) -> np.ndarray:
 def read_photo(path: Path) -> Image.Image:
     """The whole photo, RGB, upright, on white where it is transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def read_panel(path: Path, window: Window, size: Size) -> np.ndarray:
@@ -86,7 +91,7 @@ def read_panel(path: Path, window: Window, size: Size) -> np.ndarray:
     height, width = size
     with open_image(path) as image:
         shrink = _decode_smaller(image, window, size)
-        photo = _upright_rgb(image)
+        photo = upright_rgb(image)
     box = tuple(side / shrink for side in window)
     return np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box))
 
@@ -106,7 +111,8 @@ def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
     return 1.0 if drafted is None else width / drafted[1][2]
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened photo, RGB, upright, on white where it is transparent."""
     upright = ImageOps.exif_transpose(image)
     return _over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
 

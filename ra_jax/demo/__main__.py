@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from ra_jax.demo.prepare import DemoSettings, prepare
+from ra_jax.demo.prepare import DemoPaths, DemoSettings, prepare
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,20 @@ def main() -> None:
     except FileExistsError as error:
         sys.exit(f"error: {error}")
     print(f"scenes: {paths.train} and {paths.held_out}\nbase:   {paths.fill} and {paths.redux}")
-    print("next:   python -m ra_jax.train --config configs/tiny.toml")
+    print(f"next:   {next_command(command, paths)}")
+
+
+def next_command(command: DemoCommand, paths: DemoPaths) -> str:
+    """How to train on what was made: configs/tiny.toml, and what of it is elsewhere or of another size."""
+    words = ["python -m ra_jax.train --config configs/tiny.toml"]
+    if command.output_dir != DemoCommand.output_dir:
+        words += [
+            f"--train_json_path {paths.train}/labeled_dict.json --val_json_path {paths.held_out}/triplets.json",
+            f"--pretrained_model_name_or_path {paths.fill} --pretrained_redux_model_name_or_path {paths.redux}",
+        ]
+    if command.settings.size != DemoSettings.size:
+        words += [f'--aspect_ratio_buckets "{command.settings.size},{command.settings.size}"']
+    return " ".join(words)
 
 
 if __name__ == "__main__":

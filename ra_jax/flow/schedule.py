@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ra_jax.models.weight_files import WeightError
+
 # What diffusers takes for a value that scheduler_config.json leaves out, where FLUX's own differs from it.
 ABSENT = {"shift": 1.0, "use_dynamic_shifting": False}
 # Values of diffusers' scheduler that change its times or steps and that FLUX leaves as they are.
@@ -42,7 +44,7 @@ class FlowSchedule:
     def from_folder(cls, folder: str | Path) -> "FlowSchedule":
         """Read `scheduler/scheduler_config.json` of a diffusers folder; FLUX's own values where there is none.
 
-        Raises ValueError for a kind of schedule that FLUX does not use.
+        Raises WeightError for a kind of schedule that FLUX does not use.
         """
         path = Path(folder) / "scheduler" / "scheduler_config.json"
         if not path.exists():
@@ -50,7 +52,7 @@ class FlowSchedule:
         given = ABSENT | json.loads(path.read_text())
         for name, value in FIXED.items():
             if given.get(name, value) != value:
-                raise ValueError(f"{path}: {name} is {given[name]!r}, only {value!r} is known.")
+                raise WeightError(f"{path}: {name} is {given[name]!r}, only {value!r} is known.")
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
     def mu(self, tokens: int) -> float:

@@ -20,6 +20,7 @@ from ra_jax.models.lora import Adapter
 from ra_jax.models.router import Router, router_features
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
+from ra_jax.models.weight_files import WeightError
 
 Weights = dict[str, Any]
 
@@ -146,7 +147,7 @@ def assemble(
 ) -> tuple[FillModel, Weights, Weights]:
     """Split modules into (model, trainable, frozen): trainable are experts and router, or the whole transformer.
 
-    Raises ValueError where transformer and VAE do not belong together.
+    Raises WeightError where transformer and VAE do not belong together.
     """
     trained = nnx.Param if train_base else nnx.LoRAParam
     flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trained, ...)
@@ -161,7 +162,7 @@ def assemble(
     channels = vae.config.latent_channels
     expected = 8 * channels + 4 * vae.config.factor**2
     if config.in_channels != expected or config.out_channels != 4 * channels:
-        raise ValueError(
+        raise WeightError(
             f"the transformer takes {config.in_channels} channels and gives {config.out_channels}, but a Fill model on "
             f"this VAE ({channels} latent channels, factor {vae.config.factor}) takes {expected} and gives "
             f"{4 * channels}: use a FLUX.1-Fill transformer and the VAE from one folder"

@@ -22,6 +22,10 @@ from ra_jax.models.initializers import lecun_normal
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
 
 
+class TargetError(ValueError):
+    """`target_modules` names no layer of this model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Experts on the linear layers whose name `target_modules` matches.
@@ -172,13 +176,13 @@ def attach_experts(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> list[
         the names of the targeted layers.
 
     Raises:
-        ValueError: if no layer matches; it lists example names.
+        TargetError: if no layer matches; it lists example names.
     """
     layers = linear_layers(model)
     targets = [name for name in layers if re.search(lora.target_modules, name)]
     if not targets:
         examples = ", ".join(sorted(layers)[:: max(1, len(layers) // 6)])
-        raise ValueError(
+        raise TargetError(
             f"target_modules {lora.target_modules!r} matches none of the {len(layers)} linear layers: "
             f"give a regular expression for names such as {examples}."
         )

@@ -98,15 +98,22 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
                 ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5"],
             )
         )
-    # Gated or missing, misspelt, offline or disk full: the ways out are the same.
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except HFValidationError:
+        raise WeightError(
+            f"pretrained model {repo_id!r}: there is no such folder here, and a hub id looks like owner/name. "
+            f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/; `python -m ra_jax.demo` makes "
+            "those that configs/tiny.toml names."
+        ) from None
+    # Gated or missing, offline or disk full: the ways out are the same.
+    except (HfHubHTTPError, OSError) as error:
         raise WeightError(
             f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
             f"{type(error).__name__}: {error}\n"
             f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/, or a hub id. Either\n"
             f"  - accept the licence at https://huggingface.co/{repo_id} and run `hf auth login`,\n"
             "  - or download the model elsewhere and give its folder,\n"
-            "  - or begin with the embedded tiny model, which needs no download: `--config configs/tiny.toml`."
+            "  - or begin with the embedded tiny model, which needs no download: `python -m ra_jax.demo`, then\n"
+            "    `python -m ra_jax.train --config configs/tiny.toml`."
         ) from error
 
 

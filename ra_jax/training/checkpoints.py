@@ -92,7 +92,7 @@ def find_checkpoint(where: str | Path) -> Path:
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {where}: expected a run's output folder (with {FOLDER}/<step> in it) or one such "
-            "checkpoint folder; train one, or leave out --resume_from_checkpoint"
+            "checkpoint folder"
         )
     return max(steps, key=lambda folder: int(folder.name))
 

@@ -12,7 +12,7 @@ import optax
 
 from ra_jax.config import ConfigError, TrainConfig, to_toml
 from ra_jax.data.loader import Loader, parse_buckets
-from ra_jax.data.records import Record, load_records, scene_ids
+from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
 from ra_jax.models.loading import LoadedModel, load_fill_model
@@ -64,7 +64,9 @@ def set_up(config: TrainConfig) -> Setup:
     resume_from = checkpoint_to_resume(config, output)
     human = config.mode == "human"
     records = load_records(config.data.train_json_path, use_human_scores=human, score_format=config.data.score_format)
+    previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
+    values = record_values(config, records)
     loaded = load_model(config)
     schedule = FlowSchedule.from_folder(loaded.folder)
     loader = Loader(
@@ -75,7 +77,7 @@ def set_up(config: TrainConfig) -> Setup:
         multiple=loaded.model.multiple,
         augment_masks=config.data.mask_augmentation,
         preprocess_reference=loaded.preprocess,
-        extras=record_values(config, records),
+        extras=values,
         workers=config.data.data_workers,
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
@@ -92,6 +94,7 @@ def set_up(config: TrainConfig) -> Setup:
     first_step = 0
     if resume_from is not None:
         state, first_step = resumed(resume_from, state, loaded.fingerprint)
+    previews = make_previews(config, output, previewed, loaded, schedule)
     claim_output_dir(config, output, keep=resume_from is not None)
     return Setup(
         output=output,
@@ -104,7 +107,7 @@ def set_up(config: TrainConfig) -> Setup:
         state=state,
         first_step=first_step,
         total_steps=total_steps,
-        previews=make_previews(config, output, records, loaded, schedule),
+        previews=previews,
     )
 
 
@@ -114,9 +117,15 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
     """
     where = config.run.resume_from_checkpoint
-    if where is not None and where != "latest":
-        return find_checkpoint(where)
     holds_run = (output / CONFIG_FILE).exists()
+    if where is not None and where != "latest":
+        checkpoint = find_checkpoint(where)
+        if holds_run and checkpoint != find_checkpoint(output):
+            raise ConfigError(
+                f"resume_from_checkpoint {checkpoint} is not the latest of the run in output_dir {output}: what is "
+                "trained from here and the later checkpoints would be taken for one run; choose another --output_dir"
+            )
+        return checkpoint
     if where == "latest":
         try:
             return find_checkpoint(output)
@@ -167,15 +176,17 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
     weights = config.grpo.reward_weights
     scores = np.asarray([record.scores for record in records], np.float32)
     rewards = total_reward(scores, weights).astype(np.float32)
-    values = {
-        "imitation_weight": imitation_weights(
+    try:
+        imitation = imitation_weights(
             rewards,
             scenes,
             config.base_loss_weighting,
             limit=sum(weights),
             temperature=config.losses.base_loss_softmax_temperature,
         )
-    }
+    except ValueError as error:
+        raise DataError(f"{config.data.train_json_path}: {error}") from None
+    values = {"imitation_weight": imitation}
     if config.grpo.enable_grpo_rewards:
         spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
         values |= {
@@ -251,11 +262,9 @@ def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.nd
 def make_previews(
     config: TrainConfig, output: Path, records: Sequence[Record], loaded: LoadedModel, schedule: FlowSchedule
 ) -> Previews | None:
-    """Previews of `--val_json_path`'s scenes, or of the training data's; None with `--validation_steps 0`."""
+    """Previews of some of the records' scenes; None with `--validation_steps 0`."""
     if not config.logging.validation_steps:
         return None
-    if config.data.val_json_path is not None:
-        records = load_records(config.data.val_json_path)
     chosen = preview_records(records, config.grpo.reward_weights, config.logging.num_validation_images)
     loader = Loader(
         chosen,

@@ -283,6 +283,16 @@ def test_broken_json_names_the_line(tmp_path):
     assert "line 3: broken JSON" in refusal(tmp_path / "data.json")
 
 
+def test_comments_in_json_are_named(tmp_path):
+    (tmp_path / "data.json").write_text('[\n{"src": "a.png",  // the photo\n "mask": "b.png"}]')
+    assert "JSON has no // comments, remove them" in refusal(tmp_path / "data.json")
+
+
+def test_data_of_the_demo_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`python -m ra_jax.demo` makes it" in refusal("output/demo/data/train/labeled_dict.json")
+
+
 def test_broken_jsonl_names_record_and_line_and_reads_on(data_folder):
     data = data_folder()
     lines = [json.dumps(data.records[0]), "", '{"src": ', json.dumps(data.records[1] | {"mask": "none.png"})]

@@ -350,8 +350,14 @@ def test_resolve_downloads_only_what_is_needed(theirs, monkeypatch):
     assert asked["allow_patterns"] == ["transformer/*", "vae/*"]
 
 
-@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-Fill-dev", "no/such/folder/at/all"])
-def test_resolve_says_how_to_get_access(name, tmp_path, monkeypatch):
+def test_resolve_tells_a_missing_folder_from_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightError, match=r"there is no such folder here.*`python -m ra_jax.demo` makes"):
+        resolve("output/demo/tiny_flux_fill", ("transformer", "vae"))
+
+
+def test_resolve_says_how_to_get_access(tmp_path, monkeypatch):
+    name = "black-forest-labs/FLUX.1-Fill-dev"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightError) as error:
@@ -360,7 +366,7 @@ def test_resolve_says_how_to_get_access(name, tmp_path, monkeypatch):
     assert f"pretrained model '{name}' cannot be had" in message
     assert "transformer/, vae/" in message
     assert f"accept the licence at https://huggingface.co/{name} and run `hf auth login`" in message
-    assert "`--config configs/tiny.toml`" in message
+    assert "`python -m ra_jax.demo`" in message and "--config configs/tiny.toml`" in message
 
 
 def test_fingerprint_follows_weights_and_config_only(theirs, tmp_path):

@@ -142,6 +142,37 @@ def test_faulty_data_leaves_an_overwritten_run_alone(straight, config_in, tmp_pa
     assert (straight / "metrics.jsonl").exists()
 
 
+def test_faulty_previews_leave_an_overwritten_run_alone(straight, config_in):
+    with pytest.raises(DataError, match=r"nowhere.json: no such file"):
+        train(config_in(straight.parent, overwrite_output_dir=True, val_json_path="nowhere.json"))
+    assert (straight / "metrics.jsonl").exists()
+
+
+def test_going_back_within_a_run_is_refused(straight, config_in):
+    """Checkpoint 6 would stay, and be taken for the latest of what is trained from 3."""
+    config = config_in(straight.parent, resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN)
+    with pytest.raises(ConfigError, match=r"3 is not the latest of the run in output_dir .*choose another"):
+        train(config)
+
+
+def test_a_branch_goes_into_a_folder_of_its_own(straight, make_config):
+    setup = set_up(make_config(resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN))
+    assert setup.first_step == 3
+
+
+def test_scores_that_give_no_weight_are_refused_before_the_model_is_loaded(make_config, scored_scenes, tmp_path):
+    records = json.loads((scored_scenes / "labeled_tensor.json").read_text())
+    for record in records:
+        record |= {name: str(scored_scenes / record[name]) for name in ("ref", "src", "mask", "result")}
+        record["scores"] = [0.0, 0.0, 0.0]
+    (tmp_path / "zero.json").write_text(json.dumps(records))
+    config = make_config(
+        train_json_path=str(tmp_path / "zero.json"), score_format="tensor", pretrained_model_name_or_path="nowhere"
+    )
+    with pytest.raises(DataError, match=r"zero.json: base_loss_weighting='score' gives every record weight 0"):
+        train(config)
+
+
 def test_checkpoint_of_another_geometry_is_refused(straight, make_config):
     config = make_config(resume_from_checkpoint=str(straight), lora_rank=4, lora_alpha=4.0, **RUN)
     with pytest.raises(CheckpointError, match=r"another geometry[\s\S]*lora_a"):
