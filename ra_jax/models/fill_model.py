@@ -100,13 +100,20 @@ class FillModel:
         """
         if self.router is None:
             return None, None
+        return self.gates_of(trainable, self.router_features(condition, panel=panel))
+
+    def router_features(self, condition: Condition, *, panel: slice | None = None) -> jax.Array:
+        """What the router sees of a condition, [B, F]: no parameter is in it. `panel` as in `gates`."""
         columns = condition.grid[1]
-        features = router_features(
+        return router_features(
             condition.fill[..., : self.latent_features],
             token_mask(condition.fill, self.latent_features),
             condition.grid,
             panel_columns=slice(columns // 2, columns) if panel is None else panel,
         )
+
+    def gates_of(self, trainable: Weights, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`gates` of conditions with these `router_features` [B, F]."""
         router = nnx.merge(self.router, trainable["router"])
         gates = router(features)
         return gates, router.probabilities(features) if router.config.routing == "topk" else gates

@@ -54,7 +54,8 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     first = next(batches)
     step.prepare(state, setup.loaded.frozen, first)
     if setup.first_step == 0:
-        draw_preview(setup, state, 0)
+        with recorder.paused():
+            draw_preview(setup, state, 0)
     with sigterm_noted() as stop:
         for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
             state, metrics = step(state, setup.loaded.frozen, batch)
@@ -67,8 +68,8 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             if stop.is_set:
                 raise SystemExit(128 + signal.SIGTERM)
             if last or due(done, config.logging.validation_steps):
-                draw_preview(setup, state, done)
-                recorder.restart_clock()
+                with recorder.paused():
+                    draw_preview(setup, state, done)
 
 
 def due(done: int, interval: int) -> bool:
@@ -94,10 +95,15 @@ class Recorder:
         self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True)
         self._pending: list[dict[str, jax.Array]] = []
         self._images = self._tflops = 0.0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
         self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """Within, no time counts; steps on their way to the device are waited for first, and do count."""
+        jax.block_until_ready(self._pending)
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
 
     def add(self, done: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         self._pending.append(metrics)
@@ -116,17 +122,18 @@ class Recorder:
             "lr": float(self._setup.learning_rate(done - 1)),
             "step_time": seconds / len(self._pending),
             "images_per_second": self._images / seconds,
-            "tflops_per_second_per_device": self._tflops / seconds / jax.device_count(),
+            "tflops_per_second_per_device": self._tflops / seconds,  # one device
         }
         for tracker in self._trackers:
             tracker.write(done, row)
         self._bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row}, refresh=False)
         self._bar.update(done - self._bar.n)
         self._pending, self._images, self._tflops = [], 0.0, 0.0
-        self.restart_clock()
-        if not math.isfinite(row["train_loss"]):
+        self._since = time.perf_counter()
+        # The loss is that of the weights before the update, so that the gradient tells whether they still are finite.
+        for name in (name for name in ("train_loss", "grad_norm") if not math.isfinite(row[name])):
             raise FloatingPointError(
-                f"train_loss is {row['train_loss']} at step {done}: lower --learning_rate or --policy_loss_weight, "
+                f"{name} is {row[name]} at step {done}: lower --learning_rate or --policy_loss_weight, "
                 "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
             )
 

@@ -1,4 +1,4 @@
-"""The loss of one microbatch, DESIGN §5:
+"""The loss of a step, DESIGN §5; its diversity term is taken over all microbatches at once:
 
 total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖²
 """
@@ -115,14 +115,14 @@ class Objective:
 
     def __call__(
         self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, state: TrainState, *, fresh, axis_name=None
-    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        """Total loss of a microbatch; with it the router's new running mean [E] and the metrics.
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss of a microbatch, base and policy, with its metrics; `diversity` is the whole step's.
 
-        Of `state` the seed, step, router_mean and temperature are read; `fresh`: θ_old *is* θ, so that
+        Of `state` the seed, step and temperature are read; `fresh`: θ_old *is* θ, so that
         ℓ_old = stop_gradient(ℓ_θ) and ρ is exactly 1.
         """
         set_ = self.settings
-        gates, soft_gates = self.model.gates(trainable, encoded.condition)
+        gates, _ = self.model.gates(trainable, encoded.condition)
         noise, t, dropout_keys = self.noised(batch, encoded, state)
         predicted = self.velocity(
             trainable,
@@ -136,26 +136,35 @@ class Objective:
         errors = flow_matching_error(predicted, encoded.clean, noise, encoded.region)
         base = all_mean(batch["imitation_weight"] * errors, axis_name)
         total, metrics = set_.base_loss_weight * base, {"base_loss": base}
-        router_mean = state.router_mean
         if set_.learn_policy:
             policy, policy_metrics = self.policy(trainable, frozen, batch, encoded, state, fresh, axis_name)
             total += policy
             metrics |= policy_metrics
-        if gates is not None:
-            diversity, router_mean = diversity_loss(
-                soft_gates,
-                batch["condition_weight"],
-                router_mean,
-                decay=set_.routing_decay,
-                specialisation=set_.routing_specialisation,
-                all_sum=lambda x: all_sum(x, axis_name),
-            )
-            total += set_.diversity_loss_weight * diversity
-            metrics |= {
-                "diversity_loss": diversity,
-                **routing_metrics(gates, batch["condition_weight"], axis_name),
-            }
-        return total, (router_mean, metrics | {"train_loss": total})
+        return total, metrics | {"train_loss": total}
+
+    def features(self, encoded: Encoded) -> jax.Array | None:
+        """What the router sees of a microbatch's conditions, [B, F]; None without a router."""
+        return None if self.model.router is None else self.model.router_features(encoded.condition)
+
+    def diversity(
+        self, trainable, features: jax.Array, weights: jax.Array, router_mean: jax.Array, *, axis_name=None
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        """Weighted diversity loss of all conditions of a step; with it the router's new running mean [E] and metrics.
+
+        features: `router_features` [B, F] of every record; weights: [B], such that a condition counts once.
+        """
+        set_ = self.settings
+        gates, soft_gates = self.model.gates_of(trainable, features)
+        loss, router_mean = diversity_loss(
+            soft_gates,
+            weights,
+            router_mean,
+            decay=set_.routing_decay,
+            specialisation=set_.routing_specialisation,
+            all_sum=lambda x: all_sum(x, axis_name),
+        )
+        metrics = {"diversity_loss": loss} | routing_metrics(gates, weights, axis_name)
+        return set_.diversity_loss_weight * loss, (router_mean, metrics)
 
     def policy(self, trainable, frozen, batch, encoded, state, fresh, axis_name) -> tuple[jax.Array, Metrics]:
         """Weighted policy (and KL) loss of a microbatch, with its metrics."""

@@ -61,7 +61,7 @@ def init_state(
 
     return TrainState(
         trainable=trainable,
-        opt_state=optimizer.init(trainable),
+        opt_state=_apart(optimizer.init(trainable), trainable),
         snapshot=copy() if with_snapshot else None,
         ema=copy() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
@@ -70,6 +70,12 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.int32),
     )
+
+
+def _apart(opt_state: Any, trainable: Any) -> Any:
+    """The optimizer's state with copies of what it shares with the weights: prodigy keeps those it began with."""
+    shared = {id(leaf) for leaf in jax.tree.leaves(trainable)}
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, opt_state)
 
 
 def stream(seed: int | jax.Array, name: str) -> jax.Array:

@@ -37,28 +37,24 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         fresh = state.step % settings.sync_steps == 0
         snapshot = renewed_snapshot(state, fresh)
 
-        def microbatch(carry, batch):
-            gradients, router_mean = carry
+        def microbatch(gradients, batch):
             encoded = encode_with_old_policy(objective, state, snapshot, frozen, batch, fresh)
             loss = jax.value_and_grad(objective, has_aux=True)
-            (_, (router_mean, metrics)), update = loss(
-                state.trainable,
-                frozen,
-                batch,
-                encoded,
-                replace(state, router_mean=router_mean),
-                fresh=fresh,
-                axis_name=axis_name,
+            (_, metrics), update = loss(
+                state.trainable, frozen, batch, encoded, state, fresh=fresh, axis_name=axis_name
             )
-            metrics |= reward_metrics(batch, axis_name)
             metrics |= drift_metrics(objective, state, frozen, batch, encoded, settings.drift_interval, axis_name)
-            return (jax.tree.map(jnp.add, gradients, update), router_mean), metrics
+            return jax.tree.map(jnp.add, gradients, update), (metrics, objective.features(encoded))
 
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
         microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
-        (gradients, router_mean), metrics = jax.lax.scan(microbatch, (zeros, state.router_mean), microbatches)
-        metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-        gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name) / settings.accumulation, gradients)
+        gradients, (metrics, features) = jax.lax.scan(microbatch, zeros, microbatches)
+        metrics = jax.tree.map(lambda x: x.mean(0), metrics) | reward_metrics(batch, axis_name)
+        gradients = jax.tree.map(lambda g: g / settings.accumulation, gradients)
+        gradients, router_mean, metrics = with_diversity(
+            objective, state, features, batch["condition_weight"], gradients, metrics, axis_name
+        )
+        gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics["grad_norm"] = optax.tree.norm(gradients)
@@ -100,6 +96,22 @@ def encode_with_old_policy(objective, state, snapshot, frozen, batch, fresh) -> 
         lambda: objective.log_prob(snapshot, frozen, encoded, state.temperature)[0],
     )
     return replace(encoded, old_log_prob=old)
+
+
+def with_diversity(objective, state, features, weights, gradients, metrics, axis_name) -> tuple[Any, Any, Metrics]:
+    """(gradients, the router's running mean, metrics) with the diversity loss of the whole step's conditions.
+
+    features: [accumulation, B, F]. Taken by microbatch, a scene that two of them share would count twice, and the
+    running mean would forget `accumulation` times as fast.
+    """
+    if features is None:
+        return gradients, None, metrics
+    loss = jax.value_and_grad(objective.diversity, has_aux=True)
+    (value, (router_mean, routing)), update = loss(
+        state.trainable, features.reshape(-1, features.shape[-1]), weights, state.router_mean, axis_name=axis_name
+    )
+    metrics = metrics | routing | {"train_loss": metrics["train_loss"] + value}
+    return jax.tree.map(jnp.add, gradients, update), router_mean, metrics
 
 
 def reward_metrics(batch: Batch, axis_name: str | None) -> Metrics:

@@ -141,6 +141,19 @@ def test_accumulated_microbatches_are_one_batch(config_in, tmp_path):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
 
 
+def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(config_in, tmp_path):
+    """Microbatches of 3 records cut scenes of 4: a scene still counts once, and the running mean moves once a step."""
+    whole = run(config_in(tmp_path / "whole", train_batch_size=12), 2)
+    parts = run(config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
+    names = ("diversity_loss", "reward_std", "frac_reward_zero_std", "mean_reward")
+    names += tuple(f"routing_expert_{i}_{what}" for i in range(3) for what in ("usage", "weight"))
+    for ours, theirs in zip(whole[4], parts[4], strict=True):
+        for name in names:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose(whole[3].router_mean, parts[3].router_mean, rtol=1e-4)
+    assert np.abs(np.asarray(whole[3].router_mean) - 1 / 3).max() > 1e-3
+
+
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
     """Fresh experts change nothing (B = 0), so the distance is 0 at first and positive after a step."""
     _, _, _, _, metrics, _ = run(make_config(kl_weight=1.0), 2)
@@ -161,7 +174,7 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     encoded = replace(encoded, old_log_prob=objective.log_prob(trainable, frozen, encoded, 0.1)[0])
 
     def metrics(objective):
-        return objective(trainable, frozen, batch, encoded, state, fresh=jnp.asarray(False))[1][1]
+        return objective(trainable, frozen, batch, encoded, state, fresh=jnp.asarray(False))[1]
 
     dropped = metrics(objective)
     kept = metrics(replace(objective, settings=replace(objective.settings, dropout=False)))
@@ -191,3 +204,11 @@ def test_all_mean_weighs_records():
     values, weights = jnp.asarray([[1.0, 2.0], [3.0, 6.0]]), jnp.asarray([1.0, 3.0])
     np.testing.assert_allclose(all_mean(values), [2.0, 4.0])
     np.testing.assert_allclose(all_mean(values, None, weights), [2.5, 5.0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "prodigy"])
+def test_optimizers_share_no_buffer_with_the_weights(optimizer, make_config):
+    """The whole state is donated to a step, and no buffer can be donated twice."""
+    state = set_up(make_config(optimizer=optimizer)).state
+    leaves = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size > 1]
+    assert len(set(leaves)) == len(leaves)
