@@ -1,6 +1,7 @@
 """Does human-scored GRPO learn more from scores than imitation does? The experiment behind README's "Learning".
 
     python scripts/learning.py run   [--root output/learning]     trains and measures every cell, resumes per cell
+    python scripts/learning.py measure [--root output/learning]   measures the trained cells anew, on --first_scene
     python scripts/learning.py table [--root output/learning]     prints the tables, draws the contact sheets
 
 Two synthetic data sets (one candidate in five clean; none clean), one tiny base each, trained uniformly on all
@@ -20,7 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from ra_jax.config import from_flat_dict, load_toml
+from ra_jax.config import TrainConfig, from_flat_dict, load_toml
 from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
 from ra_jax.flow.schedule import FlowSchedule
@@ -32,6 +33,7 @@ from ra_jax.training.experts import expert_configs
 from ra_jax.training.loop import train
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.previews import contact_sheet
+from ra_jax.training.setup import set_up
 from ra_jax.training.state import keys_for, stream
 
 REWARD_WEIGHTS = (0.4, 0.3, 0.3)
@@ -61,7 +63,7 @@ TITLES = {
 @dataclass(frozen=True)
 class Experiment:
     """root: where everything goes; vae_steps, base_steps: of the bases; steps: of every training; held_out: scenes
-    measured on."""
+    measured on, from number first_scene on: neither trained on nor used to choose settings."""
 
     root: Path = Path("output/learning")
     config: Path = Path("configs/tiny.toml")
@@ -72,10 +74,14 @@ class Experiment:
     base_steps: int = 800
     steps: int = 120
     held_out: int = 64
+    first_scene: int = HELD_OUT + 10_000
     num_inference_steps: int = 12
 
     def demo_settings(self, mix: str) -> DemoSettings:
         return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
+
+    def run_dir(self, mix: str, method: str, seed: int) -> Path:
+        return self.root / "runs" / f"{mix}-{method}-{seed}"
 
     def cell(self, mix: str, method: str, seed: int) -> Path:
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
@@ -87,10 +93,8 @@ def run(experiment: Experiment) -> None:
     for mix in experiment.mixes:
         paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
         measure = Measure(experiment, paths)
-        for name, images in {"base": None, "roundtrip": measure.round_trip()}.items():
-            cell = experiment.cell(mix, name, 0)
-            if not cell.exists():
-                write_cell(cell, measure(images if images is not None else measure.generate(None)), {})
+        if not experiment.cell(mix, "base", 0).exists():
+            measure_limits(experiment, measure, mix)
         for seed in experiment.seeds:
             for method in (name for name in METHODS if name in experiment.methods):
                 cell = experiment.cell(mix, method, seed)
@@ -102,12 +106,29 @@ def run_cell(experiment: Experiment, paths: DemoPaths, measure: "Measure", mix: 
     """One training from the base, and what its model generates."""
     steps = experiment.steps
     if method == "best_equal_time":
-        seconds = {
-            name: json.loads(experiment.cell(mix, name, seed).read_text())["step_time"] for name in ("grpo", "best")
-        }
-        steps = round(steps * seconds["grpo"] / seconds["best"])
+        steps = round(steps * wall_time_ratio(experiment, paths, mix))
+    output = experiment.run_dir(mix, method, seed)
+    since = time.perf_counter()
+    train(training_config(experiment, paths, method, output, steps=steps, seed=seed))
+    seconds = time.perf_counter() - since
+    rows = read_rows(output / "metrics.jsonl")
+    about = {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        # The first row holds the compilation.
+        "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
+        "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
+        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row][1:],
+        "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
+    }
+    measure_run(measure, output, experiment.cell(mix, method, seed), about)
+
+
+def training_config(
+    experiment: Experiment, paths: DemoPaths, method: str, output: Path, *, steps: int, seed: int
+) -> TrainConfig:
+    """The experiment's configuration file, with what makes the method and where its data and base are."""
     file = "triplets.json" if method == "clean" else "labeled_dict.json"
-    output = experiment.root / "runs" / f"{mix}-{method}-{seed}"
     settings = load_toml(experiment.config) | {
         "train_json_path": str(paths.train / file),
         "output_dir": str(output),
@@ -121,22 +142,59 @@ def run_cell(experiment: Experiment, paths: DemoPaths, measure: "Measure", mix: 
         "log_freq": 8,
         "seed": seed,
     }
-    since = time.perf_counter()
-    train(from_flat_dict(settings | METHODS[method]))
-    seconds = time.perf_counter() - since
-    rows = read_rows(output / "metrics.jsonl")
-    about = {
-        "steps": steps,
-        "seconds": round(seconds, 1),
-        # The first row holds the compilation.
-        "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
-        "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
-        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row][1:],
-        "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
-    }
+    return from_flat_dict(settings | METHODS[method])
+
+
+def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: int = 12) -> float:
+    """How many best-of-group steps one GRPO step takes the time of: medians of both, step by step in turn.
+
+    One measurement serves all seeds of a data set: two runs at different times would compare the machine's load.
+    """
+    file = experiment.root / "cells" / f"{mix}-time.json"
+    if file.exists():
+        return json.loads(file.read_text())["grpo"] / json.loads(file.read_text())["best"]
+    seconds: dict[str, list[float]] = {"grpo": [], "best": []}
+    runs = {}
+    for name in seconds:
+        output = experiment.root / "runs" / f"{mix}-time-{name}"
+        setup = set_up(training_config(experiment, paths, name, output, steps=steps, seed=0))
+        runs[name] = [setup, setup.step_programs(), setup.state, setup.loader.iterate()]
+    for _ in range(steps):
+        for name, (setup, step, state, batches) in runs.items():
+            batch = next(batches)
+            since = time.perf_counter()
+            runs[name][2], _ = jax.block_until_ready(step(state, setup.loaded.frozen, batch))
+            seconds[name].append(time.perf_counter() - since)
+    medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}  # without compilation
+    file.write_text(json.dumps(medians))
+    return medians["grpo"] / medians["best"]
+
+
+def measure_limits(experiment: Experiment, measure: "Measure", mix: str) -> None:
+    """The floor, the base alone, and a ceiling, the truth through the VAE."""
+    for name, images in {"base": measure.generate(None), "roundtrip": measure.round_trip()}.items():
+        write_cell(experiment.cell(mix, name, 0), measure(images), {})
+
+
+def measure_run(measure: "Measure", output: Path, cell: Path, about: dict) -> None:
+    """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
     images = measure.generate(output)
     np.savez_compressed(output / "generated.npz", images=quantise(images[:8]))
-    write_cell(experiment.cell(mix, method, seed), measure(images), about)
+    write_cell(cell, measure(images), about)
+
+
+def measure_again(experiment: Experiment) -> None:
+    """Measure every trained cell anew, on the scenes of `--first_scene`."""
+    for mix in experiment.mixes:
+        measure = Measure(experiment, prepare(experiment.root / mix, experiment.demo_settings(mix)))
+        measure_limits(experiment, measure, mix)
+        for method in METHODS:
+            for seed in experiment.seeds:
+                cell = experiment.cell(mix, method, seed)
+                if cell.exists():
+                    measured = ("scores", "defects", "psnr_inside")
+                    about = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
+                    measure_run(measure, experiment.run_dir(mix, method, seed), cell, about)
 
 
 def write_cell(path: Path, measured: dict, about: dict) -> None:
@@ -152,7 +210,7 @@ class Measure:
     def __init__(self, experiment: Experiment, paths: DemoPaths):
         self.experiment, self.paths = experiment, paths
         size = DemoSettings().size
-        self.scenes = stack(scenes(DemoSettings().seed, HELD_OUT, experiment.held_out, size))
+        self.scenes = stack(scenes(DemoSettings().seed, experiment.first_scene, experiment.held_out, size))
         self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"])
         lora, router = expert_configs(self.config.experts)
         self.loaded = load_fill_model(
@@ -284,10 +342,10 @@ def print_differences(cells: dict) -> None:
 
 def draw_sheet(experiment: Experiment, mix: str) -> None:
     """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
-    held_out = stack(scenes(DemoSettings().seed, HELD_OUT, 8, DemoSettings().size))
+    held_out = stack(scenes(DemoSettings().seed, experiment.first_scene, 8, DemoSettings().size))
     columns = [quantise(panel) for panel in (held_out.source, held_out.truth)]
     for method in METHODS:
-        file = experiment.root / "runs" / f"{mix}-{method}-{experiment.seeds[0]}" / "generated.npz"
+        file = experiment.run_dir(mix, method, experiment.seeds[0]) / "generated.npz"
         if file.exists():
             columns.append(np.load(file)["images"])
     path = experiment.root / f"{mix}.png"
@@ -296,7 +354,7 @@ def draw_sheet(experiment: Experiment, mix: str) -> None:
 
 
 def main() -> None:
-    commands = {"run": run, "table": table}
+    commands = {"run": run, "measure": measure_again, "table": table}
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -50,8 +50,8 @@ class DemoSettings:
     scenes: int = 400
     held_out_scenes: int = 16
     size: int = 32
-    vae_steps: int = 900
-    base_steps: int = 800
+    vae_steps: int = 600
+    base_steps: int = 450
     batch_size: int = 32
     seed: int = 0
 
