@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from ra_jax.config import TrainConfig, from_flat_dict, load_toml
+from ra_jax.config import TrainConfig, from_flat_dict, load_toml, to_flat_dict
 from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
 from ra_jax.flow.schedule import FlowSchedule
@@ -97,23 +97,31 @@ def run(experiment: Experiment) -> None:
             measure_limits(experiment, measure, mix)
         for seed in experiment.seeds:
             for method in (name for name in METHODS if name in experiment.methods):
-                cell = experiment.cell(mix, method, seed)
-                if not cell.exists():
-                    run_cell(experiment, paths, measure, mix, method, seed)
+                steps = experiment.steps
+                if method == "best_equal_time":
+                    steps = round(steps * wall_time_ratio(experiment, paths, mix))
+                output = experiment.run_dir(mix, method, seed)
+                config = training_config(experiment, paths, method, output, steps=steps, seed=seed)
+                run_cell(config, measure, experiment.cell(mix, method, seed))
 
 
-def run_cell(experiment: Experiment, paths: DemoPaths, measure: "Measure", mix: str, method: str, seed: int) -> None:
-    """One training from the base, and what its model generates."""
-    steps = experiment.steps
-    if method == "best_equal_time":
-        steps = round(steps * wall_time_ratio(experiment, paths, mix))
-    output = experiment.run_dir(mix, method, seed)
+def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
+    """One training from the base, and what its model generates; nothing if the cell has it."""
+    settings = json.loads(json.dumps(to_flat_dict(config)))
+    if cell.exists():
+        found = json.loads(cell.read_text())["settings"]
+        changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
+        if changed:
+            raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
+        return
+    output = Path(config.run.output_dir)
     since = time.perf_counter()
-    train(training_config(experiment, paths, method, output, steps=steps, seed=seed))
+    train(config)
     seconds = time.perf_counter() - since
     rows = read_rows(output / "metrics.jsonl")
     about = {
-        "steps": steps,
+        "settings": settings,
+        "steps": config.run.max_train_steps,
         "seconds": round(seconds, 1),
         # The first row holds the compilation.
         "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
@@ -121,7 +129,7 @@ def run_cell(experiment: Experiment, paths: DemoPaths, measure: "Measure", mix: 
         "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row][1:],
         "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
     }
-    measure_run(measure, output, experiment.cell(mix, method, seed), about)
+    measure_run(measure, output, cell, about)
 
 
 def training_config(
