@@ -139,6 +139,7 @@ def training_config(
     file = "triplets.json" if method == "clean" else "labeled_dict.json"
     settings = load_toml(experiment.config) | {
         "train_json_path": str(paths.train / file),
+        "val_json_path": str(paths.held_out / "triplets.json"),
         "output_dir": str(output),
         "overwrite_output_dir": True,
         "pretrained_model_name_or_path": str(paths.fill),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ra_jax.config import ConfigError, TrainConfig, to_toml
+from ra_jax.config import ConfigError, TrainConfig, to_flat_dict, to_toml
 from ra_jax.data.loader import Loader, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.schedule import FlowSchedule
@@ -62,6 +62,8 @@ def set_up(config: TrainConfig) -> Setup:
     """
     output = Path(config.run.output_dir)
     resume_from = checkpoint_to_resume(config, output)
+    if resume_from is not None:
+        refuse_another_seed(resume_from, config.run.seed)
     human = config.mode == "human"
     records = load_records(config.data.train_json_path, use_human_scores=human, score_format=config.data.score_format)
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
@@ -93,7 +95,7 @@ def set_up(config: TrainConfig) -> Setup:
     )
     first_step = 0
     if resume_from is not None:
-        state, first_step = resumed(resume_from, state, loaded.fingerprint)
+        state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
     previews = make_previews(config, output, previewed, loaded, schedule)
     claim_output_dir(config, output, keep=resume_from is not None)
     return Setup(
@@ -138,6 +140,16 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
             "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or choose another --output_dir"
         )
     return None
+
+
+def refuse_another_seed(checkpoint: Path, seed: int) -> None:
+    """Raise ConfigError where the checkpoint's run began with another seed."""
+    began = read_about(checkpoint).config["seed"]
+    if seed != began:
+        raise ConfigError(
+            f"seed {seed}: checkpoint {checkpoint} began with seed {began}, and goes on with its data order and random "
+            f"draws; give --seed {began}, or begin a new run in another --output_dir"
+        )
 
 
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
@@ -233,16 +245,32 @@ def initial_temperature(config: TrainConfig) -> float:
     return INITIAL_TEMPERATURE if given == "auto" else given
 
 
-def resumed(checkpoint: Path, state: TrainState, base: str) -> tuple[TrainState, int]:
-    """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry."""
+def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
+    """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry.
+
+    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size the run goes on,
+    in other data than it would have.
+    """
     about = read_about(checkpoint)
     if about.base != base:
         raise CheckpointError(
             f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
             "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
         )
+    given = to_flat_dict(config)
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        if given[name] != about.config[name]:
+            log.warning(
+                "%s is %s, the checkpoint's was %s: the run goes on, but not through the data it would have seen",
+                name,
+                given[name],
+                about.config[name],
+            )
     log.info("resuming from %s", checkpoint)
-    return restore(checkpoint, state), about.position
+    state = restore(checkpoint, state)
+    if given["policy_temperature"] not in ("auto", about.config["policy_temperature"]):
+        state = replace(state, temperature=jnp.asarray(given["policy_temperature"], state.temperature.dtype))
+    return state, about.position
 
 
 def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray]) -> float:

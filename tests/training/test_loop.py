@@ -187,6 +187,19 @@ def test_checkpoint_of_another_base_is_refused(straight, make_config, make_tiny_
         train(other)
 
 
+def test_resuming_with_another_seed_is_refused_before_the_model_is_loaded(straight, make_config):
+    config = make_config(resume_from_checkpoint=str(straight), seed=7, pretrained_model_name_or_path="nowhere", **RUN)
+    with pytest.raises(ConfigError, match=r"seed 7: checkpoint .* began with seed 0.*give --seed 0"):
+        train(config)
+
+
+def test_resuming_takes_another_temperature_and_tells_of_another_batch_size(straight, make_config, caplog):
+    settings = RUN | {"policy_temperature": 0.3, "train_batch_size": 2}
+    setup = set_up(make_config(resume_from_checkpoint=str(straight), **settings))
+    np.testing.assert_allclose(setup.state.temperature, 0.3, rtol=1e-6)
+    assert "train_batch_size is 2, the checkpoint's was" in caplog.text
+
+
 def test_missing_checkpoint_is_named(make_config, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere"):
         train(make_config(resume_from_checkpoint=str(tmp_path / "nowhere")))
