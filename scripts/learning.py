@@ -38,14 +38,15 @@ from ra_jax.training.state import keys_for, stream
 
 REWARD_WEIGHTS = (0.4, 0.3, 0.3)
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
+UNSCORED = dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False, "base_loss_weighting": "none"}
 METHODS = {
-    "standard": dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False},
+    "standard": UNSCORED,
     "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
     "softmax": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "softmax"},
     "best": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
     "grpo": SCORED | {"enable_grpo_loss": True},
     "best_equal_time": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
-    "clean": dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False},
+    "clean": UNSCORED,
 }
 TITLES = {
     "base": "floor: the base",
@@ -71,7 +72,7 @@ class Experiment:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
     vae_steps: int = 900
-    base_steps: int = 800
+    base_steps: int = 2000
     steps: int = 120
     held_out: int = 64
     first_scene: int = HELD_OUT + 10_000
