@@ -51,7 +51,7 @@ class DemoSettings:
     held_out_scenes: int = 16
     size: int = 32
     vae_steps: int = 600
-    base_steps: int = 450
+    base_steps: int = 650
     batch_size: int = 32
     seed: int = 0
 
