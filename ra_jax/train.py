@@ -25,7 +25,7 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = parse()
-        from ra_jax.training.loop import train  # after parsing: --help needs no JAX
+        from ra_jax.training.loop import train  # after parsing: --help and a mistaken flag answer at once
 
         output = train(config)
     except (ConfigError, DataError, WeightError, CheckpointError, TargetError, FloatingPointError) as error:
