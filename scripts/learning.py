@@ -73,9 +73,9 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     vae_steps: int = 900
     base_steps: int = 2000
-    steps: int = 120
-    held_out: int = 64
-    first_scene: int = HELD_OUT + 10_000
+    steps: int = 40
+    held_out: int = 128
+    first_scene: int = HELD_OUT + 20_000
     num_inference_steps: int = 12
 
     def demo_settings(self, mix: str) -> DemoSettings:

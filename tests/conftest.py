@@ -58,9 +58,21 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Programs that several tests need are compiled by the first of them."""
+def compile_fast(tmp_path_factory):
+    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out.
+
+    Compiling takes most of the suite's time, running the tiny programs almost none.
+    """
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimised():
+    """For tests whose subject is what the compiler makes of a program: optimised as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

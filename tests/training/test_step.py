@@ -92,7 +92,7 @@ def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_r
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
-def test_equal_parameters_give_equal_log_probabilities(make_config, precision, bound):
+def test_equal_parameters_give_equal_log_probabilities(make_config, optimised, precision, bound):
     """DESIGN §5: |Δℓ| where θ = θ_old, by the step's own graph: the weights do not move.
 
     A random model's error is about 1.5, where float32 resolves 1.2e-7: at τ = 1 that is within the bound, at the
