@@ -35,7 +35,7 @@ class JsonLines:
             self.write(row.pop("step"), row)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        # JSON has no NaN: what was not measured is left out.
+        # JSON has no NaN: what is not finite is left out.
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -98,13 +98,14 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """One row for several steps' metrics: the mean of each, or its latest measured value (`LATEST`)."""
+    """One row for several steps' metrics: the mean of each, or its latest value (`LATEST`) if any step measured it."""
     row = {}
     for name in steps[-1]:
         values = np.asarray([step[name] for step in steps], np.float64)
         if name in LATEST:
             measured = values[np.isfinite(values)]
-            row[name] = float(measured[-1]) if measured.size else math.nan
+            if measured.size:
+                row[name] = float(measured[-1])
         else:
             row[name] = float(values.mean())
     return row
