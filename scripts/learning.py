@@ -310,18 +310,14 @@ def table(experiment: Experiment) -> None:
     for mix in experiment.mixes:
         cells = load_cells(experiment, mix)
         print(f"\n### {mix}, {experiment.held_out} held-out scenes\n")
-        print(
-            "| training | seeds | steps | s | reward | mean \\|defect\\| | " + " | ".join(DEFECTS) + " | PSNR in mask |"
-        )
-        print("| --- " * (7 + len(DEFECTS)) + "|")
+        print("| training | seeds | steps | reward | mean \\|defect\\| | " + " | ".join(DEFECTS) + " | PSNR in mask |")
+        print("| --- " * (6 + len(DEFECTS)) + "|")
         for method, cell in cells.items():
             about = cell["about"]
-            steps, seconds = (
-                (f"{np.mean([c[k] for c in about]):.0f}" if k in about[0] else "") for k in ("steps", "seconds")
-            )
+            steps = f"{np.mean([c['steps'] for c in about]):.0f}" if "steps" in about[0] else ""
             signed = " | ".join(f"{value:+.3f}" for value in cell["defects"].mean((0, 1)))
             print(
-                f"| {TITLES[method]} | {len(about)} | {steps} | {seconds} | {cell['reward'].mean():.3f} | "
+                f"| {TITLES[method]} | {len(about)} | {steps} | {cell['reward'].mean():.3f} | "
                 f"{cell['mean_abs'].mean():.3f} | {signed} | {cell['psnr'].mean():.2f} |"
             )
         if "grpo" in cells:
