@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # Late: `--help` and the data commands need no JAX.
+    # Late: the data commands need no JAX.
     if name != "RemovalPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ra_jax.pipeline import RemovalPipeline

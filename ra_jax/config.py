@@ -137,7 +137,7 @@ class OptimizationConfig:
     lr_power: float = 1.0  # exponent of the polynomial schedule
     adam_beta1: float = 0.9  # decay of the gradient's mean (adamw, muon, prodigy)
     adam_beta2: float = 0.999  # decay of the gradient's square
-    adam_weight_decay: float = 1e-2  # decoupled weight decay
+    adam_weight_decay: float = 1e-2  # decoupled weight decay, of matrices (prodigy: of every weight)
     adam_epsilon: float = 1e-8  # added to the root of the gradient's square
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     ema_decay: float = 0.0  # decay of the averaged weights that previews and removal use (0: off)
@@ -275,6 +275,11 @@ def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
 def from_flat_dict(flat: Mapping[str, Any]) -> TrainConfig:
     """The inverse of `to_flat_dict`; absent settings take their defaults. Raises ConfigError like `parse`."""
     return _checked(_build(_typed_settings(flat)))
+
+
+def from_checkpoint(flat: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run that has been trained, without a new one's checks: its trackers may be missing here."""
+    return _build(_typed_settings(flat))
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ra_jax.config import ModelConfig
+from ra_jax.config import ConfigError, ModelConfig
 from ra_jax.data.errors import DataError
 from ra_jax.inference.candidates import RECORDS, find_scenes, plan_candidates, write_candidates
 from ra_jax.models.weights import WeightError
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(InferConfig, args=argv, prog="python -m ra_jax.infer", use_underscores=True)
     try:
         run(config)
-    except (DataError, WeightError, CheckpointError) as error:
+    except (ConfigError, DataError, WeightError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -61,7 +61,7 @@ def run(config: InferConfig) -> None:
     candidates = plan_candidates(scenes, seeds, config.output_dir, overwrite=config.overwrite)
     settings = model_settings(config)
 
-    from ra_jax import RemovalPipeline  # with JAX: only once the inputs are known to be sound
+    from ra_jax import RemovalPipeline  # the inputs are known to be sound
 
     pipe = RemovalPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"],

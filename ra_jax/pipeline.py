@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ra_jax.config import from_flat_dict
+from ra_jax.config import from_checkpoint
 from ra_jax.data.images import soft_mask, upright_rgb
 from ra_jax.data.loader import parse_buckets
 from ra_jax.flow.samplers import euler
@@ -77,7 +77,7 @@ class RemovalPipeline:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
         checkpoint = None if experts is None else find_checkpoint(experts)
         about = None if checkpoint is None else read_about(checkpoint)
-        config = None if about is None else from_flat_dict(about.config)
+        config = None if about is None else from_checkpoint(about.config)
         lora, router = (None, None) if config is None else expert_configs(config.experts)
         if max_sequence_length is None:
             max_sequence_length = TEXT_TOKENS if config is None else config.model.max_sequence_length

@@ -41,12 +41,16 @@ class Check:
 def main(check: Check) -> None:
     subprocess.run(check.command("straight", "--overwrite_output_dir"), check=True)
     killed = subprocess.Popen(check.command("killed", "--overwrite_output_dir"))
-    metrics = check.root / "killed" / FILE
-    while not metrics.exists() or len(read_rows(metrics)) < check.steps // 2 + 3:
-        time.sleep(0.2)
+    run, half = check.root / "killed", check.steps // 2
+    while not ((run / "checkpoints" / str(half)).exists() and len(read_rows(run / FILE)) >= half + 3):
+        if killed.poll() is not None:
+            sys.exit("the run that was to be killed ended by itself: give more --steps")
+        time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    print(f"killed after step {read_rows(metrics)[-1]['step']}", flush=True)
+    if (found := find_checkpoint(run).name) != str(half):
+        sys.exit(f"killed too late: the newest checkpoint is {found}, not {half}; give more --steps")
+    print(f"killed after step {read_rows(run / FILE)[-1]['step']}, checkpoint {half}", flush=True)
     subprocess.run(check.command("killed", "--resume_from_checkpoint", "latest"), check=True)
 
     states = []

@@ -4,7 +4,7 @@
 # scenes that no training has seen. Arguments go to the training; its folder stays output/tiny_grpo, and an earlier run
 # there is replaced:
 #     bash scripts/demo.sh
-#     bash scripts/demo.sh --max_train_steps 40
+#     bash scripts/demo.sh --learning_rate 1e-3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

@@ -81,6 +81,10 @@ class Experiment:
     def demo_settings(self, mix: str) -> DemoSettings:
         return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
 
+    def measured_on(self) -> dict[str, int]:
+        """What two cells must have in common to be compared scene by scene."""
+        return {name: getattr(self, name) for name in ("first_scene", "held_out", "num_inference_steps")}
+
     def run_dir(self, mix: str, method: str, seed: int) -> Path:
         return self.root / "runs" / f"{mix}-{method}-{seed}"
 
@@ -110,7 +114,7 @@ def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
     """One training from the base, and what its model generates; nothing if the cell has it."""
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
-        found = json.loads(cell.read_text())["settings"]
+        found = read_cell(measure.experiment, cell)["settings"]
         changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
         if changed:
             raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
@@ -127,7 +131,7 @@ def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
         # The first row holds the compilation.
         "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
         "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
-        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row][1:],
+        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row],
         "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
     }
     measure_run(measure, output, cell, about)
@@ -183,14 +187,14 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
 def measure_limits(experiment: Experiment, measure: "Measure", mix: str) -> None:
     """The floor, the base alone, and a ceiling, the truth through the VAE."""
     for name, images in {"base": measure.generate(None), "roundtrip": measure.round_trip()}.items():
-        write_cell(experiment.cell(mix, name, 0), measure(images), {})
+        write_cell(experiment, experiment.cell(mix, name, 0), measure(images), {})
 
 
 def measure_run(measure: "Measure", output: Path, cell: Path, about: dict) -> None:
     """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
     images = measure.generate(output)
     np.savez_compressed(output / "generated.npz", images=quantise(images[:8]))
-    write_cell(cell, measure(images), about)
+    write_cell(measure.experiment, cell, measure(images), about)
 
 
 def measure_again(experiment: Experiment) -> None:
@@ -207,11 +211,22 @@ def measure_again(experiment: Experiment) -> None:
                     measure_run(measure, experiment.run_dir(mix, method, seed), cell, about)
 
 
-def write_cell(path: Path, measured: dict, about: dict) -> None:
+def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) -> None:
+    """A cell appears when it is complete, so that a kill leaves none that cannot be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
-    path.write_text(json.dumps(about | rounded))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(about | experiment.measured_on() | rounded))
+    partial.rename(path)
     print(path.stem, {name: np.round(np.mean(values, 0), 3).tolist() for name, values in measured.items()}, flush=True)
+
+
+def read_cell(experiment: Experiment, path: Path) -> dict:
+    """A cell's contents; ends the program where it was measured on other scenes than this experiment's."""
+    found, expected = json.loads(path.read_text()), experiment.measured_on()
+    if on := {name: found.get(name) for name in expected if found.get(name) != expected[name]}:
+        raise SystemExit(f"{path} was measured on {on}, not {expected}: `measure` does it anew, or give another --root")
+    return found
 
 
 class Measure:
@@ -281,8 +296,9 @@ def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarr
     """By method: reward, |defect| and PSNR [seeds, scenes], defects [seeds, scenes, 4], and what the runs say."""
     cells = {}
     for method in TITLES:
-        files = [experiment.cell(mix, method, seed) for seed in experiment.seeds]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        files = {seed: experiment.cell(mix, method, seed) for seed in experiment.seeds}
+        seeds = [seed for seed, file in files.items() if file.exists()]
+        found = [read_cell(experiment, files[seed]) for seed in seeds]
         if not found:
             continue
         defects = np.asarray([cell["defects"] for cell in found])
@@ -292,6 +308,7 @@ def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarr
             "mean_abs": np.abs(defects).mean(-1),
             "psnr": np.asarray([cell["psnr_inside"] for cell in found]),
             "about": found,
+            "seeds": seeds,
         }
     return cells
 
@@ -331,8 +348,8 @@ def print_differences(cells: dict) -> None:
     print("\n| GRPO minus | reward [95 %] | mean \\|defect\\| [95 %] | ratio of mean \\|defect\\| |")
     print("| --- | --- | --- | --- |")
     for method in ("standard", "score", "softmax", "best", "best_equal_time"):
-        if method not in cells or len(cells[method]["reward"]) != len(grpo["reward"]):
-            continue
+        if method not in cells or cells[method]["seeds"] != grpo["seeds"]:
+            continue  # not yet trained with every seed
         other, columns = cells[method], []
         for key in ("reward", "mean_abs"):
             difference = grpo[key] - other[key]

@@ -17,8 +17,6 @@ from ra_jax.flow.path import interpolate
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
-POLICY_ESTIMATORS = ("matching",)
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=["clean", "times", "noise", "region"], meta_fields=[])
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> Path:
     finally:
         checkpoints.close()
         recorder.close()
-    log.info("curves: %s", plot_curves(setup.output))
+    log.info("curves: %s", plot_curves(setup.output, config.experts.names))
     return setup.output
 
 
@@ -60,12 +60,13 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
         for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
             state, metrics = step(state, setup.loaded.frozen, batch)
             recorder.add(done, metrics, batch)
-            last = done == total or stop.is_set
+            stopping = stop.is_set  # read once: SIGTERM from here on ends the run after the next step
+            last = done == total or stopping
             if last or done % interval == 0 or recorder.due(done):
                 recorder.flush(done)
             if last or done % interval == 0:
                 checkpoints.save(done, state, position=done, config=to_flat_dict(config), base=setup.loaded.fingerprint)
-            if stop.is_set:
+            if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
             if last or due(done, config.logging.validation_steps):
                 with recorder.paused():

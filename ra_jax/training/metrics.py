@@ -124,13 +124,16 @@ def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) ->
     return 2.0 * (12.0 * d * d * s * blocks + embed) + 4.0 * s * s * d * blocks
 
 
-def step_flops(forward: float, *, records: int, policy_pairs: int, sync_steps: int, full_fine_tuning: bool) -> float:
+def step_flops(
+    forward: float, *, records: int, policy_pairs: int, sync_steps: int, kl: bool, full_fine_tuning: bool
+) -> float:
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
     A trained pass costs its forward and the gradient with respect to activations (2×), and the weights' gradient (3×)
     where the whole transformer is trained; experts' own products are not counted. The policy takes `policy_pairs`
-    trained passes a record, and as many forward passes by the old policy except at every `sync_steps`-th step.
+    trained passes a record, and as many forward passes by the old policy except at every `sync_steps`-th step; with
+    `kl` as many again by the base.
     """
     trained = 3.0 if full_fine_tuning else 2.0
     old = (sync_steps - 1) / sync_steps if policy_pairs else 0.0
-    return records * forward * (trained * (1 + policy_pairs) + old * policy_pairs)
+    return records * forward * (trained * (1 + policy_pairs) + (old + kl) * policy_pairs)

@@ -75,6 +75,7 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
                 weight_decay_mask=decayed,
                 adam_b1=b1,
                 adam_b2=b2,
+                eps=eps,
                 muon_weight_dimension_numbers=muon_dimensions,
                 consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
             )

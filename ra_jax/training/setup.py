@@ -31,6 +31,8 @@ from ra_jax.training.step import StepSettings, make_train_step
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
+# All that a run writes into its folder; whatever else lies there is the user's.
+RUN_FILES = ("checkpoints", "previews", "tensorboard", "wandb", "metrics.jsonl", "curves.png", CONFIG_FILE)
 INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
 
 
@@ -153,12 +155,16 @@ def refuse_another_seed(checkpoint: Path, seed: int) -> None:
 
 
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run is deleted.
+    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
 
     How this run began (anew, over another, resumed) is left out of it, so that `--config` with the file can resume.
     """
     if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
-        shutil.rmtree(output)
+        for path in (output / name for name in RUN_FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     lasting = replace(config, run=replace(config.run, overwrite_output_dir=False, resume_from_checkpoint=None))
     (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
@@ -283,6 +289,7 @@ def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.nd
         records=records,
         policy_pairs=config.grpo.num_policy_timesteps if config.uses_policy else 0,
         sync_steps=config.grpo.policy_sync_steps,
+        kl=config.grpo.kl_weight > 0.0,
         full_fine_tuning=not config.experts.use_lora,
     )
 

@@ -66,7 +66,7 @@ def init_state(
         ema=copy() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),
-        clip_at_sync=jnp.zeros((), jnp.float32),
+        clip_at_sync=jnp.full((), jnp.nan, jnp.float32),  # not measured yet
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.int32),
     )

@@ -30,7 +30,8 @@ class StepSettings:
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, settings: StepSettings):
     """`train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)` for `jax.jit` (donate the state).
 
-    The batch's arrays are [accumulation·B, ...], whole groups side by side; metrics are scalars.
+    The batch's arrays are [accumulation·B, ...], a scene's records side by side (one may go on in the next batch);
+    metrics are scalars.
     """
 
     def train_step(state: TrainState, frozen: Weights, batch: Batch, *, axis_name: str | None = None):

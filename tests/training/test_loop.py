@@ -13,7 +13,7 @@ from ra_jax.data.loader import Loader
 from ra_jax.data.records import DataError
 from ra_jax.pipeline import RemovalPipeline
 from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, restore
-from ra_jax.training.loop import train
+from ra_jax.training.loop import Recorder, train
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.setup import claim_output_dir, set_up
 
@@ -90,6 +90,22 @@ def test_killed_run_resumes_bit_for_bit(straight, make_config, monkeypatch):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def test_sigterm_while_a_row_is_written_still_saves(make_config, monkeypatch):
+    flush = Recorder.flush
+
+    def terminated(self, done):
+        flush(self, done)
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "flush", terminated)
+    config = make_config(**RUN)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert find_checkpoint(config.run.output_dir).name == "2"
+
+
 def test_sigterm_saves_and_exits(straight, make_config, monkeypatch):
     iterate = Loader.iterate
 
@@ -132,6 +148,17 @@ def test_written_configuration_can_resume_a_run_that_overwrote_another(make_conf
     claim_output_dir(make_config(overwrite_output_dir=True), tmp_path, keep=False)
     written = load_toml(tmp_path / "config.toml")
     assert from_flat_dict(written | {"resume_from_checkpoint": "latest"}).run.resume_from_checkpoint == "latest"
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(make_config, tmp_path):
+    config = make_config(overwrite_output_dir=True)
+    claim_output_dir(config, tmp_path, keep=False)
+    for folder in ("checkpoints", "removed"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").touch()
+    claim_output_dir(config, tmp_path, keep=False)
+    assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "removed" / "file").exists()
 
 
 def test_faulty_data_leaves_an_overwritten_run_alone(straight, config_in, tmp_path):
