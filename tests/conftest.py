@@ -67,6 +67,13 @@ def compile_fast(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A file's programs leave memory with it: all of the suite's together take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimised():
     """For tests whose subject is what the compiler makes of a program: optimised as for users."""

@@ -84,7 +84,7 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
     assert relative_error(got, expected) <= 1e-4
 
 
-def test_flux_widths_match_diffusers():
+def test_flux_widths_match_diffusers(optimised):
     # In bfloat16 on disk and one model after the other: half a billion parameters.
     config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
     inputs = make_inputs(config, (2, 3), context_length=4, batch=1)
