@@ -3,6 +3,7 @@
     python scripts/learning.py run   [--root output/learning]     trains and measures every cell, resumes per cell
     python scripts/learning.py measure [--root output/learning]   measures the trained cells anew, on --first_scene
     python scripts/learning.py table [--root output/learning]     prints the tables, draws the contact sheets
+    python scripts/learning.py curve --steps 240 [--methods grpo] trains longer, and measures on the way
 
 Two synthetic data sets (one candidate in five clean; none clean), one tiny base each, trained uniformly on all
 candidates. From each base, with equal data, steps and seeds: standard training, three ways to weigh the base loss by
@@ -120,16 +121,11 @@ def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
             raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
         return
     output = Path(config.run.output_dir)
-    since = time.perf_counter()
     train(config)
-    seconds = time.perf_counter() - since
     rows = read_rows(output / "metrics.jsonl")
     about = {
         "settings": settings,
         "steps": config.run.max_train_steps,
-        "seconds": round(seconds, 1),
-        # The first row holds the compilation.
-        "step_time": float(np.median([row["step_time"] for row in rows[1:]])),
         "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
         "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row],
         "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
@@ -209,6 +205,34 @@ def measure_again(experiment: Experiment) -> None:
                     measured = ("scores", "defects", "psnr_inside")
                     about = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
                     measure_run(measure, experiment.run_dir(mix, method, seed), cell, about)
+
+
+def curve(experiment: Experiment) -> None:
+    """What a model generates as its training goes on: a row for every tenth of `--steps`, by the first of `--seeds`."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    for mix in experiment.mixes:
+        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
+        measure = Measure(experiment, paths)
+        for method in experiment.methods:
+            output = experiment.root / "curves" / f"{mix}-{method}"
+            config = training_config(
+                experiment, paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
+            )
+            every = max(1, experiment.steps // 10)
+            often = {"checkpointing_steps": every, "checkpoints_total_limit": None, "log_freq": every}
+            train(from_flat_dict(to_flat_dict(config) | often))
+            print(f"\n{mix}, {TITLES[method]}, {experiment.held_out} held-out scenes\n")
+            print("| step | reward | mean \\|defect\\| | PSNR in mask | base loss | gradient norm |")
+            print("| --- " * 6 + "|")
+            for row in read_rows(output / "metrics.jsonl"):
+                if row["step"] % every == 0:
+                    measured = measure(measure.generate(output / "checkpoints" / str(row["step"])))
+                    reward = total_reward(measured["scores"], REWARD_WEIGHTS).mean()
+                    print(
+                        f"| {row['step']} | {reward:.3f} | {np.abs(measured['defects']).mean():.3f} | "
+                        f"{measured['psnr_inside'].mean():.2f} | {row['base_loss']:.3f} | {row['grad_norm']:.3f} |",
+                        flush=True,
+                    )
 
 
 def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) -> None:
@@ -377,7 +401,7 @@ def draw_sheet(experiment: Experiment, mix: str) -> None:
 
 
 def main() -> None:
-    commands = {"run": run, "measure": measure_again, "table": table}
+    commands = {"run": run, "measure": measure_again, "table": table, "curve": curve}
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from ra_jax import config_checks
-from ra_jax.config import ConfigError, TrainConfig, from_checkpoint, from_flat_dict, parse, to_flat_dict, to_toml
+from ra_jax.config import ConfigError, TrainConfig, from_flat_dict, parse, to_flat_dict, to_toml
 
 PATHS = ["--train_json_path", "data.json", "--output_dir", "out"]
 GRPO = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
@@ -288,12 +288,3 @@ def test_wandb_that_is_not_installed_is_told_before_anything_is_loaded(monkeypat
     monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="the package wandb is not installed"):
         parse([*HUMAN, "--report_to", "wandb"])
-
-
-def test_a_trained_runs_settings_are_read_where_its_tracker_is_missing(monkeypatch):
-    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: name)
-    flat = to_flat_dict(parse([*HUMAN, "--report_to", "wandb"]))
-    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="wandb"):
-        from_flat_dict(flat)
-    assert from_checkpoint(flat).logging.report_to == ("wandb",)

@@ -18,8 +18,10 @@ from ra_jax.inference.sampling import make_remover
 from ra_jax.models.loading import LoadedModel, load_fill_model
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
 from ra_jax.rl.rewards import total_reward
+from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, read_about, restore
 from ra_jax.training.experts import expert_configs
+from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import forward_flops, step_flops
 from ra_jax.training.objective import Objective, ObjectiveSettings
 from ra_jax.training.optimizers import build_optimizer
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 # All that a run writes into its folder; whatever else lies there is the user's.
-RUN_FILES = ("checkpoints", "previews", "tensorboard", "wandb", "metrics.jsonl", "curves.png", CONFIG_FILE)
+RUN_FILES = (CHECKPOINTS, "previews", "tensorboard", "wandb", METRICS, "curves.png", CONFIG_FILE)
 INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
 
 

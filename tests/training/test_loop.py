@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from ra_jax.config import ConfigError, from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
 from ra_jax.data.records import DataError
 from ra_jax.pipeline import RemovalPipeline
-from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, restore
+from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, read_about, restore
 from ra_jax.training.loop import Recorder, train
 from ra_jax.training.metrics import read_rows
-from ra_jax.training.setup import claim_output_dir, set_up
+from ra_jax.training.setup import RUN_FILES, claim_output_dir, set_up
 
 CLOCK = {"step_time", "images_per_second", "tflops_per_second_per_device"}
 RUN = {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9}
@@ -57,7 +59,7 @@ def test_run_writes_what_it_promises(straight):
     assert sorted(path.name for path in (straight / "previews").iterdir()) == [f"step_00000{n}.png" for n in (0, 3, 6)]
     assert Image.open(straight / "curves.png").size[0] > 500
     assert list((straight / "tensorboard").iterdir())
-    assert (straight / "config.toml").exists()
+    assert {path.name for path in straight.iterdir()} == set(RUN_FILES) - {"wandb"}
 
 
 def test_previews_show_four_panels_a_scene_and_change(straight):
@@ -90,6 +92,15 @@ def test_killed_run_resumes_bit_for_bit(straight, make_config, monkeypatch):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def end_by_sigterm(config):
+    """Train until the signal that the test has arranged ends the run after step 2; returns the run's folder."""
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert find_checkpoint(config.run.output_dir).name == "2"
+    return Path(config.run.output_dir)
+
+
 def test_sigterm_while_a_row_is_written_still_saves(make_config, monkeypatch):
     flush = Recorder.flush
 
@@ -99,11 +110,7 @@ def test_sigterm_while_a_row_is_written_still_saves(make_config, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "flush", terminated)
-    config = make_config(**RUN)
-    with pytest.raises(SystemExit) as stopped:
-        train(config)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert find_checkpoint(config.run.output_dir).name == "2"
+    end_by_sigterm(make_config(**RUN))
 
 
 def test_sigterm_saves_and_exits(straight, make_config, monkeypatch):
@@ -116,12 +123,7 @@ def test_sigterm_saves_and_exits(straight, make_config, monkeypatch):
             yield batch
 
     monkeypatch.setattr(Loader, "iterate", terminated)
-    config = make_config(**RUN)
-    with pytest.raises(SystemExit) as stopped:
-        train(config)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert find_checkpoint(config.run.output_dir).name == "2"
-    assert rows(straight)[:2] == rows(find_checkpoint(config.run.output_dir).parents[1])
+    assert rows(end_by_sigterm(make_config(**RUN))) == rows(straight)[:2]
 
 
 def test_trained_experts_load_into_the_pipeline(straight, tiny_fill, tiny_redux, scored_scenes):
@@ -135,6 +137,16 @@ def test_trained_experts_load_into_the_pipeline(straight, tiny_fill, tiny_redux,
     base = RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, dtype="float32", max_sequence_length=8)
     plain = base(image, mask, num_inference_steps=2, num_images=1)
     assert not np.array_equal(np.asarray(plain.images[0]), np.asarray(trained.images[0]))
+
+
+def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_redux, monkeypatch):
+    def tracked_by_wandb(checkpoint):
+        about = read_about(checkpoint)
+        return replace(about, config=about.config | {"report_to": ["wandb"]})
+
+    monkeypatch.setattr("ra_jax.pipeline.read_about", tracked_by_wandb)
+    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: None)
+    RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
 
 
 def test_other_run_in_the_folder_is_refused_and_kept(straight, config_in):

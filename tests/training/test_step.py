@@ -87,6 +87,7 @@ def test_metrics_of_scores_are_the_batch_means(human_run):
 
 def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_run):
     rows = human_run[4]
+    assert np.isnan([row["clip_fraction_at_sync"] for row in rows[:2]]).all()  # not measured yet
     assert [row["clip_fraction_at_sync"] for row in rows[2:5]] == [rows[2]["clip_fraction"]] * 3
     assert rows[5]["clip_fraction_at_sync"] == rows[5]["clip_fraction"]
 
