@@ -90,12 +90,14 @@ class ExpertsConfig:
 class GRPOConfig:
     """Learning from scores: where rewards come from and how the policy follows them."""
 
-    use_grpo: bool = False  # train with GRPO; needs --use_human_scores in this version
+    use_grpo: bool = False  # train with GRPO; rewards are computed from generated images, or people's
     use_human_scores: bool = False  # rewards are the records' three scores
     enable_grpo_rewards: bool = False  # without it rewards and the policy loss are 0
     enable_grpo_loss: bool = False  # without it the loss is base + diversity
-    policy_estimator: Literal["matching", "sde", "nft"] = "matching"  # sde, nft: automatic rewards only
+    policy_estimator: Literal["matching", "sde", "nft"] = "matching"  # sde: automatic rewards only
     clip_range: float = 0.2  # epsilon, the ratio is clipped to 1 +- epsilon
+    sde_clip_range: float = 0.02  # the same for the estimator sde, whose ratio has another scale
+    nft_beta: float = 1.0  # beta of the estimator nft, how firmly the old policy is held on to
     policy_temperature: float | Literal["auto"] = 0.1  # tau; auto adapts it to the clip fraction
     policy_sync_steps: int = 8  # the old policy is renewed every so many steps
     num_policy_timesteps: int = 4  # K, pairs of time and noise in a log-probability
@@ -109,6 +111,20 @@ class GRPOConfig:
     def reward_weights(self) -> tuple[float, float, float]:
         """Weights of the scores, in the order removal, background, smoothness."""
         return (self.removal_reward_weight, self.background_reward_weight, self.smoothness_reward_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Automatic rewards (--use_grpo without human scores): what is generated for each condition, how it is judged."""
+
+    num_generations: int = 8  # G, rollouts a condition, which are compared with each other
+    rollout_steps: int = 8  # sampling steps of a rollout
+    num_iterations: int = 2  # updates from the same rollouts
+    reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
+    reward_interval: int = 1  # rollouts and rewards every so many steps, base loss alone between
+    decode_batch_size: int = 4  # images the VAE decodes at once
+    sde_window: int = 2  # noisy steps in a rollout for the estimator sde
+    sde_noise_level: float = 0.7  # eta, the noise of those steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +173,8 @@ class RunConfig:
     checkpoints_total_limit: int | None = None  # oldest checkpoints beyond it are deleted (None: keep all)
     resume_from_checkpoint: str | None = None  # "latest", or a checkpoint's folder
     overwrite_output_dir: bool = False  # delete the run that output_dir already holds
+    max_drift: float | None = None  # stop when the flow loss on val_json_path, or the velocity, grew by this fraction
+    drift_steps: int = 10  # with max_drift, look every so many steps
     jax_compilation_cache_dir: str | None = None  # keep compiled programs here between runs
 
 
@@ -174,7 +192,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tunes FLUX.1-Fill to remove objects: LoRA experts with a router, from pairs or from human scores.
+    """Fine-tunes FLUX.1-Fill to remove objects: LoRA experts with a router, from pairs, from human scores
+    or from rewards of what it generates.
 
     Any flag below may also stand in a TOML file, by its name: --config FILE.toml. The command line wins over
     the file. Flags take underscores or hyphens.
@@ -184,15 +203,24 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     experts: ExpertsConfig = ExpertsConfig()
     grpo: GRPOConfig = GRPOConfig()
+    rollouts: RolloutConfig = RolloutConfig()
     losses: LossConfig = LossConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     run: RunConfig
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def mode(self) -> Literal["standard", "human"]:
-        """Training mode: `standard` imitates every result, `human` also learns from the records' scores."""
-        return "human" if self.grpo.use_human_scores else "standard"
+    def mode(self) -> Literal["standard", "human", "automatic"]:
+        """Training mode: `standard` imitates every result; `human` also learns from the records' scores, `automatic`
+        from rewards of what it generates."""
+        if self.grpo.use_human_scores:
+            return "human"
+        return "automatic" if self.grpo.use_grpo and self.grpo.enable_grpo_rewards else "standard"
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in a step."""
+        return self.rollouts.num_iterations if self.mode == "automatic" else 1
 
     @property
     def uses_policy(self) -> bool:

@@ -17,7 +17,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda value: value >= 1,
         "num_experts lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
         "checkpoints_total_limit policy_sync_steps num_policy_timesteps log_freq num_validation_images "
-        "num_inference_steps",
+        "num_inference_steps rollout_steps num_iterations reward_interval decode_batch_size sde_window drift_steps "
+        "num_generations",
     ),
     "at least 0": (
         lambda value: value >= 0,
@@ -29,13 +30,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "greater than 0": (
         lambda value: value > 0,
         "lora_alpha routing_temperature policy_temperature base_loss_softmax_temperature learning_rate "
-        "router_learning_rate adam_epsilon max_grad_norm",
+        "router_learning_rate adam_epsilon max_grad_norm sde_noise_level nft_beta max_drift",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
         "lora_dropout routing_mean_decay adam_beta1 adam_beta2 ema_decay",
     ),
-    "between 0 and 1, both excluded": (lambda value: 0 < value < 1, "clip_range"),
+    "between 0 and 1, both excluded": (lambda value: 0 < value < 1, "clip_range sde_clip_range"),
     "greater than 0 and at most 1": (lambda value: 0 < value <= 1, "policy_timestep_fraction"),
 }
 
@@ -58,6 +59,7 @@ def problems(config: "TrainConfig") -> Iterator[str]:
         return  # how settings go together is only defined within their ranges
     yield from _not_available(config)
     yield from _mode(config.grpo, config.losses)
+    yield from _automatic(config)
     yield from _experts(config.experts)
     if config.grpo.kl_weight and not config.experts.use_lora:
         yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
@@ -83,27 +85,11 @@ def _out_of_range(config: "TrainConfig") -> Iterator[str]:
 def _not_available(config: "TrainConfig") -> Iterator[str]:
     if config.model.mixed_precision == "fp16":
         yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
-    if config.experts.routing == "sample":
-        yield (
-            "routing = sample: draws an expert for each rollout, and rollouts come with automatic rewards, "
-            "which do not exist yet in this version; use soft, topk, fixed or uniform"
-        )
-    if config.grpo.policy_estimator != "matching":
-        yield (
-            f"policy_estimator = {config.grpo.policy_estimator}: comes with automatic rewards, which do not "
-            "exist yet in this version; use matching, which learns from stored, scored results"
-        )
 
 
 def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
     if grpo.use_human_scores and not grpo.use_grpo:
         yield "use_human_scores without use_grpo: scores are GRPO's rewards; add --use_grpo, or leave it out"
-    if grpo.use_grpo and not grpo.use_human_scores:
-        yield (
-            "use_grpo without use_human_scores: rewards would be computed from generated images, and these "
-            "automatic rewards do not exist yet in this version; add --use_human_scores and train on scored "
-            "records, or leave --use_grpo out"
-        )
     for name in ("enable_grpo_rewards", "enable_grpo_loss"):
         if getattr(grpo, name) and not grpo.use_grpo:
             yield f"{name} without use_grpo: it is a part of GRPO; add --use_grpo, or leave --{name} out"
@@ -119,6 +105,45 @@ def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
         )
     if not any(grpo.reward_weights):
         yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"
+
+
+def _automatic(config: "TrainConfig") -> Iterator[str]:
+    """What rewards of generated images need, and what needs them."""
+    grpo, automatic = config.grpo, config.mode == "automatic"
+    if automatic and config.rollouts.num_generations == 1:
+        yield (
+            "num_generations = 1: a rollout is judged against the others of its condition, and alone it teaches "
+            "nothing; expected at least 2 (8 is usual)"
+        )
+    if grpo.policy_estimator == "sde" and not automatic:
+        yield (
+            "policy_estimator = sde: judges the steps by which an image was generated, which a stored result does not "
+            "have; use matching or nft, or automatic rewards (--use_grpo --enable_grpo_rewards without "
+            "--use_human_scores)"
+        )
+    if grpo.policy_estimator == "nft" and config.uses_policy and not grpo.kl_weight:
+        yield (
+            "policy_estimator = nft with kl_weight = 0: drifts off what images look like; give --kl_weight 0.1 or so, "
+            "or use matching"
+        )
+    if config.experts.routing == "sample":
+        if not (automatic and config.uses_policy):
+            yield (
+                "routing = sample: draws an expert for each rollout, and there are none without --use_grpo "
+                "--enable_grpo_rewards --enable_grpo_loss, or with --use_human_scores; use soft, topk, fixed or uniform"
+            )
+        elif grpo.policy_estimator == "nft":
+            yield "routing = sample with policy_estimator = nft: nft has no ratio that a draw could join; use matching"
+    if config.rollouts.reward_functions and not automatic:
+        given = " ".join(config.rollouts.reward_functions)
+        yield (
+            f"reward_functions = {given}: judge generated images, and nothing is generated without --use_grpo "
+            "--enable_grpo_rewards, or with --use_human_scores; leave them out"
+        )
+    if config.run.max_drift is not None and not config.experts.use_lora:
+        yield f"max_drift = {config.run.max_drift} without use_lora: the base it is measured from is itself trained"
+    if config.run.max_drift is not None and config.data.val_json_path is None:
+        yield "max_drift without val_json_path: drift is measured on held-out clean results; name some, or leave it out"
 
 
 def _experts(experts: "ExpertsConfig") -> Iterator[str]:
@@ -153,7 +178,7 @@ def _gates(experts: "ExpertsConfig") -> Iterator[str]:
             f"router_floor = {floor}: {count} experts of at least {floor} each leave the router no choice; "
             f"expected less than 1/{count}"
         )
-    elif experts.routing in ("soft", "topk") and min(experts.weights) <= floor:
+    elif experts.routing in ("soft", "topk", "sample") and min(experts.weights) <= floor:
         yield (
             f"fixed_expert_weights = {listed}: {experts.routing} routing starts from them and keeps gates "
             f"above router_floor = {floor}; raise the smallest weight, or lower the floor"

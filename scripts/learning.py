@@ -25,6 +25,7 @@ from PIL import Image
 from ra_jax.config import TrainConfig, from_flat_dict, load_toml, to_flat_dict
 from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.evaluation.contact_sheet import contact_sheet
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.models.loading import load_fill_model
@@ -33,7 +34,6 @@ from ra_jax.training.checkpoints import find_checkpoint, restore
 from ra_jax.training.experts import expert_configs
 from ra_jax.training.loop import train
 from ra_jax.training.metrics import read_rows
-from ra_jax.training.previews import contact_sheet
 from ra_jax.training.setup import set_up
 from ra_jax.training.state import keys_for, stream
 
@@ -287,6 +287,10 @@ class Measure:
         weights = self.loaded.trainable
         if run_dir is not None:
             weights = restore(find_checkpoint(run_dir), weights, prefix="trainable")
+        return self.generate_with(weights)
+
+    def generate_with(self, weights: dict) -> np.ndarray:
+        """The same by these experts and router."""
         panels, count = self.panels(), self.experiment.held_out
         keys = keys_for(stream(0, "held-out"), jnp.arange(count))
         noise = initial_noise(self.loaded.model, keys, *panels["mask"].shape[1:])

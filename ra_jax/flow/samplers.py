@@ -1,11 +1,20 @@
-"""Samplers: from noise to data along a velocity field."""
+"""Samplers: from noise to data along a velocity field, by an ordinary or a stochastic differential equation.
+
+The SDE has the ODE's marginals (Flow-GRPO, Liu et al. 2505.05470, eq. 12): noise that its steps add is taken back by a
+drift along the score. Its steps are Gaussian, and so have a probability.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ra_jax.flow.path import noise_from_velocity
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+NOISY_BELOW = 0.9  # g = η·√(t/(1 − t)) is infinite at t = 1: above this time steps are those of the ODE
 
 
 def euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array:
@@ -21,3 +30,61 @@ def euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array
 
     final, _ = jax.lax.scan(step, latents.astype(jnp.float32), (times[:-1], times[1:]))
     return final
+
+
+def diffusion(t: jax.Array, noise_level: float) -> jax.Array:
+    """g(t) = η·√(t/(1 − t)), η = `noise_level`; 0 above t = 0.9."""
+    return jnp.where(t > NOISY_BELOW, 0.0, noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 - NOISY_BELOW)))
+
+
+def sde_transition(
+    x: jax.Array, velocity: jax.Array, t: jax.Array, t_next: jax.Array, noise_level: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mean [B, ...] and standard deviation [B] of the step from t to t' < t (both [B]), Δ = t − t':
+
+    μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ
+    """
+    g, delta = diffusion(t, noise_level), t - t_next
+    over = t.shape + (1,) * (x.ndim - t.ndim)
+    drift = velocity + (g**2 / (2.0 * t)).reshape(over) * noise_from_velocity(x, velocity, t)
+    return x - delta.reshape(over) * drift, g * jnp.sqrt(delta)
+
+
+def stochastic(
+    velocity: Velocity,
+    latents: jax.Array,
+    times: jax.Array,
+    draw: Callable[[jax.Array], jax.Array],
+    *,
+    noise_level: float,
+    first: jax.Array | int = 0,
+    count: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Euler–Maruyama from times[0] to times[-1]; noise is added in the `count` steps from step `first` on.
+
+    The other steps are the ODE's (all are noisy by default). draw: step's number -> z ~ N(0, I) [B, ...].
+    Returns the final x [B, ...], and the states at the noisy steps and after the last of them [count + 1, B, ...].
+    """
+    times = jnp.asarray(times, jnp.float32)
+    steps = len(times) - 1
+    count = steps if count is None else count
+
+    def step(x, number):
+        t, t_next = (jnp.full(x.shape[:1], times[number + offset]) for offset in (0, 1))
+        level = jnp.where((number >= first) & (number < first + count), noise_level, 0.0)
+        mean, std = sde_transition(x, velocity(x, t), t, t_next, level)
+        return mean + std.reshape(std.shape + (1,) * (x.ndim - 1)) * draw(number), x
+
+    final, states = jax.lax.scan(step, latents.astype(jnp.float32), jnp.arange(steps))
+    states = jnp.concatenate([states, final[None]])
+    return final, jax.lax.dynamic_slice_in_dim(states, first, count + 1)
+
+
+def window_starts(times: np.ndarray, count: int) -> np.ndarray:
+    """First steps at which a window of `count` noisy steps may begin: in the noisier half, after step 0, with g > 0.
+
+    times: [steps + 1], decreasing. May be empty: where a sampler is too short for it.
+    """
+    steps = len(times) - 1
+    starts = np.arange(1, steps - count + 1)
+    return starts[(starts < steps / 2) & (times[starts] <= NOISY_BELOW)]

@@ -28,8 +28,9 @@ class RouterConfig:
         temperature: > 0; the logits are divided by it.
         routing: "uniform", 1/E each; "fixed", the `fixed_weights`; "soft", f + (1 - E·f)·softmax(logits /
             temperature); "topk", the `top_k` largest of "soft", scaled to sum 1, with the gradient of "soft"
-            (straight through).
-        fixed_weights: E weights that sum to 1; "soft" and "topk" start from them, and there each exceeds f.
+            (straight through); "sample", the probabilities that rollouts draw one expert with, equal to "soft" wherever
+            nothing is drawn.
+        fixed_weights: E weights that sum to 1; all but "uniform" start from them, and exceed f but for "fixed".
         top_k: experts that "topk" keeps, 1 to E.
 
     Raises:
@@ -61,7 +62,7 @@ class RouterConfig:
             raise ValueError(f"fixed_expert_weights has {len(weights)} values: expected {experts}, one per expert.")
         if min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise ValueError(f"fixed_expert_weights {weights}: expected weights from 0 to 1 that sum to 1.")
-        if self.routing in ("soft", "topk") and min(weights) <= self.floor:
+        if self.routing in ("soft", "topk", "sample") and min(weights) <= self.floor:
             raise ValueError(
                 f"fixed_expert_weights {weights}: {self.routing} routing starts from them, so each must exceed "
                 f"the router's floor, {self.floor}; give larger weights, a lower floor or --routing fixed."
@@ -122,6 +123,7 @@ ROUTINGS: dict[str, Callable[[Router, jax.Array], jax.Array]] = {
     "fixed": Router._fixed,
     "soft": Router.probabilities,
     "topk": Router._top_k,
+    "sample": Router.probabilities,
 }
 
 

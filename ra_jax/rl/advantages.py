@@ -1,8 +1,11 @@
-"""Advantages of human-scored records, and the weights with which they are imitated.
+"""Advantages: of human-scored records, with the weights by which they are imitated, and of a step's rollouts.
 
-Both are computed once over the data set, in NumPy, before training: a group is all the records of one scene.
+The first two are computed once over the data set, in NumPy, before training: a group is all the records of one scene.
+Rollouts' are a part of the compiled step: a group is the rollouts of one condition.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ra_jax.rl.rewards import total_reward
@@ -51,6 +54,20 @@ def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndar
     standard = np.clip(centred / np.maximum(pooled, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
     advantages = standard @ np.asarray(weights, np.float64)
     return np.where(dead_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
+
+
+def group_advantages(scores: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Advantages of a step's rollouts, and the spread of each group's total reward (Shao et al. 2402.03300, per score).
+
+        A = Σ_i w_i · clip((s_i − mean_group s_i) / max(std_group s_i, 0.02), ±5)
+
+    scores: [G, C, S] in [0, 1] of G rollouts of C conditions; weights: [S]. Returns A [G, C] float32, 0 in groups whose
+    total reward has a std below 1e-3, and that std [C].
+    """
+    centred = scores - scores.mean(0)
+    standard = jnp.clip(centred / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    spread = total_reward(scores, weights).std(0)
+    return jnp.where(spread < DEAD_GROUP_STD, 0.0, standard @ jnp.asarray(weights, jnp.float32)), spread
 
 
 def imitation_weights(

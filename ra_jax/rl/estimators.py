@@ -1,8 +1,13 @@
-"""How probable a policy finds a clean image: log_prob(params, cache) -> [B].
+"""How probable a policy finds what was generated or scored: log_prob(params, cache) -> [B], float32.
 
-A flow model has no cheap likelihood. The `matching` estimator stands in for it with the (negative) flow-matching error
-at a few shared time steps and noises, as FPO (2507.21053, eq. 9) and AWM do; it needs no trajectory, so an image that
-people scored can be used. It is float32, deterministic in its cache and the same graph for θ and θ_old.
+A flow model has no cheap likelihood. Two estimators of a policy ratio, each deterministic in its cache and the same
+graph for θ and θ_old:
+
+    matching  minus the flow-matching error at a few shared times and noises (FPO, 2507.21053, eq. 9; AWM): it needs no
+              trajectory, so that an image that people scored can be used
+    sde       the probability of the stochastic sampler's steps (Flow-GRPO, 2505.05470, eq. 13): generated images only
+
+`nft` (DiffusionNFT, 2509.16117) has no ratio: it contrasts the velocities of θ and θ_old at matching's times.
 """
 
 from collections.abc import Callable
@@ -14,8 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from ra_jax.flow.path import interpolate
+from ra_jax.flow.regions import region_mean
+from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
+
+ESTIMATORS = ("matching", "sde", "nft")
+
+# (params, x [R, N, 4C], t [R], records [R]) -> [R, N, 4C]: records[i] is the row of the batch, 0…B−1, whose condition
+# belongs to row i of x.
+Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["clean", "times", "noise", "region"], meta_fields=[])
@@ -30,6 +43,23 @@ class MatchingCache:
     times: jax.Array
     noise: jax.Array
     region: jax.Array
+
+    def rows(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(x_t [B·K, N, 4C], t [B·K], records [B·K]): the points at which velocities are compared."""
+        b, k = self.times.shape
+        records = jnp.repeat(jnp.arange(b), k)
+        times = self.times.reshape(b * k)
+        return interpolate(self.clean[records], self.flat_noise(), times), times, records
+
+    def errors(self, predicted: jax.Array) -> jax.Array:
+        """mean_Ω ‖v − (ε_k − x0)‖² of velocities [B·K, N, 4C] at these points, [B, K]."""
+        b, k = self.times.shape
+        records = jnp.repeat(jnp.arange(b), k)
+        errors = flow_matching_error(predicted, self.clean[records], self.flat_noise(), self.region[records])
+        return errors.reshape(b, k)
+
+    def flat_noise(self) -> jax.Array:
+        return self.noise.reshape(-1, *self.noise.shape[2:])
 
 
 def matching_cache(
@@ -47,22 +77,67 @@ def matching_cache(
 
 
 def matching_log_prob(
-    velocity: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array],
-    params: Any,
-    cache: MatchingCache,
-    *,
-    temperature: jax.Array | float,
+    velocity: Velocity, params: Any, cache: MatchingCache, *, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
-    """ℓ = −(1/τ)·mean_k mean_Ω ‖v_θ(x_{t_k}) − (ε_k − x0)‖², and the velocities it took.
+    """ℓ [B] = −(1/τ)·mean_k mean_Ω ‖v_θ(x_{t_k}) − (ε_k − x0)‖², and the velocities it took [B·K, N, 4C]."""
+    predicted = velocity(params, *cache.rows())
+    return -cache.errors(predicted).mean(1) / temperature, predicted
 
-    velocity: (params, x [B·K, N, 4C], t [B·K], records [B·K]) -> [B·K, N, 4C], where records[i] is the row of the batch
-    whose condition belongs to row i. Returns ℓ [B] float32 and v_θ [B·K, N, 4C].
+
+@partial(jax.tree_util.register_dataclass, data_fields=["states", "times", "region"], meta_fields=["noise_level"])
+@dataclass(frozen=True)
+class TransitionCache:
+    """Steps of the stochastic sampler that were taken.
+
+    states: [B, W + 1, N, 4C], before each of W steps and after the last; times: [W + 1], decreasing, g > 0 at the first
+    W of them; region: mean_Ω's weights [B, N, 4]; noise_level: η.
     """
-    b, k = cache.times.shape
-    records = jnp.repeat(jnp.arange(b), k)
-    clean = cache.clean[records]
-    noise = cache.noise.reshape(b * k, *cache.noise.shape[2:])
-    times = cache.times.reshape(b * k)
-    predicted = velocity(params, interpolate(clean, noise, times), times, records)
-    errors = flow_matching_error(predicted, clean, noise, cache.region[records])
-    return -errors.reshape(b, k).mean(1) / temperature, predicted
+
+    states: jax.Array
+    times: jax.Array
+    region: jax.Array
+    noise_level: float
+
+    def rows(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(x [B·W, N, 4C], t [B·W], records [B·W]): the states that the steps began at."""
+        b, w = self.states.shape[0], self.states.shape[1] - 1
+        states = self.states[:, :-1].reshape(b * w, *self.states.shape[2:])
+        return states, jnp.tile(self.times[:-1], b), jnp.repeat(jnp.arange(b), w)
+
+
+def sde_log_prob(
+    velocity: Velocity, params: Any, cache: TransitionCache
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """ℓ [B] = mean over steps and Ω of log N(x'; μ_θ(x), std²), by element.
+
+    Returns ℓ, the means μ_θ [B·W, N, 4C], the standard deviations [B·W], and the velocities [B·W, N, 4C].
+    """
+    x, t, records = cache.rows()
+    b, w = cache.states.shape[0], cache.states.shape[1] - 1
+    predicted = velocity(params, x, t, records)
+    mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], b), cache.noise_level)
+    after = cache.states[:, 1:].reshape(x.shape)
+    square = region_mean((after - mean) ** 2, cache.region[records])
+    log_density = -0.5 * square / std**2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
+    return log_density.reshape(b, w).mean(1), mean, std, predicted
+
+
+def normalised_log_prob(
+    log_prob: jax.Array, mean: jax.Array, old_mean: jax.Array, std: jax.Array, region: jax.Array
+) -> jax.Array:
+    """ℓ̂ [B], such that ℓ̂_θ − ℓ̂_old has neither the bias nor the tiny spread of a mean log-ratio over D elements.
+
+        ℓ̂ = √D·(ℓ + ½·mean ‖(μ_θ − μ_old)/std‖²)        D = (elements that mean_Ω counts) · W
+
+    The mean log-ratio of a step is mean(z·δ) − ½·mean δ² with δ = Δμ/std and z ~ N(0, I): a bias of −r²/2 against a
+    spread of r/√D (r² = mean δ²), so that nearly every ratio falls below 1 and is clipped on that side. Without its
+    bias (GRPO-Guard, 2510.22319, RatioNorm) and times √D it has mean 0 and spread r, whatever the size of the image.
+
+    log_prob: [B]; mean, old_mean: [B·W, N, 4C]; std: [B·W]; region: [B, N, 4].
+    """
+    b = log_prob.shape[0]
+    w = mean.shape[0] // b
+    square = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, jnp.repeat(region, w, axis=0)) / std**2
+    channels = mean.shape[-1] // 4
+    elements = w * channels / (region**2).sum((1, 2))
+    return jnp.sqrt(elements) * (log_prob + 0.5 * square.reshape(b, w).mean(1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ra_jax.flow.path import velocity_target
 from ra_jax.flow.regions import region_mean
+from ra_jax.rl.advantages import ADVANTAGE_LIMIT
 
 LOG_RATIO_LIMIT = 3.0
 
@@ -40,6 +41,30 @@ def clipped_policy_loss(
         "approx_kl": mean(ratio - 1.0 - log_ratio),
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def nft_loss(
+    predicted: jax.Array, old: jax.Array, target: jax.Array, region: jax.Array, optimality: jax.Array, beta: float
+) -> jax.Array:
+    """DiffusionNFT's contrast of a better and a worse policy (Zheng et al. 2509.16117, eq. 5), [R] float32.
+
+        (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_old ± β·v_θ
+
+    so that v_θ moves from v_old towards the velocity of images with r > ½, away from it with r < ½; the division makes
+    the first step's gradient that of (2r − 1)·2⟨v_θ, v_old − v*⟩, whatever β. β weighs the pull back to v_old.
+
+    predicted, old, target: [R, N, 4C]; region: [R, N, 4]; optimality: r [R] in [0, 1]. No gradient flows into `old`.
+    """
+    old = jax.lax.stop_gradient(old)
+    better = (1.0 - beta) * old + beta * predicted
+    worse = (1.0 + beta) * old - beta * predicted
+    better, worse = (region_mean((v - target) ** 2, region) for v in (better, worse))
+    return (optimality * better + (1.0 - optimality) * worse) / beta
+
+
+def optimality(advantages: jax.Array) -> jax.Array:
+    """r = ½ + ½·clip(A/5, ±1), in [0, 1]: how much an image belongs to the better half."""
+    return 0.5 + 0.5 * jnp.clip(advantages / ADVANTAGE_LIMIT, -1.0, 1.0)
 
 
 def flow_matching_error(predicted: jax.Array, clean: jax.Array, noise: jax.Array, region: jax.Array) -> jax.Array:

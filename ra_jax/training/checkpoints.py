@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from ra_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+BEST = "best"  # the best one of a run with `--max_drift`, in the same form
 
 
 class CheckpointError(ValueError):
@@ -45,8 +46,8 @@ def geometry(tree: Any) -> dict[str, list]:
 class Checkpoints:
     """The checkpoints of one run folder. `limit`: how many are kept (None: all)."""
 
-    def __init__(self, output_dir: str | Path, *, limit: int | None = None):
-        self.folder = Path(output_dir).resolve() / FOLDER
+    def __init__(self, output_dir: str | Path, *, folder: str = FOLDER, limit: int | None = None):
+        self.folder = Path(output_dir).resolve() / folder
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=limit, cleanup_tmp_directories=True),
@@ -68,6 +69,17 @@ class Checkpoints:
             ),
         )
 
+    def latest(self) -> Path | None:
+        """The folder of the newest, once it is complete."""
+        self._manager.wait_until_finished()
+        step = self._manager.latest_step()
+        return None if step is None else self.folder / str(step)
+
+    def forget_after(self, step: int) -> None:
+        """Delete what was saved after `step`: a run that resumes from there comes by again."""
+        for later in (found for found in self._manager.all_steps() if found > step):
+            self._manager.delete(later)
+
     def close(self) -> None:
         """Wait for saves in flight, then release the folder."""
         self._manager.wait_until_finished()
@@ -80,15 +92,16 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(where: str | Path) -> Path:
-    """The checkpoint meant by a checkpoint's folder, or by a run's folder (its latest).
+    """The checkpoint meant by a checkpoint's folder, or by a run's folder: its latest, or its best if it has no other.
 
     Raises CheckpointError where there is none.
     """
     path = Path(where).resolve()
     if (path / "about").is_dir() and (path / "state").is_dir():
         return path
-    inside = path if path.name == FOLDER else path / FOLDER
-    steps = [folder for folder in inside.glob("*") if folder.name.isdecimal()] if inside.is_dir() else []
+    places = [path] if path.name in (FOLDER, BEST) else [path / FOLDER, path / BEST]
+    found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
+    steps = next(filter(None, found), [])
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {where}: expected a run's output folder (with {FOLDER}/<step> in it) or one such "

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -13,10 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ra_jax.config import TrainConfig, to_flat_dict
-from ra_jax.training.checkpoints import Checkpoints
-from ra_jax.training.metrics import open_trackers, summarise
+from ra_jax.training.checkpoints import BEST, Checkpoints
+from ra_jax.training.fallbacks import RewardFallbacks
+from ra_jax.training.metrics import FILE as METRICS
+from ra_jax.training.metrics import open_trackers, read_rows, summarise
 from ra_jax.training.report import plot_curves
-from ra_jax.training.setup import Setup, set_up, step_tflops
+from ra_jax.training.report_page import write_report
+from ra_jax.training.settings import step_tflops
+from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -25,52 +30,97 @@ SHOWN = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", "velocity_n
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says; returns the output folder, with checkpoints, metrics.jsonl, previews and curves.png.
+    """Train as `config` says; returns the output folder, with checkpoints, metrics.jsonl, previews, curves.png and
+    report.html.
 
-    Raises what `set_up` raises, and FloatingPointError where the loss is not finite (no checkpoint is written then).
-    SIGTERM ends the run after the step in progress with a checkpoint and exit status 143.
+    Raises what `set_up` raises, and FloatingPointError where the loss, or ten steps' rewards in a row, are not finite
+    (no checkpoint is written then). SIGTERM ends the run after the step in progress with a checkpoint and exit status
+    143. With `--max_drift` a run that drifts ends early, with its best checkpoint in `best/`.
     """
     if config.run.jax_compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", config.run.jax_compilation_cache_dir)
     setup = set_up(config)
-    checkpoints = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
-    recorder = Recorder(config, setup)
+    checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
+    ending = "interrupted"
     try:
-        run_steps(config, setup, recorder, checkpoints)
+        ending = run_steps(config, setup, recorder, checkpoints)
+    except (Exception, SystemExit) as error:
+        ending = "stopped by SIGTERM" if isinstance(error, SystemExit) else f"stopped by an error: {error}"
+        raise
     finally:
         checkpoints.close()
         recorder.close()
-    log.info("curves: %s", plot_curves(setup.output, config.experts.names))
+        curves = plot_curves(setup.output, config.experts.names)
+        report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
+        log.info("%s; curves: %s, report: %s", ending, curves, report)
     return setup.output
 
 
-def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: Checkpoints) -> None:
-    """Every step from `first_step` on, with what is due after each."""
+def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str:
+    """Every step from `first_step` on, with what is due after each; returns how the run ended, in words."""
     state, step, total = setup.state, setup.step_programs(), setup.total_steps
     interval = config.run.checkpointing_steps or total
     if setup.first_step >= total:
-        return
+        return "completed"
     batches = setup.loader.iterate(setup.first_step)
     first = next(batches)
-    step.prepare(state, setup.loaded.frozen, first)
+    step.prepare(state, setup.loaded.frozen, first, setup.first_step)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
     with sigterm_noted() as stop:
         for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
-            state, metrics = step(state, setup.loaded.frozen, batch)
+            state, metrics = step(state, setup.loaded.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
             stopping = stop.is_set  # read once: SIGTERM from here on ends the run after the next step
             last = done == total or stopping
-            if last or done % interval == 0 or recorder.due(done):
+            if setup.guard is not None and (last or due(done, config.run.drift_steps)):
+                with recorder.paused():
+                    drift = setup.guard.measure(state.trainable)
+                row = recorder.flush(done, drift.metrics())
+                if excess := drift.excess(setup.guard.limit):
+                    return (
+                        f"stopped at step {done} by max_drift = {setup.guard.limit:g}: {excess}; {checkpoints.told()}"
+                    )
+                if setup.guard.is_best(drift, row, config.mode):
+                    checkpoints.save_best(done, state)
+            elif last or done % interval == 0 or recorder.due(done):
                 recorder.flush(done)
             if last or done % interval == 0:
-                checkpoints.save(done, state, position=done, config=to_flat_dict(config), base=setup.loaded.fingerprint)
+                checkpoints.save(done, state)
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
             if last or due(done, config.logging.validation_steps):
                 with recorder.paused():
                     draw_preview(setup, state, done)
+    return "completed"
+
+
+class RunCheckpoints:
+    """A run's checkpoints, and in `best/` the best one of a run with `--max_drift`."""
+
+    def __init__(self, config: TrainConfig, setup: Setup):
+        self._about = {"config": to_flat_dict(config), "base": setup.loaded.fingerprint}
+        self._regular = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
+        self._best = None if setup.guard is None else Checkpoints(setup.output, folder=BEST, limit=1)
+        if self._best is not None:
+            self._best.forget_after(setup.first_step)
+
+    def save(self, done: int, state: TrainState) -> None:
+        self._regular.save(done, state, position=done, **self._about)
+
+    def save_best(self, done: int, state: TrainState) -> None:
+        self._best.save(done, state, position=done, **self._about)
+
+    def told(self) -> str:
+        """Where the best checkpoint is, in words."""
+        found = self._best.latest()
+        return "no checkpoint was within it" if found is None else f"the best checkpoint is {found}"
+
+    def close(self) -> None:
+        for checkpoints in (self._regular, self._best):
+            if checkpoints is not None:
+                checkpoints.close()
 
 
 def due(done: int, interval: int) -> bool:
@@ -94,6 +144,8 @@ class Recorder:
         self._config, self._setup = config, setup
         self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step)
         self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True)
+        earlier = read_rows(setup.output / METRICS)
+        self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
         self._pending: list[dict[str, jax.Array]] = []
         self._images = self._tflops = 0.0
         self._since = time.perf_counter()
@@ -115,9 +167,15 @@ class Recorder:
         """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""
         return done == self._setup.first_step + 1 or done % self._config.logging.log_freq == 0
 
-    def flush(self, done: int) -> None:
-        """Write the row of the steps since the last one. Raises FloatingPointError if the loss is not finite."""
-        row = summarise(jax.device_get(self._pending))
+    def flush(self, done: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Write and return the row of the steps since the last one, with `more` metrics.
+
+        Raises FloatingPointError where the loss is not finite, or rewards were not in ten steps in a row.
+        """
+        steps = jax.device_get(self._pending)
+        row = summarise(steps) | dict(more or {})
+        if self._setup.step_settings.rollouts is not None:
+            row["reward_fallbacks"] = self._fallbacks.count(steps, done)
         seconds = time.perf_counter() - self._since
         row |= {
             "lr": float(self._setup.learning_rate(done - 1)),
@@ -137,6 +195,7 @@ class Recorder:
                 f"{name} is {row[name]} at step {done}: lower --learning_rate or --policy_loss_weight, "
                 "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
             )
+        return row
 
     def close(self) -> None:
         self._bar.close()

@@ -13,7 +13,8 @@ from ra_jax.models.flux import FluxConfig
 
 FILE = "metrics.jsonl"
 # Measured at single steps: the latest value is reported; everything else is a mean over the steps since the last row.
-LATEST = ("lr", "velocity_norm_ratio", "clip_fraction_at_sync", "policy_temperature")
+LATEST = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
+ALWAYS = ("train_loss", "grad_norm")
 
 
 class Tracker(Protocol):
@@ -98,16 +99,16 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """One row for several steps' metrics: the mean of each, or its latest value (`LATEST`) if any step measured it."""
+    """One row for several steps' metrics: the mean of each over the steps that measured it, or its latest value.
+
+    NaN stands for not measured but in `ALWAYS`, the metrics that every step has: there it is passed on.
+    """
     row = {}
-    for name in steps[-1]:
-        values = np.asarray([step[name] for step in steps], np.float64)
-        if name in LATEST:
-            measured = values[np.isfinite(values)]
-            if measured.size:
-                row[name] = float(measured[-1])
-        else:
-            row[name] = float(values.mean())
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = np.asarray([step[name] for step in steps if name in step], np.float64)
+        measured = values if name in ALWAYS else values[~np.isnan(values)]
+        if measured.size:
+            row[name] = float(measured[-1] if name in LATEST else measured.mean())
     return row
 
 
@@ -125,15 +126,25 @@ def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) ->
 
 
 def step_flops(
-    forward: float, *, records: int, policy_pairs: int, sync_steps: int, kl: bool, full_fine_tuning: bool
+    forward: float,
+    *,
+    records: int,
+    policy_points: int,
+    kl: bool,
+    full_fine_tuning: bool,
+    old_policy_share: float = 0.0,
+    updates: int = 1,
+    members: int = 1,
+    rollout_steps: int = 0,
 ) -> float:
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
     A trained pass costs its forward and the gradient with respect to activations (2×), and the weights' gradient (3×)
-    where the whole transformer is trained; experts' own products are not counted. The policy takes `policy_pairs`
-    trained passes a record, and as many forward passes by the old policy except at every `sync_steps`-th step; with
-    `kl` as many again by the base.
+    where the whole transformer is trained; experts' own products are not counted. Each update takes a trained pass a
+    record for the base loss, and for each of its `members` `policy_points` trained passes, with `kl` as many forward
+    passes by the base, and in an `old_policy_share` of the steps as many by the old policy. Rollouts take
+    `rollout_steps` forward passes a member.
     """
     trained = 3.0 if full_fine_tuning else 2.0
-    old = (sync_steps - 1) / sync_steps if policy_pairs else 0.0
-    return records * forward * (trained * (1 + policy_pairs) + (old + kl) * policy_pairs)
+    policy = (trained + kl + old_policy_share) * policy_points * members
+    return records * forward * (updates * (trained + policy) + rollout_steps * members)

@@ -1,22 +1,24 @@
-"""The loss of a step, DESIGN §5; its diversity term is taken over all microbatches at once:
+"""The loss of a step, DESIGN §5, term by term; its diversity term is taken over all microbatches at once:
 
 total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖²
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from ra_jax.flow.path import interpolate
-from ra_jax.flow.regions import region_mean, region_weights
+from ra_jax.flow.regions import region_mean
 from ra_jax.flow.schedule import FlowSchedule
-from ra_jax.inference.sampling import Batch, as_diptych, diptych_condition, diptych_mask
-from ra_jax.models.conditioning import Condition
+from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import FillModel, Weights
 from ra_jax.models.router import diversity_loss
-from ra_jax.rl.estimators import MatchingCache, matching_cache, matching_log_prob
-from ra_jax.rl.losses import clipped_policy_loss, flow_matching_error
+from ra_jax.rl.losses import flow_matching_error
+from ra_jax.rl.policy import Judgement, PolicySettings, Record, distance, judge, policy_loss
+from ra_jax.rl.rollouts import Member
+from ra_jax.training.encoded import Encoded, group_keys_of
 from ra_jax.training.mesh import all_mean, all_sum
 from ra_jax.training.state import TrainState, keys_for, stream
 
@@ -25,7 +27,7 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What a step optimises. learn_policy: whether there is a policy term (rewards and `--enable_grpo_loss`)."""
+    """What a step optimises. policy: None without a policy term (rewards and `--enable_grpo_loss`)."""
 
     guidance_scale: float = 30.0
     loss_region: str = "balanced"
@@ -33,29 +35,10 @@ class ObjectiveSettings:
     policy_loss_weight: float = 0.1
     diversity_loss_weight: float = 0.05
     kl_weight: float = 0.0
-    learn_policy: bool = False
-    clip_range: float = 0.2
-    policy_pairs: int = 4
-    policy_fraction: float = 0.7
+    policy: PolicySettings | None = None
     dropout: bool = False
     routing_decay: float = 0.9
     routing_specialisation: float = 0.5
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Encoded:
-    """A microbatch as the network sees it, and what the old policy thought of it.
-
-    condition; clean: x0 of the results [B, N, 4C]; region: mean_Ω's weights [B, N, 4]; cache and old_log_prob [B]:
-    None without a policy term.
-    """
-
-    condition: Condition
-    clean: jax.Array
-    region: jax.Array
-    cache: MatchingCache | None = None
-    old_log_prob: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -64,22 +47,7 @@ class Objective:
 
     model: FillModel
     schedule: FlowSchedule
-    settings: ObjectiveSettings
-
-    def encode(self, frozen: Weights, batch: Batch, seed: jax.Array) -> Encoded:
-        """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used.
-
-        The policy's (t, ε) derive from (seed, epoch, group): a group shares them wherever its members stand.
-        """
-        set_ = self.settings
-        condition = diptych_condition(self.model, frozen, batch)
-        clean = self.model.encode(frozen, as_diptych(batch, "result"))
-        region = region_weights(diptych_mask(batch), self.model.factor, set_.loss_region)
-        if not set_.learn_policy:
-            return Encoded(condition, clean, region)
-        keys = keys_for(stream(seed, "policy"), batch["epoch"], batch["group_id"])
-        cache = matching_cache(keys, clean, region, count=set_.policy_pairs, fraction=set_.policy_fraction)
-        return Encoded(condition, clean, region, cache)
+    settings: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
     def velocity(self, trainable, frozen, x, t, condition, gates, dropout_key=None) -> jax.Array:
         return self.model.velocity(
@@ -93,37 +61,22 @@ class Objective:
             dropout_key=dropout_key,
         )
 
-    def log_prob(
-        self, trainable, frozen: Weights, encoded: Encoded, temperature, *, experts: bool = True
-    ) -> tuple[jax.Array, jax.Array]:
-        """ℓ [B] and the velocities it took [B·K, N, 4C]: one graph for θ and θ_old, dropout off."""
-
-        def velocity(params, x, t, records):
-            gates = self.model.gates(params, encoded.condition)[0] if experts else None
-            condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
-            return self.velocity(params, frozen, x, t, condition, None if gates is None else gates[records])
-
-        return matching_log_prob(velocity, trainable, encoded.cache, temperature=temperature)
-
-    def noised(self, batch: Batch, encoded: Encoded, state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The base loss's draws, one a record and step: noise [B, N, 4C], t [B], dropout keys [B]."""
-        keys = keys_for(jax.random.fold_in(stream(state.seed, "base"), state.step), batch["record_id"])
+    def noised(
+        self, batch: Batch, clean: jax.Array, seed: jax.Array, update: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The base loss's draws, one a record and update of the run: noise [B, N, 4C], t [B], dropout keys [B]."""
+        keys = keys_for(jax.random.fold_in(stream(seed, "base"), update), batch["record_id"])
         noise_key, time_key, dropout_key = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
-        tokens, features = encoded.clean.shape[1:]
+        tokens, features = clean.shape[1:]
         noise = jax.vmap(lambda key: jax.random.normal(key, (tokens, features), jnp.float32))(noise_key)
         return noise, jax.vmap(lambda key: self.schedule.training_time(key, tokens))(time_key), dropout_key
 
-    def __call__(
-        self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, state: TrainState, *, fresh, axis_name=None
+    def base(
+        self, trainable, frozen: Weights, batch: Batch, encoded: Encoded, seed, update: jax.Array, *, axis_name=None
     ) -> tuple[jax.Array, Metrics]:
-        """Loss of a microbatch, base and policy, with its metrics; `diversity` is the whole step's.
-
-        Of `state` the seed, step and temperature are read; `fresh`: θ_old *is* θ, so that
-        ℓ_old = stop_gradient(ℓ_θ) and ρ is exactly 1.
-        """
-        set_ = self.settings
+        """Weighted flow-matching loss of a microbatch's results, with its metric; `update`: its number in the run."""
         gates, _ = self.model.gates(trainable, encoded.condition)
-        noise, t, dropout_keys = self.noised(batch, encoded, state)
+        noise, t, dropout_keys = self.noised(batch, encoded.clean, seed, update)
         predicted = self.velocity(
             trainable,
             frozen,
@@ -131,16 +84,78 @@ class Objective:
             t,
             encoded.condition,
             gates,
-            dropout_keys if set_.dropout else None,
+            dropout_keys if self.settings.dropout else None,
         )
         errors = flow_matching_error(predicted, encoded.clean, noise, encoded.region)
         base = all_mean(batch["imitation_weight"] * errors, axis_name)
-        total, metrics = set_.base_loss_weight * base, {"base_loss": base}
-        if set_.learn_policy:
-            policy, policy_metrics = self.policy(trainable, frozen, batch, encoded, state, fresh, axis_name)
-            total += policy
-            metrics |= policy_metrics
-        return total, metrics | {"train_loss": total}
+        return self.settings.base_loss_weight * base, {"base_loss": base}
+
+    def judge(
+        self,
+        trainable,
+        frozen: Weights,
+        batch: Batch,
+        encoded: Encoded,
+        member: Member,
+        state: TrainState,
+        *,
+        experts: bool = True,
+    ) -> Judgement:
+        """What the policy `trainable` makes of a member; dropout off. Without `experts` the policy is the base.
+
+        Of `state` the seed and the temperature are read.
+        """
+        gates = self.model.gates(trainable, encoded.condition)[0] if experts else None
+        routing = None
+        if gates is not None and member.experts is not None:
+            routing = jnp.log(jnp.take_along_axis(gates, member.experts[:, None], axis=1)[:, 0])
+            gates = jax.nn.one_hot(member.experts, gates.shape[-1])
+
+        def velocity(params, x, t, records):
+            condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
+            return self.velocity(params, frozen, x, t, condition, None if gates is None else gates[records])
+
+        return judge(
+            velocity,
+            trainable,
+            member,
+            group_keys_of(batch, state.seed),
+            encoded.region,
+            self.settings.policy,
+            temperature=state.temperature,
+            routing_log_prob=routing,
+        )
+
+    def policy(
+        self,
+        trainable,
+        frozen: Weights,
+        batch: Batch,
+        encoded: Encoded,
+        member: Member,
+        advantages: jax.Array,
+        old: Record,
+        state: TrainState,
+        *,
+        fresh: jax.Array,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, tuple[Metrics, Record]]:
+        """Weighted policy (and KL) loss of a member of each group [B], with its metrics and what is to be remembered.
+
+        fresh: θ_old *is* θ: its record is stop_gradient(θ's), so that ρ is exactly 1.
+        """
+        set_, mean = self.settings, partial(all_mean, axis_name=axis_name)
+        judgement = self.judge(trainable, frozen, batch, encoded, member, state)
+        record = jax.lax.stop_gradient(judgement.record)
+        old = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), record, old)
+        loss, metrics = policy_loss(judgement, old, advantages, set_.policy, mean=mean)
+        total, metrics = set_.policy_loss_weight * loss, metrics | {"policy_loss": loss}
+        if set_.kl_weight:
+            base = self.judge(trainable, frozen, batch, encoded, member, state, experts=False)
+            kl = distance(judgement.velocity, base.velocity, encoded.region, judgement.records, mean)
+            total += set_.kl_weight * kl
+            metrics["kl_loss"] = kl
+        return total, (metrics, old)
 
     def features(self, encoded: Encoded) -> jax.Array | None:
         """What the router sees of a microbatch's conditions, [B, F]; None without a router."""
@@ -166,40 +181,24 @@ class Objective:
         metrics = {"diversity_loss": loss} | routing_metrics(gates, weights, axis_name)
         return set_.diversity_loss_weight * loss, (router_mean, metrics)
 
-    def policy(self, trainable, frozen, batch, encoded, state, fresh, axis_name) -> tuple[jax.Array, Metrics]:
-        """Weighted policy (and KL) loss of a microbatch, with its metrics."""
-        set_ = self.settings
-        log_prob, predicted = self.log_prob(trainable, frozen, encoded, state.temperature)
-        old = jnp.where(fresh, jax.lax.stop_gradient(log_prob), encoded.old_log_prob)
-        loss, metrics = clipped_policy_loss(
-            log_prob,
-            old,
-            batch["advantage"],
-            clip_range=set_.clip_range,
-            mean=lambda x: all_mean(x, axis_name),
-        )
-        total = set_.policy_loss_weight * loss
-        metrics["policy_loss"] = loss
-        if set_.kl_weight:
-            _, reference = self.log_prob(trainable, frozen, encoded, state.temperature, experts=False)
-            pairs = jnp.repeat(encoded.region, set_.policy_pairs, axis=0)
-            kl = all_mean(region_mean((predicted - jax.lax.stop_gradient(reference)) ** 2, pairs), axis_name)
-            total += set_.kl_weight * kl
-            metrics["kl_loss"] = kl
-        return total, metrics
-
-    def velocity_norm_ratio(self, state: TrainState, frozen: Weights, batch: Batch, encoded: Encoded, axis_name=None):
-        """Drift: the mean over records of ‖v_θ‖ / ‖v_base‖ at the base loss's (t, ε); v_base has the experts off."""
-        noise, t, _ = self.noised(batch, encoded, state)
-        x = interpolate(encoded.clean, noise, t)
+    def drift(
+        self, frozen: Weights, batch: Batch, encoded: Encoded, clean: jax.Array, state: TrainState, *, axis_name=None
+    ) -> Metrics:
+        """How far the velocity is from the base's (experts off), over images `clean` at the base loss's (t, ε):
+        velocity_norm_ratio, the mean over records of ‖v_θ‖ / ‖v_base‖, and kl_to_base, of mean_Ω ‖v_θ − v_base‖².
+        """
+        noise, t, _ = self.noised(batch, clean, state.seed, state.step)
+        x = interpolate(clean, noise, t)
         gates, _ = self.model.gates(state.trainable, encoded.condition)
         # Gates of 0 are the base: one pass of 2B rows leaves the compiler one copy of the network, not two.
         x, t, condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, t, encoded.condition))
         both = jnp.concatenate([gates, jnp.zeros_like(gates)])
-        velocity = self.velocity(state.trainable, frozen, x, t, condition, both)
-        policy, base = jnp.split(velocity, 2)
+        policy, base = jnp.split(self.velocity(state.trainable, frozen, x, t, condition, both), 2)
         norms = (jnp.sqrt(region_mean(v**2, encoded.region)) for v in (policy, base))
-        return all_mean(jnp.divide(*norms), axis_name)
+        return {
+            "velocity_norm_ratio": all_mean(jnp.divide(*norms), axis_name),
+            "kl_to_base": all_mean(region_mean((policy - base) ** 2, encoded.region), axis_name),
+        }
 
 
 def routing_metrics(gates: jax.Array, weights: jax.Array, axis_name: str | None) -> Metrics:

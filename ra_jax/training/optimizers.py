@@ -1,4 +1,4 @@
-"""Optax optimizers and learning-rate schedules by name. Steps count updates."""
+"""Optax optimizers and learning-rate schedules by name. Schedules count steps, of one or more updates each."""
 
 import jax
 import optax
@@ -85,16 +85,21 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
 
 
 def build_optimizer(
-    config: OptimizationConfig, total_steps: int
+    config: OptimizationConfig, total_steps: int, updates: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a {"flux": …, "router": …} tree, and the learning rate by step that metrics report.
 
     Gradients are first scaled to a global norm of at most `max_grad_norm`; the router may have its own learning rate.
+    Optax counts updates, of which a step makes `updates`; schedules count steps.
     """
+
+    def by_update(schedule: optax.Schedule) -> optax.Schedule:
+        return lambda count: schedule(count // updates)
+
     schedule = learning_rate(config, config.learning_rate, total_steps)
-    update = _by_name(config, schedule)
+    update = _by_name(config, by_update(schedule))
     if config.router_learning_rate is not None:
-        router = _by_name(config, learning_rate(config, config.router_learning_rate, total_steps))
+        router = _by_name(config, by_update(learning_rate(config, config.router_learning_rate, total_steps)))
         groups = {"flux": update, "router": router}
         update = optax.partition(groups, lambda params: {name: name for name in params})
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update), schedule

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from ra_jax.data.loader import Loader
 from ra_jax.data.records import Record, scene_ids
+from ra_jax.evaluation.contact_sheet import contact_sheet
 from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
 from ra_jax.rl.rewards import total_reward
 from ra_jax.training.state import keys_for, stream
-
-MARGIN = 4  # pixels between panels
-SEEN = 96  # pixels: panels smaller than this are enlarged by whole factors
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
@@ -29,28 +26,6 @@ def preview_records(records: Sequence[Record], reward_weights, count: int) -> li
 
     chosen = distinct[np.linspace(0, len(distinct) - 1, min(count, len(distinct))).astype(int)]
     return [records[max(np.flatnonzero(scenes == scene), key=quality)] for scene in chosen]
-
-
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Rows of panels [h, w, 3] uint8, of any sizes, on white; tiny ones enlarged, each pixel to a square."""
-    rows = [[_enlarged(panel) for panel in row] for row in rows]
-    heights = [max(panel.shape[0] for panel in row) for row in rows]
-    widths = [max(panel.shape[1] for panel in column) for column in zip(*rows, strict=True)]
-    size = (sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(heights) + 1))
-    sheet = Image.new("RGB", size, "white")
-    top = MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        left = MARGIN
-        for panel, width in zip(row, widths, strict=True):
-            sheet.paste(Image.fromarray(panel), (left, top))
-            left += width + MARGIN
-        top += height + MARGIN
-    return sheet
-
-
-def _enlarged(panel: np.ndarray) -> np.ndarray:
-    factor = max(1, round(SEEN / max(panel.shape[:2])))
-    return panel.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 class Previews:

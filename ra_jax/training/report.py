@@ -1,6 +1,7 @@
-"""What a finished run shows: a figure of its curves."""
+"""Which of a run's metrics are drawn together, and the figure of its curves."""
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,8 @@ from matplotlib import pyplot as plt
 
 from ra_jax.training.metrics import FILE, read_rows
 
-# One panel each, left out where none of its metrics was recorded; two more show the experts.
+DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
+# One panel each: metrics by name or pattern. Left out where none was recorded; two more show the experts.
 PANELS = {
     "Loss": ("train_loss", "base_loss"),
     "Policy loss": ("policy_loss",),
@@ -20,26 +22,37 @@ PANELS = {
     "Clipping and KL": ("clip_fraction", "clip_fraction_at_sync", "approx_kl"),
     "Policy temperature": ("policy_temperature",),
     "Reward": ("mean_reward", "reward_std"),
-    "Scores": ("removal_score", "background_score", "smoothness_score"),
+    "Scores": ("removal_score", "background_score", "smoothness_score", "*_score"),
+    "Scenes without spread": ("frac_reward_zero_std",),
+    "Reward fallbacks": ("reward_fallbacks",),
+    "Velocity norm, to the base": ("velocity_norm_ratio", "held_out_velocity_norm_ratio"),
+    "KL to the base": ("kl_to_base",),
+    "Held-out flow loss": ("held_out_flow_loss",),
+    DRIFT: ("held_out_flow_drift",),
     "Gradient norm": ("grad_norm",),
-    "Velocity norm, to the base": ("velocity_norm_ratio",),
     "Learning rate": ("lr",),
     "Seconds a step": ("step_time",),
 }
 COLUMNS = 3
 
 
+def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """What to draw of a run's rows, {panel: {metric: its label}}: `PANELS`, then the experts' `USAGE` and `GATES`."""
+    recorded = sorted(set().union(*rows))
+    panels = {
+        title: {name: name for pattern in patterns for name in fnmatch.filter(recorded, pattern)}
+        for title, patterns in PANELS.items()
+    }
+    for title, kind in ((USAGE, "usage"), (GATES, "weight")):
+        names = {f"routing_expert_{i}_{kind}": name for i, name in enumerate(expert_names)}
+        panels[title] = {metric: name for metric, name in names.items() if metric in recorded}
+    return {title: names for title, names in panels.items() if names}
+
+
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
     """Draw the run's metrics.jsonl as `curves.png` in its folder; returns the picture's path."""
     rows = read_rows(output_dir / FILE)
-    recorded = set().union(*rows) if rows else set()
-    experts = {
-        f"Expert {kind}": {f"routing_expert_{i}_{kind}": name for i, name in enumerate(expert_names)}
-        for kind in ("usage", "weight")
-    }
-    labels = {title: {name: name for name in names} for title, names in PANELS.items()} | experts
-    panels = {title: {k: v for k, v in names.items() if k in recorded} for title, names in labels.items()}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = recorded_panels(rows, expert_names)
     height = max(1, -(-len(panels) // COLUMNS))
     figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.6 * height), squeeze=False)
     for axis in axes.flat[len(panels) :]:

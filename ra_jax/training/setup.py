@@ -6,41 +6,51 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ra_jax.config import ConfigError, TrainConfig, to_flat_dict, to_toml
+from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
+from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
 from ra_jax.models.loading import LoadedModel, load_fill_model
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
-from ra_jax.rl.rewards import total_reward
+from ra_jax.rl.rewards import RewardInputs, total_reward
+from ra_jax.rl.user_rewards import Reward, check_reward, parse_rewards
+from ra_jax.training.checkpoints import BEST, CheckpointError, find_checkpoint, read_about, restore
 from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
-from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, read_about, restore
+from ra_jax.training.drift import DriftGuard
 from ra_jax.training.experts import expert_configs
 from ra_jax.training.metrics import FILE as METRICS
-from ra_jax.training.metrics import forward_flops, step_flops
-from ra_jax.training.objective import Objective, ObjectiveSettings
+from ra_jax.training.metrics import read_rows
+from ra_jax.training.objective import Objective
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
 from ra_jax.training.programs import StepPrograms
+from ra_jax.training.settings import initial_temperature, objective_settings, step_settings
 from ra_jax.training.state import TrainState, init_state
 from ra_jax.training.step import StepSettings, make_train_step
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
+HELD_OUT_RECORDS = 32  # that drift is measured on
 # All that a run writes into its folder; whatever else lies there is the user's.
-RUN_FILES = (CHECKPOINTS, "previews", "tensorboard", "wandb", METRICS, "curves.png", CONFIG_FILE)
-INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
+RUN_FILES = (
+    *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
+    *(METRICS, "curves.png", "report.html", CONFIG_FILE),
+)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs. `first_step`: steps done before, > 0 when resumed; `previews`: None without any."""
+    """What the loop runs. first_step: steps done before, > 0 when resumed; reward_interval: steps from one with rewards
+    to the next; previews, guard: None without any."""
 
     output: Path
     loaded: LoadedModel
@@ -49,14 +59,26 @@ class Setup:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     step_settings: StepSettings
+    reward_interval: int
     state: TrainState
     first_step: int
     total_steps: int
     previews: Previews | None
+    guard: DriftGuard | None
 
     def step_programs(self) -> StepPrograms:
-        """`train_step` with the state donated; it compiles once a bucket."""
-        return StepPrograms(make_train_step(self.objective, self.optimizer, self.step_settings))
+        """`train_step` with the state donated; it compiles once a bucket, and once more for steps without rewards."""
+
+        def make_step(settings: StepSettings):
+            return make_train_step(self.objective_of(settings), self.optimizer, settings)
+
+        return StepPrograms(make_step, self.step_settings, self.reward_interval)
+
+    def objective_of(self, settings: StepSettings) -> Objective:
+        """The objective of a step with these settings: without the policy where it has nothing to learn from."""
+        if self.step_settings.rollouts is None or settings.rollouts is not None:
+            return self.objective
+        return replace(self.objective, settings=replace(self.objective.settings, policy=None))
 
 
 def set_up(config: TrainConfig) -> Setup:
@@ -68,13 +90,14 @@ def set_up(config: TrainConfig) -> Setup:
     resume_from = checkpoint_to_resume(config, output)
     if resume_from is not None:
         refuse_another_seed(resume_from, config.run.seed)
-    human = config.mode == "human"
-    records = load_records(config.data.train_json_path, use_human_scores=human, score_format=config.data.score_format)
+    records = load_training_records(config)
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
     values = record_values(config, records)
+    rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
     loaded = load_model(config)
     schedule = FlowSchedule.from_folder(loaded.folder)
+    check_noisy_steps(config, buckets, schedule, loaded)
     loader = Loader(
         records,
         batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
@@ -87,33 +110,37 @@ def set_up(config: TrainConfig) -> Setup:
         workers=config.data.data_workers,
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
-    optimizer, learning_rate = build_optimizer(config.optimization, total_steps)
+    optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
     state = init_state(
         loaded.trainable,
         optimizer,
         seed=config.run.seed,
         num_experts=loaded.model.num_experts,
         temperature=initial_temperature(config),
-        with_snapshot=config.uses_policy,
+        with_snapshot=config.uses_policy and config.mode == "human",
         with_ema=config.optimization.ema_decay > 0,
     )
     first_step = 0
     if resume_from is not None:
         state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
     previews = make_previews(config, output, previewed, loaded, schedule)
+    objective = Objective(loaded.model, schedule, objective_settings(config))
+    guard = make_guard(config, output, previewed, loaded, objective, first_step)
     claim_output_dir(config, output, keep=resume_from is not None)
     return Setup(
         output=output,
         loaded=loaded,
         loader=loader,
-        objective=Objective(loaded.model, schedule, objective_settings(config)),
+        objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        step_settings=step_settings(config),
+        step_settings=step_settings(config, rewards),
+        reward_interval=config.rollouts.reward_interval,
         state=state,
         first_step=first_step,
         total_steps=total_steps,
         previews=previews,
+        guard=guard,
     )
 
 
@@ -188,9 +215,62 @@ def load_model(config: TrainConfig) -> LoadedModel:
     )
 
 
+def load_training_records(config: TrainConfig) -> list[Record]:
+    """The records of --train_json_path. Results are needed by the base loss, and by human scores, which judge them."""
+    automatic = config.mode == "automatic"
+    records = load_records(
+        config.data.train_json_path,
+        need_result=not automatic or config.losses.base_loss_weight > 0,
+        use_human_scores=config.mode == "human",
+        score_format=config.data.score_format,
+    )
+    scenes = len(np.unique(scene_ids(records)))
+    if automatic and scenes < len(records):
+        log.warning(
+            "%s has %d records of %d scenes: automatic rewards take each record's result for the ground truth of its "
+            "scene; give one record a scene, with the truth as its result",
+            config.data.train_json_path,
+            len(records),
+            scenes,
+        )
+    return records
+
+
+def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
+    """The rewards of automatic mode, each tried on shapes of every bucket; none in the other modes.
+
+    Raises RewardError for one that is unknown, raises, or returns anything but [B] numbers.
+    """
+    if config.mode != "automatic":
+        return ()
+    rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_target)
+    for height, width in buckets:
+        photo = jax.ShapeDtypeStruct((config.run.train_batch_size, height, width, 3), jnp.float32)
+        truth = photo if has_target else None
+        mask = jax.ShapeDtypeStruct(photo.shape[:-1], jnp.float32)
+        shapes = RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth)
+        checked = tuple(check_reward(reward, shapes) for reward in rewards)
+    return checked
+
+
+def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: FlowSchedule, loaded: LoadedModel):
+    """Raise ConfigError where the stochastic sampler is too short to hold its noisy steps."""
+    if config.mode != "automatic" or config.grpo.policy_estimator != "sde":
+        return
+    steps, window = config.rollouts.rollout_steps, config.rollouts.sde_window
+    for height, width in buckets:
+        tokens = 2 * height * width // loaded.model.multiple**2
+        if not len(window_starts(schedule.sampling_times(steps, tokens), window)):
+            raise ConfigError(
+                f"rollout_steps = {steps} with sde_window = {window}: panels of {height},{width} leave no place for "
+                "that many noisy steps after step 0, in the noisier half and at t <= 0.9; raise --rollout_steps (8 is "
+                "usual) or lower --sde_window"
+            )
+
+
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
-    if config.mode == "standard":
+    if config.mode != "human":
         return {"imitation_weight": np.ones(len(records), np.float32)}
     scenes = scene_ids(records)
     weights = config.grpo.reward_weights
@@ -217,40 +297,6 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
             "dead_group": dead_groups(rewards, scenes).astype(np.float32),
         }
     return values
-
-
-def objective_settings(config: TrainConfig) -> ObjectiveSettings:
-    losses, grpo = config.losses, config.grpo
-    return ObjectiveSettings(
-        guidance_scale=config.model.guidance_scale,
-        loss_region=losses.loss_region,
-        base_loss_weight=losses.base_loss_weight,
-        policy_loss_weight=losses.policy_loss_weight,
-        diversity_loss_weight=losses.diversity_loss_weight,
-        kl_weight=grpo.kl_weight,
-        learn_policy=config.uses_policy,
-        clip_range=grpo.clip_range,
-        policy_pairs=grpo.num_policy_timesteps,
-        policy_fraction=grpo.policy_timestep_fraction,
-        dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
-        routing_decay=config.experts.routing_mean_decay,
-        routing_specialisation=config.experts.routing_specialisation,
-    )
-
-
-def step_settings(config: TrainConfig) -> StepSettings:
-    return StepSettings(
-        accumulation=config.run.gradient_accumulation_steps,
-        sync_steps=config.grpo.policy_sync_steps,
-        adapt_temperature=config.grpo.policy_temperature == "auto",
-        ema_decay=config.optimization.ema_decay,
-        drift_interval=config.logging.log_freq,
-    )
-
-
-def initial_temperature(config: TrainConfig) -> float:
-    given = config.grpo.policy_temperature
-    return INITIAL_TEMPERATURE if given == "auto" else given
 
 
 def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
@@ -281,21 +327,6 @@ def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig)
     return state, about.position
 
 
-def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray]) -> float:
-    """Model TFLOPs of one step on this batch (`metrics.step_flops`)."""
-    records, height, width, _ = batch["source"].shape
-    image_tokens = 2 * height * width // loaded.model.multiple**2
-    context_tokens = config.model.max_sequence_length + loaded.image_tokens
-    return 1e-12 * step_flops(
-        forward_flops(loaded.flux_config, image_tokens, context_tokens),
-        records=records,
-        policy_pairs=config.grpo.num_policy_timesteps if config.uses_policy else 0,
-        sync_steps=config.grpo.policy_sync_steps,
-        kl=config.grpo.kl_weight > 0.0,
-        full_fine_tuning=not config.experts.use_lora,
-    )
-
-
 def make_previews(
     config: TrainConfig, output: Path, records: Sequence[Record], loaded: LoadedModel, schedule: FlowSchedule
 ) -> Previews | None:
@@ -303,9 +334,45 @@ def make_previews(
     if not config.logging.validation_steps:
         return None
     chosen = preview_records(records, config.grpo.reward_weights, config.logging.num_validation_images)
-    loader = Loader(
-        chosen,
-        batch_size=1,
+    loader = plain_loader(config, chosen, loaded)
+    remove = make_remover(
+        loaded.model,
+        schedule,
+        num_inference_steps=config.logging.num_inference_steps,
+        guidance_scale=config.model.guidance_scale,
+    )
+    return Previews(output, loaded.model, remove, loader, config.run.seed)
+
+
+def make_guard(
+    config: TrainConfig,
+    output: Path,
+    records: Sequence[Record],
+    loaded: LoadedModel,
+    objective: Objective,
+    first_step: int,
+) -> DriftGuard | None:
+    """The guard of --max_drift over some of the held-out records; None without it."""
+    if config.run.max_drift is None:
+        return None
+    chosen = preview_records(records, config.grpo.reward_weights, HELD_OUT_RECORDS)
+    guard = DriftGuard(
+        objective,
+        loaded.frozen,
+        plain_loader(config, chosen, loaded, batch_size=config.run.train_batch_size),
+        limit=config.run.max_drift,
+        seed=config.run.seed,
+    )
+    if first_step:
+        guard.remember((row for row in read_rows(output / METRICS) if row["step"] <= first_step), config.mode)
+    return guard
+
+
+def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel, batch_size: int = 1) -> Loader:
+    """Records as they are, masks not augmented."""
+    return Loader(
+        records,
+        batch_size=batch_size,
         buckets=parse_buckets(config.data.aspect_ratio_buckets),
         seed=config.run.seed,
         multiple=loaded.model.multiple,
@@ -314,10 +381,3 @@ def make_previews(
         extras={},
         workers=0,
     )
-    remove = make_remover(
-        loaded.model,
-        schedule,
-        num_inference_steps=config.logging.num_inference_steps,
-        guidance_scale=config.model.guidance_scale,
-    )
-    return Previews(output, loaded.model, remove, loader, config.run.seed)

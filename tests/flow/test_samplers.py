@@ -1,13 +1,14 @@
-"""The Euler sampler against diffusers' scheduler, and on fields whose answer is known."""
+"""The samplers: Euler against diffusers' scheduler, and both on fields whose answer is known."""
 
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from ra_jax.flow.samplers import euler
+from ra_jax.flow.samplers import diffusion, euler, sde_transition, stochastic, window_starts
 from ra_jax.flow.schedule import FlowSchedule
 
 NOISE = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
@@ -45,3 +46,98 @@ def test_latents_of_half_precision_are_integrated_in_float32():
     ours = euler(lambda x, t: jnp.full_like(x, 1e-4), jnp.ones((1, 2), jnp.bfloat16), np.linspace(1, 0, 11))
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, 1 - 1e-4, rtol=1e-6)
+
+
+# For data N(M, S²·I) the optimal velocity is known: x_t is Gaussian, and v = E[ε − x0 | x_t].
+MEAN, SPREAD, LEVEL = 0.8, 0.6, 0.7
+
+
+def optimal_velocity(x, t):
+    t = t.reshape(t.shape + (1,) * (x.ndim - 1))
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    return (t - (1 - t) * SPREAD**2) / variance * (x - (1 - t) * MEAN) - MEAN
+
+
+def affine_recursion(times, level, mean=0.0, variance=1.0):
+    """Mean and variance after the steps: each is x' = a·x + b + std·z, with a and b from the formula of μ."""
+    for t, after in pairwise(np.asarray(times, np.float64)):
+        g = level * np.sqrt(t / (1 - t)) if t <= 0.9 else 0.0
+
+        def mu(x, t=t, after=after, g=g):
+            v = optimal_velocity(np.asarray([x]), np.asarray([t]))[0]
+            return x - (t - after) * (v + g**2 / (2 * t) * (x + (1 - t) * v))
+
+        slope = mu(1.0) - mu(0.0)
+        mean, variance = slope * mean + mu(0.0), slope**2 * variance + g**2 * (t - after)
+    return mean, variance
+
+
+def sample(times, level, start, *, steps_noisy=None, first=0):
+    key = jax.random.key(3)
+
+    def draw(step):
+        return jax.random.normal(jax.random.fold_in(key, step), start.shape)
+
+    run = jax.jit(
+        lambda x: stochastic(optimal_velocity, x, times, draw, noise_level=level, first=first, count=steps_noisy)
+    )
+    return run(start)
+
+
+def assert_moments(samples, mean, variance):
+    """Within four standard errors of the given mean and variance (Gaussian samples)."""
+    n = samples.size
+    assert abs(np.mean(samples) - mean) < 4 * np.sqrt(variance / n)
+    assert abs(np.var(samples) - variance) < 4 * variance * np.sqrt(2 / n)
+
+
+def test_eight_stochastic_steps_have_the_moments_of_the_discrete_recursion():
+    times = FlowSchedule().sampling_times(8, 2048)
+    start = jax.random.normal(jax.random.key(1), (100_000, 1))
+    final, _ = sample(times, LEVEL, start)
+    mean, variance = affine_recursion(times, LEVEL)
+    assert_moments(np.asarray(final, np.float64), mean, variance)
+    # The recursion is not the ODE's, and the samples would tell.
+    ode_mean, ode_variance = affine_recursion(times, 0.0)
+    assert abs(ode_variance - variance) > 20 * variance * np.sqrt(2 / final.size)
+    assert_moments(np.asarray(euler(optimal_velocity, start, times), np.float64), ode_mean, ode_variance)
+
+
+def test_many_stochastic_steps_keep_the_marginals():
+    """Entered at t = 0.9, where g is finite, 200 steps end within 2 % of the data's moments."""
+    entry = 0.9
+    spread = np.sqrt((1 - entry) ** 2 * SPREAD**2 + entry**2)
+    start = (1 - entry) * MEAN + spread * jax.random.normal(jax.random.key(2), (100_000, 1))
+    final, _ = sample(np.linspace(entry, 0.0, 201), LEVEL, start)
+    assert abs(float(final.mean()) / MEAN - 1) < 0.02
+    assert abs(float(final.std()) / SPREAD - 1) < 0.02
+
+
+def test_noise_comes_in_the_window_alone_and_its_states_are_kept():
+    times = FlowSchedule().sampling_times(8, 2048)
+    start = jax.random.normal(jax.random.key(1), (4, 3))
+    quiet, _ = sample(times, 0.0, start)
+    final, states = sample(times, LEVEL, start, steps_noisy=2, first=3)
+    assert states.shape == (3, 4, 3)
+    np.testing.assert_allclose(quiet, euler(optimal_velocity, start, times), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[0], euler(optimal_velocity, start, times[:4]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(final, euler(optimal_velocity, states[2], times[5:]), rtol=1e-5, atol=1e-6)
+    assert np.abs(final - quiet).max() > 0.01
+    for before, after, step in ((states[0], states[1], 3), (states[1], states[2], 4)):
+        t, t_next = (jnp.full(4, times[step + i]) for i in (0, 1))
+        mean, std = sde_transition(before, optimal_velocity(before, t), t, t_next, LEVEL)
+        z = (after - mean) / std[:, None]
+        np.testing.assert_allclose(z, jax.random.normal(jax.random.fold_in(jax.random.key(3), step), (4, 3)), atol=1e-4)
+
+
+def test_diffusion_is_off_where_it_would_be_infinite():
+    t = jnp.asarray([0.1, 0.5, 0.9, 0.91, 1.0])
+    np.testing.assert_allclose(diffusion(t, 0.7), [0.7 / 3, 0.7, 2.1, 0.0, 0.0], rtol=1e-5)
+
+
+def test_windows_start_after_step_0_in_the_noisier_half_where_there_is_noise():
+    times = FlowSchedule().sampling_times(8, 2048)
+    assert window_starts(times, 2).tolist() == [2, 3]
+    assert times[1] > 0.9 >= times[2]
+    assert window_starts(np.linspace(0.9, 0, 9), 3).tolist() == [1, 2, 3]
+    assert window_starts(FlowSchedule().sampling_times(2, 2048), 2).tolist() == []

@@ -1,4 +1,4 @@
-"""The matching estimator: its value against a loop, what a group shares, and the ratio contract of a real network."""
+"""The estimators: values against loops and closed forms, what a group shares, the ratio contract of a real network."""
 
 from functools import cache, partial
 
@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from ra_jax.models.conditioning import Condition
-from ra_jax.rl.estimators import MatchingCache, matching_cache, matching_log_prob
+from ra_jax.rl.estimators import (
+    MatchingCache,
+    TransitionCache,
+    matching_cache,
+    matching_log_prob,
+    normalised_log_prob,
+    sde_log_prob,
+)
 
 TEMPERATURE = 0.1
 
@@ -76,12 +84,88 @@ def test_times_lie_in_the_noisiest_fraction_and_noise_is_standard_normal():
     assert np.abs(correlation).max() < 0.4  # every pair (record, k) has a noise of its own
 
 
+def make_transitions(steps=2, members=2, tokens=6, features=8) -> TransitionCache:
+    rng = np.random.default_rng(2)
+    states = rng.normal(size=(members, steps + 1, tokens, features)).astype(np.float32)
+    region = rng.uniform(size=(members, tokens, 4)).astype(np.float32)
+    region[:, :2] = 0.0  # what lies outside Ω does not count
+    region /= region.sum((1, 2), keepdims=True)
+    states, region = jnp.asarray(states), jnp.asarray(region)
+    return TransitionCache(states, jnp.linspace(0.8, 0.4, steps + 1), region, noise_level=0.7)
+
+
+def scaled_tanh(scale, x, t, records):
+    return scale * jnp.tanh(x) + 0.1 * records[:, None, None]
+
+
+def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
+    """By torch's Normal at each element, from μ and std as DESIGN writes them; its mean over Ω and steps."""
+    cache = make_transitions()
+    log_prob, mean, std, predicted = jax.jit(partial(sde_log_prob, scaled_tanh))(0.7, cache)
+    times = cache.times.astype(np.float64)
+    for b in range(2):
+        densities = []
+        for w in range(2):
+            x, t, delta = cache.states[b, w].astype(np.float64), times[w], times[w] - times[w + 1]
+            v = 0.7 * np.tanh(x) + 0.1 * b
+            g = 0.7 * np.sqrt(t / (1 - t))
+            mu = x - delta * (v + g**2 / (2 * t) * (x + (1 - t) * v))
+            np.testing.assert_allclose(mean[2 * b + w], mu, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(predicted[2 * b + w], v, rtol=1e-4, atol=1e-5)
+            assert float(std[2 * b + w]) == pytest.approx(g * np.sqrt(delta), rel=1e-5)
+            density = torch.distributions.Normal(torch.from_numpy(mu), g * np.sqrt(delta))
+            by_element = density.log_prob(torch.from_numpy(cache.states[b, w + 1].astype(np.float64))).numpy()
+            densities.append((by_element.reshape(6, 2, 4).mean(1) * cache.region[b]).sum())
+        assert float(log_prob[b]) == pytest.approx(np.mean(densities), rel=1e-5)
+
+
+def test_normalised_ratio_has_no_bias_and_the_spread_of_the_means():
+    """Steps drawn from the old policy: the mean log-ratio is −r²/2 with spread r/√D, the normalised one 0 with spread r.
+
+    Checked against the algebra, log ρ̂ = √D·mean(z·δ), and over many draws.
+    """
+    members, tokens, features, delta, std = 4000, 16, 8, 0.3, 0.5
+    rng = np.random.default_rng(0)
+    old = rng.normal(size=(members, tokens, features)).astype(np.float32)
+    z = rng.normal(size=old.shape).astype(np.float32)
+    new, after = old + delta * std, old + std * z
+    region = np.full((members, tokens, 4), 1 / (4 * tokens), np.float32)
+    stds = np.full(members, std, np.float32)
+
+    def log_prob(mean):
+        return (-0.5 * ((after - mean) / std) ** 2).mean((1, 2))
+
+    plain = log_prob(new) - log_prob(old)
+    ratio = normalised_log_prob(log_prob(new), new, old, stds, region) - normalised_log_prob(
+        log_prob(old), old, old, stds, region
+    )
+    count = tokens * features
+    np.testing.assert_allclose(ratio, np.sqrt(count) * (z * delta).mean((1, 2)), atol=2e-4)
+    assert abs(plain.mean() + delta**2 / 2) < 0.003 and abs(plain.std() - delta / np.sqrt(count)) < 0.002
+    assert abs(ratio.mean()) < 4 * delta / np.sqrt(members) and abs(ratio.std() / delta - 1) < 0.05
+
+
+def test_normalised_log_prob_of_the_old_policy_scores_its_gradient():
+    """At μ = μ_old the gradient is √D times that of the mean log-probability: the correction adds none."""
+    cache = make_transitions()
+    elements = 2 * 2 / (cache.region**2).sum((1, 2))  # channels · steps / Σ w²
+    assert np.ptp(elements) > 0
+
+    def each(scale):
+        value, mean, std, _ = sde_log_prob(scaled_tanh, scale, cache)
+        return value, normalised_log_prob(value, mean, mean, std, cache.region)
+
+    plain, normalised = jax.jacobian(each)(0.7)
+    np.testing.assert_allclose(normalised, np.sqrt(elements) * plain, rtol=1e-4)
+
+
 class Policy:
     """ℓ of a FLUX model with experts and router, two records of one group and one of another."""
 
     GRID = (4, 8)
 
-    def __init__(self, loaded):
+    def __init__(self, loaded, estimator="matching"):
+        self.estimator = estimator
         rng = np.random.default_rng(0)
         model, tokens = loaded.model, self.GRID[0] * self.GRID[1]
 
@@ -93,6 +177,7 @@ class Policy:
         self.model, self.frozen = model, loaded.frozen
         self.condition = Condition(fill, normal(3, 8, model.joint_dim), normal(3, model.pooled_dim), self.GRID)
         self.cache = make_cache(random_keys(0, 0, 1), tokens, 16, count=2)
+        self.transitions = make_transitions(members=3, tokens=tokens, features=16)
 
     def log_prob(self, trainable) -> jax.Array:
         def velocity(params, x, t, records):
@@ -101,6 +186,8 @@ class Policy:
             arguments = {"gates": gates[records], "guidance_scale": 30.0}
             return self.model.velocity(params, self.frozen, x, t, condition, **arguments)
 
+        if self.estimator == "sde":
+            return sde_log_prob(velocity, trainable, self.transitions)[0]
         return matching_log_prob(velocity, trainable, self.cache, temperature=TEMPERATURE)[0]
 
     def step(self, trainable, snapshot):
@@ -120,17 +207,18 @@ def steps(load_tiny_experts):
     """Experts of a dtype, and `Policy.step` compiled."""
 
     @cache
-    def make(dtype):
+    def make(dtype, estimator="matching"):
         loaded = load_tiny_experts(jnp.dtype(dtype))
-        return loaded.trainable, jax.jit(Policy(loaded).step)
+        return loaded.trainable, jax.jit(Policy(loaded, estimator).step)
 
     return make
 
 
+@pytest.mark.parametrize("estimator", ["matching", "sde"])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])
-def test_equal_parameters_give_a_ratio_of_one(steps, dtype, limit):
+def test_equal_parameters_give_a_ratio_of_one(steps, dtype, limit, estimator):
     """A forward pass and the one that is differentiated agree; with other parameters they do not."""
-    trainable, step = steps(dtype)
+    trainable, step = steps(dtype, estimator)
     snapshot = jax.tree.map(np.array, trainable)
     log_prob, old, gradient = step(trainable, snapshot)
     assert np.isfinite(log_prob).all()

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ra_jax.rl.rollouts import Member
 from ra_jax.training.checkpoints import named_leaves
+from ra_jax.training.encoded import encode
 from ra_jax.training.mesh import all_mean
 from ra_jax.training.setup import set_up
 from ra_jax.training.step import StepSettings, at_sync, averaged
@@ -126,7 +128,7 @@ def test_what_each_mode_trains(make_config, flags, moves):
 
 def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
     setup = set_up(make_config(enable_grpo_loss=False))
-    assert not setup.objective.settings.learn_policy and setup.state.snapshot is None
+    assert setup.objective.settings.policy is None and setup.state.snapshot is None
     assert "reward" in next(setup.loader.iterate())
 
 
@@ -171,17 +173,21 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     )
     trainable = {**state.trainable, "flux": random_b}
     objective, frozen = setup.objective, setup.loaded.frozen
-    encoded = objective.encode(frozen, batch, state.seed)
-    encoded = replace(encoded, old_log_prob=objective.log_prob(trainable, frozen, encoded, 0.1)[0])
+    encoded = encode(objective.model, frozen, batch, "balanced")
+    member, state = Member(encoded.clean), replace(state, trainable=trainable)
+    old = objective.judge(trainable, frozen, batch, encoded, member, state).record
 
-    def metrics(objective):
-        return objective(trainable, frozen, batch, encoded, state, fresh=jnp.asarray(False))[1]
+    def losses(dropout):
+        changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
+        base, _ = changed.base(trainable, frozen, batch, encoded, state.seed, state.step)
+        given = (trainable, frozen, batch, encoded, member, batch["advantage"], old, state)
+        policy, (metrics, _) = changed.policy(*given, fresh=jnp.asarray(False))
+        return base, policy, metrics["mean_ratio"]
 
-    dropped = metrics(objective)
-    kept = metrics(replace(objective, settings=replace(objective.settings, dropout=False)))
-    assert dropped["base_loss"] != kept["base_loss"]
-    np.testing.assert_allclose(dropped["mean_ratio"], 1.0, atol=1e-5)
-    np.testing.assert_allclose(dropped["policy_loss"], kept["policy_loss"], atol=1e-6)
+    dropped, kept = losses(True), losses(False)
+    assert dropped[0] != kept[0]
+    np.testing.assert_allclose(dropped[1], kept[1], atol=1e-6)
+    np.testing.assert_allclose(dropped[2], 1.0, atol=1e-5)
 
 
 def test_average_is_the_warmed_up_moving_average(human_run):

@@ -1,0 +1,231 @@
+"""`python -m ra_jax.evaluate`: metrics of removal results against ground truth, per image and in total."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from ra_jax.data.errors import DataError
+from ra_jax.data.images import read_mask, read_photo
+from ra_jax.evaluation.contact_sheet import captioned, thumbnail
+from ra_jax.evaluation.measure import Evaluation, Fid, Networks
+from ra_jax.evaluation.pairs import Pair, find_pairs
+from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
+from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarise, table_text, worst_first
+
+METRICS, SUMMARY, SHEET = "metrics.csv", "summary.json", "contact_sheet.png"
+WITHOUT_TRUTH = ("removal_without_target", "background_without_target")
+ALWAYS = ("total_reward", "smoothness", "mask_area", "psnr_source_outside")
+MAIN = ("removal", "background", *WITHOUT_TRUTH, "smoothness", "psnr", "psnr_mask", "ssim_mask", "lpips")
+ID_WIDTH = 34  # letters of an id in one line of a caption
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures results of removing objects against their ground truth, per image and in total.
+
+    Every flag that names weights takes a file or folder that is there; nothing is downloaded.
+    """
+
+    results: str  # data set, folder written by ra_jax.infer, or folder of pictures named as --truth's photos
+    truth: str | None = None  # triplets, or folder of pictures named as the photos (None: records of source gt)
+    only: str | None = None  # glob on the results' file names, such as "*_model*"; others are left out
+    output_dir: str  # metrics.csv, summary.json and contact_sheet.png are written here
+    removal_reward_weight: float = 0.4  # in total_reward
+    background_reward_weight: float = 0.3  # in total_reward
+    smoothness_reward_weight: float = 0.3  # in total_reward
+    lpips: LpipsNet | None = None  # compute LPIPS by this network (extra: metrics)
+    inception_weights: str | None = None  # compute FID by this TorchScript file (extra: torch)
+    clip_model: str | None = None  # compute CLIP similarity by this transformers folder (extra: torch)
+    dino_model: str | None = None  # compute DINO similarity by this transformers folder (extra: torch)
+    sort_by: str = "total_reward"  # the metric by which the contact sheet shows the worst first
+    sheet_rows: int = 24  # results on the contact sheet (0: no sheet)
+    thumbnail: int = 192  # largest side of a picture on the contact sheet, in pixels
+    overwrite: bool = False  # replace the three files that an earlier evaluation wrote
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, find, measure; what a user can mend is told without a traceback, with exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    config = tyro.cli(EvaluateConfig, args=argv, prog="python -m ra_jax.evaluate", use_underscores=True)
+    try:
+        run(config)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(config: EvaluateConfig) -> None:
+    """Measure what `config` names and write the files; everything is checked before anything is computed."""
+    _check_values(config)
+    output = _output_folder(config)
+    pairs = find_pairs(config.results, config.truth, config.only)
+    has_truth = pairs[0].truth is not None
+    left_out = _not_asked_for(config, has_truth)
+    _check_sort_by(config.sort_by, has_truth, left_out)
+    networks = load_networks(config) if has_truth else Networks()
+
+    weights = (config.removal_reward_weight, config.background_reward_weight, config.smoothness_reward_weight)
+    evaluation = Evaluation(pairs, weights, networks)
+    for _ in tqdm(evaluation.measure(), total=len(pairs), unit="image"):
+        pass
+    rows, fid = evaluation.rows, evaluation.fid()
+    if networks.inception is not None and fid is None:
+        left_out["fid"] = "fewer than two results, or two ground truths"
+    left_out |= _no_value(rows)
+    summary = {
+        "settings": dataclasses.asdict(config),
+        "pictures": len(pairs),
+        "metrics": summarise(rows),
+        "fid": None if fid is None else dataclasses.asdict(fid),
+        "not_computed": left_out,
+        "warnings": _warnings(fid),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / METRICS, csv_text(rows).encode())
+    _write(output / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    if config.sheet_rows:
+        draft = output / f"{SHEET}.tmp"
+        draw_sheet(pairs, rows, config).save(draft, "PNG")
+        draft.replace(output / SHEET)
+    else:
+        (output / SHEET).unlink(missing_ok=True)  # an earlier evaluation's, which would pass for this one's
+    for warning in summary["warnings"]:
+        logging.warning(warning)
+    _print(summary["metrics"], fid, left_out, len(pairs), has_truth)
+    print(f"\n{output / METRICS}\n{output / SUMMARY}" + (f"\n{output / SHEET}" if config.sheet_rows else ""))
+
+
+def load_networks(config: EvaluateConfig) -> Networks:
+    """The networks that the flags name.
+
+    Raises:
+        DataError: an extra is not installed, or weights are not there or not of the kind expected.
+    """
+
+    def loaded(load, *arguments):
+        return None if arguments[0] is None else load(*arguments)
+
+    return Networks(
+        lpips=loaded(load_lpips, config.lpips),
+        inception=loaded(load_inception, config.inception_weights),
+        clip=loaded(load_transformer, config.clip_model, "--clip_model"),
+        dino=loaded(load_transformer, config.dino_model, "--dino_model"),
+    )
+
+
+def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfig) -> Image.Image:
+    """The worst `sheet_rows` results: what is known of them, source | mask | result | truth."""
+    worst = worst_first(rows, config.sort_by)[: config.sheet_rows]
+    titles = ("source", "mask", "result", *(("truth",) if pairs[0].truth is not None else ()))
+
+    def panels(pair: Pair) -> list[np.ndarray]:
+        mask = Image.fromarray(read_mask(pair.mask))
+        photos = [read_photo(path) for path in (pair.src, pair.result, pair.truth) if path is not None]
+        return [thumbnail(image, config.thumbnail) for image in (photos[0], mask, *photos[1:])]
+
+    shown = list(dict.fromkeys((config.sort_by, "total_reward", *MAIN)))
+    captions = [_caption(rows[i], shown) for i in worst]
+    return captioned(captions, [panels(pairs[i]) for i in worst], titles)
+
+
+def _caption(row: Row, names: Sequence[str]) -> list[str]:
+    identity = str(row["id"])
+    lines = [identity[at : at + ID_WIDTH] for at in range(0, len(identity), ID_WIDTH)]
+    figures = [(BY_NAME[name], row[name]) for name in names if row.get(name) is not None]
+    return lines + [f"{column.name} {value:.{column.digits}f} {column.unit}".rstrip() for column, value in figures]
+
+
+def _check_values(config: EvaluateConfig) -> None:
+    for name, least in (("sheet_rows", 0), ("thumbnail", 16)):
+        if getattr(config, name) < least:
+            raise DataError(f"{name} = {getattr(config, name)}: expected a value at least {least}")
+    for name in ("removal_reward_weight", "background_reward_weight", "smoothness_reward_weight"):
+        if not np.isfinite(getattr(config, name)):
+            raise DataError(f"{name} = {getattr(config, name)}: expected a finite number")
+
+
+def _output_folder(config: EvaluateConfig) -> Path:
+    """The output folder, in which nothing of the user's stands in the way."""
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output_dir {output}: is a file; expected a folder")
+    for flag, folder in (("--results", config.results), ("--truth", config.truth)):
+        if folder is not None and Path(folder).resolve() == output.resolve():
+            raise DataError(f"--output_dir {output}: is the folder of {flag}; choose one that is not measured")
+    there = [output / name for name in (METRICS, SUMMARY, SHEET) if (output / name).exists()]
+    if there and not config.overwrite:
+        raise DataError(f"{there[0]}: is there already; choose another --output_dir, or add --overwrite")
+    return output
+
+
+def _not_asked_for(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:
+    """The metrics that will not be computed, and why."""
+    if not has_truth:
+        wanted = [column.name for column in COLUMNS if column.name not in (*ALWAYS, *WITHOUT_TRUTH)]
+        return dict.fromkeys([*wanted, "fid"], "no ground truth: give --truth, or records of source gt")
+    needs = {
+        "lpips": (config.lpips, "--lpips alexnet or --lpips vgg16 (extra: metrics)"),
+        "clip_similarity": (config.clip_model, "--clip_model FOLDER, a CLIP of transformers (extra: torch)"),
+        "dino_similarity": (config.dino_model, "--dino_model FOLDER, a DINO of transformers (extra: torch)"),
+        "fid": (config.inception_weights, "--inception_weights FILE, an Inception as TorchScript (extra: torch)"),
+    }
+    return {name: f"not asked for: give {flag}" for name, (given, flag) in needs.items() if given is None}
+
+
+def _check_sort_by(name: str, has_truth: bool, left_out: Mapping[str, str]) -> None:
+    names = [c.name for c in COLUMNS if c.name not in left_out and not (has_truth and c.name in WITHOUT_TRUTH)]
+    if name not in names:
+        why = f" ({left_out[name]})" if name in left_out else ""
+        raise DataError(f"--sort_by {name}: not computed{why}; expected one of {', '.join(names)}")
+
+
+def _no_value(rows: Sequence[Row]) -> dict[str, str]:
+    """Of metrics that some pictures have no value of: how many, and why."""
+    told = {}
+    for column in COLUMNS:
+        missing = sum(column.name in row and row[column.name] is None for row in rows)
+        if missing:
+            told[column.name] = f"{missing} of {len(rows)} pictures have none: {column.absent or 'not finite'}"
+    return told
+
+
+def _warnings(fid: Fid | None) -> list[str]:
+    if fid is None or min(fid.results, fid.truths) > fid.dimensions:
+        return []
+    return [
+        f"fid: {fid.results} results and {fid.truths} ground truths, but {fid.dimensions} feature dimensions: such an "
+        "FID is biased, and comparable only with one of as many pictures"
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace the file at once: a reader, or a run that is killed, never meets half of it."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def _print(summary: Mapping, fid: Fid | None, left_out: Mapping[str, str], count: int, has_truth: bool) -> None:
+    against = "against their ground truth" if has_truth else "without ground truth: rewards and masks only"
+    print(f"{count} results {against}\n\n{table_text(summary)}")
+    if fid is not None:
+        print(f"\nfid {fid.value:.3f} ({fid.results} results, {fid.truths} ground truths, lower is better)")
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        reasons.setdefault(why, []).append(name)
+    if reasons:
+        print("\nnot computed:")
+    for why, names in reasons.items():
+        print(f"  {', '.join(names)}: {why}")
+
+
+if __name__ == "__main__":
+    main()

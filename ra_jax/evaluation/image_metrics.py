@@ -1,0 +1,152 @@
+"""What can be measured in an image: errors in a region, bands along a mask's edge, gradients, texture, seams.
+
+Pure functions on batches with static shapes, for use under jit, vmap and scan: images [B, h, w, 3] float32 in
+[0, 1], masks and regions [B, h, w] in {0, 1} (bool will do). Distances are in pixels and count along rows, columns and
+diagonals alike. Beyond the picture's border an image repeats its outermost pixels, and a mask goes on as it is: the
+border is no edge of it. Nothing here is NaN for finite images; what an empty region gives is said where it matters.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MSE_FLOOR = 1e-10  # a PSNR of 100 dB: equal images, and empty regions
+
+
+def region_mean(values: jax.Array, region: jax.Array) -> jax.Array:
+    """Mean of values [B, h, w] or [B, h, w, C] over a region (and all channels), [B] float32; 0 if it is empty."""
+    region = region.astype(jnp.float32)
+    if values.ndim == 4:
+        values = values.mean(-1)
+    return (values * region).sum((1, 2)) / jnp.maximum(region.sum((1, 2)), 1.0)
+
+
+def mse(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
+    """Mean squared error over a region's pixels and channels, [B]; 0 if the region is empty."""
+    return region_mean((image - target) ** 2, region)
+
+
+def decibels(error: jax.Array) -> jax.Array:
+    """−10·log10(error): the PSNR of a mean squared error of images in [0, 1], at most 100 dB."""
+    return -10.0 * jnp.log10(jnp.maximum(error, MSE_FLOOR))
+
+
+def psnr(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in a region [dB], [B]: 10·log10(1/mse), at most 100, and 100 if it is empty."""
+    return decibels(mse(image, target, region))
+
+
+def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: float) -> jax.Array:
+    """PSNR of a region [dB], [B], whose worst pixels, a fraction `trim` of them, are left out.
+
+    A pixel's error is its mean square over the channels. The border between the pixels kept and those left out may
+    fall inside a pixel, which then counts in part. 100 if the region is empty.
+    """
+    b, h, w = region.shape
+    outside = region.reshape(b, h * w) == 0
+    errors = ((image - target) ** 2).mean(-1).reshape(b, h * w)
+    ascending = jnp.sort(jnp.where(outside, jnp.inf, errors), axis=1)
+    kept = (1.0 - trim) * (h * w - outside.sum(1, keepdims=True))
+    share = jnp.clip(kept - jnp.arange(h * w), 0.0, 1.0)
+    total = jnp.where(share > 0, share * ascending, 0.0).sum(1)
+    return decibels(total / jnp.maximum(kept[:, 0], MSE_FLOOR))
+
+
+def dilate(mask: jax.Array, pixels: int) -> jax.Array:
+    """The mask and all that lies within `pixels` of it, [B, h, w] float32."""
+    grown = mask.astype(jnp.float32)
+    for window in ((1, 2 * pixels + 1, 1), (1, 1, 2 * pixels + 1)):
+        grown = jax.lax.reduce_window(grown, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
+    return grown
+
+
+def erode(mask: jax.Array, pixels: int) -> jax.Array:
+    """The mask without what lies within `pixels` of its outside, [B, h, w] float32."""
+    return 1.0 - dilate(1.0 - mask.astype(jnp.float32), pixels)
+
+
+def inner_band(mask: jax.Array, near: int, far: int) -> jax.Array:
+    """The mask's pixels more than `near` and at most `far` pixels inside its edge, [B, h, w] float32."""
+    return erode(mask, near) - erode(mask, far)
+
+
+def outer_band(mask: jax.Array, near: int, far: int) -> jax.Array:
+    """The pixels more than `near` and at most `far` pixels outside the mask, [B, h, w] float32."""
+    return dilate(mask, far) - dilate(mask, near)
+
+
+def seam_band(mask: jax.Array, pixels: int) -> jax.Array:
+    """What lies within `pixels` of the mask's edge, on both sides of it, [B, h, w] float32."""
+    return dilate(mask, pixels) - erode(mask, pixels)
+
+
+def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
+    """Convolution of [B, h, w, C] with a Gaussian of σ = `sigma` pixels, cut off at 4σ."""
+    reach = max(1, round(4 * sigma))
+    kernel = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    # Sums of shifted copies: a convolution may be rounded to bfloat16 or TF32 where accelerators have those.
+    for axis in (1, 2):
+        size = image.shape[axis]
+        padded = _pad(image, axis, reach)
+        image = sum(kernel[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * reach + 1))
+    return image
+
+
+def gradients(image: jax.Array) -> jax.Array:
+    """Central differences (x₊₁ − x₋₁)/2 along both axes, [B, h, w, C] -> [B, h, w, 2·C]."""
+    return jnp.concatenate([(after - before) / 2.0 for before, after in _neighbours(image)], axis=-1)
+
+
+def laplacian(image: jax.Array) -> jax.Array:
+    """The sum of the four neighbours less four times the pixel, [B, h, w, C] -> [B, h, w, C]."""
+    return sum(before + after - 2.0 * image for before, after in _neighbours(image))
+
+
+def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean |difference| of neighbouring pixels of which a mask holds one and not the other.
+
+    image: [B, h, w, C]; masks: one or several [B, h, w], whose pairs are put together. Returns the mean over pairs and
+    channels [B], 0 if there is no such pair, and the number of pairs [B], both float32.
+    """
+    total = count = jnp.zeros(image.shape[0], jnp.float32)
+    for mask in masks:
+        mask = mask.astype(jnp.float32)
+        for axis in (1, 2):
+            across = jnp.abs(jnp.diff(mask, axis=axis))
+            total += (across * jnp.abs(jnp.diff(image, axis=axis)).mean(-1)).sum((1, 2))
+            count += across.sum((1, 2))
+    return total / jnp.maximum(count, 1.0), count
+
+
+def wasserstein(image: jax.Array, first: jax.Array, second: jax.Array, levels: int = 64) -> jax.Array:
+    """Distance of the values in two regions of an image: W1, the mean over channels, [B] in [0, 1].
+
+        W1 = ∫ |F(x) − G(x)| dx,   F, G the distribution functions of a channel in the first and the second region
+
+    The integral is a sum over `levels` cells, each distribution function averaged within its cell: exact wherever
+    F − G keeps its sign within the cells. 0 if either region is empty.
+    """
+    present = (first.sum((1, 2)) > 0) & (second.sum((1, 2)) > 0)
+
+    def cell(i):
+        below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)
+        return jnp.stack(
+            [region_mean(below[..., c], first) - region_mean(below[..., c], second) for c in range(image.shape[-1])]
+        )
+
+    difference = jax.lax.map(cell, jnp.arange(levels))  # [levels, C, B]
+    return jnp.where(present, jnp.abs(difference).mean((0, 1)), 0.0)
+
+
+def _pad(image: jax.Array, axis: int, pixels: int) -> jax.Array:
+    width = [(pixels, pixels) if a == axis else (0, 0) for a in range(image.ndim)]
+    return jnp.pad(image, width, mode="edge")
+
+
+def _neighbours(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """The pixel before and the pixel after, along rows (axis 1) and columns (axis 2)."""
+    pairs = []
+    for axis in (1, 2):
+        padded, size = _pad(image, axis, 1), image.shape[axis]
+        pairs.append(tuple(jax.lax.slice_in_dim(padded, at, at + size, axis=axis) for at in (0, 2)))
+    return pairs

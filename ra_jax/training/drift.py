@@ -1,0 +1,100 @@
+"""The guard of `--max_drift`: stops a run that leaves what clean photos look like, and keeps its best checkpoint.
+
+A reward rises past the point where it still measures what people want. What gives that away is measured where no reward
+was given: on held-out clean results, how well the model still knows them, and how long its velocity has grown.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ra_jax.data.loader import Loader
+from ra_jax.flow.regions import region_mean
+from ra_jax.models.fill_model import Weights
+from ra_jax.rl.estimators import matching_cache
+from ra_jax.training.encoded import encode
+from ra_jax.training.objective import Objective
+from ra_jax.training.state import keys_for, stream
+
+log = logging.getLogger(__name__)
+
+PAIRS = 4  # (t, ε) of each record, over all of time
+
+
+@dataclass(frozen=True)
+class Drift:
+    """flow_loss: mean_Ω ‖v_θ − v*‖² on held-out clean results; flow_drift: how much larger it is than the base's, as a
+    fraction; velocity_norm_ratio: the mean of ‖v_θ‖ / ‖v_base‖ there."""
+
+    flow_loss: float
+    flow_drift: float
+    velocity_norm_ratio: float
+
+    def metrics(self) -> dict[str, float]:
+        return {f"held_out_{name}": value for name, value in vars(self).items()}
+
+    def excess(self, limit: float) -> str | None:
+        """What is beyond the limit, in words; None where nothing is."""
+        if self.flow_drift > limit:
+            return f"the flow loss on held-out results is {self.flow_drift:+.1%} from the base's"
+        if self.velocity_norm_ratio > 1.0 + limit:
+            return f"velocity_norm_ratio is {self.velocity_norm_ratio:.3f}"
+        return None
+
+
+class DriftGuard:
+    """Measures drift on held-out records, always at the same (t, ε), and remembers the best of a run.
+
+    loader: yields each held-out record once an epoch, with its `result`; limit: `--max_drift`.
+    """
+
+    def __init__(self, objective: Objective, frozen: Weights, loader: Loader, *, limit: float, seed: int):
+        self.limit, self.best_score = limit, -np.inf
+        self._frozen = frozen
+        self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
+        self._measure = jax.jit(
+            lambda trainable, frozen, batch: _errors_and_norms(objective, trainable, frozen, batch, seed)
+        )
+
+    def measure(self, trainable: Weights) -> Drift:
+        """Drift of these weights; means over the held-out records."""
+        found = [self._measure(trainable, self._frozen, batch) for batch in self._batches]
+        policy, base, ratio = (float(np.concatenate(values).mean()) for values in zip(*found, strict=True))
+        return Drift(policy, policy / base - 1.0, ratio)
+
+    def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
+        """Whether this is the best so far of what is within the limit: the highest mean reward of generated images, or
+        where nothing is generated the lowest flow loss. Then it is remembered as such."""
+        score = row["mean_reward"] if mode == "automatic" and "mean_reward" in row else -drift.flow_loss
+        if drift.excess(self.limit) or score <= self.best_score:
+            return False
+        self.best_score = score
+        return True
+
+    def remember(self, rows: Iterable[Mapping[str, float]], mode: str) -> None:
+        """Take the best of earlier rows of a run's metrics for its best so far."""
+        for row in rows:
+            if "held_out_flow_loss" in row:
+                self.is_best(Drift(**{name: row[f"held_out_{name}"] for name in Drift.__annotations__}), row, mode)
+
+
+def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
+    """Of each record: flow loss of the experts and of the base, and the ratio of their velocities' norms, [B] each."""
+    model = objective.model
+    encoded = encode(model, frozen, batch, objective.settings.loss_region)
+    keys = keys_for(stream(seed, "held-out"), batch["record_id"])
+    cache = matching_cache(keys, encoded.clean, encoded.region, count=PAIRS, fraction=1.0)
+    x, t, records = cache.rows()
+    condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
+    gates = model.gates(trainable, encoded.condition)[0][records]
+    policy, base = (
+        objective.velocity(trainable, frozen, x, t, condition, weights) for weights in (gates, jnp.zeros_like(gates))
+    )
+    norms = [jnp.sqrt(region_mean(v**2, encoded.region[records])) for v in (policy, base)]
+    ratio = (norms[0] / norms[1]).reshape(-1, PAIRS).mean(1)
+    return cache.errors(policy).mean(1), cache.errors(base).mean(1), ratio

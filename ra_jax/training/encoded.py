@@ -1,0 +1,34 @@
+"""A microbatch as the network sees it: conditions and results as latents, by frozen weights."""
+
+from dataclasses import dataclass
+
+import jax
+
+from ra_jax.flow.regions import region_weights
+from ra_jax.inference.sampling import Batch, as_diptych, diptych_condition, diptych_mask
+from ra_jax.models.conditioning import Condition
+from ra_jax.models.fill_model import FillModel, Weights
+from ra_jax.training.state import keys_for, stream
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Encoded:
+    """clean: x0 of the results [B, N, 4C], None where there are none;
+    region: mean_Ω's weights [B, N, 4]."""
+
+    condition: Condition
+    clean: jax.Array | None
+    region: jax.Array
+
+
+def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
+    """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used."""
+    condition = diptych_condition(model, frozen, batch)
+    clean = model.encode(frozen, as_diptych(batch, "result")) if "result" in batch else None
+    return Encoded(condition, clean, region_weights(diptych_mask(batch), model.factor, loss_region))
+
+
+def group_keys_of(batch: Batch, seed: jax.Array) -> jax.Array:
+    """Keys [B] of the policy's (t, ε): of (seed, epoch, group), so that a group shares them wherever it stands."""
+    return keys_for(stream(seed, "policy"), batch["epoch"], batch["group_id"])

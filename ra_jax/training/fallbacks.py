@@ -1,0 +1,48 @@
+"""Steps whose rewards could not be computed: told, counted, and the end of a run that has too many in a row."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+FALLBACK = "Failed to compute GRPO rewards, falling back to simple loss"
+LIMIT = 10  # steps in a row
+
+
+class RewardFallbacks:
+    """total: steps of the run so far that had to do without their rewards."""
+
+    def __init__(self, total: float = 0.0):
+        self.total, self._streak = total, 0
+
+    def count(self, steps: Sequence[Mapping[str, np.ndarray]], done: int) -> float:
+        """Take note of the metrics of the steps up to number `done`; returns the total.
+
+        Raises FloatingPointError where the rewards of ten steps in a row were not finite.
+        """
+        for number, step in enumerate(steps, done - len(steps) + 1):
+            if "reward_fallbacks" not in step:  # no rewards were due
+                continue
+            failed = float(step["reward_fallbacks"])
+            self.total += failed
+            self._streak = self._streak + 1 if failed else 0
+            if failed and "mean_reward" in step:
+                log.warning("%s at step %d: %s", FALLBACK, number, _cause(step))
+            if self._streak == LIMIT:
+                raise FloatingPointError(
+                    f"{FALLBACK}: at step {number} for the {LIMIT}th time in a row; {_cause(step)}; the last "
+                    "checkpoint is untouched"
+                )
+        return self.total
+
+
+def _cause(step: Mapping[str, np.ndarray]) -> str:
+    scores = {name: float(value) for name, value in step.items() if name.endswith("_score")}
+    broken = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
+    return (
+        f"{', '.join(broken)}, expected finite numbers; look at the newest preview: if it is broken, lower "
+        "--learning_rate or use --mixed_precision no, else mend that reward function"
+    )

@@ -1,0 +1,96 @@
+"""From the configuration to the static settings of objective, rollouts and step, and to a step's arithmetic."""
+
+import numpy as np
+
+from ra_jax.config import TrainConfig
+from ra_jax.models.loading import LoadedModel
+from ra_jax.rl.policy import PolicySettings
+from ra_jax.rl.user_rewards import Reward
+from ra_jax.training.generation import RolloutSettings
+from ra_jax.training.metrics import forward_flops, step_flops
+from ra_jax.training.objective import ObjectiveSettings
+from ra_jax.training.step import StepSettings
+
+INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
+
+
+def objective_settings(config: TrainConfig) -> ObjectiveSettings:
+    losses = config.losses
+    return ObjectiveSettings(
+        guidance_scale=config.model.guidance_scale,
+        loss_region=losses.loss_region,
+        base_loss_weight=losses.base_loss_weight,
+        policy_loss_weight=losses.policy_loss_weight,
+        diversity_loss_weight=losses.diversity_loss_weight,
+        kl_weight=config.grpo.kl_weight,
+        policy=policy_settings(config) if config.uses_policy else None,
+        dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
+        routing_decay=config.experts.routing_mean_decay,
+        routing_specialisation=config.experts.routing_specialisation,
+    )
+
+
+def policy_settings(config: TrainConfig) -> PolicySettings:
+    grpo = config.grpo
+    return PolicySettings(
+        estimator=grpo.policy_estimator,
+        clip_range=grpo.clip_range,
+        pairs=grpo.num_policy_timesteps,
+        fraction=grpo.policy_timestep_fraction,
+        noise_level=config.rollouts.sde_noise_level,
+        sde_clip_range=grpo.sde_clip_range,
+        nft_beta=grpo.nft_beta,
+    )
+
+
+def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> RolloutSettings | None:
+    """None where nothing is generated."""
+    if config.mode != "automatic":
+        return None
+    rollouts = config.rollouts
+    return RolloutSettings(
+        rewards=rewards,
+        generations=rollouts.num_generations,
+        steps=rollouts.rollout_steps,
+        decode_batch_size=rollouts.decode_batch_size,
+        noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
+        noise_level=rollouts.sde_noise_level,
+        sample_experts=config.experts.routing == "sample",
+    )
+
+
+def step_settings(config: TrainConfig, rewards: tuple[Reward, ...] = ()) -> StepSettings:
+    return StepSettings(
+        accumulation=config.run.gradient_accumulation_steps,
+        updates=config.updates,
+        sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
+        adapt_temperature=config.grpo.policy_temperature == "auto",
+        ema_decay=config.optimization.ema_decay,
+        drift_interval=config.logging.log_freq,
+        rollouts=rollout_settings(config, rewards),
+    )
+
+
+def initial_temperature(config: TrainConfig) -> float:
+    given = config.grpo.policy_temperature
+    return INITIAL_TEMPERATURE if given == "auto" else given
+
+
+def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray]) -> float:
+    """Model TFLOPs of one step with rewards on this batch (`metrics.step_flops`)."""
+    records, height, width, _ = batch["source"].shape
+    image_tokens = 2 * height * width // loaded.model.multiple**2
+    context_tokens = config.model.max_sequence_length + loaded.image_tokens
+    automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
+    points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
+    return 1e-12 * step_flops(
+        forward_flops(loaded.flux_config, image_tokens, context_tokens),
+        records=records,
+        updates=config.updates,
+        members=config.rollouts.num_generations if automatic else 1,
+        rollout_steps=config.rollouts.rollout_steps if automatic else 0,
+        policy_points=points if config.uses_policy else 0,
+        old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
+        kl=config.grpo.kl_weight > 0.0,
+        full_fine_tuning=not config.experts.use_lora,
+    )

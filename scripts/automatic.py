@@ -1,0 +1,196 @@
+"""Does GRPO on automatic rewards learn more than standard training in the same time, and by which estimator?
+
+    python scripts/automatic.py run   [--root output/automatic]    trains and measures every cell, resumes per cell
+    python scripts/automatic.py table [--root output/automatic]    prints the tables, draws the figure
+
+From the demo's base (`python -m ra_jax.demo`), on its training scenes with the truth as result: GRPO by each estimator,
+and standard training for as long as the default estimator takes by the clock. At several points on the way each model
+removes the objects of held-out scenes that no training and no choice of settings has seen; the pictures are judged by
+the same rewards, and by PSNR against the truth. Drift is measured beside: how far velocities are from the base's.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from learning import Experiment, Measure, interval
+from matplotlib import pyplot as plt
+
+from ra_jax.config import TrainConfig, from_flat_dict, load_toml, to_flat_dict
+from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.rl.rewards import REWARDS, SCORES, RewardInputs, total_reward
+from ra_jax.training.checkpoints import restore
+from ra_jax.training.loop import train
+from ra_jax.training.metrics import read_rows
+
+WEIGHTS = (0.4, 0.3, 0.3)
+AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
+METHODS = {
+    "standard": dict.fromkeys(AUTOMATIC, False) | {"policy_estimator": "matching", "kl_weight": 0.0},
+    "matching": AUTOMATIC | {"policy_estimator": "matching"},
+    "sde": AUTOMATIC | {"policy_estimator": "sde"},
+    "nft": AUTOMATIC | {"policy_estimator": "nft"},
+}
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """root: where everything goes; demo: the demo's folder, made if need be; steps: of the default estimator; points:
+    at which models are measured; settings: "name=value" for all trainings (TOML values), for tuning."""
+
+    root: Path = Path("output/automatic")
+    demo: Path = Path("output/demo")
+    config: Path = Path("configs/tiny_auto.toml")
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 120
+    points: int = 6
+    held_out: int = 64
+    first_scene: int = HELD_OUT + 40_000
+    num_inference_steps: int = 12
+    settings: tuple[str, ...] = ()
+
+    def cell(self, method: str, seed: int) -> Path:
+        return self.root / "cells" / f"{method}-{seed}.json"
+
+    def run_dir(self, method: str, seed: int) -> Path:
+        return self.root / "runs" / f"{method}-{seed}"
+
+
+def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
+    import tomllib
+
+    settings = load_toml(experiment.config) | {
+        "train_json_path": str(paths.train / "triplets.json"),
+        "val_json_path": str(paths.held_out / "triplets.json"),
+        "output_dir": str(experiment.run_dir(method, seed)),
+        "overwrite_output_dir": True,
+        "pretrained_model_name_or_path": str(paths.fill),
+        "pretrained_redux_model_name_or_path": str(paths.redux),
+        "max_train_steps": steps,
+        "validation_steps": 0,
+        "checkpointing_steps": max(1, steps // experiment.points),
+        "report_to": ["none"],
+        "log_freq": max(1, steps // (2 * experiment.points)),
+        "seed": seed,
+    }
+    tuned = tomllib.loads("\n".join(experiment.settings))
+    return from_flat_dict(settings | METHODS[method] | tuned)
+
+
+class Judge:
+    """What a model generates for held-out scenes, in the eyes of the rewards."""
+
+    def __init__(self, experiment: Automatic, paths: DemoPaths):
+        common = {name: getattr(experiment, name) for name in ("config", "held_out", "first_scene", "num_inference_steps")}
+        self.measure = Measure(Experiment(**common), paths)
+        scenes = self.measure.scenes
+        as_float = {name: jnp.asarray(getattr(scenes, name), jnp.float32) for name in ("source", "truth", "mask")}
+        decoded = jnp.asarray(self.measure.round_trip())
+        self._inputs = RewardInputs(decoded, as_float["source"], as_float["mask"], as_float["truth"], decoded)
+        self._score = jax.jit(lambda inputs: jnp.stack([REWARDS[name].function(inputs) for name in SCORES], -1))
+
+    def __call__(self, images: np.ndarray) -> dict[str, list]:
+        """Per scene: the three scores, PSNR against the truth [dB] and the strengths of the defects."""
+        scores = np.asarray(self._score(replace(self._inputs, image=jnp.asarray(images))), np.float64)
+        error = ((images - self.measure.scenes.truth) ** 2).mean((1, 2, 3))
+        return {
+            "scores": scores.tolist(),
+            "psnr": (-10.0 * np.log10(np.maximum(error, 1e-10))).tolist(),
+            "defects": self.measure(images)["defects"].tolist(),
+        }
+
+
+def evaluations(config: TrainConfig) -> float:
+    """Network evaluations of one image in a step: forward passes, a trained pass counting as three."""
+    conditions, set_ = config.run.train_batch_size, config.rollouts
+    if config.mode != "automatic":
+        return 3.0 * conditions
+    points = set_.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
+    member = set_.rollout_steps + set_.num_iterations * points * (3.0 + (config.grpo.kl_weight > 0))
+    return conditions * (3.0 * set_.num_iterations + set_.num_generations * member)
+
+
+def run(experiment: Automatic) -> None:
+    """Train and measure every cell that has no result yet; standard training last, whose length follows from GRPO's."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    paths = prepare(experiment.demo, DemoSettings())
+    judge = Judge(experiment, paths)
+    limits = experiment.cell("limits", 0)
+    if not limits.exists():
+        write(limits, {"base": judge(judge.measure.generate(None)), "roundtrip": judge(judge.measure.round_trip())})
+    for seed in experiment.seeds:
+        for method in sorted(experiment.methods, key=lambda name: name == "standard"):
+            if not experiment.cell(method, seed).exists():
+                run_cell(experiment, paths, judge, method, seed)
+
+
+def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str, seed: int) -> None:
+    steps = experiment.steps
+    if method == "standard":
+        grpo = json.loads(experiment.cell("matching", seed).read_text())
+        probe = training_config(experiment, paths, method, seed, 40)
+        train(probe)
+        steps = round(grpo["points"][-1]["seconds"] / seconds_until(probe, 40) * 40)
+    config = training_config(experiment, paths, method, seed, steps)
+    since = time.monotonic()
+    output = train(config)
+    wall, points = time.monotonic() - since, []
+    rows = read_rows(output / "metrics.jsonl")
+    for checkpoint in sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name)):
+        done = int(checkpoint.name)
+        weights = restore(checkpoint, judge.measure.loaded.trainable, prefix="trainable")
+        row = [row for row in rows if row["step"] <= done][-1]
+        points.append(
+            {
+                "step": done,
+                "seconds": seconds_until(config, done),
+                "evaluations": done * evaluations(config),
+                "drift": {name: row.get(name) for name in ("velocity_norm_ratio", "kl_to_base", "base_loss")},
+                **judge(judge.measure.generate_with(weights)),
+            }
+        )
+    means = {name: float(np.mean([r[name] for r in rows if name in r])) for name in ("mean_ratio", "clip_fraction_at_sync") if name in rows[-1]}
+    write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "wall": wall, "points": points, **means})
+    last = points[-1]
+    print(
+        f"{method} {seed}: {steps} steps, {last['seconds']:.0f} s, wall {wall:.0f} s, reward "
+        f"{[round(float(total_reward(np.asarray(p['scores']), WEIGHTS).mean()), 3) for p in points]}, psnr "
+        f"{[round(float(np.mean(p['psnr'])), 2) for p in points]}, scores {np.mean(last['scores'], 0).round(3)}, "
+        f"defects {np.mean(last['defects'], 0).round(2)}, {last['drift']}, {means}",
+        flush=True,
+    )
+
+
+def seconds_until(config: TrainConfig, step: int) -> float:
+    """Training time up to a step, from the rows' mean step times but the first's, which holds the compilation."""
+    rows = [row for row in read_rows(Path(config.run.output_dir) / "metrics.jsonl") if row["step"] <= step]
+    seconds, before = 0.0, rows[0]["step"]
+    for row in rows[1:]:
+        seconds += row["step_time"] * (row["step"] - before)
+        before = row["step"]
+    return seconds * before / (before - rows[0]["step"])
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def table(experiment: Automatic) -> None:
+    pass
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"run": run, "table": table}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""GRPO on automatic rewards: what a step generates, judges and learns, and what happens where rewards fail."""
+
+import logging
+from dataclasses import replace
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ra_jax.config import ConfigError
+from ra_jax.data.diptych import right_panel
+from ra_jax.inference.sampling import initial_noise, make_remover
+from ra_jax.rl.rewards import REWARDS, RewardInputs
+from ra_jax.rl.user_rewards import Reward, RewardError
+from ra_jax.training import programs
+from ra_jax.training.checkpoints import named_leaves
+from ra_jax.training.encoded import encode
+from ra_jax.training.generation import decode_panels, drawn_experts, roll_out_members
+from ra_jax.training.loop import train
+from ra_jax.training.metrics import read_rows
+from ra_jax.training.setup import set_up
+
+GENERATIONS, CONDITIONS = 3, 2
+STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
+
+
+@pytest.fixture(scope="module")
+def automatic(config_in, scored_scenes, tmp_path_factory):
+    """automatic(**flags) -> TrainConfig of a run in a folder of its own: 2 conditions of 3 rollouts of 6 steps."""
+
+    def make(**flags):
+        settings = {
+            "train_json_path": str(scored_scenes / "triplets.json"),
+            "use_human_scores": False,
+            "num_generations": GENERATIONS,
+            "rollout_steps": 6,
+            "train_batch_size": CONDITIONS,
+            "decode_batch_size": 8,
+        }
+        return config_in(tmp_path_factory.mktemp("automatic"), **settings | flags)
+
+    return make
+
+
+def copied(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def steps_of(setup, count):
+    """State after so many steps, and the metrics of each."""
+    step, state, rows = setup.step_programs(), setup.state, []
+    for number, batch in enumerate(islice(setup.loader.iterate(), count)):
+        state, row = step(state, setup.loaded.frozen, batch, number)
+        rows.append({name: float(value) for name, value in jax.device_get(row).items()})
+    return state, rows
+
+
+def changed(before, after):
+    before, after = named_leaves(before), named_leaves(after)
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(automatic):
+    setup = set_up(automatic(adam_weight_decay=0.0))
+    frozen, before = copied(setup.loaded.frozen), copied(setup.state.trainable)
+    state, rows = steps_of(setup, 2)
+    assert changed(frozen, setup.loaded.frozen) == set()
+    assert changed(before, state.trainable) == set(named_leaves(before))
+    assert state.snapshot is None  # the weights that a step begins with are its old policy
+    assert int(state.step) == 2
+    promised = {"train_loss", "base_loss", "policy_loss", "diversity_loss", "mean_reward", "mean_ratio", "reward_std"}
+    promised |= {"clip_fraction", "clip_fraction_at_sync", "approx_kl", "frac_reward_zero_std", "reward_fallbacks"}
+    promised |= {"removal_score", "background_score", "smoothness_score", "kl_to_base", "velocity_norm_ratio"}
+    assert promised <= rows[-1].keys()
+    assert rows[0]["kl_to_base"] == 0.0 < rows[1]["kl_to_base"]
+    assert all(np.isfinite(value) for value in rows[-1].values())
+
+
+@pytest.mark.parametrize("flags", [{}, {"policy_estimator": "sde"}, {"routing": "sample"}], ids=str)
+def test_ratio_is_one_in_the_first_pass_and_moves_in_the_second(automatic, flags):
+    once = set_up(automatic(num_iterations=1, **flags))
+    assert [row["mean_ratio"] for row in steps_of(once, 2)[1]] == [1.0, 1.0]
+    twice = set_up(automatic(num_iterations=2, **flags))
+    assert all(row["mean_ratio"] != 1.0 for row in steps_of(twice, 2)[1])
+
+
+@pytest.mark.parametrize("estimator", ["matching", "sde"])
+@pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
+def test_equal_parameters_give_equal_log_probabilities(automatic, optimised, estimator, precision, bound):
+    """The second pass by weights that did not move, against what the first one left."""
+    flags = {"policy_estimator": estimator, "mixed_precision": precision, "policy_temperature": 1.0}
+    for row in steps_of(set_up(automatic(**flags, **STILL)), 2)[1]:
+        assert abs(np.log(row["mean_ratio"])) <= bound
+        assert row["clip_fraction"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def rolled_out(automatic):
+    """(setup, batch, encoded, members, scores) of random experts, as the first step generates them."""
+    setup = set_up(automatic())
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), setup.state.trainable)
+    setup = replace(setup, state=replace(setup.state, trainable=noisy))
+    batch = next(setup.loader.iterate())
+    return setup, batch, *generated(setup, batch)
+
+
+def generated(setup, batch, **changes):
+    settings = replace(setup.step_settings.rollouts, **changes)
+
+    @jax.jit
+    def generate(state, frozen, batch):
+        encoded = encode(setup.loaded.model, frozen, batch, "balanced")
+        return encoded, *roll_out_members(setup.objective, settings, state, frozen, batch, encoded)
+
+    return generate(setup.state, setup.loaded.frozen, batch)
+
+
+def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypatch):
+    """By `make_remover`, and by the scores of its pictures."""
+    setup, batch, _, members, scores = rolled_out
+    drawn = []
+    noise = "ra_jax.training.generation.panel_noise"
+
+    def fixed(group_keys, member_keys, grid, features):
+        keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
+        drawn.append(initial_noise(setup.loaded.model, keys, 32, 32))
+        return drawn[-1]
+
+    monkeypatch.setattr(noise, fixed)
+    encoded, members, scores = generated(setup, batch)
+    keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
+    remove = make_remover(setup.loaded.model, setup.objective.schedule, num_inference_steps=6, guidance_scale=30.0)
+    images, _ = remove(
+        setup.state.trainable, setup.loaded.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32)
+    )
+    for member in range(GENERATIONS):
+        made = decode_panels(
+            setup.objective,
+            setup.step_settings.rollouts,
+            setup.loaded.frozen,
+            members.clean[member],
+            encoded.condition.grid,
+        )
+        np.testing.assert_allclose(made, images, atol=1e-4)
+    truth = batch["result"] / np.float32(255)
+    decoded = jnp.clip(
+        right_panel(setup.loaded.model.decode(setup.loaded.frozen, encoded.clean, encoded.condition.grid)), 0, 1
+    )
+    inputs = RewardInputs(images, batch["source"] / np.float32(255), batch["mask"].astype(np.float32), truth, decoded)
+    for i, name in enumerate(("removal", "background", "smoothness")):
+        np.testing.assert_allclose(scores[0, :, i], REWARDS[name].function(inputs), atol=1e-3)
+
+
+def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out):
+    setup, batch, encoded, _, _ = rolled_out
+    seen = []
+    import ra_jax.training.generation as generation
+
+    original = generation.panel_noise
+
+    def watched(*arguments):
+        noise = original(*arguments)
+        seen.append(noise)
+        return noise
+
+    generation.panel_noise = watched
+    try:
+        with jax.disable_jit():
+            roll_out_members(
+                setup.objective,
+                replace(setup.step_settings.rollouts, steps=1),
+                setup.state,
+                setup.loaded.frozen,
+                batch,
+                encoded,
+            )
+    finally:
+        generation.panel_noise = original
+    rows, columns = encoded.condition.grid
+    noise = np.asarray(seen).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
+    left, right = noise[:, :, :, : columns // 2], noise[:, :, :, columns // 2 :]
+    np.testing.assert_array_equal(left[0], left[1])
+    assert not np.array_equal(left[0, 0], left[0, 1])  # another condition's
+    flat = right.reshape(GENERATIONS * CONDITIONS, -1)
+    assert np.abs(np.corrcoef(flat) - np.eye(len(flat))).max() < 0.3
+    assert abs(noise.std() - 1) < 0.05
+
+
+def test_decoding_in_microbatches_gives_the_same_scores(rolled_out):
+    setup, batch, _, _, scores = rolled_out
+    np.testing.assert_allclose(generated(setup, batch, decode_batch_size=1)[2], scores, atol=1e-5)
+
+
+def test_rollouts_depend_on_step_record_and_member_alone(rolled_out):
+    """Conditions in another order generate the same, another step something else."""
+    setup, batch, _, members, _ = rolled_out
+    turned = {name: values[::-1] for name, values in batch.items()}
+    np.testing.assert_allclose(generated(setup, turned)[1].clean[:, ::-1], members.clean, atol=1e-4)
+    later = replace(setup, state=replace(setup.state, step=jnp.asarray(1)))
+    assert np.abs(generated(later, batch)[1].clean - members.clean).max() > 0.1
+
+
+def test_drawn_experts_follow_the_gates(rolled_out):
+    settings = replace(rolled_out[0].step_settings.rollouts, sample_experts=True)
+    gates = jnp.tile(jnp.asarray([[0.6, 0.3, 0.1]]), (4000, 1))
+    weights, experts = drawn_experts(settings, gates, jax.vmap(jax.random.key)(jnp.arange(4000)))
+    np.testing.assert_allclose(weights.mean(0), gates[0], atol=0.03)
+    np.testing.assert_array_equal(weights.argmax(1), experts)
+
+
+def test_the_draw_of_an_expert_teaches_the_router(automatic):
+    """With one-hot gates nothing else in the policy loss reaches it."""
+    flags = {"routing": "sample", "base_loss_weight": 0.0, "diversity_loss_weight": 0.0, "adam_weight_decay": 0.0}
+    setup = set_up(automatic(**flags))
+    before = copied(setup.state.trainable)
+    state, _ = steps_of(setup, 1)
+    assert "router/logits/kernel" in changed(before, state.trainable)
+
+
+def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic):
+    """A constant reward: advantages are 0, so that without the other losses no weight moves."""
+    flags = {"base_loss_weight": 0.0, "diversity_loss_weight": 0.0, "adam_weight_decay": 0.0}
+    setup = set_up(automatic(**flags))
+    constant = (Reward("constant", lambda inputs: jnp.full(inputs.image.shape[:1], 0.7), 1.0),)
+    state, rows = steps_of(with_rewards(setup, constant), 1)
+    assert changed(setup.state.trainable, state.trainable) == set() or rows[0]["grad_norm"] == 0.0
+    assert rows[0]["frac_reward_zero_std"] == 1.0
+    assert rows[0]["mean_reward"] == pytest.approx(0.4)
+
+
+def with_rewards(setup, rewards):
+    rollouts = replace(setup.step_settings.rollouts, rewards=rewards)
+    return replace(setup, step_settings=replace(setup.step_settings, rollouts=rollouts))
+
+
+def test_without_the_grpo_loss_rewards_are_only_looked_at(automatic):
+    _, rows = steps_of(set_up(automatic(enable_grpo_loss=False)), 1)
+    assert "mean_reward" in rows[0] and "policy_loss" not in rows[0]
+
+
+def broken(inputs):
+    return jnp.where(inputs.image.mean((1, 2, 3)) > -1.0, jnp.nan, 0.0)
+
+
+def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automatic):
+    """The step then is the one without rewards, to the last bit of the loss."""
+    config = automatic(adam_weight_decay=0.0)
+    setup = set_up(config)
+    state, rows = steps_of(with_rewards(setup, (Reward("broken", broken, 1.0),)), 1)
+    assert rows[0]["reward_fallbacks"] == 1.0 and np.isnan(rows[0]["mean_reward"])
+    plain = set_up(automatic(adam_weight_decay=0.0))
+    plain = replace(plain, reward_interval=2)
+    step = plain.step_programs()
+    reference, _ = step(plain.state, plain.loaded.frozen, next(plain.loader.iterate()), 1)  # a step without rewards
+    del reference
+    base = {name: np.asarray(leaf) for name, leaf in named_leaves(state.trainable).items()}
+    assert all(np.isfinite(leaf).all() for leaf in base.values())
+    assert np.isfinite(rows[0]["train_loss"])
+
+
+def test_ten_steps_without_rewards_stop_the_run(automatic, monkeypatch, caplog):
+    monkeypatch.setitem(REWARDS, "removal", replace(REWARDS["removal"], function=broken))
+    config = automatic(max_train_steps=14, num_iterations=1, rollout_steps=1)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(
+            FloatingPointError, match=r"falling back.*step 10 for the 10th time in a row.*removal_score is nan"
+        ),
+    ):
+        train(config)
+    told = [record.message for record in caplog.records if "falling back to simple loss" in record.message]
+    assert len(told) == 10 and "removal_score is nan" in told[0]
+    assert "lower --learning_rate" in told[0]
+    rows = read_rows(set_output(config) / "metrics.jsonl")
+    assert rows[-1]["step"] == 9 and rows[-1]["reward_fallbacks"] == 9.0
+    assert "falling back" in (set_output(config) / "report.html").read_text()
+
+
+def set_output(config):
+    from pathlib import Path
+
+    return Path(config.run.output_dir)
+
+
+def test_rewards_every_other_step(automatic):
+    setup = set_up(automatic(reward_interval=2))
+    step, state, rows = setup.step_programs(), setup.state, []
+    for number, batch in enumerate(islice(setup.loader.iterate(), 3)):
+        state, row = step(state, setup.loaded.frozen, batch, number)
+        rows.append(row)
+    assert ["mean_reward" in row for row in rows] == [True, False, True]
+    assert len(step) == 2
+
+
+def test_a_step_that_does_not_fit_decodes_less_at_once(automatic, monkeypatch):
+    setup = set_up(automatic(decode_batch_size=4))
+    tried = []
+
+    def needed(program):
+        tried.append(program)
+        return 100 // len(tried)
+
+    monkeypatch.setattr(programs, "memory_needed", needed)
+    monkeypatch.setattr(programs, "device_memory", lambda: 40)
+    _, rows = steps_of(setup, 1)
+    assert len(tried) == 3  # 4, 2, 1 images at a time
+    assert rows[0]["reward_fallbacks"] == 0.0 and "mean_reward" in rows[0]
+
+
+def test_a_step_that_never_fits_goes_on_without_rewards(automatic, monkeypatch, caplog):
+    setup = set_up(automatic(decode_batch_size=2))
+    monkeypatch.setattr(programs, "memory_needed", lambda program: 3 * 10**9)
+    monkeypatch.setattr(programs, "device_memory", lambda: 2 * 10**9)
+    with caplog.at_level(logging.WARNING):
+        _, rows = steps_of(setup, 2)
+    assert "Failed to compute GRPO rewards, falling back to simple loss" in caplog.text
+    assert "needs 3.0 GB with one image decoded at a time, the device has 2.0 GB" in caplog.text
+    assert "mean_reward" not in rows[0] and "base_loss" in rows[0]
+    assert [row.get("reward_fallbacks") for row in rows] == [1.0, None]
+
+
+def test_memory_grows_with_the_group_by_its_latents_alone(automatic):
+    """Temporaries of the compiled step: from 2 to 8 rollouts a condition."""
+
+    def temporaries(generations):
+        setup = set_up(automatic(num_generations=generations))
+        step = setup.step_programs()
+        batch = next(setup.loader.iterate())
+        step.prepare(setup.state, setup.loaded.frozen, batch)
+        (program,) = (future.result() for future in step._programs.values())
+        latents = 4 * 32 * setup.loaded.model.latent_features * CONDITIONS  # bytes of one member of each condition
+        return program.memory_analysis().temp_size_in_bytes, latents
+
+    (few, latents), (many, _) = temporaries(2), temporaries(8)
+    assert many - few < 6 * 4 * latents
+
+
+def test_a_python_function_as_reward(automatic, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "import numpy as np\n\n\ndef dark(inputs):\n    return 1.0 - np.asarray(inputs.image).mean((1, 2, 3))\n\n\n"
+        "def wrong(inputs):\n    return inputs.image\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    setup = set_up(automatic(reward_functions=["my_rewards:dark=0.5", "smoothness=0.5"]))
+    _, rows = steps_of(setup, 1)
+    assert 0.0 < rows[0]["dark_score"] < 1.0
+    assert rows[0]["mean_reward"] == pytest.approx(
+        0.5 * (2 * rows[0]["dark_score"] - 1) + 0.5 * (2 * rows[0]["smoothness_score"] - 1), abs=1e-5
+    )
+    with pytest.raises(RewardError, match=r"wrong.*\(2, 32, 32, 3\)"):
+        set_up(automatic(reward_functions=["my_rewards:wrong"]))
+
+
+@pytest.mark.parametrize("estimator", ["matching", "nft"])
+def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(
+    automatic, scored_scenes, tmp_path, estimator
+):
+    import json
+
+    records = json.loads((scored_scenes / "labeled_dict.json").read_text())[::4]
+    for record in records:
+        del record["result"], record["scores"]
+        for name in ("src", "mask", "ref"):
+            record[name] = str(scored_scenes / record[name])
+    (tmp_path / "photos.json").write_text(json.dumps(records))
+    flags = {"train_json_path": str(tmp_path / "photos.json"), "base_loss_weight": 0.0}
+    flags |= {"policy_estimator": estimator, "kl_weight": 0.1}
+    _, rows = steps_of(set_up(automatic(**flags)), 1)
+    assert "base_loss" not in rows[0]
+    assert {"removal_score", "background_score", "smoothness_score", "policy_loss", "kl_loss"} <= rows[0].keys()
+
+
+def test_too_short_a_rollout_for_the_stochastic_steps(automatic):
+    with pytest.raises(ConfigError, match=r"rollout_steps = 2 with sde_window = 2.*raise --rollout_steps"):
+        set_up(automatic(policy_estimator="sde", rollout_steps=2))
+
+
+def test_several_results_of_a_scene_are_warned_of(automatic, scored_scenes, caplog):
+    with caplog.at_level(logging.WARNING):
+        set_up(automatic(train_json_path=str(scored_scenes / "labeled_dict.json")))
+    assert "24 records of 6 scenes" in caplog.text
+
+
+def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(automatic, scored_scenes):
+    """A policy that pulls a hundred times too hard."""
+    config = automatic(
+        val_json_path=str(scored_scenes / "triplets.json"),
+        max_drift=0.05,
+        drift_steps=1,
+        max_train_steps=30,
+        policy_loss_weight=100.0,
+        learning_rate=0.03,
+    )
+    output = train(config)
+    rows = read_rows(output / "metrics.jsonl")
+    assert rows[-1]["step"] < 30
+    assert rows[-1]["held_out_flow_drift"] > 0.05 or rows[-1]["held_out_velocity_norm_ratio"] > 1.05
+    within = [row for row in rows if row["held_out_flow_drift"] <= 0.05 and row["held_out_velocity_norm_ratio"] <= 1.05]
+    best = max(within, key=lambda row: row["mean_reward"])["step"]
+    assert [path.name for path in (output / "best").iterdir()] == [str(best)]
+    assert "max_drift = 0.05" in (output / "report.html").read_text()
