@@ -172,6 +172,7 @@ class RunConfig:
     checkpointing_steps: int = 500  # a checkpoint every so many steps (0: only at the end)
     checkpoints_total_limit: int | None = None  # oldest checkpoints beyond it are deleted (None: keep all)
     resume_from_checkpoint: str | None = None  # "latest", or a checkpoint's folder
+    init_experts_from: str | None = None  # begin with another run's experts: its output_dir, or a checkpoint's folder
     overwrite_output_dir: bool = False  # delete the run that output_dir already holds
     max_drift: float | None = None  # stop when the flow loss on val_json_path, or the velocity, grew by this fraction
     drift_steps: int = 10  # with max_drift, look every so many steps

@@ -65,6 +65,8 @@ def problems(config: "TrainConfig") -> Iterator[str]:
         yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
     yield from _schedule(config)
     yield from _run(config.run)
+    if config.run.init_experts_from and not config.experts.use_lora:
+        yield "init_experts_from without use_lora: there are no experts to begin with; add --use_lora, or leave it out"
     trackers = config.logging.report_to
     if "none" in trackers and len(trackers) > 1:
         yield f"report_to = {' '.join(trackers)}: expected none alone, or trackers without none"
@@ -115,7 +117,12 @@ def _automatic(config: "TrainConfig") -> Iterator[str]:
             "num_generations = 1: a rollout is judged against the others of its condition, and alone it teaches "
             "nothing; expected at least 2 (8 is usual)"
         )
-    if grpo.policy_estimator == "sde" and not automatic:
+    if grpo.policy_estimator != "matching" and not config.uses_policy:
+        yield (
+            f"policy_estimator = {grpo.policy_estimator}: there is no policy term; add --use_grpo "
+            "--enable_grpo_rewards --enable_grpo_loss, or leave it out"
+        )
+    elif grpo.policy_estimator == "sde" and not automatic:
         yield (
             "policy_estimator = sde: judges the steps by which an image was generated, which a stored result does not "
             "have; use matching or nft, or automatic rewards (--use_grpo --enable_grpo_rewards without "
@@ -196,6 +203,11 @@ def _schedule(config: "TrainConfig") -> Iterator[str]:
 
 
 def _run(run: "RunConfig") -> Iterator[str]:
+    if run.resume_from_checkpoint and run.init_experts_from:
+        yield (
+            "resume_from_checkpoint with init_experts_from: one goes on with a run, the other begins a new one; give "
+            "one of them"
+        )
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         yield (
             "resume_from_checkpoint with overwrite_output_dir: one continues the run in output_dir, the "

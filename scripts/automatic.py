@@ -87,7 +87,9 @@ class Judge:
     """What a model generates for held-out scenes, in the eyes of the rewards."""
 
     def __init__(self, experiment: Automatic, paths: DemoPaths):
-        common = {name: getattr(experiment, name) for name in ("config", "held_out", "first_scene", "num_inference_steps")}
+        common = {
+            name: getattr(experiment, name) for name in ("config", "held_out", "first_scene", "num_inference_steps")
+        }
         self.measure = Measure(Experiment(**common), paths)
         scenes = self.measure.scenes
         as_float = {name: jnp.asarray(getattr(scenes, name), jnp.float32) for name in ("source", "truth", "mask")}
@@ -155,7 +157,11 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
                 **judge(judge.measure.generate_with(weights)),
             }
         )
-    means = {name: float(np.mean([r[name] for r in rows if name in r])) for name in ("mean_ratio", "clip_fraction_at_sync") if name in rows[-1]}
+    means = {
+        name: float(np.mean([r[name] for r in rows if name in r]))
+        for name in ("mean_ratio", "clip_fraction_at_sync")
+        if name in rows[-1]
+    }
     write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "wall": wall, "points": points, **means})
     last = points[-1]
     print(

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from ra_jax.config import ConfigError, TrainConfig, from_flat_dict, parse, to_fl
 PATHS = ["--train_json_path", "data.json", "--output_dir", "out"]
 GRPO = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
 HUMAN = [*PATHS, *GRPO, "--use_lora"]
+AUTOMATIC = ["--use_grpo", "--enable_grpo_rewards", "--enable_grpo_loss"]
 
 GUIDE_HUMAN = """
     --train_json_path /path/to/labeled_data.json --output_dir ./output/grpo_human_labels --use_grpo
@@ -60,6 +62,24 @@ def test_the_guides_standard_command():
     assert config.base_loss_weighting == "none"
     assert config.experts.names == ("removal", "background", "smoothness")
     assert config.experts.weights == (0.4, 0.3, 0.3)
+
+
+def test_modes():
+    assert parse([*PATHS, "--use_grpo"]).mode == "standard"  # no rewards were asked for
+    automatic = parse([*PATHS, *AUTOMATIC])
+    assert (automatic.mode, automatic.uses_policy, automatic.updates) == ("automatic", True, 2)
+    assert automatic.base_loss_weighting == "none"
+    assert parse([*PATHS, *AUTOMATIC[:2]]).mode == "automatic"
+    assert parse(HUMAN).updates == 1
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.toml")), ids=lambda path: path.name)
+def test_configuration_files_are_sound(file):
+    """With the paths that their heads ask for; each says how it is used."""
+    assert f"--config configs/{file.name}" in file.read_text()
+    config = parse(["--config", str(file), "--train_json_path", "data.json", "--val_json_path", "held_out.json"])
+    expected = {"standard": "standard", "human": "human", "auto": "automatic", "tiny": "human"}
+    assert config.mode == expected[file.stem.split("_")[-1]]
 
 
 def test_hyphens_underscores_and_switches():
@@ -140,7 +160,6 @@ def test_toml_files_that_cannot_be_read(tmp_path):
     assert "no file given" in refusal([*PATHS, "--config"])
 
 
-GRPO = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
 CONTRADICTIONS = [
     (["--use_lora", "--num_experts", "2", "--expert_names", "a", "b", "c"], "expert_names has 3 (a b c)"),
     (
@@ -156,11 +175,22 @@ CONTRADICTIONS = [
     (["--use_lora", "--target_modules", "("], "not a regular expression"),
     (["--lora_rank", "8"], "lora_rank without use_lora"),
     (["--use_human_scores"], "use_human_scores without use_grpo"),
-    (["--use_grpo"], "automatic rewards do not exist yet in this version"),
     (["--enable_grpo_loss"], "enable_grpo_loss without use_grpo"),
     (["--base_loss_weighting", "best"], "base_loss_weighting = best: weighs records by their scores"),
-    (["--policy_estimator", "sde"], "policy_estimator = sde"),
-    (["--policy_estimator", "nft"], "policy_estimator = nft"),
+    (["--policy_estimator", "nft"], "policy_estimator = nft: there is no policy term"),
+    ([*GRPO, "--policy_estimator", "sde"], "policy_estimator = sde: judges the steps by which an image was generated"),
+    ([*GRPO, "--policy_estimator", "nft"], "policy_estimator = nft with kl_weight = 0"),
+    ([*AUTOMATIC, "--num_generations", "1"], "num_generations = 1: a rollout is judged against the others"),
+    ([*AUTOMATIC, "--num_generations", "0"], "num_generations = 0: expected a value at least 1"),
+    (["--use_lora", *GRPO, "--routing", "sample"], "routing = sample: draws an expert for each rollout"),
+    (
+        ["--use_lora", *AUTOMATIC, "--routing", "sample", "--policy_estimator", "nft", "--kl_weight", "0.1"],
+        "nft has no ratio that a draw could join",
+    ),
+    ([*GRPO, "--reward_functions", "lpips"], "reward_functions = lpips: judge generated images"),
+    (["--use_lora", "--max_drift", "0.05"], "max_drift without val_json_path"),
+    (["--max_drift", "0.05", "--val_json_path", "v.json"], "max_drift = 0.05 without use_lora"),
+    (["--max_drift", "0"], "max_drift = 0.0: expected a value greater than 0"),
     (["--mixed_precision", "fp16"], "FLUX overflows it; use bf16"),
     (
         ["--lr_scheduler", "cosine", "--lr_warmup_steps", "11", "--max_train_steps", "10"],

@@ -3,6 +3,7 @@
 Members are visited one after another, one of every condition at a time, so that memory does not grow with their number.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -66,11 +67,16 @@ def roll_out_members(
 
         made = replace(roll_out(velocity, noise, times, noisy), experts=experts)
         image = decode_panels(objective, settings, frozen, made.clean, condition.grid)
-        judged = replace(inputs, image=image)
-        return None, (made, jnp.stack([reward.function(judged) for reward in settings.rewards], -1))
+        return None, (made, scores_of(settings.rewards, replace(inputs, image=image)))
 
     _, (members, scores) = jax.lax.scan(member, None, jnp.arange(settings.generations))
     return members, scores
+
+
+def scores_of(rewards: Sequence[Reward], inputs: RewardInputs) -> jax.Array:
+    """Every reward of a batch of images, [B, S]."""
+    scores = [reward.function(inputs)[:, None] for reward in rewards]
+    return jnp.concatenate(scores, axis=1) if scores else jnp.zeros((len(inputs.image), 0))
 
 
 def noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState) -> NoisySteps | None:

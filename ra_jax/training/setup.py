@@ -18,11 +18,12 @@ from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
+from ra_jax.models.fill_model import Weights
 from ra_jax.models.loading import LoadedModel, load_fill_model
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
 from ra_jax.rl.rewards import RewardInputs, total_reward
 from ra_jax.rl.user_rewards import Reward, check_reward, parse_rewards
-from ra_jax.training.checkpoints import BEST, CheckpointError, find_checkpoint, read_about, restore
+from ra_jax.training.checkpoints import BEST, About, CheckpointError, find_checkpoint, read_about, restore
 from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.experts import expert_configs
@@ -90,6 +91,8 @@ def set_up(config: TrainConfig) -> Setup:
     resume_from = checkpoint_to_resume(config, output)
     if resume_from is not None:
         refuse_another_seed(resume_from, config.run.seed)
+    if config.run.init_experts_from is not None:
+        find_checkpoint(config.run.init_experts_from)  # is told before anything is loaded
     records = load_training_records(config)
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
@@ -112,7 +115,7 @@ def set_up(config: TrainConfig) -> Setup:
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
     state = init_state(
-        loaded.trainable,
+        first_weights(config, loaded),
         optimizer,
         seed=config.run.seed,
         num_experts=loaded.model.num_experts,
@@ -186,7 +189,8 @@ def refuse_another_seed(checkpoint: Path, seed: int) -> None:
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
 
-    How this run began (anew, over another, resumed) is left out of it, so that `--config` with the file can resume.
+    How this run began (anew, over another, resumed, with whose experts) is left out of it, so that `--config` with the
+    file can resume.
     """
     if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
         for path in (output / name for name in RUN_FILES):
@@ -195,7 +199,8 @@ def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
             else:
                 path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    lasting = replace(config, run=replace(config.run, overwrite_output_dir=False, resume_from_checkpoint=None))
+    beginnings = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
+    lasting = replace(config, run=replace(config.run, **beginnings))
     (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
 
 
@@ -268,6 +273,26 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
             )
 
 
+def first_weights(config: TrainConfig, loaded: LoadedModel) -> Weights:
+    """What training begins with: fresh weights, or another run's experts and router (averaged where it averaged)."""
+    if config.run.init_experts_from is None:
+        return loaded.trainable
+    checkpoint = find_checkpoint(config.run.init_experts_from)
+    about = read_about(checkpoint)
+    refuse_another_base(checkpoint, about, loaded.fingerprint)
+    log.info("beginning with the experts of %s", checkpoint)
+    return restore(checkpoint, loaded.trainable, prefix="ema" if about.config["ema_decay"] else "trainable")
+
+
+def refuse_another_base(checkpoint: Path, about: About, base: str) -> None:
+    """Raise CheckpointError where a checkpoint's experts belong to another base."""
+    if about.base != base:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
+            "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
+        )
+
+
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
     if config.mode != "human":
@@ -306,11 +331,7 @@ def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig)
     in other data than it would have.
     """
     about = read_about(checkpoint)
-    if about.base != base:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
-            "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
-        )
+    refuse_another_base(checkpoint, about, base)
     given = to_flat_dict(config)
     for name in ("train_batch_size", "gradient_accumulation_steps"):
         if given[name] != about.config[name]:

@@ -57,30 +57,9 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
             drift_interval=settings.drift_interval,
             axis_name=axis_name,
         )
-
-        def update(carry: tuple[TrainState, Any], number: jax.Array):
-            state, old = carry
-            gradients, metrics, old = gradients_of(
-                objective,
-                state,
-                frozen,
-                microbatches,
-                replace(experience, old=old),
-                update=state.step * settings.updates + number,
-                fresh=renewed & (number == 0),
-                axis_name=axis_name,
-            )
-            gradients, router_mean, metrics = with_diversity(
-                objective, state, experience.features, batch["condition_weight"], gradients, metrics, axis_name
-            )
-            gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name), gradients)
-            metrics["grad_norm"] = optax.tree.norm(gradients)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-            return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=router_mean), old), metrics
-
-        (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
-        clip_at_sync = state.clip_at_sync
+        state, metrics = learn(
+            objective, optimizer, settings, state, frozen, microbatches, experience, fresh=renewed, axis_name=axis_name
+        )
         if "clip_fraction" in metrics:
             temperature, clip_at_sync = at_sync(state, metrics["clip_fraction"][-1], settings)
             measured |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
@@ -89,6 +68,48 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         return replace(state, ema=ema, step=state.step + 1), jax.tree.map(jnp.mean, metrics) | measured
 
     return train_step
+
+
+def learn(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    settings: StepSettings,
+    state: TrainState,
+    frozen: Weights,
+    microbatches: Batch,
+    experience: Experience,
+    *,
+    fresh: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The step's updates of weights, optimizer and the router's running mean, and metrics of each [updates].
+
+    microbatches: [accumulation, B, ...]; fresh: the weights are the old policy's, until the first update.
+    """
+
+    def update(carry: tuple[TrainState, Any], number: jax.Array):
+        state, old = carry
+        gradients, metrics, old = gradients_of(
+            objective,
+            state,
+            frozen,
+            microbatches,
+            replace(experience, old=old),
+            update=state.step * settings.updates + number,
+            fresh=fresh & (number == 0),
+            axis_name=axis_name,
+        )
+        gradients, router_mean, metrics = with_diversity(
+            objective, state, experience.features, microbatches["condition_weight"], gradients, metrics, axis_name
+        )
+        gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name), gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=router_mean), old), metrics
+
+    (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
+    return state, metrics
 
 
 def renewed_snapshot(state: TrainState, renewed: jax.Array) -> Any:
@@ -161,14 +182,18 @@ def gradients_of(
 def with_diversity(objective, state, features, weights, gradients, metrics, axis_name) -> tuple[Any, Any, Metrics]:
     """(gradients, the router's running mean, metrics) with the diversity loss of the whole step's conditions.
 
-    features: [accumulation, B, F]. Taken by microbatch, a scene that two of them share would count twice, and the
-    running mean would forget `accumulation` times as fast.
+    features: [accumulation, B, F]; weights: [accumulation, B]. Taken by microbatch, a scene that two of them share
+    would count twice, and the running mean would forget `accumulation` times as fast.
     """
     if features is None:
         return gradients, None, metrics
     loss = jax.value_and_grad(objective.diversity, has_aux=True)
     (value, (router_mean, routing)), update = loss(
-        state.trainable, features.reshape(-1, features.shape[-1]), weights, state.router_mean, axis_name=axis_name
+        state.trainable,
+        features.reshape(-1, features.shape[-1]),
+        weights.reshape(-1),
+        state.router_mean,
+        axis_name=axis_name,
     )
     metrics = metrics | routing | {"train_loss": metrics["train_loss"] + value}
     return jax.tree.map(jnp.add, gradients, update), router_mean, metrics

@@ -1,9 +1,10 @@
 """Advantages and imitation weights against values worked out by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.rl.advantages import dead_groups, human_advantages, imitation_weights
+from ra_jax.rl.advantages import dead_groups, group_advantages, human_advantages, imitation_weights
 
 WEIGHTS = (0.4, 0.3, 0.3)
 
@@ -135,3 +136,23 @@ def test_faults_are_told():
         imitation_weights(REWARDS, GROUPS, "worst")
     with pytest.raises(ValueError, match="base_loss_weighting='score' gives every record weight 0"):
         imitation_weights(np.full(3, -1.0), np.arange(3), "score")
+
+
+def test_rollouts_are_compared_within_their_group_and_score():
+    """A loop over groups and scores, with the floor of the divisor, the limit and a dead group."""
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(size=(6, 4, 3)).astype(np.float32)
+    scores[:, 1] = 0.5 + 1e-5 * rng.normal(size=(6, 3))  # dead: every score but by a hair the same
+    scores[:, 2, 0] = 0.3 + 0.005 * rng.normal(size=6)  # spread below the floor of 0.02
+    scores[:, 3, 1] = np.where(np.arange(6) == 0, 1.0, 0.0)
+    weights = np.asarray([0.4, 0.3, 0.3])
+    advantages, spread = group_advantages(jnp.asarray(scores), weights)
+    for group in range(4):
+        total = (2 * scores[:, group] - 1) @ weights
+        assert float(spread[group]) == pytest.approx(total.std(), rel=1e-3, abs=1e-6)
+        expected = np.zeros(6)
+        for i in range(3):
+            values = scores[:, group, i].astype(np.float64)
+            expected += weights[i] * np.clip((values - values.mean()) / max(values.std(), 0.02), -5, 5)
+        np.testing.assert_allclose(advantages[:, group], expected if total.std() >= 1e-3 else 0.0, atol=1e-4)
+    assert not np.any(advantages[:, 1])

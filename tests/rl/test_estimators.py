@@ -120,7 +120,7 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
 
 
 def test_normalised_ratio_has_no_bias_and_the_spread_of_the_means():
-    """Steps drawn from the old policy: the mean log-ratio is −r²/2 with spread r/√D, the normalised one 0 with spread r.
+    """Steps drawn from the old policy: the mean log-ratio is −r²/2 with spread r/√D, the normalised 0 with spread r.
 
     Checked against the algebra, log ρ̂ = √D·mean(z·δ), and over many draws.
     """

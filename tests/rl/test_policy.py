@@ -1,0 +1,123 @@
+"""The policy's loss by each estimator, on a velocity that is a plain function."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from ra_jax.rl.losses import nft_loss, optimality
+from ra_jax.rl.policy import PolicySettings, distance, judge, policy_loss
+from ra_jax.rl.rollouts import Member
+
+B, N, C4 = 3, 6, 8
+ADVANTAGES = jnp.asarray([1.5, -0.7, 0.2])
+RNG = np.random.default_rng(0)
+CLEAN = jnp.asarray(RNG.normal(size=(B, N, C4)), jnp.float32)
+STATES = jnp.asarray(RNG.normal(size=(B, 3, N, C4)), jnp.float32)
+REGION = jnp.full((B, N, 4), 1 / (4 * N), jnp.float32)
+MEMBER = Member(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
+KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
+
+
+def velocity(params, x, t, records):
+    return params[0] * jnp.tanh(x) + params[1] * t[:, None, None] + 0.1 * records[:, None, None]
+
+
+PARAMS = jnp.asarray([0.6, -0.2])
+
+
+def judged(params, settings, **more):
+    return judge(velocity, params, MEMBER, KEYS, REGION, settings, temperature=0.5, **more)
+
+
+def loss_of(settings, params, old_params, **more):
+    old = judged(old_params, settings, **more).record
+    return policy_loss(judged(params, settings, **more), old, ADVANTAGES, settings)
+
+
+@pytest.mark.parametrize("estimator", ["matching", "sde"])
+def test_first_gradient_is_the_advantage_weighted_gradient_of_the_log_probability(estimator):
+    """REINFORCE with a baseline: ∇(−mean A·ρ) = −mean A·∇ℓ at ρ = 1."""
+    settings = PolicySettings(estimator=estimator)
+    (loss, metrics), gradient = jax.value_and_grad(lambda p: loss_of(settings, p, PARAMS), has_aux=True)(PARAMS)
+    assert float(loss) == pytest.approx(-float(ADVANTAGES.mean()), rel=1e-5)
+    assert float(metrics["mean_ratio"]) == 1.0
+
+    def log_prob(params):
+        return judged(params, settings).record["log_prob"]
+
+    scale = 1.0 if estimator == "matching" else np.sqrt(N * C4 * 2)  # elements of a step, two steps
+    expected = -scale * (ADVANTAGES[:, None] * jax.jacobian(log_prob)(PARAMS)).mean(0)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4)
+
+
+def test_sde_is_clipped_at_its_own_scale():
+    settings = PolicySettings(estimator="sde", sde_clip_range=1e-4, clip_range=0.9)
+    moved = PARAMS + 0.01
+    assert float(loss_of(settings, moved, PARAMS)[1]["clip_fraction"]) == 1.0
+    wide = replace(settings, sde_clip_range=0.9)
+    assert float(loss_of(wide, moved, PARAMS)[1]["clip_fraction"]) == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["matching", "sde"])
+def test_the_draw_of_an_expert_joins_the_ratio(estimator):
+    settings = PolicySettings(estimator=estimator)
+    old = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).record
+    new = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.55)))
+    _, metrics = policy_loss(new, old, ADVANTAGES, settings)
+    assert float(metrics["mean_ratio"]) == pytest.approx(1.1, rel=1e-4)
+
+
+def test_nft_loss_is_the_contrast_of_two_policies():
+    """Against the paper's formula in torch, with its gradient."""
+    rng = np.random.default_rng(1)
+    new, old, target = (rng.normal(size=(4, N, C4)).astype(np.float32) for _ in range(3))
+    r, beta, region = np.asarray([0.0, 0.3, 0.5, 1.0], np.float32), 0.6, np.full((4, N, 4), 1 / (4 * N), np.float32)
+    loss, gradient = jax.value_and_grad(lambda v: nft_loss(v, old, target, region, r, beta).sum())(new)
+    v = torch.from_numpy(new).requires_grad_()
+    v_old, v_target, weight = (torch.from_numpy(x) for x in (old, target, r))
+    better = (((1 - beta) * v_old + beta * v - v_target) ** 2).mean((1, 2))
+    worse = (((1 + beta) * v_old - beta * v - v_target) ** 2).mean((1, 2))
+    theirs = ((weight * better + (1 - weight) * worse) / beta).sum()
+    theirs.backward()
+    assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
+    np.testing.assert_allclose(gradient, v.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_optimality_is_half_where_there_is_no_advantage():
+    np.testing.assert_allclose(optimality(jnp.asarray([-9.0, -5.0, 0.0, 2.5, 5.0, 9.0])), [0, 0, 0.5, 0.75, 1, 1])
+
+
+def test_nft_first_gradient_is_matchings_with_another_weight():
+    """∇ = mean (2r − 1)·∇‖v − v*‖² = mean A/5·∇error, whatever β; matching's is A/τ times the same."""
+    gradients = [
+        jax.grad(lambda p, beta=beta: loss_of(PolicySettings(estimator="nft", nft_beta=beta), p, PARAMS)[0])(PARAMS)
+        for beta in (0.1, 1.0)
+    ]
+    np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-3)
+    matching = jax.grad(lambda p: loss_of(PolicySettings(), p, PARAMS)[0])(PARAMS)
+    np.testing.assert_allclose(gradients[1], 0.5 / 5 * matching, rtol=1e-3)
+
+
+def test_nft_reports_how_far_velocities_moved():
+    settings = PolicySettings(estimator="nft")
+    assert float(loss_of(settings, PARAMS, PARAMS)[1]["policy_change"]) == 0.0
+    moved = loss_of(settings, PARAMS + jnp.asarray([0.0, 0.1]), PARAMS)[1]["policy_change"]
+    times = judged(PARAMS, settings).cache.times
+    assert float(moved) == pytest.approx(float((0.01 * times**2).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["matching", "sde", "nft"])
+def test_no_gradient_flows_into_the_old_policy(estimator):
+    settings = PolicySettings(estimator=estimator)
+    gradient = jax.grad(lambda old: loss_of(settings, PARAMS + 0.01, old)[0])(PARAMS)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_distance_is_the_mean_square_over_the_region():
+    records = jnp.asarray([0, 2, 2])
+    ours = distance(CLEAN, jnp.zeros_like(CLEAN), REGION, records)
+    assert float(ours) == pytest.approx(float((CLEAN**2).mean()), rel=1e-5)

@@ -1,0 +1,66 @@
+"""Rollouts: what members of a group share, and what the samplers hand to the policy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ra_jax.flow.samplers import euler
+from ra_jax.rl.rollouts import NoisySteps, panel_noise, roll_out
+
+GRID, FEATURES = (4, 6), 5
+TIMES = np.linspace(0.85, 0.0, 7, dtype=np.float32)
+
+
+def keys(*seeds):
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def test_noise_is_shared_on_the_left_and_the_members_own_on_the_right():
+    first = np.asarray(panel_noise(keys(0, 1), keys(2, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
+    other = np.asarray(panel_noise(keys(0, 1), keys(4, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
+    half = GRID[1] // 2
+    np.testing.assert_array_equal(first[:, :, :half], other[:, :, :half])
+    np.testing.assert_array_equal(first[1], other[1])
+    assert not np.any(first[0, :, half:] == other[0, :, half:])
+    assert not np.any(first[0] == first[1])
+
+
+def test_noise_is_standard_normal():
+    noise = np.asarray(panel_noise(keys(*range(200)), keys(*range(200, 400)), GRID, FEATURES))
+    assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.std() - 1) < 0.02
+
+
+def pull(x, t):
+    return x * t[:, None, None]
+
+
+def draw(number):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (2, 24, FEATURES))
+
+
+def test_a_rollout_of_the_ode_is_eulers_from_the_first_noise():
+    member = roll_out(pull, draw, TIMES, None)
+    np.testing.assert_allclose(member.clean, euler(pull, draw(0), TIMES), rtol=1e-6)
+    assert member.states is None and member.times is None
+
+
+def test_a_stochastic_rollout_keeps_its_noisy_steps():
+    """At any (traced) first step: states and times of the window, each with a noise of its own."""
+
+    def run(first):
+        return roll_out(pull, draw, TIMES, NoisySteps(first, count=2, noise_level=0.7))
+
+    for first in (1, 2):
+        member = jax.jit(run)(jnp.asarray(first))
+        assert member.states.shape == (2, 3, 24, FEATURES)
+        np.testing.assert_allclose(member.times, TIMES[first : first + 3])
+        np.testing.assert_allclose(member.states[:, 0], euler(pull, draw(0), TIMES[: first + 1]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            member.clean, euler(pull, member.states[:, 2], TIMES[first + 2 :]), rtol=1e-5, atol=1e-6
+        )
+        t, t_next = TIMES[first], TIMES[first + 1]
+        g = 0.7 * np.sqrt(t / (1 - t))
+        x = np.asarray(member.states[:, 0])
+        mean = x - (t - t_next) * (x * t + g**2 / (2 * t) * (x + (1 - t) * x * t))
+        z = (np.asarray(member.states[:, 1]) - mean) / (g * np.sqrt(t - t_next))
+        np.testing.assert_allclose(z, draw(1 + first), atol=1e-4)

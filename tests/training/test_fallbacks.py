@@ -1,0 +1,41 @@
+"""Steps without rewards: counted, told, and the end of a run of too many."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from ra_jax.training.fallbacks import FALLBACK, RewardFallbacks
+
+SOUND = {"reward_fallbacks": np.float32(0), "mean_reward": np.float32(0.1), "removal_score": np.float32(0.5)}
+BROKEN = {
+    "reward_fallbacks": np.float32(1),
+    "mean_reward": np.float32(np.nan),
+    "removal_score": np.float32(0.5),
+    "my_score": np.float32(np.inf),
+}
+
+
+def test_counts_and_names_what_is_broken(caplog):
+    fallbacks = RewardFallbacks(3.0)
+    with caplog.at_level(logging.WARNING):
+        assert fallbacks.count([SOUND, BROKEN, {"base_loss": np.float32(1)}, BROKEN], done=20) == 5.0
+    assert [record.message.split(": ")[0] for record in caplog.records] == [
+        f"{FALLBACK} at step 18",
+        f"{FALLBACK} at step 20",
+    ]
+    assert "my_score is inf" in caplog.text and "removal_score" not in caplog.text
+
+
+def test_ten_in_a_row_over_rows_and_steps_without_rewards():
+    fallbacks = RewardFallbacks()
+    fallbacks.count([BROKEN] * 9 + [SOUND], done=10)
+    fallbacks.count([BROKEN, {}] * 9, done=28)
+    with pytest.raises(FloatingPointError, match=r"at step 29 for the 10th time in a row; my_score is inf"):
+        fallbacks.count([BROKEN], done=29)
+
+
+def test_a_step_that_did_not_fit_is_counted_but_not_told_again(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert RewardFallbacks().count([{"reward_fallbacks": np.float32(1)}], done=1) == 1.0
+    assert not caplog.records
