@@ -1,6 +1,7 @@
-"""`python -m ra_jax.train`: trains experts (or the whole transformer), standard or from human scores."""
+"""`python -m ra_jax.train`: trains experts (or the whole transformer), standard, from human scores or from rewards."""
 
 import logging
+import re
 import sys
 
 from jax.errors import JaxRuntimeError
@@ -9,12 +10,14 @@ from ra_jax.config import ConfigError, parse
 from ra_jax.data.records import DataError
 from ra_jax.models.lora import TargetError
 from ra_jax.models.weights import WeightError
+from ra_jax.rl.user_rewards import RewardError
 from ra_jax.training.checkpoints import CheckpointError
 
+REFUSALS = (ConfigError, DataError, WeightError, CheckpointError, TargetError, RewardError, FloatingPointError)
 OUT_OF_MEMORY = (
     "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full, fewer "
-    "--num_policy_timesteps, smaller --aspect_ratio_buckets, a lower --lora_rank; on a GPU also "
-    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+    "--num_policy_timesteps, a smaller --decode_batch_size, smaller --aspect_ratio_buckets, a lower --lora_rank; on a "
+    "GPU also XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
 )
 
 
@@ -28,12 +31,14 @@ def main() -> None:
         from ra_jax.training.loop import train  # after parsing: --help and a mistaken flag answer at once
 
         output = train(config)
-    except (ConfigError, DataError, WeightError, CheckpointError, TargetError, FloatingPointError) as error:
+    except REFUSALS as error:
         sys.exit(f"error: {error}")
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
+        if "RESOURCE_EXHAUSTED" in str(error):
+            sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
+        if told := re.search(r"RewardError: (.*)", str(error)):  # a Python function that the compiled step called
+            sys.exit(f"error: {told[1]}")
+        raise
     print(f"trained: {output}")
 
 

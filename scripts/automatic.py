@@ -11,6 +11,7 @@ the same rewards, and by PSNR against the truth. Drift is measured beside: how f
 
 import json
 import time
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,8 +64,6 @@ class Automatic:
 
 
 def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
-    import tomllib
-
     settings = load_toml(experiment.config) | {
         "train_json_path": str(paths.train / "triplets.json"),
         "val_json_path": str(paths.held_out / "triplets.json"),
@@ -188,8 +187,110 @@ def write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
 
 
+def load_cells(experiment: Automatic) -> dict[str, dict]:
+    """By method: reward and PSNR [seeds, points, scenes], scores [..., 3], what they took [seeds, points]; drift."""
+    cells = {}
+    for method in METHODS:
+        files = [experiment.cell(method, seed) for seed in experiment.seeds]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not found:
+            continue
+
+        def gathered(name: str, found=found) -> np.ndarray:
+            return np.asarray([[point[name] for point in cell["points"]] for cell in found])
+
+        cells[method] = {name: gathered(name) for name in ("step", "seconds", "evaluations", "scores", "psnr")}
+        cells[method]["reward"] = total_reward(cells[method]["scores"], WEIGHTS)
+        drift = [[point["drift"] for point in cell["points"]] for cell in found]
+        for name in ("velocity_norm_ratio", "kl_to_base"):
+            known = [row[-1][name] for row in drift if row[-1][name] is not None]
+            cells[method][name] = float(np.mean(known)) if known else float("nan")
+        cells[method]["about"] = found
+    return cells
+
+
 def table(experiment: Automatic) -> None:
-    pass
+    """Print what each training generates in the end, its difference to standard training, and what it took."""
+    cells = load_cells(experiment)
+    limits = json.loads(experiment.cell("limits", 0).read_text())
+    print(f"{experiment.held_out} held-out scenes\n")
+    heads = ["training", "seeds", "steps", "seconds", "reward", *SCORES, "PSNR", "velocity_norm_ratio", "kl_to_base"]
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    for name, title in (("base", "floor: the base"), ("roundtrip", "ceiling: the truth through the VAE")):
+        scores = np.asarray(limits[name]["scores"])
+        means = " | ".join(f"{value:.3f}" for value in (total_reward(scores, WEIGHTS).mean(), *scores.mean(0)))
+        print(f"| {title} | | | | {means} | {np.mean(limits[name]['psnr']):.2f} | | |")
+    for method, cell in cells.items():
+        scores = cell["scores"][:, -1].mean((0, 1))
+        means = " | ".join(f"{value:.3f}" for value in (cell["reward"][:, -1].mean(), *scores))
+        took = " | ".join(f"{cell[name][:, -1].mean():.0f}" for name in ("step", "seconds"))
+        drift = " | ".join(f"{cell[name]:.3f}" for name in ("velocity_norm_ratio", "kl_to_base"))
+        psnr = cell["psnr"][:, -1].mean()
+        print(f"| {method} | {len(cell['about'])} | {took} | {means} | {psnr:.2f} | {drift} |")
+    print("\n| minus standard training | reward [95 %] | PSNR [95 %] |\n| --- | --- | --- |")
+    for method in (name for name in cells if name != "standard" and "standard" in cells):
+        columns = []
+        for name in ("reward", "psnr"):
+            difference = cells[method][name][:, -1] - cells["standard"][name][:, -1]
+            low, high = interval(difference)
+            columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"| {method} | {columns[0]} | {columns[1]} |")
+    print_evaluations(cells)
+    print(f"\nfigure: {draw(experiment, cells)}")
+
+
+def print_evaluations(cells: dict[str, dict]) -> None:
+    """How many network evaluations (and seconds) each estimator takes to the reward that `sde` ends with."""
+    if "sde" not in cells:
+        return
+    goal = cells["sde"]["reward"][:, -1].mean()
+    whole = {name: cells["sde"][name][:, -1].mean() for name in ("evaluations", "seconds")}
+    print(f"\nTo sde's final reward, {goal:.3f}, and what share of sde's cost that is:\n")
+    print("| estimator | evaluations | seconds | share of evaluations | share of seconds |\n" + "| --- " * 5 + "|")
+    for method in ("matching", "sde", "nft"):
+        if method not in cells:
+            continue
+        rewards = cells[method]["reward"].mean((0, 2))
+        reached = np.flatnonzero(rewards >= goal)
+        if not len(reached):
+            print(f"| {method} | not reached: {rewards.max():.3f} at most | | | |")
+            continue
+        took = {}
+        for name in whole:
+            costs = cells[method][name].mean(0)
+            at, before = reached[0], reached[0] - 1
+            if before < 0:
+                took[name] = costs[0]
+            else:
+                share = (goal - rewards[before]) / (rewards[at] - rewards[before])
+                took[name] = costs[before] + share * (costs[at] - costs[before])
+        print(
+            f"| {method} | {took['evaluations']:.0f} | {took['seconds']:.0f} | "
+            f"{took['evaluations'] / whole['evaluations']:.2f} | {took['seconds'] / whole['seconds']:.2f} |"
+        )
+
+
+def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
+    """Reward against network evaluations, and against time: the mean of the seeds, and each of them."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), sharey=True)
+    for axis, name, label in zip(
+        axes, ("evaluations", "seconds"), ("network evaluations of an image", "seconds of training"), strict=True
+    ):
+        for i, (method, cell) in enumerate(cells.items()):
+            rewards = cell["reward"].mean(2)
+            axis.plot(cell[name].mean(0), rewards.mean(0), color=f"C{i}", marker=".", label=method)
+            for seed in range(len(rewards)):
+                axis.plot(cell[name][seed], rewards[seed], color=f"C{i}", alpha=0.25, linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mean total reward, held-out scenes")
+    axes[0].set_xscale("log")
+    axes[0].legend()
+    figure.tight_layout()
+    path = experiment.root / "automatic.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def main() -> None:

@@ -148,8 +148,8 @@ class ExpertLinear(nnx.Module):
             x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-        # The gradient of A wants x transposed: behind the barrier that is a copy; without it XLA's CPU compiler computes
-        # x anew for it, from the first block's residual stream on.
+        # The gradient of A wants x transposed: behind the barrier that is a copy; without it XLA's CPU compiler
+        # computes x anew for it, from the first block's residual stream on.
         h = jax.lax.optimization_barrier(x) @ self.lora_a[...].astype(self.dtype)
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)

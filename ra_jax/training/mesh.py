@@ -8,6 +8,21 @@ import jax
 import jax.numpy as jnp
 
 
+def local_conditions(conditions: int, generations: int, replicas: int) -> int:
+    """Conditions of each replica: a group of rollouts lies within one, so that conditions are what is shared out.
+
+    Raises ValueError where they cannot be shared out evenly.
+    """
+    if conditions % replicas:
+        above = -(-conditions // replicas) * replicas
+        raise ValueError(
+            f"train_batch_size = {conditions}: {conditions} conditions of {generations} rollouts cannot be shared "
+            f"evenly by {replicas} replicas, and a group is not divided; give --train_batch_size {above}, or another "
+            f"multiple of {replicas}"
+        )
+    return conditions // replicas
+
+
 def all_sum(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     """The sum of a per-replica value over the replicas; the identity without a mapped axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)

@@ -27,6 +27,7 @@ from ra_jax.training.checkpoints import BEST, About, CheckpointError, find_check
 from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.experts import expert_configs
+from ra_jax.training.mesh import local_conditions
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.objective import Objective
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 HELD_OUT_RECORDS = 32  # that drift is measured on
+REPLICAS = 1  # this version runs on one device
 # All that a run writes into its folder; whatever else lies there is the user's.
 RUN_FILES = (
     *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
@@ -248,6 +250,10 @@ def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool
     """
     if config.mode != "automatic":
         return ()
+    try:
+        local_conditions(config.run.train_batch_size, config.rollouts.num_generations, REPLICAS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_target)
     for height, width in buckets:
         photo = jax.ShapeDtypeStruct((config.run.train_batch_size, height, width, 3), jnp.float32)

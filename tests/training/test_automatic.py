@@ -1,8 +1,10 @@
 """GRPO on automatic rewards: what a step generates, judges and learns, and what happens where rewards fail."""
 
+import json
 import logging
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,17 @@ from ra_jax.config import ConfigError
 from ra_jax.data.diptych import right_panel
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rl.rewards import REWARDS, RewardInputs
+from ra_jax.rl.rollouts import Member
 from ra_jax.rl.user_rewards import Reward, RewardError
 from ra_jax.training import programs
-from ra_jax.training.checkpoints import named_leaves
+from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, read_about, restore
 from ra_jax.training.encoded import encode
+from ra_jax.training.experience import collect
 from ra_jax.training.generation import decode_panels, drawn_experts, roll_out_members
 from ra_jax.training.loop import train
 from ra_jax.training.metrics import read_rows
-from ra_jax.training.setup import set_up
+from ra_jax.training.setup import refuse_another_base, set_up
+from ra_jax.training.step import learn
 
 GENERATIONS, CONDITIONS = 3, 2
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
@@ -62,38 +67,67 @@ def changed(before, after):
     return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
+def updates_of(setup, steps=2):
+    """State after so many steps, and of each the metrics of every update [updates] and of the step."""
+    settings, objective = setup.step_settings, setup.objective
+
+    @jax.jit
+    def step(state, frozen, batch):
+        microbatches = jax.tree.map(lambda x: x[None], batch)
+        experience, measured = collect(
+            objective,
+            settings.rollouts,
+            state,
+            frozen,
+            microbatches,
+            renewed=jnp.asarray(True),
+            drift_interval=1,
+        )
+        state, metrics = learn(
+            objective, setup.optimizer, settings, state, frozen, microbatches, experience, fresh=jnp.asarray(True)
+        )
+        return replace(state, step=state.step + 1), metrics, measured
+
+    state, rows = setup.state, []
+    for batch in islice(setup.loader.iterate(), steps):
+        state, *row = step(state, setup.loaded.frozen, batch)
+        rows.append(jax.device_get(row))
+    return state, rows
+
+
 def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(automatic):
+    """ρ is exactly 1 in the first update, whose parameters are the old policy, and moves in the second."""
     setup = set_up(automatic(adam_weight_decay=0.0))
     frozen, before = copied(setup.loaded.frozen), copied(setup.state.trainable)
-    state, rows = steps_of(setup, 2)
+    state, rows = updates_of(setup)
     assert changed(frozen, setup.loaded.frozen) == set()
     assert changed(before, state.trainable) == set(named_leaves(before))
     assert state.snapshot is None  # the weights that a step begins with are its old policy
-    assert int(state.step) == 2
-    promised = {"train_loss", "base_loss", "policy_loss", "diversity_loss", "mean_reward", "mean_ratio", "reward_std"}
-    promised |= {"clip_fraction", "clip_fraction_at_sync", "approx_kl", "frac_reward_zero_std", "reward_fallbacks"}
-    promised |= {"removal_score", "background_score", "smoothness_score", "kl_to_base", "velocity_norm_ratio"}
-    assert promised <= rows[-1].keys()
-    assert rows[0]["kl_to_base"] == 0.0 < rows[1]["kl_to_base"]
-    assert all(np.isfinite(value) for value in rows[-1].values())
+    for updates, _ in rows:
+        assert updates["mean_ratio"][0] == 1.0 != updates["mean_ratio"][1]
+        assert updates["approx_kl"][0] == 0.0 < updates["approx_kl"][1]
+    assert rows[0][1]["kl_to_base"] == 0.0 < rows[1][1]["kl_to_base"]
 
 
-@pytest.mark.parametrize("flags", [{}, {"policy_estimator": "sde"}, {"routing": "sample"}], ids=str)
-def test_ratio_is_one_in_the_first_pass_and_moves_in_the_second(automatic, flags):
-    once = set_up(automatic(num_iterations=1, **flags))
-    assert [row["mean_ratio"] for row in steps_of(once, 2)[1]] == [1.0, 1.0]
-    twice = set_up(automatic(num_iterations=2, **flags))
-    assert all(row["mean_ratio"] != 1.0 for row in steps_of(twice, 2)[1])
+def test_the_draw_of_an_expert_joins_the_ratio_and_teaches_the_router(automatic):
+    """With one-hot gates and without the other losses, nothing else reaches the router."""
+    weights = {"base_loss_weight": 0.0, "diversity_loss_weight": 0.0, "adam_weight_decay": 0.0}
+    setup = set_up(automatic(routing="sample", **weights))
+    before = copied(setup.state.trainable)
+    state, rows = updates_of(setup, steps=1)
+    assert rows[0][0]["mean_ratio"][0] == 1.0 != rows[0][0]["mean_ratio"][1]
+    assert "router/logits/kernel" in changed(before, state.trainable)
 
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 @pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
 def test_equal_parameters_give_equal_log_probabilities(automatic, optimised, estimator, precision, bound):
-    """The second pass by weights that did not move, against what the first one left."""
+    """The second update by weights that the first did not move, against the record that it left."""
     flags = {"policy_estimator": estimator, "mixed_precision": precision, "policy_temperature": 1.0}
-    for row in steps_of(set_up(automatic(**flags, **STILL)), 2)[1]:
-        assert abs(np.log(row["mean_ratio"])) <= bound
-        assert row["clip_fraction"] == 0.0
+    for updates, _ in updates_of(set_up(automatic(**flags, **STILL)))[1]:
+        assert updates["mean_ratio"][0] == 1.0
+        assert abs(np.log(updates["mean_ratio"][1])) <= bound
+        assert updates["clip_fraction"][1] == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +155,11 @@ def generated(setup, batch, **changes):
 def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypatch):
     """By `make_remover`, and by the scores of its pictures."""
     setup, batch, _, members, scores = rolled_out
-    drawn = []
     noise = "ra_jax.training.generation.panel_noise"
 
     def fixed(group_keys, member_keys, grid, features):
         keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
-        drawn.append(initial_noise(setup.loaded.model, keys, 32, 32))
-        return drawn[-1]
+        return initial_noise(setup.loaded.model, keys, 32, 32)
 
     monkeypatch.setattr(noise, fixed)
     encoded, members, scores = generated(setup, batch)
@@ -154,36 +186,17 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
         np.testing.assert_allclose(scores[0, :, i], REWARDS[name].function(inputs), atol=1e-3)
 
 
-def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out):
+def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out, monkeypatch):
+    """The initial noise, seen where a rollout would begin."""
     setup, batch, encoded, _, _ = rolled_out
-    seen = []
-    import ra_jax.training.generation as generation
-
-    original = generation.panel_noise
-
-    def watched(*arguments):
-        noise = original(*arguments)
-        seen.append(noise)
-        return noise
-
-    generation.panel_noise = watched
-    try:
-        with jax.disable_jit():
-            roll_out_members(
-                setup.objective,
-                replace(setup.step_settings.rollouts, steps=1),
-                setup.state,
-                setup.loaded.frozen,
-                batch,
-                encoded,
-            )
-    finally:
-        generation.panel_noise = original
+    monkeypatch.setattr(
+        "ra_jax.training.generation.roll_out", lambda velocity, noise, times, noisy: Member(noise(jnp.asarray(0)))
+    )
     rows, columns = encoded.condition.grid
-    noise = np.asarray(seen).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
+    noise = np.asarray(generated(setup, batch)[1].clean).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
     left, right = noise[:, :, :, : columns // 2], noise[:, :, :, columns // 2 :]
     np.testing.assert_array_equal(left[0], left[1])
-    assert not np.array_equal(left[0, 0], left[0, 1])  # another condition's
+    assert not np.any(left[0, 0] == left[0, 1])  # another condition's
     flat = right.reshape(GENERATIONS * CONDITIONS, -1)
     assert np.abs(np.corrcoef(flat) - np.eye(len(flat))).max() < 0.3
     assert abs(noise.std() - 1) < 0.05
@@ -211,22 +224,13 @@ def test_drawn_experts_follow_the_gates(rolled_out):
     np.testing.assert_array_equal(weights.argmax(1), experts)
 
 
-def test_the_draw_of_an_expert_teaches_the_router(automatic):
-    """With one-hot gates nothing else in the policy loss reaches it."""
-    flags = {"routing": "sample", "base_loss_weight": 0.0, "diversity_loss_weight": 0.0, "adam_weight_decay": 0.0}
-    setup = set_up(automatic(**flags))
-    before = copied(setup.state.trainable)
-    state, _ = steps_of(setup, 1)
-    assert "router/logits/kernel" in changed(before, state.trainable)
-
-
 def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic):
     """A constant reward: advantages are 0, so that without the other losses no weight moves."""
     flags = {"base_loss_weight": 0.0, "diversity_loss_weight": 0.0, "adam_weight_decay": 0.0}
     setup = set_up(automatic(**flags))
     constant = (Reward("constant", lambda inputs: jnp.full(inputs.image.shape[:1], 0.7), 1.0),)
-    state, rows = steps_of(with_rewards(setup, constant), 1)
-    assert changed(setup.state.trainable, state.trainable) == set() or rows[0]["grad_norm"] == 0.0
+    _, rows = steps_of(with_rewards(setup, constant), 1)
+    assert rows[0]["grad_norm"] == 0.0
     assert rows[0]["frac_reward_zero_std"] == 1.0
     assert rows[0]["mean_reward"] == pytest.approx(0.4)
 
@@ -246,19 +250,17 @@ def broken(inputs):
 
 
 def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automatic):
-    """The step then is the one without rewards, to the last bit of the loss."""
-    config = automatic(adam_weight_decay=0.0)
-    setup = set_up(config)
-    state, rows = steps_of(with_rewards(setup, (Reward("broken", broken, 1.0),)), 1)
-    assert rows[0]["reward_fallbacks"] == 1.0 and np.isnan(rows[0]["mean_reward"])
-    plain = set_up(automatic(adam_weight_decay=0.0))
-    plain = replace(plain, reward_interval=2)
-    step = plain.step_programs()
-    reference, _ = step(plain.state, plain.loaded.frozen, next(plain.loader.iterate()), 1)  # a step without rewards
-    del reference
-    base = {name: np.asarray(leaf) for name, leaf in named_leaves(state.trainable).items()}
-    assert all(np.isfinite(leaf).all() for leaf in base.values())
-    assert np.isfinite(rows[0]["train_loss"])
+    """The weights then are those of a step without rewards."""
+    setups = [set_up(automatic(adam_weight_decay=0.0)) for _ in range(2)]
+    state, rows = steps_of(with_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
+    assert rows[0]["reward_fallbacks"] == 1.0
+    assert np.isnan(rows[0]["mean_reward"]) and np.isfinite(rows[0]["train_loss"])
+    without = replace(setups[1], reward_interval=2).step_programs()
+    reference, row = without(setups[1].state, setups[1].loaded.frozen, next(setups[1].loader.iterate()), 1)
+    assert "mean_reward" not in row
+    ours, theirs = named_leaves(state.trainable), named_leaves(reference.trainable)
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
 
 
 def test_ten_steps_without_rewards_stop_the_run(automatic, monkeypatch, caplog):
@@ -274,52 +276,61 @@ def test_ten_steps_without_rewards_stop_the_run(automatic, monkeypatch, caplog):
     told = [record.message for record in caplog.records if "falling back to simple loss" in record.message]
     assert len(told) == 10 and "removal_score is nan" in told[0]
     assert "lower --learning_rate" in told[0]
-    rows = read_rows(set_output(config) / "metrics.jsonl")
+    output = Path(config.run.output_dir)
+    rows = read_rows(output / "metrics.jsonl")
     assert rows[-1]["step"] == 9 and rows[-1]["reward_fallbacks"] == 9.0
-    assert "falling back" in (set_output(config) / "report.html").read_text()
+    assert "falling back" in (output / "report.html").read_text()
 
 
-def set_output(config):
-    from pathlib import Path
+class Compiled:
+    """Stands for a compiled step: says which settings it was made with."""
 
-    return Path(config.run.output_dir)
+    def __init__(self, settings):
+        self.settings = settings
 
-
-def test_rewards_every_other_step(automatic):
-    setup = set_up(automatic(reward_interval=2))
-    step, state, rows = setup.step_programs(), setup.state, []
-    for number, batch in enumerate(islice(setup.loader.iterate(), 3)):
-        state, row = step(state, setup.loaded.frozen, batch, number)
-        rows.append(row)
-    assert ["mean_reward" in row for row in rows] == [True, False, True]
-    assert len(step) == 2
+    def __call__(self, state, frozen, batch):
+        return state, {} if self.settings.rollouts is None else {"mean_reward": 0.0}
 
 
-def test_a_step_that_does_not_fit_decodes_less_at_once(automatic, monkeypatch):
-    setup = set_up(automatic(decode_batch_size=4))
-    tried = []
+@pytest.fixture
+def uncompiled(automatic, monkeypatch):
+    """(setup, its programs, the settings they were compiled with so far), nothing really compiled."""
+    setup, tried = set_up(automatic(decode_batch_size=4)), []
 
-    def needed(program):
-        tried.append(program)
-        return 100 // len(tried)
+    def compile_(self, settings, arguments):
+        tried.append(settings)
+        return Compiled(settings)
 
-    monkeypatch.setattr(programs, "memory_needed", needed)
-    monkeypatch.setattr(programs, "device_memory", lambda: 40)
-    _, rows = steps_of(setup, 1)
-    assert len(tried) == 3  # 4, 2, 1 images at a time
-    assert rows[0]["reward_fallbacks"] == 0.0 and "mean_reward" in rows[0]
+    monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
+    monkeypatch.setattr(programs, "memory_needed", lambda program: 10**9 * program.settings.rollouts.decode_batch_size)
+
+    def run(memory, steps=1, interval=1):
+        monkeypatch.setattr(programs, "device_memory", lambda: memory)
+        step, batch = replace(setup, reward_interval=interval).step_programs(), next(setup.loader.iterate())
+        rows = [step(setup.state, setup.loaded.frozen, batch, number)[1] for number in range(steps)]
+        return rows, [None if settings.rollouts is None else settings.rollouts.decode_batch_size for settings in tried]
+
+    return run
 
 
-def test_a_step_that_never_fits_goes_on_without_rewards(automatic, monkeypatch, caplog):
-    setup = set_up(automatic(decode_batch_size=2))
-    monkeypatch.setattr(programs, "memory_needed", lambda program: 3 * 10**9)
-    monkeypatch.setattr(programs, "device_memory", lambda: 2 * 10**9)
+def test_rewards_every_other_step(uncompiled):
+    rows, tried = uncompiled(10**12, steps=3, interval=2)
+    assert rows == [{"mean_reward": 0.0}, {}, {"mean_reward": 0.0}]
+    assert tried == [4, None]
+
+
+def test_a_step_that_does_not_fit_decodes_less_at_once(uncompiled):
+    assert uncompiled(2 * 10**9) == ([{"mean_reward": 0.0}], [4, 2])
+
+
+def test_a_step_that_never_fits_goes_on_without_rewards(uncompiled, caplog):
     with caplog.at_level(logging.WARNING):
-        _, rows = steps_of(setup, 2)
+        rows, tried = uncompiled(10**8, steps=2)
+    assert rows == [{"reward_fallbacks": 1.0}, {}]
+    assert tried == [4, 2, 1, None]
     assert "Failed to compute GRPO rewards, falling back to simple loss" in caplog.text
-    assert "needs 3.0 GB with one image decoded at a time, the device has 2.0 GB" in caplog.text
-    assert "mean_reward" not in rows[0] and "base_loss" in rows[0]
-    assert [row.get("reward_fallbacks") for row in rows] == [1.0, None]
+    assert "needs 1.0 GB with one image decoded at a time, the device has 0.1 GB" in caplog.text
+    assert "--gradient_checkpointing full" in caplog.text
 
 
 def test_memory_grows_with_the_group_by_its_latents_alone(automatic):
@@ -358,8 +369,6 @@ def test_a_python_function_as_reward(automatic, tmp_path, monkeypatch):
 def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(
     automatic, scored_scenes, tmp_path, estimator
 ):
-    import json
-
     records = json.loads((scored_scenes / "labeled_dict.json").read_text())[::4]
     for record in records:
         del record["result"], record["scores"]
@@ -402,3 +411,20 @@ def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(automatic, scor
     best = max(within, key=lambda row: row["mean_reward"])["step"]
     assert [path.name for path in (output / "best").iterdir()] == [str(best)]
     assert "max_drift = 0.05" in (output / "report.html").read_text()
+
+
+def test_a_run_begins_with_another_runs_experts(automatic, config_in, scored_scenes, tmp_path):
+    """Human-scored GRPO, then automatic GRPO from its experts, on the same base; another base is refused."""
+    human = config_in(tmp_path / "human", max_train_steps=1)
+    train(human)
+    setup = set_up(automatic(init_experts_from=human.run.output_dir))
+    trained = restore(find_checkpoint(human.run.output_dir), setup.state.trainable, prefix="trainable")
+    for name, leaf in named_leaves(trained).items():
+        np.testing.assert_array_equal(leaf, named_leaves(setup.state.trainable)[name], err_msg=name)
+    assert changed(trained, set_up(automatic()).state.trainable) != set()
+    assert int(setup.state.step) == 0
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        set_up(automatic(init_experts_from=str(tmp_path)))
+    about = read_about(find_checkpoint(human.run.output_dir))
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        refuse_another_base(Path("there"), about, "another")
