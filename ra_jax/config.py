@@ -32,7 +32,7 @@ class DataConfig:
     """What is trained on. Panel sizes are those of one panel of the diptych, in pixels."""
 
     train_json_path: str  # records: JSON list, JSONL, {gt: [inputs]} JSON, or a folder with input/ mask/ gt/
-    val_json_path: str | None = None  # records for previews (None: taken from the training data)
+    val_json_path: str | None = None  # records for previews (None: taken from the training data) and max_drift
     score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
     aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]
     mask_augmentation: bool = True  # enlarge masks at random in training: outlines, boxes, dilation
@@ -121,10 +121,15 @@ class RolloutConfig:
     rollout_steps: int = 8  # sampling steps of a rollout
     num_iterations: int = 2  # updates from the same rollouts
     reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
-    reward_interval: int = 1  # rollouts and rewards every so many steps, base loss alone between
+    reward_warmup_steps: int = 0  # steps with the base loss alone before the first rollouts
+    reward_interval: int = 1  # then rollouts and rewards every so many steps, base loss alone between
     decode_batch_size: int = 4  # images the VAE decodes at once
     sde_window: int = 2  # noisy steps in a rollout for the estimator sde
     sde_noise_level: float = 0.7  # eta, the noise of those steps
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step` (from 0) generates and rewards."""
+        return step >= self.reward_warmup_steps and (step - self.reward_warmup_steps) % self.reward_interval == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +147,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """The optimizer and its schedule. Everything counts steps: one update each."""
+    """The optimizer and its schedule. All counts steps, of one update each (num_iterations in automatic mode)."""
 
     optimizer: Literal["adamw", "adafactor", "muon", "prodigy"] = "adamw"  # from optax
     learning_rate: float = 1e-4  # peak; for prodigy 1.0 is usual
@@ -165,7 +170,7 @@ class RunConfig:
 
     output_dir: str  # checkpoints, metrics.jsonl, previews and config.toml are written here
     seed: int = 0  # of everything random; the same seed gives the same run
-    train_batch_size: int = 4  # records a microbatch, over all devices
+    train_batch_size: int = 4  # records (automatic mode: conditions) a microbatch, over all devices
     gradient_accumulation_steps: int = 1  # microbatches a step
     num_train_epochs: int = 1  # passes over the data, unless max_train_steps is given
     max_train_steps: int | None = None  # length of the run [steps]; wins over num_train_epochs

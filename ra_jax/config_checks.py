@@ -24,7 +24,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda value: value >= 0,
         "seed data_workers max_sequence_length guidance_scale kl_weight removal_reward_weight "
         "background_reward_weight smoothness_reward_weight base_loss_weight policy_loss_weight "
-        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power "
+        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power reward_warmup_steps "
         "adam_weight_decay checkpointing_steps validation_steps",
     ),
     "greater than 0": (
@@ -58,7 +58,7 @@ def problems(config: "TrainConfig") -> Iterator[str]:
         yield from out_of_range
         return  # how settings go together is only defined within their ranges
     yield from _not_available(config)
-    yield from _mode(config.grpo, config.losses)
+    yield from _mode(config.grpo, config.losses, config.rollouts.reward_functions)
     yield from _automatic(config)
     yield from _experts(config.experts)
     if config.grpo.kl_weight and not config.experts.use_lora:
@@ -89,7 +89,7 @@ def _not_available(config: "TrainConfig") -> Iterator[str]:
         yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
 
 
-def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
+def _mode(grpo: "GRPOConfig", losses: "LossConfig", reward_functions: tuple[str, ...]) -> Iterator[str]:
     if grpo.use_human_scores and not grpo.use_grpo:
         yield "use_human_scores without use_grpo: scores are GRPO's rewards; add --use_grpo, or leave it out"
     for name in ("enable_grpo_rewards", "enable_grpo_loss"):
@@ -105,7 +105,7 @@ def _mode(grpo: "GRPOConfig", losses: "LossConfig") -> Iterator[str]:
             f"kl_weight = {grpo.kl_weight}: holds the policy to the base, and there is no policy term; add --use_grpo "
             "--enable_grpo_rewards --enable_grpo_loss, or leave it out"
         )
-    if not any(grpo.reward_weights):
+    if not any(grpo.reward_weights) and not reward_functions:
         yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"
 
 
@@ -133,6 +133,16 @@ def _automatic(config: "TrainConfig") -> Iterator[str]:
             "policy_estimator = nft with kl_weight = 0: drifts off what images look like; give --kl_weight 0.1 or so, "
             "or use matching"
         )
+    if grpo.policy_temperature == "auto" and config.uses_policy:
+        if grpo.policy_estimator != "matching":
+            name = grpo.policy_estimator
+            yield f"policy_temperature = auto: policy_estimator {name} has no temperature; leave it out"
+        elif (config.rollouts.num_iterations if automatic else grpo.policy_sync_steps) == 1:
+            name = "num_iterations" if automatic else "policy_sync_steps"
+            yield (
+                f"policy_temperature = auto with {name} = 1: nothing is ever clipped then, and the temperature would "
+                f"fall for ever; raise {name}, or give a number"
+            )
     if config.experts.routing == "sample":
         if not (automatic and config.uses_policy):
             yield (
@@ -146,6 +156,15 @@ def _automatic(config: "TrainConfig") -> Iterator[str]:
         yield (
             f"reward_functions = {given}: judge generated images, and nothing is generated without --use_grpo "
             "--enable_grpo_rewards, or with --use_human_scores; leave them out"
+        )
+    if (
+        automatic
+        and config.losses.base_loss_weight == 0
+        and (config.rollouts.reward_warmup_steps or config.rollouts.reward_interval > 1)
+    ):
+        yield (
+            "base_loss_weight = 0 with reward_warmup_steps or reward_interval > 1: steps without rollouts would have "
+            "nothing to learn from; give a base_loss_weight, or rollouts at every step"
         )
     if config.run.max_drift is not None and not config.experts.use_lora:
         yield f"max_drift = {config.run.max_drift} without use_lora: the base it is measured from is itself trained"

@@ -107,14 +107,15 @@ class Judge:
         }
 
 
-def evaluations(config: TrainConfig) -> float:
-    """Network evaluations of one image in a step: forward passes, a trained pass counting as three."""
+def evaluations(config: TrainConfig, steps: int) -> float:
+    """Network evaluations of one image in so many steps: forward passes, a trained pass counting as three."""
     conditions, set_ = config.run.train_batch_size, config.rollouts
+    base = 3.0 * conditions * config.updates * steps
     if config.mode != "automatic":
-        return 3.0 * conditions
+        return base
     points = set_.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
     member = set_.rollout_steps + set_.num_iterations * points * (3.0 + (config.grpo.kl_weight > 0))
-    return conditions * (3.0 * set_.num_iterations + set_.num_generations * member)
+    return base + sum(map(set_.due, range(steps))) * conditions * set_.num_generations * member
 
 
 def run(experiment: Automatic) -> None:
@@ -151,7 +152,7 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
             {
                 "step": done,
                 "seconds": seconds_until(config, done),
-                "evaluations": done * evaluations(config),
+                "evaluations": evaluations(config, done),
                 "drift": {name: row.get(name) for name in ("velocity_norm_ratio", "kl_to_base", "base_loss")},
                 **judge(judge.measure.generate_with(weights)),
             }

@@ -190,6 +190,16 @@ CONTRADICTIONS = [
     ([*GRPO, "--reward_functions", "lpips"], "reward_functions = lpips: judge generated images"),
     (["--use_lora", "--max_drift", "0.05"], "max_drift without val_json_path"),
     (["--max_drift", "0.05", "--val_json_path", "v.json"], "max_drift = 0.05 without use_lora"),
+    (
+        [*GRPO, "--policy_temperature", "auto", "--policy_sync_steps", "1"],
+        "with policy_sync_steps = 1: nothing is ever",
+    ),
+    ([*AUTOMATIC, "--policy_temperature", "auto", "--num_iterations", "1"], "with num_iterations = 1: nothing is ever"),
+    (
+        [*AUTOMATIC, "--policy_temperature", "auto", "--policy_estimator", "sde"],
+        "policy_estimator sde has no temperature",
+    ),
+    ([*AUTOMATIC, "--base_loss_weight", "0", "--reward_interval", "2"], "steps without rollouts would have nothing"),
     (["--max_drift", "0"], "max_drift = 0.0: expected a value greater than 0"),
     (["--mixed_precision", "fp16"], "FLUX overflows it; use bf16"),
     (

@@ -24,8 +24,6 @@ from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
-ESTIMATORS = ("matching", "sde", "nft")
-
 # (params, x [R, N, 4C], t [R], records [R]) -> [R, N, 4C]: records[i] is the row of the batch, 0…B−1, whose condition
 # belongs to row i of x.
 Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]

@@ -30,7 +30,7 @@ Record = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """estimator: `estimators.ESTIMATORS`; clip_range: ε of matching, sde_clip_range: that of sde; pairs, fraction:
+    """estimator: matching, sde or nft; clip_range: ε of matching, sde_clip_range: that of sde; pairs, fraction:
     K pairs (t, ε) from the noisiest part of time (matching, nft); noise_level: η of sde; nft_beta: β of nft."""
 
     estimator: str = "matching"
@@ -38,7 +38,7 @@ class PolicySettings:
     pairs: int = 4
     fraction: float = 0.7
     noise_level: float = 0.7
-    sde_clip_range: float = 0.2
+    sde_clip_range: float = 0.02
     nft_beta: float = 1.0
 
 

@@ -61,6 +61,8 @@ def parse_rewards(specs: Sequence[str], weights: Sequence[float], has_target: bo
         if same:
             raise RewardError(f"reward {spec!r}: there is {same[0]!r} already; name each reward once")
         rewards[name] = Reward(name, function, weight)
+    if not any(reward.weight for reward in rewards.values()):
+        raise RewardError(f"rewards {' '.join(rewards)} all weigh 0: expected one that weighs more")
     return tuple(rewards.values())
 
 
@@ -110,29 +112,31 @@ def _imported(where: str) -> RewardFunction:
     return function
 
 
-def check_reward(reward: Reward, shapes: RewardInputs) -> Reward:
-    """The reward made ready for the train step: traced once, and found to return floats of shape [B].
+def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
+    """The reward made ready for the train step: traced, and found to return floats of shape [B].
 
-    shapes: `RewardInputs` of jax.ShapeDtypeStruct. A function that cannot be traced is called on grey pictures; if that
-    works it is no function of JAX, and runs in Python through `jax.pure_callback` from then on, under jit, scan and map
-    as well (slower: see above). It is given NumPy arrays there, and must be deterministic. The reward that is returned
-    gives float32.
+    shapes: `RewardInputs` of jax.ShapeDtypeStruct, those of every bucket. A function that cannot be traced is called on
+    grey pictures; if that works it is no function of JAX, and runs in Python through `jax.pure_callback` from then on,
+    under jit, scan and map as well (slower: see above). It is given NumPy arrays there, and must be deterministic. The
+    reward that is returned gives float32.
 
     Raises:
         RewardError: the function raises, or returns anything but a float array [B]. At run time an untraceable function
             that does so ends the step in a `jax.errors.JaxRuntimeError` that holds this error's text.
     """
     try:
-        returned = jax.eval_shape(reward.function, shapes)
+        returned = [jax.eval_shape(reward.function, inputs) for inputs in shapes]
     except Exception as reason:  # judged by what the function does with plain arrays
-        _checked(reward, _plain_call(reward, _grey_inputs(shapes)), _batch(shapes))
+        for inputs in shapes:
+            _checked(reward, _plain_call(reward, _grey_inputs(inputs)), _batch(inputs))
         log.warning(
             "reward '%s' is no function of JAX (%s): it runs in Python on the host at every step, which is slower",
             reward.name,
             _cause(reason).split("\n")[0],
         )
         return replace(reward, function=_on_host(reward))
-    _checked(reward, returned, _batch(shapes))
+    for inputs, value in zip(shapes, returned, strict=True):
+        _checked(reward, value, _batch(inputs))
     return replace(reward, function=lambda inputs: jnp.asarray(reward.function(inputs), jnp.float32))
 
 

@@ -40,9 +40,9 @@ class Drift:
 
     def excess(self, limit: float) -> str | None:
         """What is beyond the limit, in words; None where nothing is."""
-        if self.flow_drift > limit:
+        if not self.flow_drift <= limit:  # NaN is beyond any limit
             return f"the flow loss on held-out results is {self.flow_drift:+.1%} from the base's"
-        if self.velocity_norm_ratio > 1.0 + limit:
+        if not self.velocity_norm_ratio <= 1.0 + limit:
             return f"velocity_norm_ratio is {self.velocity_norm_ratio:.3f}"
         return None
 
@@ -68,10 +68,10 @@ class DriftGuard:
         return Drift(policy, policy / base - 1.0, ratio)
 
     def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
-        """Whether this is the best so far of what is within the limit: the highest mean reward of generated images, or
-        where nothing is generated the lowest flow loss. Then it is remembered as such."""
-        score = row["mean_reward"] if mode == "automatic" and "mean_reward" in row else -drift.flow_loss
-        if drift.excess(self.limit) or score <= self.best_score:
+        """Whether this is the best so far of what is within the limit: in automatic mode the highest mean reward, which
+        a row without rewards does not have, else the lowest flow loss. Then it is remembered as such."""
+        score = row.get("mean_reward", -np.inf) if mode == "automatic" else -drift.flow_loss
+        if drift.excess(self.limit) or not score > self.best_score:
             return False
         self.best_score = score
         return True
@@ -80,7 +80,8 @@ class DriftGuard:
         """Take the best of earlier rows of a run's metrics for its best so far."""
         for row in rows:
             if "held_out_flow_loss" in row:
-                self.is_best(Drift(**{name: row[f"held_out_{name}"] for name in Drift.__annotations__}), row, mode)
+                held_out = {name: row.get(f"held_out_{name}", np.nan) for name in Drift.__annotations__}
+                self.is_best(Drift(**held_out), row, mode)
 
 
 def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:

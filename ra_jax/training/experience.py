@@ -68,8 +68,7 @@ def collect(
             experience = replace(experience, members=members, advantages=advantages)
         if objective.settings.policy is not None:
             experience = replace(experience, old=old_records(objective, state, frozen, batch, experience, renewed))
-        clean = encoded.clean if rollouts is None else members.clean[0]
-        return experience, scores, drift(objective, state, frozen, batch, encoded, clean, drift_interval, axis_name)
+        return experience, scores, drift_metrics(objective, state, frozen, batch, experience, drift_interval, axis_name)
 
     experience, scores, measured = jax.lax.map(microbatch, microbatches)
     measured = jax.tree.map(jnp.mean, measured)
@@ -109,10 +108,11 @@ def with_rewards(
     raw = all_mean(scores.reshape(-1, scores.shape[-1]), axis_name)
     scores = jnp.where(sound, scores, 0.5)
     advantages, spread = jax.vmap(lambda scores: group_advantages(scores, weights))(scores)
-    # Pictures that have no reward may not be finite either, and 0 · NaN is NaN.
-    members = jax.tree.map(
+    # Pictures that have no reward may not be finite either, and the base loss's gradient has to be.
+    blank = jax.tree.map(
         lambda x: jnp.where(sound, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.members
     )
+    members = replace(blank, times=experience.members.times)
     metrics = {
         "mean_reward": total_reward(raw, weights),
         "reward_std": all_mean(spread.reshape(-1), axis_name),
@@ -141,13 +141,19 @@ def recorded_rewards(batch: Batch, axis_name: str | None) -> Metrics:
     }
 
 
-def drift(objective, state, frozen, batch, encoded, clean, interval: int, axis_name) -> Metrics:
-    """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others."""
-    if not interval or objective.model.router is None:
+def drift_metrics(objective, state, frozen, batch, experience: Experience, interval: int, axis_name) -> Metrics:
+    """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others.
+
+    Over the microbatch's results, or where there are none over the first rollout of each condition.
+    """
+    clean, members = experience.encoded.clean, experience.members
+    if clean is None and members is not None:
+        clean = members.clean[0]
+    if not interval or objective.model.router is None or clean is None:
         return {}
 
     def measure():
-        return objective.drift(frozen, batch, encoded, clean, state, axis_name=axis_name)
+        return objective.drift(frozen, batch, experience.encoded, clean, state, axis_name=axis_name)
 
     unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
     return jax.lax.cond((state.step + 1) % interval == 0, measure, lambda: unmeasured)

@@ -50,16 +50,17 @@ def roll_out_members(
     model, condition = objective.model, encoded.condition
     times = objective.schedule.sampling_times(settings.steps, condition.fill.shape[1])
     group_keys = keys_for(jax.random.fold_in(stream(state.seed, "rollouts"), state.step), batch["record_id"])
-    soft_gates, _ = model.gates(state.trainable, condition)
+    gates_of_all, _ = model.gates(state.trainable, condition)
     noisy = noisy_steps(settings, times, state)
     inputs = reward_inputs(objective, settings, frozen, batch, encoded)
 
     def member(_, number):
+        shared_keys = keys_for(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
         member_keys = keys_for(group_keys, jnp.broadcast_to(number + 1, group_keys.shape))
-        gates, experts = drawn_experts(settings, soft_gates, member_keys)
+        gates, experts = drawn_experts(settings, gates_of_all, member_keys)
 
         def noise(draw):
-            keys = [keys_for(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (group_keys, member_keys)]
+            keys = [keys_for(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (shared_keys, member_keys)]
             return panel_noise(*keys, condition.grid, model.latent_features)
 
         def velocity(x, t):
@@ -89,14 +90,14 @@ def noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState)
 
 
 def drawn_experts(
-    settings: RolloutSettings, soft_gates: jax.Array | None, keys: jax.Array
+    settings: RolloutSettings, gates: jax.Array | None, keys: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Gates [B, E] of a member and, with `sample` routing, the expert [B] that each rollout drew from the soft ones."""
+    """Gates [B, E] of a member and, with `sample` routing, the expert [B] that each rollout drew from the router's."""
     if not settings.sample_experts:
-        return soft_gates, None
+        return gates, None
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 1))(keys)
-    experts = jax.vmap(jax.random.categorical)(keys, jnp.log(soft_gates))
-    return jax.nn.one_hot(experts, soft_gates.shape[-1]), experts
+    experts = jax.vmap(jax.random.categorical)(keys, jnp.log(gates))
+    return jax.nn.one_hot(experts, gates.shape[-1]), experts
 
 
 def reward_inputs(

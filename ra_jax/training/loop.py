@@ -64,7 +64,8 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
         return "completed"
     batches = setup.loader.iterate(setup.first_step)
     first = next(batches)
-    step.prepare(state, setup.loaded.frozen, first, setup.first_step)
+    for number in setup.first_of_each_kind():
+        step.prepare(state, setup.loaded.frozen, first, number)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
@@ -78,7 +79,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
                 with recorder.paused():
                     drift = setup.guard.measure(state.trainable)
                 row = recorder.flush(done, drift.metrics())
-                if excess := drift.excess(setup.guard.limit):
+                if (excess := drift.excess(setup.guard.limit)) and not stopping:
                     return (
                         f"stopped at step {done} by max_drift = {setup.guard.limit:g}: {excess}; {checkpoints.told()}"
                     )
@@ -161,7 +162,7 @@ class Recorder:
     def add(self, done: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         self._pending.append(metrics)
         self._images += len(batch["record_id"])
-        self._tflops += step_tflops(self._config, self._setup.loaded, batch)
+        self._tflops += step_tflops(self._config, self._setup.loaded, batch, done - 1)
 
     def due(self, done: int) -> bool:
         """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""

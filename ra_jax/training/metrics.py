@@ -101,12 +101,12 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """One row for several steps' metrics: the mean of each over the steps that measured it, or its latest value.
 
-    NaN stands for not measured but in `ALWAYS`, the metrics that every step has: there it is passed on.
+    What is not finite counts as not measured, but in `ALWAYS`, the metrics that every step has: there it is passed on.
     """
     row = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         values = np.asarray([step[name] for step in steps if name in step], np.float64)
-        measured = values if name in ALWAYS else values[~np.isnan(values)]
+        measured = values if name in ALWAYS else values[np.isfinite(values)]
         if measured.size:
             row[name] = float(measured[-1] if name in LATEST else measured.mean())
     return row
@@ -136,6 +136,7 @@ def step_flops(
     updates: int = 1,
     members: int = 1,
     rollout_steps: int = 0,
+    base_loss: bool = True,
 ) -> float:
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
@@ -147,4 +148,4 @@ def step_flops(
     """
     trained = 3.0 if full_fine_tuning else 2.0
     policy = (trained + kl + old_policy_share) * policy_points * members
-    return records * forward * (updates * (trained + policy) + rollout_steps * members)
+    return records * forward * (updates * (trained * base_loss + policy) + rollout_steps * members)

@@ -1,6 +1,7 @@
 """The train step as compiled programs, one for each shape of batch (a bucket), compiled beside other work."""
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ra_jax.config import ConfigError
 from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.training.fallbacks import FALLBACK
@@ -24,7 +26,7 @@ TrainStep = Callable[[TrainState, Weights, Batch], tuple[TrainState, dict[str, j
 class StepPrograms:
     """`train_step` jitted with the state donated; len(): programs so far.
 
-    make_step: settings -> train step; reward_interval: rewards are computed in every so manieth step, from step 0 on.
+    make_step: settings -> train step; rewarded: whether rewards are due in a step of this number (from 0).
     `prepare` begins to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
     drawn meanwhile: compilation keeps one core busy for a minute and more. A call waits for its program.
 
@@ -33,9 +35,12 @@ class StepPrograms:
     """
 
     def __init__(
-        self, make_step: Callable[[StepSettings], TrainStep], settings: StepSettings, reward_interval: int = 1
+        self,
+        make_step: Callable[[StepSettings], TrainStep],
+        settings: StepSettings,
+        rewarded: Callable[[int], bool] = lambda step: True,
     ):
-        self._make_step, self._settings, self._interval = make_step, settings, reward_interval
+        self._make_step, self._settings, self._due = make_step, settings, rewarded
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._fallbacks = 0  # not yet told
@@ -63,7 +68,7 @@ class StepPrograms:
         return len(self._programs)
 
     def _rewarded(self, step: int) -> bool:
-        return self._settings.rollouts is not None and step % self._interval == 0
+        return self._settings.rollouts is not None and self._due(step)
 
     def _key(self, batch: Batch, step: int) -> tuple:
         shapes = tuple((name, array.shape, str(array.dtype)) for name, array in sorted(batch.items()))
@@ -77,27 +82,42 @@ class StepPrograms:
 
     def _compile_with_rewards(self, arguments):
         rollouts, available = self._settings.rollouts, device_memory()
-        decoded = rollouts.decode_batch_size
+        conditions = len(arguments[2]["mask"]) // self._settings.accumulation
+        decoded = min(rollouts.decode_batch_size, conditions)
         while True:
-            program = self._compile(
-                replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded)), arguments
-            )
-            needed = memory_needed(program)
+            settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded))
+            program, needed = self._compile_measured(settings, arguments)
             if needed <= available:
                 return program
             if decoded == 1:
                 break
             decoded //= 2
-        self._fallbacks += 1
-        log.warning(
-            "%s: a step with rollouts needs %.1f GB with one image decoded at a time, the device has %.1f GB; lower "
-            "--train_batch_size, --num_policy_timesteps or --lora_rank, use smaller --aspect_ratio_buckets or "
-            "--gradient_checkpointing full",
-            FALLBACK,
-            needed / 1e9,
-            available / 1e9,
+            log.warning(
+                "a step with rollouts needs %.1f GB, the device has %.1f GB: trying again with decode_batch_size %d",
+                needed / 1e9,
+                available / 1e9,
+                decoded,
+            )
+        cause = (
+            f"a step with rollouts needs {needed / 1e9:.1f} GB with one image decoded at a time, the device has "
+            f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
+            "--aspect_ratio_buckets or --gradient_checkpointing full"
         )
+        if "result" not in arguments[2]:
+            raise ConfigError(f"{cause} (without results there is no simple loss to fall back to)")
+        self._fallbacks += 1
+        log.warning("%s: %s", FALLBACK, cause)
         return self._compile_plain(arguments)
+
+    def _compile_measured(self, settings: StepSettings, arguments) -> tuple[jax.stages.Compiled | None, float]:
+        """The program and the bytes it needs; None and infinitely many where the compiler finds no room itself."""
+        try:
+            program = self._compile(settings, arguments)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None, math.inf
+        return program, memory_needed(program)
 
 
 def memory_needed(program: jax.stages.Compiled) -> int:

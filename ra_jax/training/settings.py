@@ -76,21 +76,23 @@ def initial_temperature(config: TrainConfig) -> float:
     return INITIAL_TEMPERATURE if given == "auto" else given
 
 
-def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray]) -> float:
-    """Model TFLOPs of one step with rewards on this batch (`metrics.step_flops`)."""
+def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray], step: int) -> float:
+    """Model TFLOPs of step number `step` (from 0) on this batch (`metrics.step_flops`)."""
     records, height, width, _ = batch["source"].shape
     image_tokens = 2 * height * width // loaded.model.multiple**2
     context_tokens = config.model.max_sequence_length + loaded.image_tokens
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
+    learns = config.uses_policy and (not automatic or config.rollouts.due(step))
     return 1e-12 * step_flops(
         forward_flops(loaded.flux_config, image_tokens, context_tokens),
         records=records,
         updates=config.updates,
         members=config.rollouts.num_generations if automatic else 1,
-        rollout_steps=config.rollouts.rollout_steps if automatic else 0,
-        policy_points=points if config.uses_policy else 0,
+        rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,
+        policy_points=points if learns else 0,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
+        base_loss="result" in batch,
         kl=config.grpo.kl_weight > 0.0,
         full_fine_tuning=not config.experts.use_lora,
     )

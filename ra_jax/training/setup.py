@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,8 +52,8 @@ RUN_FILES = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs. first_step: steps done before, > 0 when resumed; reward_interval: steps from one with rewards
-    to the next; previews, guard: None without any."""
+    """What the loop runs. first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a step
+    of this number (from 0); previews, guard: None without any."""
 
     output: Path
     loaded: LoadedModel
@@ -62,7 +62,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     step_settings: StepSettings
-    reward_interval: int
+    rewarded: Callable[[int], bool]
     state: TrainState
     first_step: int
     total_steps: int
@@ -75,7 +75,16 @@ class Setup:
         def make_step(settings: StepSettings):
             return make_train_step(self.objective_of(settings), self.optimizer, settings)
 
-        return StepPrograms(make_step, self.step_settings, self.reward_interval)
+        return StepPrograms(make_step, self.step_settings, self.rewarded)
+
+    def first_of_each_kind(self) -> list[int]:
+        """The first steps of this run that need a program of their own: with rewards, and without."""
+        first = {}
+        for step in range(self.first_step, self.total_steps):
+            first.setdefault(self.rewarded(step), step)
+            if len(first) == 2 or self.step_settings.rollouts is None:
+                break
+        return list(first.values())
 
     def objective_of(self, settings: StepSettings) -> Objective:
         """The objective of a step with these settings: without the policy where it has nothing to learn from."""
@@ -140,7 +149,7 @@ def set_up(config: TrainConfig) -> Setup:
         optimizer=optimizer,
         learning_rate=learning_rate,
         step_settings=step_settings(config, rewards),
-        reward_interval=config.rollouts.reward_interval,
+        rewarded=config.rollouts.due,
         state=state,
         first_step=first_step,
         total_steps=total_steps,
@@ -255,13 +264,13 @@ def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool
     except ValueError as error:
         raise ConfigError(str(error)) from None
     rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_target)
+    inputs = []
     for height, width in buckets:
         photo = jax.ShapeDtypeStruct((config.run.train_batch_size, height, width, 3), jnp.float32)
         truth = photo if has_target else None
         mask = jax.ShapeDtypeStruct(photo.shape[:-1], jnp.float32)
-        shapes = RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth)
-        checked = tuple(check_reward(reward, shapes) for reward in rewards)
-    return checked
+        inputs.append(RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth))
+    return tuple(check_reward(reward, *inputs) for reward in rewards)
 
 
 def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: FlowSchedule, loaded: LoadedModel):
@@ -386,20 +395,22 @@ def make_guard(
     guard = DriftGuard(
         objective,
         loaded.frozen,
-        plain_loader(config, chosen, loaded, batch_size=config.run.train_batch_size),
+        plain_loader(config, chosen, loaded),
         limit=config.run.max_drift,
         seed=config.run.seed,
     )
     if first_step:
-        guard.remember((row for row in read_rows(output / METRICS) if row["step"] <= first_step), config.mode)
+        kept = {int(path.name) for path in (output / BEST).glob("*") if path.name.isdecimal()}
+        rows = (row for row in read_rows(output / METRICS) if row["step"] <= first_step)
+        guard.remember((row for row in rows if row["step"] in kept), config.mode)
     return guard
 
 
-def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel, batch_size: int = 1) -> Loader:
-    """Records as they are, masks not augmented."""
+def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
+    """Records one by one as they are, masks not augmented."""
     return Loader(
         records,
-        batch_size=batch_size,
+        batch_size=1,
         buckets=parse_buckets(config.data.aspect_ratio_buckets),
         seed=config.run.seed,
         multiple=loaded.model.multiple,

@@ -16,6 +16,9 @@ from ra_jax.training.mesh import mean_gradients
 from ra_jax.training.objective import Metrics, Objective
 from ra_jax.training.state import TrainState
 
+# What a step reports of its last update alone: in the first the old policy may be the current one.
+OF_THE_LAST_UPDATE = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -65,7 +68,8 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
             measured |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
             state = replace(state, temperature=temperature, clip_at_sync=clip_at_sync)
         ema = averaged(state, state.trainable, settings.ema_decay)
-        return replace(state, ema=ema, step=state.step + 1), jax.tree.map(jnp.mean, metrics) | measured
+        metrics = {name: x[-1] if name in OF_THE_LAST_UPDATE else x.mean() for name, x in metrics.items()}
+        return replace(state, ema=ema, step=state.step + 1), metrics | measured
 
     return train_step
 
@@ -87,6 +91,8 @@ def learn(
     microbatches: [accumulation, B, ...]; fresh: the weights are the old policy's, until the first update.
     """
 
+    router_mean = state.router_mean  # it moves once a step, however many updates
+
     def update(carry: tuple[TrainState, Any], number: jax.Array):
         state, old = carry
         gradients, metrics, old = gradients_of(
@@ -99,14 +105,20 @@ def learn(
             fresh=fresh & (number == 0),
             axis_name=axis_name,
         )
-        gradients, router_mean, metrics = with_diversity(
-            objective, state, experience.features, microbatches["condition_weight"], gradients, metrics, axis_name
+        gradients, new_mean, metrics = with_diversity(
+            objective,
+            replace(state, router_mean=router_mean),
+            experience.features,
+            microbatches["condition_weight"],
+            gradients,
+            metrics,
+            axis_name,
         )
         gradients = jax.tree.map(lambda g: mean_gradients(g, axis_name), gradients)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=router_mean), old), metrics
+        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old), metrics
 
     (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
     return state, metrics
@@ -148,9 +160,11 @@ def gradients_of(
             fresh=fresh,
             axis_name=axis_name,
         )
-        share = sound / experience.advantages.shape[1]
-        total = jax.tree.map(lambda t, g: t + share * g, total, gradient)
-        return total, (metrics | {"train_loss": sound * value}, old)
+        count = experience.advantages.shape[1]
+        # Chosen rather than multiplied by 0: a gradient through blank members need not be finite.
+        total = jax.tree.map(lambda t, g: t + jnp.where(sound, g / count, 0.0), total, gradient)
+        metrics = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics)  # NaN: not measured
+        return total, (metrics | {"train_loss": jnp.where(sound, value, 0.0)}, old)
 
     def microbatch(total, given):
         batch, experience = given
@@ -171,7 +185,7 @@ def gradients_of(
             metrics = metrics | terms | {"train_loss": metrics["train_loss"] + terms["train_loss"]}
         return total, (metrics, old)
 
-    sound = 1.0 if experience.sound is None else experience.sound.astype(jnp.float32)
+    sound = jnp.asarray(True) if experience.sound is None else experience.sound
     experience = replace(experience, sound=None)
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     gradients, (metrics, old) = jax.lax.scan(microbatch, zeros, (microbatches, experience))
@@ -201,7 +215,7 @@ def with_diversity(objective, state, features, weights, gradients, metrics, axis
 
 def at_sync(state: TrainState, clip_fraction: jax.Array, settings: StepSettings) -> tuple[jax.Array, jax.Array]:
     """(τ, clip_fraction) as they stand after this step; both change only at the last step before a renewal."""
-    last = settings.renews(state.step + 1)
+    last = settings.renews(state.step + 1) & ~jnp.isnan(clip_fraction)
     clip = jnp.where(last, clip_fraction, state.clip_at_sync)
     if not settings.adapt_temperature:
         return state.temperature, clip

@@ -215,3 +215,28 @@ def test_the_grey_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
     assert np.all(grey.image == 0.5) and np.all(grey.target == 0.5) and grey.target_decoded is None
     assert set(np.unique(grey.mask)) == {0, 1} and grey.mask[:, SIZE // 2, SIZE // 2].all()
     assert not grey.mask[:, 0].any()
+
+
+def test_rewards_that_all_weigh_nothing():
+    with pytest.raises(RewardError, match="rewards smoothness all weigh 0"):
+        parse_rewards(["smoothness=0"], (0.4, 0.3, 0.3), True)
+
+
+def test_a_function_that_one_bucket_cannot_trace_runs_on_the_host_for_all(caplog):
+    """Whichever comes first."""
+
+    def picky(inputs):
+        if inputs.image.shape[2] > 32:
+            return np.asarray(inputs.image).mean((1, 2, 3))
+        return inputs.image.mean((1, 2, 3))
+
+    def shapes(width):
+        photo = jax.ShapeDtypeStruct((2, 32, width, 3), jnp.float32)
+        return RewardInputs(image=photo, source=photo, mask=jax.ShapeDtypeStruct((2, 32, width), jnp.float32))
+
+    for widths in ((32, 40), (40, 32)):
+        ready = check_reward(Reward("picky", picky, 1.0), *map(shapes, widths))
+        for width in widths:
+            image = jnp.full((2, 32, width, 3), 0.25)
+            inputs = RewardInputs(image=image, source=image, mask=jnp.ones((2, 32, width)))
+            np.testing.assert_allclose(jax.jit(ready.function)(inputs), 0.25)

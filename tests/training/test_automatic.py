@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.config import ConfigError
+from ra_jax.config import ConfigError, RolloutConfig
 from ra_jax.data.diptych import right_panel
+from ra_jax.data.loader import Loader
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rl.rewards import REWARDS, RewardInputs
 from ra_jax.rl.rollouts import Member
@@ -249,14 +250,18 @@ def broken(inputs):
     return jnp.where(inputs.image.mean((1, 2, 3)) > -1.0, jnp.nan, 0.0)
 
 
-def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automatic):
-    """The weights then are those of a step without rewards."""
-    setups = [set_up(automatic(adam_weight_decay=0.0)) for _ in range(2)]
+@pytest.mark.parametrize("estimator", ["matching", "sde", "nft"])
+def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automatic, estimator):
+    """The weights then are those of a step without rewards; what only rewards could tell is not told."""
+    flags = {"policy_estimator": estimator, "kl_weight": 0.1, "adam_weight_decay": 0.0}
+    setups = [set_up(automatic(**flags)) for _ in range(2)]
     state, rows = steps_of(with_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
     assert rows[0]["reward_fallbacks"] == 1.0
-    assert np.isnan(rows[0]["mean_reward"]) and np.isfinite(rows[0]["train_loss"])
-    without = replace(setups[1], reward_interval=2).step_programs()
-    reference, row = without(setups[1].state, setups[1].loaded.frozen, next(setups[1].loader.iterate()), 1)
+    assert np.isfinite(rows[0]["train_loss"])
+    assert all(np.isnan(rows[0][name]) for name in ("mean_reward", "policy_loss", "kl_loss"))
+    assert np.isnan(state.clip_at_sync) and state.temperature == setups[1].state.temperature
+    without = replace(setups[1], rewarded=lambda step: False).step_programs()
+    reference, row = without(setups[1].state, setups[1].loaded.frozen, next(setups[1].loader.iterate()))
     assert "mean_reward" not in row
     ours, theirs = named_leaves(state.trainable), named_leaves(reference.trainable)
     for name in ours:
@@ -295,7 +300,7 @@ class Compiled:
 @pytest.fixture
 def uncompiled(automatic, monkeypatch):
     """(setup, its programs, the settings they were compiled with so far), nothing really compiled."""
-    setup, tried = set_up(automatic(decode_batch_size=4)), []
+    setup, tried = set_up(automatic(decode_batch_size=8, train_batch_size=4)), []
 
     def compile_(self, settings, arguments):
         tried.append(settings)
@@ -304,9 +309,12 @@ def uncompiled(automatic, monkeypatch):
     monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
     monkeypatch.setattr(programs, "memory_needed", lambda program: 10**9 * program.settings.rollouts.decode_batch_size)
 
-    def run(memory, steps=1, interval=1):
+    def run(memory, steps=1, interval=1, warmup=0, results=True):
         monkeypatch.setattr(programs, "device_memory", lambda: memory)
-        step, batch = replace(setup, reward_interval=interval).step_programs(), next(setup.loader.iterate())
+        due = RolloutConfig(reward_interval=interval, reward_warmup_steps=warmup).due
+        step, batch = replace(setup, rewarded=due).step_programs(), dict(next(setup.loader.iterate()))
+        if not results:
+            del batch["result"]
         rows = [step(setup.state, setup.loaded.frozen, batch, number)[1] for number in range(steps)]
         return rows, [None if settings.rollouts is None else settings.rollouts.decode_batch_size for settings in tried]
 
@@ -317,6 +325,12 @@ def test_rewards_every_other_step(uncompiled):
     rows, tried = uncompiled(10**12, steps=3, interval=2)
     assert rows == [{"mean_reward": 0.0}, {}, {"mean_reward": 0.0}]
     assert tried == [4, None]
+
+
+def test_rewards_after_a_warm_up(uncompiled):
+    rows, tried = uncompiled(10**12, steps=4, interval=2, warmup=1)
+    assert rows == [{}, {"mean_reward": 0.0}, {}, {"mean_reward": 0.0}]
+    assert tried == [None, 4]
 
 
 def test_a_step_that_does_not_fit_decodes_less_at_once(uncompiled):
@@ -331,6 +345,24 @@ def test_a_step_that_never_fits_goes_on_without_rewards(uncompiled, caplog):
     assert "Failed to compute GRPO rewards, falling back to simple loss" in caplog.text
     assert "needs 1.0 GB with one image decoded at a time, the device has 0.1 GB" in caplog.text
     assert "--gradient_checkpointing full" in caplog.text
+
+
+def test_a_step_that_never_fits_has_nothing_to_go_on_with_without_results(uncompiled):
+    with pytest.raises(ConfigError, match=r"needs 1.0 GB .*no simple loss to fall back to"):
+        uncompiled(10**8, results=False)
+
+
+def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypatch, caplog):
+    setup = set_up(automatic(decode_batch_size=1))
+
+    def compile_(self, settings, arguments):
+        if settings.rollouts is not None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return Compiled(settings)
+
+    monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
+    _, row = setup.step_programs()(setup.state, setup.loaded.frozen, next(setup.loader.iterate()))
+    assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
 
 
 def test_memory_grows_with_the_group_by_its_latents_alone(automatic):
@@ -375,11 +407,13 @@ def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(
         for name in ("src", "mask", "ref"):
             record[name] = str(scored_scenes / record[name])
     (tmp_path / "photos.json").write_text(json.dumps(records))
-    flags = {"train_json_path": str(tmp_path / "photos.json"), "base_loss_weight": 0.0}
-    flags |= {"policy_estimator": estimator, "kl_weight": 0.1}
-    _, rows = steps_of(set_up(automatic(**flags)), 1)
-    assert "base_loss" not in rows[0]
-    assert {"removal_score", "background_score", "smoothness_score", "policy_loss", "kl_loss"} <= rows[0].keys()
+    flags = {"train_json_path": str(tmp_path / "photos.json"), "base_loss_weight": 0.0, "max_train_steps": 1}
+    flags |= {"policy_estimator": estimator, "kl_weight": 0.1, "validation_steps": 1, "num_inference_steps": 2}
+    output = train(automatic(**flags))
+    (row,) = read_rows(output / "metrics.jsonl")
+    assert "base_loss" not in row
+    assert {"removal_score", "background_score", "smoothness_score", "policy_loss", "kl_loss"} <= row.keys()
+    assert (output / "previews" / "step_000001.png").exists()
 
 
 def test_too_short_a_rollout_for_the_stochastic_steps(automatic):
@@ -428,3 +462,32 @@ def test_a_run_begins_with_another_runs_experts(automatic, config_in, scored_sce
     about = read_about(find_checkpoint(human.run.output_dir))
     with pytest.raises(CheckpointError, match="was trained on another base"):
         refuse_another_base(Path("there"), about, "another")
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(automatic, monkeypatch):
+    """With rewards every other step, drawn experts, averages, several updates and a schedule."""
+    flags = {"routing": "sample", "reward_interval": 2, "ema_decay": 0.9, "lr_scheduler": "cosine"}
+    flags |= {"max_train_steps": 4, "checkpointing_steps": 2}
+    straight = automatic(**flags)
+    train(straight)
+    stopped = automatic(**flags)
+    iterate = Loader.iterate
+
+    def dies(self, start=0):
+        for i, batch in enumerate(iterate(self, start)):
+            if start + i == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(Loader, "iterate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.undo()
+    resumed = replace(stopped, run=replace(stopped.run, resume_from_checkpoint="latest"))
+    train(resumed)
+    like = set_up(resumed).state
+    ours, theirs = (
+        named_leaves(restore(find_checkpoint(config.run.output_dir), like)) for config in (resumed, straight)
+    )
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
