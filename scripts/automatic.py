@@ -33,9 +33,9 @@ WEIGHTS = (0.4, 0.3, 0.3)
 AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 METHODS = {
     "standard": dict.fromkeys(AUTOMATIC, False) | {"policy_estimator": "matching", "kl_weight": 0.0},
-    "matching": AUTOMATIC | {"policy_estimator": "matching"},
+    "matching": AUTOMATIC | {"policy_estimator": "matching", "policy_loss_weight": 0.1, "policy_temperature": 0.2},
     "sde": AUTOMATIC | {"policy_estimator": "sde"},
-    "nft": AUTOMATIC | {"policy_estimator": "nft"},
+    "nft": AUTOMATIC | {"policy_estimator": "nft", "policy_loss_weight": 4.0, "kl_weight": 0.1},
 }
 
 

@@ -10,4 +10,5 @@ environment test torch metrics
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# Two files at a time: compiling, most of what tests do, keeps one core busy.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

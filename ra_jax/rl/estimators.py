@@ -120,22 +120,22 @@ def sde_log_prob(
     return log_density.reshape(b, w).mean(1), mean, std, predicted
 
 
-def normalised_log_prob(
-    log_prob: jax.Array, mean: jax.Array, old_mean: jax.Array, std: jax.Array, region: jax.Array
+def normalised_log_ratio(
+    log_ratio: jax.Array, mean: jax.Array, old_mean: jax.Array, std: jax.Array, region: jax.Array
 ) -> jax.Array:
-    """ℓ̂ [B], such that ℓ̂_θ − ℓ̂_old has neither the bias nor the tiny spread of a mean log-ratio over D elements.
+    """log ρ̂ [B], which has neither the bias nor the tiny spread of a mean log-ratio ℓ_θ − ℓ_old over D elements.
 
-        ℓ̂ = √D·(ℓ + ½·mean ‖(μ_θ − μ_old)/std‖²)        D = (elements that mean_Ω counts) · W
+        log ρ̂ = √D·(ℓ_θ − ℓ_old + ½·mean ‖(μ_θ − μ_old)/std‖²)        D = (elements that mean_Ω counts) · W
 
     The mean log-ratio of a step is mean(z·δ) − ½·mean δ² with δ = Δμ/std and z ~ N(0, I): a bias of −r²/2 against a
     spread of r/√D (r² = mean δ²), so that nearly every ratio falls below 1 and is clipped on that side. Without its
     bias (GRPO-Guard, 2510.22319, RatioNorm) and times √D it has mean 0 and spread r, whatever the size of the image.
 
-    log_prob: [B]; mean, old_mean: [B·W, N, 4C]; std: [B·W]; region: [B, N, 4].
+    log_ratio: [B]; mean, old_mean: [B·W, N, 4C]; std: [B·W]; region: [B, N, 4].
     """
-    b = log_prob.shape[0]
+    b = log_ratio.shape[0]
     w = mean.shape[0] // b
     square = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, jnp.repeat(region, w, axis=0)) / std**2
     channels = mean.shape[-1] // 4
     elements = w * channels / (region**2).sum((1, 2))
-    return jnp.sqrt(elements) * (log_prob + 0.5 * square.reshape(b, w).mean(1))
+    return jnp.sqrt(elements) * (log_ratio + 0.5 * square.reshape(b, w).mean(1))

@@ -15,8 +15,7 @@ Mean = Callable[[jax.Array], jax.Array]
 
 
 def clipped_policy_loss(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
+    log_ratio: jax.Array,
     advantages: jax.Array,
     *,
     clip_range: float,
@@ -24,12 +23,11 @@ def clipped_policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """PPO's clipped surrogate (Schulman et al. 1707.06347, eq. 7) as a loss to be minimised.
 
-        ρ = exp(clip(ℓ_θ − ℓ_old, ±3))        policy = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
+        ρ = exp(clip(log_ratio, ±3))        policy = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
 
-    All arguments are [B], float32; no gradient flows into `old_log_prob` or `advantages`. `mean` averages over the
+    log_ratio: ℓ_θ − ℓ_old, [B] float32; advantages: [B], into which no gradient flows. `mean` averages over the
     global batch. Metrics: mean_ratio; clip_fraction, where |ρ − 1| > ε; approx_kl = mean(ρ − 1 − log ρ) ≥ 0.
     """
-    log_ratio = log_prob - jax.lax.stop_gradient(old_log_prob)
     log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
     advantages = jax.lax.stop_gradient(advantages)

@@ -19,7 +19,7 @@ from ra_jax.rl.estimators import (
     Velocity,
     matching_cache,
     matching_log_prob,
-    normalised_log_prob,
+    normalised_log_ratio,
     sde_log_prob,
 )
 from ra_jax.rl.losses import Mean, clipped_policy_loss, nft_loss, optimality
@@ -89,21 +89,20 @@ def policy_loss(
     """The loss (a scalar) of judged members [B] with these advantages [B], and its metrics.
 
     old: the old policy's record of the same members, through which no gradient flows. matching, sde: PPO's clipped
-    surrogate (`clipped_policy_loss`), sde's with normalised log-probabilities. nft: `nft_loss`, whose metric
+    surrogate (`clipped_policy_loss`), sde's of a normalised ratio. nft: `nft_loss`, whose metric
     `policy_change` is mean_Ω ‖v_θ − v_old‖².
     """
     old, record = jax.lax.stop_gradient(old), judgement.record
     region = judgement.cache.region
     if settings.estimator == "nft":
         return _nft(judgement, old["velocity"], advantages, settings, mean)
-    log_prob, old_log_prob, clip_range = record["log_prob"], old["log_prob"], settings.clip_range
+    # Differences first: of equal records they are exactly 0, whatever the compiler makes of the rest.
+    log_ratio, clip_range = record["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
-        log_prob = normalised_log_prob(log_prob, record["mean"], old["mean"], judgement.std, region)
-        old_log_prob = normalised_log_prob(old_log_prob, old["mean"], old["mean"], judgement.std, region)
+        log_ratio = normalised_log_ratio(log_ratio, record["mean"], old["mean"], judgement.std, region)
         clip_range = settings.sde_clip_range
-    return clipped_policy_loss(
-        log_prob + record["routing"], old_log_prob + old["routing"], advantages, clip_range=clip_range, mean=mean
-    )
+    log_ratio = log_ratio + (record["routing"] - old["routing"])
+    return clipped_policy_loss(log_ratio, advantages, clip_range=clip_range, mean=mean)
 
 
 def _nft(judgement: Judgement, old: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean):

@@ -82,7 +82,7 @@ class StepPrograms:
 
     def _compile_with_rewards(self, arguments):
         rollouts, available = self._settings.rollouts, device_memory()
-        conditions = len(arguments[2]["mask"]) // self._settings.accumulation
+        conditions = arguments[2]["mask"].shape[0] // self._settings.accumulation
         decoded = min(rollouts.decode_batch_size, conditions)
         while True:
             settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded))

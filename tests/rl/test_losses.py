@@ -25,7 +25,7 @@ def ppo(log_prob: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def loss_and_gradients():
     def loss(log_prob, old, advantages):
-        return clipped_policy_loss(log_prob, old, advantages, clip_range=EPSILON)
+        return clipped_policy_loss(log_prob - jax.lax.stop_gradient(old), advantages, clip_range=EPSILON)
 
     (value, metrics), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(OLD + LOG_RATIOS, OLD, ADVANTAGES)
     return value, metrics, gradients
@@ -63,7 +63,7 @@ def test_metrics(loss_and_gradients):
 
 def test_of_the_old_policy_itself_only_the_policy_gradient_is_left():
     def loss(log_prob):
-        return clipped_policy_loss(log_prob, jax.lax.stop_gradient(log_prob), ADVANTAGES, clip_range=EPSILON)
+        return clipped_policy_loss(log_prob - jax.lax.stop_gradient(log_prob), ADVANTAGES, clip_range=EPSILON)
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(OLD))
     assert float(value) == pytest.approx(-ADVANTAGES.mean(), rel=1e-6)
@@ -74,14 +74,10 @@ def test_of_the_old_policy_itself_only_the_policy_gradient_is_left():
 def test_any_mean_can_be_given():
     weights = np.linspace(0, 1, 14)
     weights /= weights.sum()
-    log_prob = OLD + LOG_RATIOS
     value, metrics = clipped_policy_loss(
-        log_prob, OLD, ADVANTAGES, clip_range=EPSILON, mean=lambda x: jnp.sum(weights * x)
+        LOG_RATIOS, ADVANTAGES, clip_range=EPSILON, mean=lambda x: jnp.sum(weights * x)
     )
-    each = [
-        clipped_policy_loss(log_prob[i : i + 1], OLD[i : i + 1], ADVANTAGES[i : i + 1], clip_range=EPSILON)
-        for i in range(14)
-    ]
+    each = [clipped_policy_loss(LOG_RATIOS[i : i + 1], ADVANTAGES[i : i + 1], clip_range=EPSILON) for i in range(14)]
     assert float(value) == pytest.approx(sum(w * float(loss) for w, (loss, _) in zip(weights, each, strict=True)))
     for name, got in metrics.items():
         assert float(got) == pytest.approx(sum(w * float(m[name]) for w, (_, m) in zip(weights, each, strict=True)))
