@@ -102,11 +102,11 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
     """By torch's Normal at each element, from μ and std as DESIGN writes them; its mean over Ω and steps."""
     cache = make_transitions()
     log_prob, mean, std, predicted = jax.jit(partial(sde_log_prob, scaled_tanh))(0.7, cache)
-    times = cache.times.astype(np.float64)
+    times, states = (np.asarray(x, np.float64) for x in (cache.times, cache.states))
     for b in range(2):
         densities = []
         for w in range(2):
-            x, t, delta = cache.states[b, w].astype(np.float64), times[w], times[w] - times[w + 1]
+            x, t, delta = states[b, w], times[w], times[w] - times[w + 1]
             v = 0.7 * np.tanh(x) + 0.1 * b
             g = 0.7 * np.sqrt(t / (1 - t))
             mu = x - delta * (v + g**2 / (2 * t) * (x + (1 - t) * v))
@@ -114,8 +114,8 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
             np.testing.assert_allclose(predicted[2 * b + w], v, rtol=1e-4, atol=1e-5)
             assert float(std[2 * b + w]) == pytest.approx(g * np.sqrt(delta), rel=1e-5)
             density = torch.distributions.Normal(torch.from_numpy(mu), g * np.sqrt(delta))
-            by_element = density.log_prob(torch.from_numpy(cache.states[b, w + 1].astype(np.float64))).numpy()
-            densities.append((by_element.reshape(6, 2, 4).mean(1) * cache.region[b]).sum())
+            by_element = density.log_prob(torch.from_numpy(states[b, w + 1])).numpy()
+            densities.append((by_element.reshape(6, 2, 4).mean(1) * np.asarray(cache.region[b])).sum())
         assert float(log_prob[b]) == pytest.approx(np.mean(densities), rel=1e-5)
 
 

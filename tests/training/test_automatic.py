@@ -376,6 +376,7 @@ def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypa
     assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
     """Temporaries of the compiled step: from 2 to 8 rollouts a condition."""
 
@@ -471,6 +472,7 @@ def test_a_run_begins_with_another_runs_experts(automatic, config_in, scored_sce
         refuse_another_base(Path("there"), about, "another")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_bit_for_bit(automatic, monkeypatch):
     """With rewards every other step, drawn experts, averages, several updates and a schedule."""
     flags = {"routing": "sample", "reward_interval": 2, "ema_decay": 0.9, "lr_scheduler": "cosine"}

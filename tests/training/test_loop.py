@@ -59,7 +59,7 @@ def test_run_writes_what_it_promises(straight):
     assert sorted(path.name for path in (straight / "previews").iterdir()) == [f"step_00000{n}.png" for n in (0, 3, 6)]
     assert Image.open(straight / "curves.png").size[0] > 500
     assert list((straight / "tensorboard").iterdir())
-    assert {path.name for path in straight.iterdir()} == set(RUN_FILES) - {"wandb"}
+    assert {path.name for path in straight.iterdir()} == set(RUN_FILES) - {"wandb", "best"}
 
 
 def test_previews_show_four_panels_a_scene_and_change(straight):

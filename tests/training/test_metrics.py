@@ -26,6 +26,21 @@ def test_a_loss_that_is_not_finite_stays():
 
 def test_arithmetic_of_a_step():
     """By hand: 3 records; 1 + 4 trained passes of twice a forward, 4 old passes at 7 of 8 steps, 4 of the base."""
-    count = {"records": 3, "sync_steps": 8}
-    assert step_flops(10.0, policy_pairs=4, kl=True, full_fine_tuning=False, **count) == 30 * (5 * 2 + 3.5 + 4)
-    assert step_flops(10.0, policy_pairs=0, kl=False, full_fine_tuning=True, **count) == 30 * 3
+    human = {"records": 3, "old_policy_share": 7 / 8}
+    assert step_flops(10.0, policy_points=4, kl=True, full_fine_tuning=False, **human) == 30 * (5 * 2 + 3.5 + 4)
+    assert step_flops(10.0, policy_points=0, kl=False, full_fine_tuning=True, records=3) == 30 * 3
+
+
+def test_arithmetic_of_an_automatic_step():
+    """By hand: 3 conditions of 8 rollouts of 6 forward passes; 2 updates of a base pass and 4 passes a rollout."""
+    count = {"records": 3, "members": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
+    assert step_flops(10.0, kl=False, full_fine_tuning=False, **count) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
+    without_base = step_flops(10.0, kl=True, full_fine_tuning=False, base_loss=False, **count)
+    assert without_base == 30 * (8 * 6 + 2 * 8 * 4 * 3)
+
+
+def test_what_some_steps_measured_is_their_mean():
+    """Steps without rewards have no such metrics, steps whose rewards failed have NaN or worse."""
+    steps = [{"mean_reward": np.float32(value)} for value in (1.0, np.nan, 3.0)] + [{"lr": np.float32(1)}]
+    steps[1]["my_score"] = np.float32(np.inf)
+    assert summarise(steps) == {"mean_reward": 2.0, "lr": 1.0}
