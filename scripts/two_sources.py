@@ -82,7 +82,9 @@ def train(training: Training) -> None:
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"agree": agree, "train": train}, use_underscores=True)
+    tyro.extras.subcommand_cli_from_dict(
+        {"agree": agree, "train": train}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+    )
 
 
 if __name__ == "__main__":
