@@ -39,7 +39,11 @@ from ra_jax.training.state import keys_for, stream
 
 REWARD_WEIGHTS = (0.4, 0.3, 0.3)
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
-UNSCORED = dict.fromkeys(SCORED, False) | {"enable_grpo_loss": False, "base_loss_weighting": "none"}
+UNSCORED = dict.fromkeys(SCORED, False) | {
+    "enable_grpo_loss": False,
+    "base_loss_weighting": "none",
+    "policy_estimator": "matching",
+}
 METHODS = {
     "standard": UNSCORED,
     "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
