@@ -23,7 +23,8 @@ OUT_OF_MEMORY = (
 
 def main() -> None:
     """Parse, train; what a user can mend is told without a traceback, with exit status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    # force: Orbax brings a handler of its own, beside which this would do nothing.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "orbax", "jax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
