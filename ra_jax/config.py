@@ -121,15 +121,14 @@ class RolloutConfig:
     rollout_steps: int = 8  # sampling steps of a rollout
     num_iterations: int = 2  # updates from the same rollouts
     reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
-    reward_warmup_steps: int = 0  # steps with the base loss alone before the first rollouts
-    reward_interval: int = 1  # then rollouts and rewards every so many steps, base loss alone between
+    reward_interval: int = 1  # rollouts and rewards every so many steps, base loss alone between
     decode_batch_size: int = 4  # images the VAE decodes at once
     sde_window: int = 2  # noisy steps in a rollout for the estimator sde
     sde_noise_level: float = 0.7  # eta, the noise of those steps
 
     def due(self, step: int) -> bool:
         """Whether step number `step` (from 0) generates and rewards."""
-        return step >= self.reward_warmup_steps and (step - self.reward_warmup_steps) % self.reward_interval == 0
+        return step % self.reward_interval == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda value: value >= 0,
         "seed data_workers max_sequence_length guidance_scale kl_weight removal_reward_weight "
         "background_reward_weight smoothness_reward_weight base_loss_weight policy_loss_weight "
-        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power reward_warmup_steps "
+        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power "
         "adam_weight_decay checkpointing_steps validation_steps",
     ),
     "greater than 0": (
@@ -157,14 +157,10 @@ def _automatic(config: "TrainConfig") -> Iterator[str]:
             f"reward_functions = {given}: judge generated images, and nothing is generated without --use_grpo "
             "--enable_grpo_rewards, or with --use_human_scores; leave them out"
         )
-    if (
-        automatic
-        and config.losses.base_loss_weight == 0
-        and (config.rollouts.reward_warmup_steps or config.rollouts.reward_interval > 1)
-    ):
+    if automatic and config.losses.base_loss_weight == 0 and config.rollouts.reward_interval > 1:
         yield (
-            "base_loss_weight = 0 with reward_warmup_steps or reward_interval > 1: steps without rollouts would have "
-            "nothing to learn from; give a base_loss_weight, or rollouts at every step"
+            f"base_loss_weight = 0 with reward_interval = {config.rollouts.reward_interval}: steps without rollouts "
+            "would have nothing to learn from; give a base_loss_weight, or rollouts at every step"
         )
     if config.run.max_drift is not None and not config.experts.use_lora:
         yield f"max_drift = {config.run.max_drift} without use_lora: the base it is measured from is itself trained"

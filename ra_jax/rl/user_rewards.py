@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ import numpy as np
 from ra_jax.rl.rewards import REWARDS, SCORES, RewardFunction, RewardInputs, default_rewards
 
 log = logging.getLogger(__name__)
+
+
+# What a function meets that treats traced arrays as NumPy's: JAX's refusals, and attributes that only NumPy's have.
+UNTRACEABLE = (TypeError, jax.errors.JAXIndexError, AttributeError)
 
 
 class RewardError(ValueError):
@@ -100,7 +105,7 @@ def _imported(where: str) -> RewardFunction:
         sys.path.insert(0, here)  # as `python -m` has it; a console script has not
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises: it is their code that runs here
+    except ImportError as error:  # anything else is a fault in their module, and its traceback says where
         raise RewardError(
             f"reward {where!r}: cannot import module {module_name!r}: {_cause(error)}; looked in the working directory "
             f"{here} and the installed packages"
@@ -125,10 +130,10 @@ def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
             that does so ends the step in a `jax.errors.JaxRuntimeError` that holds this error's text.
     """
     try:
-        returned = [jax.eval_shape(reward.function, inputs) for inputs in shapes]
-    except Exception as reason:  # judged by what the function does with plain arrays
+        returned = [jax.eval_shape(partial(_named_call, reward, passing=UNTRACEABLE), inputs) for inputs in shapes]
+    except UNTRACEABLE as reason:
         for inputs in shapes:
-            _checked(reward, _plain_call(reward, _grey_inputs(inputs)), _batch(inputs))
+            _checked(reward, _named_call(reward, _grey_inputs(inputs)), _batch(inputs))
         log.warning(
             "reward '%s' is no function of JAX (%s): it runs in Python on the host at every step, which is slower",
             reward.name,
@@ -153,10 +158,15 @@ def _grey_inputs(shapes: RewardInputs) -> RewardInputs:
     return replace(grey, mask=mask)
 
 
-def _plain_call(reward: Reward, inputs: RewardInputs) -> object:
+def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Exception], ...] = ()) -> object:
+    """What the function returns. Raises RewardError, with its error as the cause, where it raises any but `passing`."""
     try:
         return reward.function(inputs)
-    except Exception as error:  # the user's code: their error is passed on, under the reward's name
+    except passing:
+        raise
+    except Exception as error:
+        # Any error: this is the border to code that is not ours. It ends the run all the same; out of a compiled step
+        # it would come as an error of XLA's, in which neither this reward nor its own words could be told.
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 
@@ -172,7 +182,7 @@ def _checked(reward: Reward, returned: object, batch: int) -> None:
 def _on_host(reward: Reward) -> RewardFunction:
     def call(inputs: RewardInputs) -> np.ndarray:
         inputs = jax.tree.map(np.array, inputs)  # copies, which the function may write into
-        returned = _plain_call(reward, inputs)
+        returned = _named_call(reward, inputs)
         _checked(reward, returned, _batch(inputs))
         return np.asarray(returned, np.float32)
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ra_jax.data.loader import Loader
-from ra_jax.flow.regions import region_mean
 from ra_jax.models.fill_model import Weights
 from ra_jax.rl.estimators import matching_cache
 from ra_jax.training.encoded import encode
-from ra_jax.training.objective import Objective
+from ra_jax.training.objective import Objective, norm_ratio
 from ra_jax.training.state import keys_for, stream
 
 log = logging.getLogger(__name__)
@@ -93,9 +91,6 @@ def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int)
     x, t, records = cache.rows()
     condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
     gates = model.gates(trainable, encoded.condition)[0][records]
-    policy, base = (
-        objective.velocity(trainable, frozen, x, t, condition, weights) for weights in (gates, jnp.zeros_like(gates))
-    )
-    norms = [jnp.sqrt(region_mean(v**2, encoded.region[records])) for v in (policy, base)]
-    ratio = (norms[0] / norms[1]).reshape(-1, PAIRS).mean(1)
+    policy, base = objective.with_and_without_experts(trainable, frozen, x, t, condition, gates)
+    ratio = norm_ratio(policy, base, encoded.region[records]).reshape(-1, PAIRS).mean(1)
     return cache.errors(policy).mean(1), cache.errors(base).mean(1), ratio

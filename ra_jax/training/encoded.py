@@ -14,8 +14,7 @@ from ra_jax.training.state import keys_for, stream
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Encoded:
-    """clean: x0 of the results [B, N, 4C], None where there are none;
-    region: mean_Ω's weights [B, N, 4]."""
+    """clean: x0 of the results [B, N, 4C], None where there are none; region: mean_Ω's weights [B, N, 4]."""
 
     condition: Condition
     clean: jax.Array | None

@@ -188,17 +188,25 @@ class Objective:
         velocity_norm_ratio, the mean over records of ‖v_θ‖ / ‖v_base‖, and kl_to_base, of mean_Ω ‖v_θ − v_base‖².
         """
         noise, t, _ = self.noised(batch, clean, state.seed, state.step)
-        x = interpolate(clean, noise, t)
         gates, _ = self.model.gates(state.trainable, encoded.condition)
-        # Gates of 0 are the base: one pass of 2B rows leaves the compiler one copy of the network, not two.
-        x, t, condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, t, encoded.condition))
-        both = jnp.concatenate([gates, jnp.zeros_like(gates)])
-        policy, base = jnp.split(self.velocity(state.trainable, frozen, x, t, condition, both), 2)
-        norms = (jnp.sqrt(region_mean(v**2, encoded.region)) for v in (policy, base))
+        x = interpolate(clean, noise, t)
+        policy, base = self.with_and_without_experts(state.trainable, frozen, x, t, encoded.condition, gates)
         return {
-            "velocity_norm_ratio": all_mean(jnp.divide(*norms), axis_name),
+            "velocity_norm_ratio": all_mean(norm_ratio(policy, base, encoded.region), axis_name),
             "kl_to_base": all_mean(region_mean((policy - base) ** 2, encoded.region), axis_name),
         }
+
+    def with_and_without_experts(self, trainable, frozen, x, t, condition, gates) -> tuple[jax.Array, jax.Array]:
+        """Velocities of the experts and of the base alone at the same R points, [R, N, 4C] each."""
+        # Gates of 0 are the base: one pass of 2R rows leaves the compiler one copy of the network, not two.
+        x, t, condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, t, condition))
+        both = jnp.concatenate([gates, jnp.zeros_like(gates)])
+        return tuple(jnp.split(self.velocity(trainable, frozen, x, t, condition, both), 2))
+
+
+def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:
+    """‖v‖ / ‖v_base‖ [R], norms of velocities [R, N, 4C] over mean_Ω (`region` [R, N, 4])."""
+    return jnp.sqrt(region_mean(velocity**2, region) / region_mean(base**2, region))
 
 
 def routing_metrics(gates: jax.Array, weights: jax.Array, axis_name: str | None) -> Metrics:

@@ -68,8 +68,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
             measured |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
             state = replace(state, temperature=temperature, clip_at_sync=clip_at_sync)
         ema = averaged(state, state.trainable, settings.ema_decay)
-        metrics = {name: x[-1] if name in OF_THE_LAST_UPDATE else x.mean() for name, x in metrics.items()}
-        return replace(state, ema=ema, step=state.step + 1), metrics | measured
+        return replace(state, ema=ema, step=state.step + 1), of_the_step(metrics) | measured
 
     return train_step
 
@@ -90,7 +89,6 @@ def learn(
 
     microbatches: [accumulation, B, ...]; fresh: the weights are the old policy's, until the first update.
     """
-
     router_mean = state.router_mean  # it moves once a step, however many updates
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
@@ -122,6 +120,11 @@ def learn(
 
     (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
     return state, metrics
+
+
+def of_the_step(metrics: Metrics) -> Metrics:
+    """Scalars from the metrics of each update [updates]: the mean, or the last (`OF_THE_LAST_UPDATE`)."""
+    return {name: x[-1] if name in OF_THE_LAST_UPDATE else x.mean() for name, x in metrics.items()}
 
 
 def renewed_snapshot(state: TrainState, renewed: jax.Array) -> Any:

@@ -68,21 +68,9 @@ def test_previews_show_four_panels_a_scene_and_change(straight):
     assert not np.array_equal(first, last)
 
 
-def test_killed_run_resumes_bit_for_bit(straight, make_config, monkeypatch):
+def test_killed_run_resumes_bit_for_bit(straight, make_config, dies_at):
     """Stopped at step 5, after the checkpoint of step 3: steps 4 and 5 are run again, and their rows replaced."""
-    config = make_config(**RUN)
-    iterate = Loader.iterate
-
-    def dies(self, start=0):
-        for i, batch in enumerate(iterate(self, start)):
-            if start + i == 5:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(Loader, "iterate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
+    dies_at(5, lambda: train(make_config(**RUN)))
     resumed = make_config(resume_from_checkpoint="latest", **RUN)
     folder = train(resumed)
     assert rows(folder) == rows(straight)

@@ -148,3 +148,16 @@ def test_schedules(name, middle, end):
     np.testing.assert_allclose(schedule(10), 1.0)
     np.testing.assert_allclose(schedule(60), middle, atol=1e-6)
     np.testing.assert_allclose(schedule(110), end, atol=1e-6)
+
+
+def test_schedules_count_steps_however_many_updates_a_step_makes():
+    """Adam's first updates of a constant gradient are the learning rate: three of each step's."""
+    config = replace(CONFIG, adam_weight_decay=0.0, lr_scheduler="linear")
+    optimizer, schedule = build_optimizer(config, total_steps=4, updates=3)
+    params, gradient = {"kernel": jnp.zeros(())}, {"kernel": jnp.ones(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(12):
+        update, state = optimizer.update(gradient, state, params)
+        sizes.append(-float(update["kernel"]))
+    np.testing.assert_allclose(sizes, np.repeat([float(schedule(step)) for step in range(4)], 3), rtol=1e-4)
+    assert schedule(0) == pytest.approx(0.1) and schedule(3) == pytest.approx(0.025)

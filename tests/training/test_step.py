@@ -47,14 +47,7 @@ def human_run(config_in, tmp_path_factory):
     return run(config_in(tmp_path_factory.mktemp("human")), 7)
 
 
-def changed(before, after):
-    """Names of the leaves that differ."""
-    before, after = named_leaves(before), named_leaves(after)
-    assert before.keys() == after.keys()
-    return {name for name in before if not np.array_equal(before[name], after[name])}
-
-
-def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human_run):
+def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human_run, changed):
     setup, frozen, before, state, _, _ = human_run
     assert changed(frozen, setup.loaded.frozen) == set()
     assert changed(before, state.trainable) == set(named_leaves(before))
@@ -114,7 +107,7 @@ def test_equal_parameters_give_equal_log_probabilities(make_config, optimised, p
         (STANDARD | {"use_lora": False}, {"flux"}),
     ],
 )
-def test_what_each_mode_trains(make_config, flags, moves):
+def test_what_each_mode_trains(make_config, changed, flags, moves):
     setup, frozen, before, state, metrics, _ = run(make_config(adam_weight_decay=0.0, **flags), 2)
     assert changed(frozen, setup.loaded.frozen) == set()
     parts = {name.split("/")[0] for name in changed(before, state.trainable)}

@@ -1,0 +1,42 @@
+"""What the entry tells without a traceback."""
+
+import logging
+
+import pytest
+from jax.errors import JaxRuntimeError
+
+from ra_jax import train
+from ra_jax.rl.user_rewards import RewardError
+from ra_jax.training import loop
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RewardError("unknown reward 'x'"), "error: unknown reward 'x'"),
+        (JaxRuntimeError("INTERNAL: CpuCallback error\nRewardError: reward 'mine' raised KeyError: 3\nmore"), "mine"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), "smaller --train_batch_size"),
+        (FloatingPointError("train_loss is nan"), "error: train_loss is nan"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_in_words(monkeypatch, error, told):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
+    monkeypatch.setattr(train, "parse", lambda: None)
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert told in ended.value.code
+
+
+def test_another_fault_keeps_its_traceback(monkeypatch):
+    def fail(config):
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
+    monkeypatch.setattr(train, "parse", lambda: None)
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(JaxRuntimeError, match="something else"):
+        train.main()
