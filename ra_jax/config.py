@@ -184,6 +184,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is shared out over devices and processes."""
+
+    parallelism: Literal["mesh", "pmap"] = "mesh"  # mesh: jax.jit, weights shared out; pmap: a copy on every device
+    mesh_data: int = -1  # devices that share out the batch and repeat the weights (-1: all that are left)
+    mesh_fsdp: int = 1  # devices that share out the batch and the weights
+    mesh_tensor: int = 1  # devices that share out attention heads and MLP features
+    coordinator_address: str | None = None  # "host:port" of process 0 (None: from the environment, if it says)
+    num_processes: int | None = None  # of the whole run; with coordinator_address
+    process_id: int | None = None  # this one's number, from 0; with coordinator_address
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Metrics and previews."""
 
@@ -212,6 +225,7 @@ class TrainConfig:
     losses: LossConfig = LossConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

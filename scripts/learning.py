@@ -172,12 +172,12 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
     for name in seconds:
         output = experiment.root / "runs" / f"{mix}-time-{name}"
         setup = set_up(training_config(experiment, paths, name, output, steps=steps, seed=0))
-        runs[name] = [setup, setup.step_programs(), setup.state, setup.loader.iterate()]
+        runs[name] = [setup, setup.step_programs(), setup.state, setup.batches()]
     for _ in range(steps):
         for name, (setup, step, state, batches) in runs.items():
             batch = next(batches)
             since = time.perf_counter()
-            runs[name][2], _ = jax.block_until_ready(step(state, setup.loaded.frozen, batch))
+            runs[name][2], _ = jax.block_until_ready(step(state, setup.frozen, batch))
             seconds[name].append(time.perf_counter() - since)
     medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}  # without compilation
     file.write_text(json.dumps(medians))

@@ -48,7 +48,7 @@ def parts(setup: Setup) -> dict:
     """Compiled functions of no arguments, in the order of a step."""
     objective, settings, state = setup.objective, setup.step_settings, setup.state
     rollouts, frozen = settings.rollouts, setup.loaded.frozen
-    batch = jax.device_put(next(setup.loader.iterate()))
+    batch = jax.device_put(next(setup.batches()))
     region, fresh = objective.settings.loss_region, jnp.asarray(True)
     microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
     first = jax.tree.map(lambda x: x[0], microbatches)
@@ -121,9 +121,9 @@ def main(measurement: Measurement) -> None:
         )
         for generations in measurement.groups:
             config, setup = prepared(measurement, folder, num_generations=generations)
-            batch = next(setup.loader.iterate())
+            batch = next(setup.batches())
             step = jax.jit(make_train_step(setup.objective, setup.optimizer, setup.step_settings), donate_argnums=0)
-            program = step.lower(*jax.tree.map(jax.typeof, (setup.state, setup.loaded.frozen, batch))).compile()
+            program = step.lower(*jax.tree.map(jax.typeof, (setup.state, setup.frozen, batch))).compile()
             records, height, width, _ = batch["source"].shape
             tokens = 2 * height * width // setup.loaded.model.multiple**2
             latents = 4 * tokens * setup.loaded.model.latent_features * records * generations

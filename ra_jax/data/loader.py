@@ -44,7 +44,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 class Loader:
     """Endless batches of records, in the order of the epochs' global plans.
 
-    A batch is a dict of arrays, this process's B = batch_size / process_count rows of the global batch:
+    A batch is a dict of arrays, B rows of the global batch:
 
         source, result, reference   [B, h, w, 3] uint8; `result` only where the records have one
         mask                        [B, h, w] uint8, 1 = remove
@@ -57,6 +57,7 @@ class Loader:
 
     Args:
         batch_size: records of a global batch.
+        rows: which of them this process reads, and in which order (None: all).
         buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
         augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch,
             group). A reference that is made from the mask is made from the one in the file.
@@ -66,7 +67,7 @@ class Loader:
 
     Raises:
         DataError: no records, results in some records only, bucket sides that `multiple` does not divide.
-        ValueError: a batch that processes cannot share evenly, extras of another length or a name in use.
+        ValueError: rows that a batch does not have, extras of another length or a name in use.
     """
 
     def __init__(
@@ -80,20 +81,18 @@ class Loader:
         augment_masks: bool,
         preprocess_reference: Callable[[Image.Image], np.ndarray] | None,
         extras: Mapping[str, np.ndarray],
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 2,
         cache_bytes: int = CACHE_BYTES,
     ):
         _check_records(records)
         _check_buckets(buckets, multiple)
         _check_extras(extras, len(records))
-        _check_share(batch_size, process_index, process_count)
+        _check_rows(rows, batch_size)
         self._records, self._buckets, self._seed = list(records), tuple(buckets), seed
         self._augment_masks, self._preprocess = augment_masks, preprocess_reference
         self._extras = dict(extras)
-        self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._workers, self._cache = workers, PanelCache(cache_bytes)
         self._scenes = scene_ids(records)
         record_buckets = np.array([nearest_bucket(record.size, buckets) for record in records], np.int32)
@@ -108,15 +107,15 @@ class Loader:
         ahead = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=max(2, self._workers))
         if not self._workers:
             ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        rows = grain.MapDataset.range(start_batch * self._rows, _ENDLESS).map(self._example)
-        return iter(rows.batch(self._rows).to_iter_dataset(ahead))
+        rows = grain.MapDataset.range(start_batch * len(self._rows), _ENDLESS).map(self._example)
+        return iter(rows.batch(len(self._rows)).to_iter_dataset(ahead))
 
     def _example(self, position: int) -> dict[str, np.ndarray]:
         """Row `position` of this process, counted through all batches."""
-        batch, row = divmod(position, self._rows)
+        batch, row = divmod(position, len(self._rows))
         epoch, batch = divmod(batch, self.batches_per_epoch)
         plan = self._plan(epoch)
-        row += self._first_row
+        row = self._rows[row]
         at = int(plan.rows[batch, row])
         record, bucket, group = self._records[at], self._buckets[plan.buckets[batch]], int(self._scenes[at])
         try:
@@ -178,11 +177,8 @@ def _check_extras(extras: Mapping[str, np.ndarray], count: int) -> None:
             raise ValueError(f"extras[{name!r}] has {len(values)} values: expected one a record, {count}")
 
 
-def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be shared by {process_count} processes: "
-            f"expected a multiple of {process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index}: expected 0 to {process_count - 1}")
+def _check_rows(rows: Sequence[int] | None, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected at least 1")
+    if rows is not None and (len(rows) == 0 or min(rows) < 0 or max(rows) >= batch_size):
+        raise ValueError(f"rows {list(rows)[:8]}: expected some of 0 to {batch_size - 1}, the rows of a global batch")

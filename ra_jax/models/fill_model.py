@@ -17,6 +17,7 @@ from flax import nnx
 from ra_jax.models.conditioning import Condition, context_tokens, pack, pack_mask, token_mask, unpack
 from ra_jax.models.flux import Flux
 from ra_jax.models.lora import Adapter
+from ra_jax.models.partitioning import by_record, gathered
 from ra_jax.models.router import Router, router_features
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
@@ -131,7 +132,8 @@ class FillModel:
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """v_θ(x_t, t, c) [B, N, 4C] in float32; t [B] in (0, 1]. Without gates the experts are off."""
-        flux = nnx.merge(self.flux, trainable["flux"], frozen["flux"])
+        flux = nnx.merge(self.flux, *gathered((trainable["flux"], frozen["flux"])))
+        latents, condition = by_record((latents, condition))
         return flux(
             jnp.concatenate([latents, condition.fill], axis=-1),
             condition.context,

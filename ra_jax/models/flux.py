@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from ra_jax.models.attention import Rope, attention, check_implementation, rope_table, rotate
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
+from ra_jax.models.partitioning import by_record, gathered
 
 TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
 SINUSOID_DIM = 256
@@ -328,6 +329,7 @@ def scan_blocks(
 
     def step(carry, layer):
         index, params = layer
+        carry, params = by_record(carry), gathered(params)
         block_adapter = adapter if adapter is None else adapter.fold_in(index)
         return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
 
@@ -381,7 +383,7 @@ class Flux(nnx.Module):
         self.norm_out = Modulation(config.inner_dim, 2, layers, rngs)
         self.proj_out = layers.linear(config.inner_dim, config.out_channels, rngs, kernel_init=nnx.initializers.zeros)
         if lora is not None:
-            attach_experts(self, lora, rngs)
+            attach_experts(self, lora, rngs.params())
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from PIL import Image
 from ra_jax.models.fill_model import FillModel, Weights, assemble
 from ra_jax.models.flux import FluxConfig
 from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.partitioning import Placement
 from ra_jax.models.router import Router, RouterConfig
 from ra_jax.models.siglip import preprocess
 from ra_jax.models.weights import fingerprint, load_flux, load_redux, load_vae, resolve
@@ -48,11 +49,12 @@ def load_fill_model(
     remat: str = "none",
     train_base: bool = False,
     seed: int = 0,
+    placement: Placement | None = None,
 ) -> LoadedModel:
     """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
 
     The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); matmuls run in `dtype`; the
-    VAE stays float32. Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
+    VAE stays float32; all live where `placement` says (None: on the default device). Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
     Raises WeightError for weights that cannot be had or do not fit, ValueError for one of `lora` and `router` alone.
     """
     if (lora is None) != (router is None):
@@ -66,16 +68,21 @@ def load_fill_model(
         lora=lora,
         remat=remat,
         rngs=rngs,
+        placement=placement,
     )
-    vae = load_vae(folder)
+    vae = load_vae(folder, placement=placement)
     redux_folder = None if redux is None else resolve(redux, REDUX_PARTS)
-    embedder = None if redux_folder is None else load_redux(redux_folder, dtype=dtype, param_dtype=dtype)
+    embedder = None if redux_folder is None else load_redux(
+        redux_folder, dtype=dtype, param_dtype=dtype, placement=placement
+    )
     experts = None if router is None else Router(router, 4 * vae.config.latent_channels, rngs)
     model, trainable, frozen = assemble(flux, vae, embedder, experts, text_tokens=text_tokens, train_base=train_base)
+    if placement is not None:  # the router was made where nobody asked
+        trainable, frozen = jax.device_put((trainable, frozen), placement.shardings((trainable, frozen)))
     return LoadedModel(
         model=model,
         trainable=trainable,
-        frozen=jax.device_put(frozen),
+        frozen=frozen if placement is not None else jax.device_put(frozen),
         flux_config=flux.config,
         folder=folder,
         preprocess=None if redux_folder is None else preprocess(redux_folder),

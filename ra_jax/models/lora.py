@@ -168,11 +168,11 @@ def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
     }
 
 
-def attach_experts(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> list[str]:
+def attach_experts(model: nnx.Module, lora: LoRAConfig, key: jax.Array) -> list[str]:
     """Add experts, in place, to every linear layer whose name `lora.target_modules` matches (`re.search`).
 
     Only shapes of the base are read: it may be abstract (`nnx.eval_shape`) or hold loaded weights. A layer's
-    first values depend on `rngs.params` and its name, not on which other layers are targeted.
+    first values depend on `key` and its name, not on which other layers are targeted.
 
     Returns:
         the names of the targeted layers.
@@ -188,7 +188,6 @@ def attach_experts(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> list[
             f"target_modules {lora.target_modules!r} matches none of the {len(layers)} linear layers: "
             f"give a regular expression for names such as {examples}."
         )
-    key = rngs.params()
     for name in targets:
         stream = zlib.crc32(name.encode()) >> 1  # fits int32
         layers[name].add_experts(lora, jax.random.fold_in(key, stream), stream=stream)

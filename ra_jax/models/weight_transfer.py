@@ -18,7 +18,7 @@ from ra_jax.models.weight_tables import Table
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-# Puts a parameter, given its path and value, on the device or devices where it is to live.
+# Puts a parameter, given its name (such as "transformer_blocks/attn/to_q/kernel") and value, where it is to live.
 Place = Callable[[str, np.ndarray], jax.Array]
 
 REPORT_LINES = 20  # of each kind of problem; the rest is counted
@@ -72,7 +72,7 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
         blocks = value if parameter.stacked else value[None]
         for block, tensor in zip(blocks, parameter.tensors, strict=True):
             _copy(source[tensor].read(), parameter.in_file(block))
-        placed = place(".".join(map(str, parameter.path)), value)
+        placed = place("/".join(map(str, parameter.path)), value)
         filled.append((parameter.path, parameter.variable.replace(placed)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 

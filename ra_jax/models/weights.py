@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import LoRAConfig, attach_experts
+from ra_jax.models.partitioning import Placement
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
 from ra_jax.models.weight_files import WeightError
@@ -154,7 +156,7 @@ def load_flux(
     remat: str = "none",
     attention: str = "auto",
     rngs: nnx.Rngs | None = None,
-    place: Place | None = None,
+    placement: Placement | None = None,
 ) -> Flux:
     """The transformer in `folder`/transformer, with fresh experts if `lora` is given.
 
@@ -162,21 +164,36 @@ def load_flux(
         folder: of the pipeline.
         dtype, param_dtype, lora, remat, attention: as in `Flux`; the files may be of any float type.
         rngs: first values of the experts; needed with `lora` only.
-        place: puts a parameter where it is to live, given its path and value; None: on the default device. It gets
-            one after another, and host memory never holds more than one.
+        placement: where parameters are to live; None: on the default device. Files are read one parameter after
+            another, and host memory never holds more than one of them.
 
     Raises:
         WeightError: with a full report, unless every tensor of the files fits one parameter and all are filled.
     """
     path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention}
-    flux = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), **options))
-    flux = fill(flux, path, FLUX, place)
-    if lora is not None:
-        if rngs is None:
-            raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
-        attach_experts(flux, lora, rngs)
-    return flux
+    if lora is not None and rngs is None:
+        raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
+    base = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), **options))
+    flux = fill(base, path, FLUX, _place("flux", placement))
+    if lora is None:
+        return flux
+    mixture = nnx.eval_shape(lambda: Flux(config, lora=lora, rngs=nnx.Rngs(0), **options))
+    experts = _first_experts(base, lora, rngs.params(), placement)
+    return nnx.merge(nnx.graphdef(mixture), experts, nnx.state(flux))
+
+
+def _first_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
+    """First values of the experts of an abstract base, made on the devices where they are to live."""
+    graphdef, shapes = nnx.split(base)
+
+    def experts(key: jax.Array) -> nnx.State:
+        flux = nnx.merge(graphdef, shapes)
+        attach_experts(flux, lora, key)
+        return nnx.state(flux, nnx.LoRAParam)
+
+    where = None if placement is None else placement.shardings({"flux": jax.eval_shape(experts, key)})["flux"]
+    return jax.jit(experts, out_shardings=where)(key)
 
 
 def load_vae(
@@ -184,12 +201,12 @@ def load_vae(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    place: Place | None = None,
+    placement: Placement | None = None,
 ) -> AutoencoderKL:
     """The autoencoder in `folder`/vae; arguments and errors as in `load_flux`."""
     path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
     options = {"dtype": dtype, "param_dtype": param_dtype}
-    return fill(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, place)
+    return fill(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, _place("vae", placement))
 
 
 def load_redux(
@@ -197,7 +214,7 @@ def load_redux(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    place: Place | None = None,
+    placement: Placement | None = None,
 ) -> Redux:
     """SigLIP in `folder`/image_encoder and the embedder in `folder`/image_embedder; the rest as in `load_flux`."""
     vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, "siglip_vision_model", "siglip")
@@ -207,9 +224,14 @@ def load_redux(
         redux = nnx.eval_shape(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0), **options))
     except ValueError as error:
         raise WeightError(f"{folder}: {error}") from error
-    redux.vision = fill(redux.vision, vision_path, SIGLIP, place)
-    redux.embedder = fill(redux.embedder, embedder_path, REDUX, place)
+    redux.vision = fill(redux.vision, vision_path, SIGLIP, _place("redux/vision", placement))
+    redux.embedder = fill(redux.embedder, embedder_path, REDUX, _place("redux/embedder", placement))
     return redux
+
+
+def _place(part: str, placement: Placement | None) -> Place | None:
+    """`Place` of the parameters of this part of the frozen weights."""
+    return None if placement is None else lambda name, value: placement.put(f"{part}/{name}", value)
 
 
 def save_flux(flux: Flux, folder: str | Path) -> None:

@@ -24,9 +24,14 @@ from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
-# (params, x [R, N, 4C], t [R], records [R]) -> [R, N, 4C]: records[i] is the row of the batch, 0…B−1, whose condition
-# belongs to row i of x.
-Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]: K rows of the first record's condition, then K of the second's, …
+Velocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def repeat(x: jax.Array, count: int) -> jax.Array:
+    """Every row `count` times in a row: [B, ...] -> [B·count, ...]."""
+    # Not by indices: a gather over rows that are spread over devices would bring all of them to every device.
+    return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["clean", "times", "noise", "region"], meta_fields=[])
@@ -42,19 +47,20 @@ class MatchingCache:
     noise: jax.Array
     region: jax.Array
 
-    def rows(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(x_t [B·K, N, 4C], t [B·K], records [B·K]): the points at which velocities are compared."""
-        b, k = self.times.shape
-        records = jnp.repeat(jnp.arange(b), k)
-        times = self.times.reshape(b * k)
-        return interpolate(self.clean[records], self.flat_noise(), times), times, records
+    @property
+    def points(self) -> int:
+        """K: velocities are compared at so many points a record."""
+        return self.times.shape[1]
+
+    def rows(self) -> tuple[jax.Array, jax.Array]:
+        """(x_t [B·K, N, 4C], t [B·K]): the points at which velocities are compared."""
+        times = self.times.reshape(-1)
+        return interpolate(repeat(self.clean, self.points), self.flat_noise(), times), times
 
     def errors(self, predicted: jax.Array) -> jax.Array:
         """mean_Ω ‖v − (ε_k − x0)‖² of velocities [B·K, N, 4C] at these points, [B, K]."""
-        b, k = self.times.shape
-        records = jnp.repeat(jnp.arange(b), k)
-        errors = flow_matching_error(predicted, self.clean[records], self.flat_noise(), self.region[records])
-        return errors.reshape(b, k)
+        clean, region = repeat(self.clean, self.points), repeat(self.region, self.points)
+        return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
 
     def flat_noise(self) -> jax.Array:
         return self.noise.reshape(-1, *self.noise.shape[2:])
@@ -96,11 +102,15 @@ class TransitionCache:
     region: jax.Array
     noise_level: float
 
-    def rows(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(x [B·W, N, 4C], t [B·W], records [B·W]): the states that the steps began at."""
-        b, w = self.states.shape[0], self.states.shape[1] - 1
-        states = self.states[:, :-1].reshape(b * w, *self.states.shape[2:])
-        return states, jnp.tile(self.times[:-1], b), jnp.repeat(jnp.arange(b), w)
+    @property
+    def points(self) -> int:
+        """W: velocities are compared at so many points a record."""
+        return self.states.shape[1] - 1
+
+    def rows(self) -> tuple[jax.Array, jax.Array]:
+        """(x [B·W, N, 4C], t [B·W]): the states that the steps began at."""
+        states = self.states[:, :-1].reshape(-1, *self.states.shape[2:])
+        return states, jnp.tile(self.times[:-1], len(self.states))
 
 
 def sde_log_prob(
@@ -110,14 +120,13 @@ def sde_log_prob(
 
     Returns ℓ, the means μ_θ [B·W, N, 4C], the standard deviations [B·W], and the velocities [B·W, N, 4C].
     """
-    x, t, records = cache.rows()
-    b, w = cache.states.shape[0], cache.states.shape[1] - 1
-    predicted = velocity(params, x, t, records)
-    mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], b), cache.noise_level)
+    x, t = cache.rows()
+    predicted = velocity(params, x, t)
+    mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], len(cache.states)), cache.noise_level)
     after = cache.states[:, 1:].reshape(x.shape)
-    square = region_mean((after - mean) ** 2, cache.region[records])
+    square = region_mean((after - mean) ** 2, repeat(cache.region, cache.points))
     log_density = -0.5 * square / std**2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
-    return log_density.reshape(b, w).mean(1), mean, std, predicted
+    return log_density.reshape(-1, cache.points).mean(1), mean, std, predicted
 
 
 def normalised_log_ratio(
@@ -135,7 +144,7 @@ def normalised_log_ratio(
     """
     b = log_ratio.shape[0]
     w = mean.shape[0] // b
-    square = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, jnp.repeat(region, w, axis=0)) / std**2
+    square = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, repeat(region, w)) / std**2
     channels = mean.shape[-1] // 4
     elements = w * channels / (region**2).sum((1, 2))
     return jnp.sqrt(elements) * (log_ratio + 0.5 * square.reshape(b, w).mean(1))

@@ -20,6 +20,7 @@ from ra_jax.rl.estimators import (
     matching_cache,
     matching_log_prob,
     normalised_log_ratio,
+    repeat,
     sde_log_prob,
 )
 from ra_jax.rl.losses import Mean, clipped_policy_loss, nft_loss, optimality
@@ -44,12 +45,11 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class Judgement:
-    """record: what is remembered of it, [B, ...] arrays; velocity [R, N, 4C] at the R points judged, each of which
-    belongs to row records[i] of the batch; std [R]: of the sampler's steps (sde)."""
+    """record: what is remembered of it, [B, ...] arrays; velocity [R, N, 4C] at the R points judged, R/B a record side
+    by side; std [R]: of the sampler's steps (sde)."""
 
     record: Record
     velocity: jax.Array
-    records: jax.Array
     cache: MatchingCache | TransitionCache
     std: jax.Array | None = None
 
@@ -74,13 +74,11 @@ def judge(
     if settings.estimator == "sde":
         cache = TransitionCache(member.states, member.times, region, settings.noise_level)
         log_prob, mean, std, predicted = sde_log_prob(velocity, params, cache)
-        return Judgement(
-            {"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache.rows()[2], cache, std
-        )
+        return Judgement({"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache, std)
     cache = matching_cache(keys, member.clean, region, count=settings.pairs, fraction=settings.fraction)
     log_prob, predicted = matching_log_prob(velocity, params, cache, temperature=temperature)
     record = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
-    return Judgement(record, predicted, cache.rows()[2], cache)
+    return Judgement(record, predicted, cache)
 
 
 def policy_loss(
@@ -106,21 +104,22 @@ def policy_loss(
 
 
 def _nft(judgement: Judgement, old: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean):
-    cache, records = judgement.cache, judgement.records
-    region = cache.region[records]
-    target = velocity_target(cache.clean[records], cache.flat_noise())
-    losses = nft_loss(judgement.velocity, old, target, region, optimality(advantages)[records], beta=settings.nft_beta)
+    cache, points = judgement.cache, judgement.cache.points
+    region = repeat(cache.region, points)
+    target = velocity_target(repeat(cache.clean, points), cache.flat_noise())
+    optimal = repeat(optimality(advantages), points)
+    losses = nft_loss(judgement.velocity, old, target, region, optimal, beta=settings.nft_beta)
     change = jax.lax.stop_gradient(region_mean((judgement.velocity - old) ** 2, region))
-    count = cache.times.shape[1]
 
     def by_record(values: jax.Array) -> jax.Array:
-        return mean(values.reshape(-1, count).mean(1))
+        return mean(values.reshape(-1, points).mean(1))
 
     return by_record(losses), {"policy_change": by_record(change)}
 
 
 def distance(
-    velocity: jax.Array, reference: jax.Array, region: jax.Array, records: jax.Array, mean: Callable = jnp.mean
+    velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean
 ) -> jax.Array:
-    """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C]; region [B, N, 4]; records [R]."""
-    return mean(region_mean((velocity - jax.lax.stop_gradient(reference)) ** 2, region[records]))
+    """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C]; region [B, N, 4], R/B points a record."""
+    square = (velocity - jax.lax.stop_gradient(reference)) ** 2
+    return mean(region_mean(square, repeat(region, len(velocity) // len(region))))

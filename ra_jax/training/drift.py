@@ -14,8 +14,9 @@ import numpy as np
 
 from ra_jax.data.loader import Loader
 from ra_jax.models.fill_model import Weights
-from ra_jax.rl.estimators import matching_cache
+from ra_jax.rl.estimators import matching_cache, repeat
 from ra_jax.training.encoded import encode
+from ra_jax.training.launch import fetch
 from ra_jax.training.objective import Objective, norm_ratio
 from ra_jax.training.state import keys_for, stream
 
@@ -51,18 +52,17 @@ class DriftGuard:
     loader: yields each held-out record once an epoch, with its `result`; limit: `--max_drift`.
     """
 
-    def __init__(self, objective: Objective, frozen: Weights, loader: Loader, *, limit: float, seed: int):
+    def __init__(self, objective: Objective, loader: Loader, *, limit: float, seed: int):
         self.limit, self.best_score = limit, -np.inf
-        self._frozen = frozen
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
         self._measure = jax.jit(
             lambda trainable, frozen, batch: _errors_and_norms(objective, trainable, frozen, batch, seed)
         )
 
-    def measure(self, trainable: Weights) -> Drift:
+    def measure(self, trainable: Weights, frozen: Weights) -> Drift:
         """Drift of these weights; means over the held-out records."""
-        found = [self._measure(trainable, self._frozen, batch) for batch in self._batches]
-        policy, base, ratio = (float(np.concatenate(values).mean()) for values in zip(*found, strict=True))
+        found = [self._measure(trainable, frozen, batch) for batch in self._batches]
+        policy, base, ratio = (float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*found, strict=True))
         return Drift(policy, policy / base - 1.0, ratio)
 
     def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
@@ -88,9 +88,10 @@ def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int)
     encoded = encode(model, frozen, batch, objective.settings.loss_region)
     keys = keys_for(stream(seed, "held-out"), batch["record_id"])
     cache = matching_cache(keys, encoded.clean, encoded.region, count=PAIRS, fraction=1.0)
-    x, t, records = cache.rows()
-    condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
-    gates = model.gates(trainable, encoded.condition)[0][records]
-    policy, base = objective.with_and_without_experts(trainable, frozen, x, t, condition, gates)
-    ratio = norm_ratio(policy, base, encoded.region[records]).reshape(-1, PAIRS).mean(1)
+    gates, _ = model.gates(trainable, encoded.condition)
+    condition, gates, region = jax.tree.map(
+        lambda leaf: repeat(leaf, PAIRS), (encoded.condition, gates, encoded.region)
+    )
+    policy, base = objective.with_and_without_experts(trainable, frozen, *cache.rows(), condition, gates)
+    ratio = norm_ratio(policy, base, region).reshape(-1, PAIRS).mean(1)
     return cache.errors(policy).mean(1), cache.errors(base).mean(1), ratio

@@ -18,14 +18,16 @@ from ra_jax.rl.rewards import RewardInputs
 from ra_jax.rl.rollouts import Member, NoisySteps, panel_noise, roll_out
 from ra_jax.rl.user_rewards import Reward
 from ra_jax.training.encoded import Encoded
+from ra_jax.training.mesh import map_microbatches
 from ra_jax.training.objective import Objective
 from ra_jax.training.state import TrainState, keys_for, stream
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """generations: G, of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at once;
-    noisy_steps: in a rollout (0: an ODE's); noise_level: η; sample_experts: each rollout draws one expert."""
+    """generations: G, of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at once
+    on a device; noisy_steps: in a rollout (0: an ODE's); noise_level: η; sample_experts: each rollout draws one
+    expert."""
 
     rewards: tuple[Reward, ...]
     generations: int = 8
@@ -120,11 +122,9 @@ def reward_inputs(
 def decode_panels(
     objective: Objective, settings: RolloutSettings, frozen: Weights, latents: jax.Array, grid
 ) -> jax.Array:
-    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C], `decode_batch_size` at a time."""
+    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C], `decode_batch_size` of a device's at a time."""
 
     def decode(latents):
         return jnp.clip(right_panel(objective.model.decode(frozen, latents, grid)), 0.0, 1.0)
 
-    if settings.decode_batch_size >= latents.shape[0]:
-        return decode(latents)
-    return jax.lax.map(lambda x: decode(x[None])[0], latents, batch_size=settings.decode_batch_size)
+    return map_microbatches(decode, latents, settings.decode_batch_size)

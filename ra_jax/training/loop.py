@@ -58,37 +58,37 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str:
     """Every step from `first_step` on, with what is due after each; returns how the run ended, in words."""
-    state, step, total = setup.state, setup.step_programs(), setup.total_steps
+    state, step, total, whole = setup.state, setup.step_programs(), setup.total_steps, setup.launch.whole
     interval = config.run.checkpointing_steps or total
     if setup.first_step >= total:
         return "completed"
-    batches = setup.loader.iterate(setup.first_step)
+    batches = setup.batches()
     first = next(batches)
     for number in setup.first_of_each_kind():
-        step.prepare(state, setup.loaded.frozen, first, number)
+        step.prepare(state, setup.frozen, first, number)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
     with sigterm_noted() as stop:
         for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
-            state, metrics = step(state, setup.loaded.frozen, batch, done - 1)
+            state, metrics = step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
             stopping = stop.is_set  # read once: SIGTERM from here on ends the run after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
                 with recorder.paused():
-                    drift = setup.guard.measure(state.trainable)
+                    drift = setup.guard.measure(*whole((state.trainable, setup.frozen)))
                 row = recorder.flush(done, drift.metrics())
                 if (excess := drift.excess(setup.guard.limit)) and not stopping:
                     return (
                         f"stopped at step {done} by max_drift = {setup.guard.limit:g}: {excess}; {checkpoints.told()}"
                     )
                 if setup.guard.is_best(drift, row, config.mode):
-                    checkpoints.save_best(done, state)
+                    checkpoints.save_best(done, whole(state))
             elif last or done % interval == 0 or recorder.due(done):
                 recorder.flush(done)
             if last or done % interval == 0:
-                checkpoints.save(done, state)
+                checkpoints.save(done, whole(state))
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
             if last or due(done, config.logging.validation_steps):
@@ -132,7 +132,7 @@ def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
     """A preview by the averaged weights, where there are any."""
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
-        log.info("preview: %s", setup.previews.draw(step, weights, setup.loaded.frozen))
+        log.info("preview: %s", setup.previews.draw(step, *setup.launch.whole((weights, setup.frozen))))
 
 
 class Recorder:

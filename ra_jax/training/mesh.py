@@ -1,26 +1,74 @@
-"""Means and sums over the global batch, the same in every way a step is launched.
+"""Devices as a mesh, and means and sums over the global batch that are the same in every way a step is launched.
 
-Under `jax.jit` the batch in a step *is* the global one and these are plain reductions; under a mapped axis they reduce
-over its replicas too. Losses and metrics take every mean through here.
+Under `jax.jit` the batch in a step *is* the global one and `all_mean` is a plain reduction; under a mapped axis it
+reduces over its replicas too. Losses and metrics take every mean through here.
 """
+
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ra_jax.config import ConfigError
+from ra_jax.models.partitioning import AXES, BATCH, batch_shards, by_record
 
 
-def local_conditions(conditions: int, generations: int, replicas: int) -> int:
-    """Conditions of each replica: a group of rollouts lies within one, so that conditions are what is shared out.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices; `data` = -1 takes what the others leave.
 
-    Raises ValueError where they cannot be shared out evenly.
+    Raises ConfigError where the axes' sizes do not make up the number of devices.
     """
-    if conditions % replicas:
-        above = -(-conditions // replicas) * replicas
-        raise ValueError(
-            f"train_batch_size = {conditions}: {conditions} conditions of {generations} rollouts cannot be shared "
-            f"evenly by {replicas} replicas, and a group is not divided; give --train_batch_size {above}, or another "
-            f"multiple of {replicas}"
+    devices = jax.devices() if devices is None else devices
+    asked = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
+    if min(fsdp, tensor) < 1 or data < 1 and data != -1:
+        raise ConfigError(f"{asked}: expected sizes of 1 or more, or --mesh_data -1 for all that the others leave")
+    inner = fsdp * tensor
+    count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
+    if count != len(devices):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise ConfigError(
+            f"{asked}: these make {count} devices, and there are {len(devices)}; give sizes whose product is "
+            f"{len(devices)}, of {', '.join(map(str, divisors))}, or --mesh_data -1 and a --mesh_fsdp that divides it"
         )
-    return conditions // replicas
+    shape = (len(devices) // inner, fsdp, tensor)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, in order.
+
+    Raises ConfigError where the mesh does not divide the batch.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch % shards:
+        raise ConfigError(
+            f"train_batch_size = {batch} cannot be shared out over data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
+            "another multiple"
+        )
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
+
+
+def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
+    """`function` over the rows of x [B, ...], at most `size` of each device's at once, one microbatch after another.
+
+    Microbatches are of equal size: the largest that divides a device's rows.
+    """
+    shards = batch_shards()
+    rows = x.shape[0] // shards
+    size = max(n for n in range(1, min(size, rows) + 1) if rows % n == 0)
+    if size == rows:
+        return function(x)
+    # [B] = [shards, turns, size] -> [turns, shards, size]: each turn takes rows of every shard.
+    turns = by_record(x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1), axis=1)
+    out = jax.lax.map(lambda rows: function(rows.reshape(-1, *x.shape[1:])), turns)
+    out = out.reshape(-1, shards, size, *out.shape[2:]).swapaxes(0, 1)
+    return by_record(out.reshape(-1, *out.shape[3:]))
 
 
 def all_sum(x: jax.Array, axis_name: str | None = None) -> jax.Array:

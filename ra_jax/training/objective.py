@@ -15,6 +15,7 @@ from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import FillModel, Weights
 from ra_jax.models.router import diversity_loss
+from ra_jax.rl.estimators import repeat
 from ra_jax.rl.losses import flow_matching_error
 from ra_jax.rl.policy import Judgement, PolicySettings, Record, distance, judge, policy_loss
 from ra_jax.rl.rollouts import Member
@@ -111,9 +112,10 @@ class Objective:
             routing = jnp.log(jnp.take_along_axis(gates, member.experts[:, None], axis=1)[:, 0])
             gates = jax.nn.one_hot(member.experts, gates.shape[-1])
 
-        def velocity(params, x, t, records):
-            condition = jax.tree.map(lambda leaf: leaf[records], encoded.condition)
-            return self.velocity(params, frozen, x, t, condition, None if gates is None else gates[records])
+        def velocity(params, x, t):
+            points = len(x) // len(encoded.region)
+            condition, point_gates = jax.tree.map(lambda leaf: repeat(leaf, points), (encoded.condition, gates))
+            return self.velocity(params, frozen, x, t, condition, point_gates)
 
         return judge(
             velocity,
@@ -152,7 +154,7 @@ class Objective:
         total, metrics = set_.policy_loss_weight * loss, metrics | {"policy_loss": loss}
         if set_.kl_weight:
             base = self.judge(trainable, frozen, batch, encoded, member, state, experts=False)
-            kl = distance(judgement.velocity, base.velocity, encoded.region, judgement.records, mean)
+            kl = distance(judgement.velocity, base.velocity, encoded.region, mean)
             total += set_.kl_weight * kl
             metrics["kl_loss"] = kl
         return total, (metrics, old)
@@ -199,9 +201,11 @@ class Objective:
     def with_and_without_experts(self, trainable, frozen, x, t, condition, gates) -> tuple[jax.Array, jax.Array]:
         """Velocities of the experts and of the base alone at the same R points, [R, N, 4C] each."""
         # Gates of 0 are the base: one pass of 2R rows leaves the compiler one copy of the network, not two.
-        x, t, condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, t, condition))
-        both = jnp.concatenate([gates, jnp.zeros_like(gates)])
-        return tuple(jnp.split(self.velocity(trainable, frozen, x, t, condition, both), 2))
+        # A point's two rows are neighbours, so that they stay on the device where the point is.
+        x, t, condition = jax.tree.map(lambda leaf: repeat(leaf, 2), (x, t, condition))
+        both = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
+        velocity = self.velocity(trainable, frozen, x, t, condition, both)
+        return velocity[0::2], velocity[1::2]
 
 
 def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from ra_jax.data.loader import Loader
@@ -13,6 +12,7 @@ from ra_jax.evaluation.contact_sheet import contact_sheet
 from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
 from ra_jax.rl.rewards import total_reward
+from ra_jax.training.launch import fetch
 from ra_jax.training.state import keys_for, stream
 
 
@@ -45,9 +45,9 @@ class Previews:
         for batch in self._batches:
             panels = {name: batch[name] for name in ("source", "reference", "mask", "redux_pixels") if name in batch}
             keys = keys_for(self._key, batch["record_id"])
-            noise = initial_noise(self._model, keys, *batch["mask"].shape[1:])
+            noise = np.asarray(initial_noise(self._model, keys, *batch["mask"].shape[1:]))
             images, _ = self._remove(trainable, frozen, panels, noise)
-            images = np.asarray(jax.device_get(images) * 255.0 + 0.5, np.uint8)
+            images = np.asarray(fetch(images) * 255.0 + 0.5, np.uint8)
             masks = np.repeat(batch["mask"][..., None] * np.uint8(255), 3, -1)
             truth = batch.get("result", np.full_like(batch["source"], 255))  # white where nobody knows it
             rows += zip(batch["source"], masks, images, truth, strict=True)

@@ -15,18 +15,17 @@ from ra_jax.config import ConfigError
 from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.training.fallbacks import FALLBACK
+from ra_jax.training.launch import Launch, Step, abstract, scalars
 from ra_jax.training.state import TrainState
 from ra_jax.training.step import StepSettings
 
 log = logging.getLogger(__name__)
 
-TrainStep = Callable[[TrainState, Weights, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
 
 class StepPrograms:
-    """`train_step` jitted with the state donated; len(): programs so far.
+    """`train_step` with the state donated, launched as `launch` does; len(): programs so far.
 
-    make_step: settings -> train step; rewarded: whether rewards are due in a step of this number (from 0).
+    make_step: settings -> train step; conditions: of a microbatch on one device; rewarded: whether rewards are due in a step of this number (from 0).
     `prepare` begins to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
     drawn meanwhile: compilation keeps one core busy for a minute and more. A call waits for its program.
 
@@ -36,11 +35,14 @@ class StepPrograms:
 
     def __init__(
         self,
-        make_step: Callable[[StepSettings], TrainStep],
+        make_step: Callable[[StepSettings], Step],
         settings: StepSettings,
+        launch: Launch,
+        conditions: int,
         rewarded: Callable[[int], bool] = lambda step: True,
     ):
-        self._make_step, self._settings, self._due = make_step, settings, rewarded
+        self._make_step, self._settings, self._launch, self._due = make_step, settings, launch, rewarded
+        self._conditions = conditions
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._fallbacks = 0  # not yet told
@@ -49,7 +51,7 @@ class StepPrograms:
         """Have the program for batches of these shapes, now or soon. Only shapes and types are read."""
         key = self._key(batch, step)
         if key not in self._programs:
-            arguments = jax.tree.map(jax.typeof, (state, frozen, batch))
+            arguments = abstract((state, frozen, batch))
             compile_ = self._compile_with_rewards if self._rewarded(step) else self._compile_plain
             self._programs[key] = self._compiler.submit(compile_, arguments)
 
@@ -59,6 +61,7 @@ class StepPrograms:
         """Take step number `step` (from 0)."""
         self.prepare(state, frozen, batch, step)
         state, metrics = self._programs[self._key(batch, step)].result()(state, frozen, batch)
+        metrics = scalars(metrics)
         if self._fallbacks:
             metrics["reward_fallbacks"] = np.float32(self._fallbacks)
             self._fallbacks = 0
@@ -75,15 +78,14 @@ class StepPrograms:
         return shapes, self._rewarded(step)
 
     def _compile(self, settings: StepSettings, arguments):
-        return jax.jit(self._make_step(settings), donate_argnums=0).lower(*arguments).compile()
+        return self._launch.compile(self._make_step(settings), *arguments)
 
     def _compile_plain(self, arguments):
         return self._compile(replace(self._settings, rollouts=None), arguments)
 
     def _compile_with_rewards(self, arguments):
         rollouts, available = self._settings.rollouts, device_memory()
-        conditions = arguments[2]["mask"].shape[0] // self._settings.accumulation
-        decoded = min(rollouts.decode_batch_size, conditions)
+        decoded = min(rollouts.decode_batch_size, self._conditions)
         while True:
             settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded))
             program, needed = self._compile_measured(settings, arguments)

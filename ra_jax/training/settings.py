@@ -61,7 +61,6 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
 
 def step_settings(config: TrainConfig, rewards: tuple[Reward, ...] = ()) -> StepSettings:
     return StepSettings(
-        accumulation=config.run.gradient_accumulation_steps,
         updates=config.updates,
         sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
         adapt_temperature=config.grpo.policy_temperature == "auto",
@@ -78,7 +77,7 @@ def initial_temperature(config: TrainConfig) -> float:
 
 def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray], step: int) -> float:
     """Model TFLOPs of step number `step` (from 0) on this batch (`metrics.step_flops`)."""
-    records, height, width, _ = batch["source"].shape
+    microbatches, rows, height, width, _ = batch["source"].shape
     image_tokens = 2 * height * width // loaded.model.multiple**2
     context_tokens = config.model.max_sequence_length + loaded.image_tokens
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
@@ -86,7 +85,7 @@ def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.nd
     learns = config.uses_policy and (not automatic or config.rollouts.due(step))
     return 1e-12 * step_flops(
         forward_flops(loaded.flux_config, image_tokens, context_tokens),
-        records=records,
+        records=microbatches * rows,
         updates=config.updates,
         members=config.rollouts.num_generations if automatic else 1,
         rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,

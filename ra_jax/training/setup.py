@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ra_jax.data.loader import Loader, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
-from ra_jax.inference.sampling import make_remover
+from ra_jax.inference.sampling import Batch, make_remover
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.loading import LoadedModel, load_fill_model
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
@@ -27,7 +28,7 @@ from ra_jax.training.checkpoints import BEST, About, CheckpointError, find_check
 from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.experts import expert_configs
-from ra_jax.training.mesh import local_conditions
+from ra_jax.training.launch import Launch, make_launch
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.objective import Objective
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 HELD_OUT_RECORDS = 32  # that drift is measured on
-REPLICAS = 1  # this version runs on one device
+AHEAD = 2  # batches on the devices: the one in use, and the next
 # All that a run writes into its folder; whatever else lies there is the user's.
 RUN_FILES = (
     *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
@@ -52,12 +53,17 @@ RUN_FILES = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs. first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a step
-    of this number (from 0); previews, guard: None without any."""
+    """What the loop runs. frozen, state: where the launch wants them; conditions: of a microbatch on one device;
+    first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a step of this number (from
+    0); previews, guard: None without any."""
 
     output: Path
+    launch: Launch
     loaded: LoadedModel
+    frozen: Weights
     loader: Loader
+    accumulation: int
+    conditions: int
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -70,12 +76,20 @@ class Setup:
     guard: DriftGuard | None
 
     def step_programs(self) -> StepPrograms:
-        """`train_step` with the state donated; it compiles once a bucket, and once more for steps without rewards."""
+        """`train_step` as programs; it compiles once a bucket, and once more for steps without rewards."""
 
         def make_step(settings: StepSettings):
             return make_train_step(self.objective_of(settings), self.optimizer, settings)
 
-        return StepPrograms(make_step, self.step_settings, self.rewarded)
+        return StepPrograms(make_step, self.step_settings, self.launch, self.conditions, self.rewarded)
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of this run's steps, where the launch wants them; the next one is on its way beforehand."""
+        rows = self.loader.iterate(self.first_step)
+        ahead = deque(self.launch.put_batch(next(rows), self.accumulation) for _ in range(AHEAD))
+        while True:
+            yield ahead.popleft()
+            ahead.append(self.launch.put_batch(next(rows), self.accumulation))
 
     def first_of_each_kind(self) -> list[int]:
         """The first steps of this run that need a program of their own: with rewards, and without."""
@@ -108,8 +122,10 @@ def set_up(config: TrainConfig) -> Setup:
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
     values = record_values(config, records)
+    launch = make_launch(config.parallel)
+    rows = rows_of_step(config, launch)
     rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
-    loaded = load_model(config)
+    loaded = load_model(config, launch)
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, buckets, schedule, loaded)
     loader = Loader(
@@ -121,6 +137,7 @@ def set_up(config: TrainConfig) -> Setup:
         augment_masks=config.data.mask_augmentation,
         preprocess_reference=loaded.preprocess,
         extras=values,
+        rows=rows,
         workers=config.data.data_workers,
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
@@ -143,14 +160,18 @@ def set_up(config: TrainConfig) -> Setup:
     claim_output_dir(config, output, keep=resume_from is not None)
     return Setup(
         output=output,
+        launch=launch,
         loaded=loaded,
+        frozen=launch.spread(loaded.frozen),
         loader=loader,
+        accumulation=config.run.gradient_accumulation_steps,
+        conditions=config.run.train_batch_size // launch.shards,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
         step_settings=step_settings(config, rewards),
         rewarded=config.rollouts.due,
-        state=state,
+        state=launch.spread(state),
         first_step=first_step,
         total_steps=total_steps,
         previews=previews,
@@ -215,7 +236,14 @@ def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
 
 
-def load_model(config: TrainConfig) -> LoadedModel:
+def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
+    """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
+    batch = config.run.train_batch_size
+    rows = launch.rows(batch)
+    return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
+
+
+def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     """The base with fresh experts and router, or without them where the whole transformer is trained."""
     lora, router = expert_configs(config.experts)
     return load_fill_model(
@@ -228,6 +256,7 @@ def load_model(config: TrainConfig) -> LoadedModel:
         remat=config.model.gradient_checkpointing,
         train_base=not config.experts.use_lora,
         seed=config.run.seed,
+        placement=launch.placement,
     )
 
 
@@ -259,10 +288,6 @@ def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool
     """
     if config.mode != "automatic":
         return ()
-    try:
-        local_conditions(config.run.train_batch_size, config.rollouts.num_generations, REPLICAS)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_target)
     inputs = []
     for height, width in buckets:
@@ -394,7 +419,6 @@ def make_guard(
     chosen = preview_records(records, config.grpo.reward_weights, HELD_OUT_RECORDS)
     guard = DriftGuard(
         objective,
-        loaded.frozen,
         plain_loader(config, chosen, loaded),
         limit=config.run.max_drift,
         seed=config.run.seed,

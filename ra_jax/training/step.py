@@ -22,11 +22,10 @@ OF_THE_LAST_UPDATE = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change
 
 @dataclass(frozen=True)
 class StepSettings:
-    """accumulation: microbatches a step; updates: of the weights in a step; sync_steps: steps between renewals of the
+    """updates: of the weights in a step; sync_steps: steps between renewals of the
     old policy (0: none is kept, since the weights that a step begins with are its old policy); ema_decay: 0 = off;
     drift_interval: steps between measurements of drift (0 = never); rollouts: None where nothing is generated."""
 
-    accumulation: int = 1
     updates: int = 1
     sync_steps: int = 8
     adapt_temperature: bool = False
@@ -42,26 +41,26 @@ class StepSettings:
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, settings: StepSettings):
     """`train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)` for `jax.jit` (donate the state).
 
-    The batch's arrays are [accumulation·B, ...], a scene's records side by side (one may go on in the next batch);
-    metrics are scalars, NaN where a step did not measure one.
+    The batch's arrays are [A, B, ...] of A microbatches, a scene's records side by side (one may go on in the next);
+    metrics are scalars, NaN where a step did not measure one. axis_name: of the replicas under `jax.pmap`, whose B are
+    a part of the microbatch.
     """
 
     def train_step(state: TrainState, frozen: Weights, batch: Batch, *, axis_name: str | None = None):
         renewed = settings.renews(state.step)
         state = replace(state, snapshot=renewed_snapshot(state, renewed))
-        microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
         experience, measured = collect(
             objective,
             settings.rollouts,
             state,
             frozen,
-            microbatches,
+            batch,
             renewed=renewed,
             drift_interval=settings.drift_interval,
             axis_name=axis_name,
         )
         state, metrics = learn(
-            objective, optimizer, settings, state, frozen, microbatches, experience, fresh=renewed, axis_name=axis_name
+            objective, optimizer, settings, state, frozen, batch, experience, fresh=renewed, axis_name=axis_name
         )
         if "clip_fraction" in metrics:
             temperature, clip_at_sync = at_sync(state, metrics["clip_fraction"][-1], settings)
@@ -87,7 +86,7 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """The step's updates of weights, optimizer and the router's running mean, and metrics of each [updates].
 
-    microbatches: [accumulation, B, ...]; fresh: the weights are the old policy's, until the first update.
+    microbatches: [A, B, ...]; fresh: the weights are the old policy's, until the first update.
     """
     router_mean = state.router_mean  # it moves once a step, however many updates
 
@@ -199,8 +198,8 @@ def gradients_of(
 def with_diversity(objective, state, features, weights, gradients, metrics, axis_name) -> tuple[Any, Any, Metrics]:
     """(gradients, the router's running mean, metrics) with the diversity loss of the whole step's conditions.
 
-    features: [accumulation, B, F]; weights: [accumulation, B]. Taken by microbatch, a scene that two of them share
-    would count twice, and the running mean would forget `accumulation` times as fast.
+    features: [A, B, F]; weights: [A, B]. Taken by microbatch, a scene that two of them share would count twice, and
+    the running mean would forget A times as fast.
     """
     if features is None:
         return gradients, None, metrics

@@ -85,7 +85,8 @@ def test_an_epoch_sees_every_record_and_the_next_one_in_another_order(records):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_slices_of_the_processes_make_up_the_global_batch(records, process_count):
     whole = take(make(records), 12)
-    parts = [take(make(records, process_index=i, process_count=process_count), 12) for i in range(process_count)]
+    rows = np.split(np.arange(4), process_count)
+    parts = [take(make(records, rows=mine), 12) for mine in rows]
     joined = [
         {name: np.concatenate([part[name] for part in slices]) for name in slices[0]}
         for slices in zip(*parts, strict=True)
@@ -174,8 +175,8 @@ def test_parse_buckets():
     ("changes", "message"),
     [
         ({"buckets": ((16, 20),)}, '16,20 has a side that is no multiple of 8 .* the nearest that fits is "16,16"'),
-        ({"batch_size": 3, "process_count": 2}, "cannot be shared by 2 processes: expected a multiple of 2"),
-        ({"process_index": 2, "process_count": 2}, "expected 0 to 1"),
+        ({"batch_size": 0}, "batch_size 0: expected at least 1"),
+        ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected some of 0 to 2"),
         ({"extras": {"reward": np.zeros(3)}}, "3 values: expected one a record, 21"),
         ({"extras": {"mask": np.zeros(21)}}, "a batch has that key itself"),
     ],

@@ -67,7 +67,7 @@ def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype
     model = nnx.Dict(
         layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
-    attach_experts(model, LoRAConfig(target_modules="layer", **lora), nnx.Rngs(seed))
+    attach_experts(model, LoRAConfig(target_modules="layer", **lora), nnx.Rngs(seed).params())
     return with_random_values(model).layer
 
 
@@ -159,7 +159,7 @@ def test_fresh_experts_change_nothing_and_begin_as_peft_does():
 def test_first_values_do_not_depend_on_other_targets():
     def experts(regex):
         flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # an abstract base is enough
-        attach_experts(flux, LoRAConfig(rank=2, target_modules=regex), nnx.Rngs(3))
+        attach_experts(flux, LoRAConfig(rank=2, target_modules=regex), nnx.Rngs(3).params())
         return flux.transformer_blocks.attn
 
     alone, among = experts(r"attn\.to_q$"), experts(r"attn\.to_[qk]$")
@@ -284,7 +284,7 @@ def test_every_block_layer_and_example_has_its_own_dropout(count):
         def __init__(self):
             lora = LoRAConfig(num_experts=1, rank=16, alpha=16.0, dropout=0.5, target_modules="layer")
             self.layer_1, self.layer_2 = (ExpertLinear(16, 16, rngs=nnx.Rngs(0)) for _ in range(2))
-            attach_experts(self, lora, nnx.Rngs(0))
+            attach_experts(self, lora, nnx.Rngs(0).params())
             for layer in (self.layer_1, self.layer_2):
                 layer.kernel[...] = jnp.zeros((16, 16))
                 layer.lora_a[...] = layer.lora_b[...] = jnp.eye(16)

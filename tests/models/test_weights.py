@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ra_jax.models import weight_files
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.partitioning import AXES, Placement
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig, preprocess
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
 from ra_jax.models.weight_files import StoredTensor
@@ -195,17 +196,19 @@ def test_experts_are_fresh_and_are_not_saved(theirs, tmp_path):
 def test_parameters_are_placed_one_by_one_and_tensors_read_once(theirs, monkeypatch):
     read = StoredTensor.read
     reads, placed = [], {}
+    mesh = jax.make_mesh((1, 1, 1), AXES)
 
     def counted(self):
         reads.append(self.name)
         return read(self)
 
-    def place(path, value):
-        placed[path] = len(reads)
-        return jax.device_put(value, jax.devices()[0])
+    class Watched(Placement):
+        def put(self, name, value):
+            placed[name.removeprefix("flux/").replace("/", ".")] = len(reads)
+            return super().put(name, value)
 
     monkeypatch.setattr(StoredTensor, "read", counted)
-    load_flux(theirs, place=place)
+    load_flux(theirs, placement=Watched(mesh))
     assert set(Counter(reads).values()) == {1}
     assert set(reads) == set(load_file(theirs / "transformer" / "diffusion_pytorch_model.safetensors"))
     # Between two placements only the blocks of one parameter are read.

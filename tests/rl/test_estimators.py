@@ -15,6 +15,7 @@ from ra_jax.rl.estimators import (
     matching_cache,
     matching_log_prob,
     normalised_log_ratio,
+    repeat,
     sde_log_prob,
 )
 
@@ -38,8 +39,8 @@ def test_log_prob_is_minus_the_mean_error_over_the_temperature():
     cache = make_cache(keys)
     bias = np.random.default_rng(1).normal(size=(2, 6, 8)).astype(np.float32)
 
-    def velocity(scale, x, t, records):
-        return scale * jnp.tanh(x) * t[:, None, None] + jnp.asarray(bias)[records]
+    def velocity(scale, x, t):
+        return scale * jnp.tanh(x) * t[:, None, None] + repeat(jnp.asarray(bias), 3)
 
     log_prob, predicted = jax.jit(partial(matching_log_prob, velocity, temperature=TEMPERATURE))(0.7, cache)
     clean, times, noise, region = (np.asarray(x, np.float64) for x in vars(cache).values())
@@ -94,8 +95,8 @@ def make_transitions(steps=2, members=2, tokens=6, features=8) -> TransitionCach
     return TransitionCache(states, jnp.linspace(0.8, 0.4, steps + 1), region, noise_level=0.7)
 
 
-def scaled_tanh(scale, x, t, records):
-    return scale * jnp.tanh(x) + 0.1 * records[:, None, None]
+def scaled_tanh(scale, x, t):
+    return scale * jnp.tanh(x) + 0.1 * repeat(jnp.arange(2), len(x) // 2)[:, None, None]
 
 
 def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
@@ -178,10 +179,11 @@ class Policy:
         self.transitions = make_transitions(members=3, tokens=tokens, features=16)
 
     def log_prob(self, trainable) -> jax.Array:
-        def velocity(params, x, t, records):
+        def velocity(params, x, t):
             gates, _ = self.model.gates(params, self.condition)
-            condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[records], self.condition)
-            arguments = {"gates": gates[records], "guidance_scale": 30.0}
+            points = len(x) // 3
+            condition = jax.tree.map(lambda leaf: repeat(jnp.asarray(leaf), points), self.condition)
+            arguments = {"gates": repeat(gates, points), "guidance_scale": 30.0}
             return self.model.velocity(params, self.frozen, x, t, condition, **arguments)
 
         if self.estimator == "sde":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ra_jax.rl.estimators import repeat
 from ra_jax.rl.losses import nft_loss, optimality
 from ra_jax.rl.policy import PolicySettings, distance, judge, policy_loss
 from ra_jax.rl.rollouts import Member
@@ -22,7 +23,8 @@ MEMBER = Member(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
 KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
 
 
-def velocity(params, x, t, records):
+def velocity(params, x, t):
+    records = repeat(jnp.arange(B), len(x) // B)
     return params[0] * jnp.tanh(x) + params[1] * t[:, None, None] + 0.1 * records[:, None, None]
 
 
@@ -117,7 +119,10 @@ def test_no_gradient_flows_into_the_old_policy(estimator):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_distance_is_the_mean_square_over_the_region():
-    records = jnp.asarray([0, 2, 2])
-    ours = distance(CLEAN, jnp.zeros_like(CLEAN), REGION, records)
-    assert float(ours) == pytest.approx(float((CLEAN**2).mean()), rel=1e-5)
+def test_distance_is_the_mean_square_over_each_records_region():
+    region = np.zeros((B, N, 4), np.float32)
+    region[np.arange(B), np.arange(B), 0] = 1.0  # record i: the first cell of token i alone
+    velocities = np.random.default_rng(1).normal(size=(2 * B, N, C4)).astype(np.float32)  # two points a record
+    ours = distance(jnp.asarray(velocities), jnp.zeros_like(velocities), jnp.asarray(region))
+    cells = [(velocities[row, row // 2].reshape(C4 // 4, 4)[:, 0] ** 2).mean() for row in range(2 * B)]
+    assert float(ours) == pytest.approx(np.mean(cells), rel=1e-5)

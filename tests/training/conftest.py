@@ -97,8 +97,8 @@ def steps_of():
 
     def run(setup, count):
         step, state, rows = setup.step_programs(), setup.state, []
-        for number, batch in enumerate(islice(setup.loader.iterate(), count)):
-            state, row = step(state, setup.loaded.frozen, batch, number)
+        for number, batch in enumerate(islice(setup.batches(), count)):
+            state, row = step(state, setup.frozen, batch, number)
             rows.append({name: float(value) for name, value in jax.device_get(row).items()})
         return state, rows
 

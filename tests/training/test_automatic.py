@@ -45,8 +45,8 @@ def updates_of(setup, steps=2, drift=0):
         return replace(state, step=state.step + 1), metrics, measured
 
     state, rows = setup.state, []
-    for batch in islice(setup.loader.iterate(), steps):
-        state, *row = step(state, setup.loaded.frozen, batch)
+    for batch in islice(setup.batches(), steps):
+        state, *row = step(state, setup.frozen, batch)
         rows.append(jax.device_get(row))
     return state, rows
 

@@ -46,7 +46,7 @@ def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automati
     assert all(np.isnan(rows[0][name]) for name in ("mean_reward", "policy_loss", "mean_ratio"))
     assert np.isnan(state.clip_at_sync) and state.temperature == setups[1].state.temperature
     without = replace(setups[1], rewarded=lambda step: False).step_programs()
-    reference, row = without(setups[1].state, setups[1].loaded.frozen, next(setups[1].loader.iterate()))
+    reference, row = without(setups[1].state, setups[1].frozen, next(setups[1].batches()))
     assert "mean_reward" not in row
     ours, theirs = named_leaves(state.trainable), named_leaves(reference.trainable)
     for name in ours:

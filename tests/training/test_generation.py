@@ -25,7 +25,7 @@ def rolled_out(automatic):
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), setup.state.trainable)
     setup = replace(setup, state=replace(setup.state, trainable=noisy))
-    batch = next(setup.loader.iterate())
+    batch = next(setup.batches())
     return setup, batch, *generated(setup, batch)
 
 
@@ -37,7 +37,7 @@ def generated(setup, batch, **changes):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
         return encoded, *roll_out_members(setup.objective, settings, state, frozen, batch, encoded)
 
-    return generate(setup.state, setup.loaded.frozen, batch)
+    return generate(setup.state, setup.frozen, batch)
 
 
 def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypatch):
@@ -53,7 +53,7 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
     keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
     remove = make_remover(setup.loaded.model, setup.objective.schedule, num_inference_steps=6, guidance_scale=30.0)
     images, _ = remove(
-        setup.state.trainable, setup.loaded.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32)
+        setup.state.trainable, setup.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32)
     )
     for member in range(GENERATIONS):
         made = decode_panels(

@@ -37,10 +37,10 @@ def uncompiled(automatic, monkeypatch):
     def run(memory, steps=1, interval=1, results=True):
         monkeypatch.setattr(programs, "device_memory", lambda: memory)
         due = RolloutConfig(reward_interval=interval).due
-        step, batch = replace(setup, rewarded=due).step_programs(), dict(next(setup.loader.iterate()))
+        step, batch = replace(setup, rewarded=due).step_programs(), dict(next(setup.batches()))
         if not results:
             del batch["result"]
-        rows = [step(setup.state, setup.loaded.frozen, batch, number)[1] for number in range(steps)]
+        rows = [step(setup.state, setup.frozen, batch, number)[1] for number in range(steps)]
         return rows, [None if settings.rollouts is None else settings.rollouts.decode_batch_size for settings in tried]
 
     return run
@@ -80,7 +80,7 @@ def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypa
         return Compiled(settings)
 
     monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
-    _, row = setup.step_programs()(setup.state, setup.loaded.frozen, next(setup.loader.iterate()))
+    _, row = setup.step_programs()(setup.state, setup.frozen, next(setup.batches()))
     assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
 
 
@@ -91,7 +91,7 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
     def temporaries(generations):
         setup = set_up(automatic(num_generations=generations, log_freq=100, **photos))
         step = jax.jit(make_train_step(setup.objective, setup.optimizer, setup.step_settings), donate_argnums=0)
-        arguments = jax.tree.map(jax.typeof, (setup.state, setup.loaded.frozen, next(setup.loader.iterate())))
+        arguments = jax.tree.map(jax.typeof, (setup.state, setup.frozen, next(setup.batches())))
         program = step.lower(*arguments).compile()
         latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one member of each condition
         return program.memory_analysis().temp_size_in_bytes, latents

@@ -35,8 +35,8 @@ def run(config, steps):
     setup = set_up(config)
     frozen, before = copied(setup.loaded.frozen), copied(setup.state.trainable)
     step, state, metrics = setup.step_programs(), setup.state, []
-    for batch in islice(setup.loader.iterate(), steps):
-        state, row = step(state, setup.loaded.frozen, batch)
+    for batch in islice(setup.batches(), steps):
+        state, row = step(state, setup.frozen, batch)
         metrics.append(jax.device_get(row))
     return setup, frozen, before, state, metrics, step
 
@@ -72,7 +72,7 @@ def test_step_compiles_once(human_run):
 
 def test_metrics_of_scores_are_the_batch_means(human_run):
     setup, metrics = human_run[0], human_run[4]
-    batch = next(setup.loader.iterate())
+    batch = next(setup.batches())
     np.testing.assert_allclose(metrics[0]["mean_reward"], np.mean(batch["reward"]), rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["removal_score"], np.mean(batch["scores"][:, 0]), rtol=1e-5)
     usage = [metrics[0][f"routing_expert_{i}_usage"] for i in range(3)]
@@ -122,7 +122,7 @@ def test_what_each_mode_trains(make_config, changed, flags, moves):
 def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
     setup = set_up(make_config(enable_grpo_loss=False))
     assert setup.objective.settings.policy is None and setup.state.snapshot is None
-    assert "reward" in next(setup.loader.iterate())
+    assert "reward" in next(setup.batches())
 
 
 def test_accumulated_microbatches_are_one_batch(config_in, tmp_path):
@@ -160,7 +160,7 @@ def test_kl_weight_adds_the_distance_to_the_base(make_config):
 def test_dropout_acts_in_the_base_loss_only(make_config):
     """With dropout, ρ still is exactly 1 when θ = θ_old, and the base loss differs from the one without."""
     setup = set_up(make_config(lora_dropout=0.5))
-    state, batch = setup.state, next(setup.loader.iterate())
+    state, batch = setup.state, next(setup.batches())
     random_b = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype), setup.state.trainable["flux"]
     )
