@@ -121,10 +121,16 @@ class RolloutConfig:
     rollout_steps: int = 8  # sampling steps of a rollout
     num_iterations: int = 2  # updates from the same rollouts
     reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
+    negative_advantages: Literal["auto", "keep", "drop"] = "auto"
+    """drop: only rollouts better than their group's mean teach anything (auto: the estimator matching drops)."""
     reward_interval: int = 1  # rollouts and rewards every so many steps, base loss alone between
     decode_batch_size: int = 4  # images the VAE decodes at once
     sde_window: int = 2  # noisy steps in a rollout for the estimator sde
     sde_noise_level: float = 0.7  # eta, the noise of those steps
+
+    def drops_negative(self, estimator: str) -> bool:
+        """Whether rollouts that are worse than their group's mean are left out of the policy's loss."""
+        return self.negative_advantages == "drop" or (self.negative_advantages == "auto" and estimator == "matching")
 
     def due(self, step: int) -> bool:
         """Whether step number `step` (from 0) generates and rewards."""

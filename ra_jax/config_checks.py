@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # config.py imports this module
-    from ra_jax.config import ExpertsConfig, GRPOConfig, LossConfig, RunConfig, TrainConfig
+    from ra_jax.config import ExpertsConfig, GRPOConfig, LossConfig, ParallelConfig, RunConfig, TrainConfig
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (
@@ -18,7 +18,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "num_experts lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
         "checkpoints_total_limit policy_sync_steps num_policy_timesteps log_freq num_validation_images "
         "num_inference_steps rollout_steps num_iterations reward_interval decode_batch_size sde_window drift_steps "
-        "num_generations",
+        "num_generations mesh_fsdp mesh_tensor num_processes",
     ),
     "at least 0": (
         lambda value: value >= 0,
@@ -65,6 +65,7 @@ def problems(config: "TrainConfig") -> Iterator[str]:
         yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
     yield from _schedule(config)
     yield from _run(config.run)
+    yield from _parallel(config.parallel)
     if config.run.init_experts_from and not config.experts.use_lora:
         yield "init_experts_from without use_lora: there are no experts to begin with; add --use_lora, or leave it out"
     trackers = config.logging.report_to
@@ -215,6 +216,16 @@ def _schedule(config: "TrainConfig") -> Iterator[str]:
         yield f"lr_warmup_steps = {warmup}: longer than max_train_steps = {steps}; lower it, or train longer"
     if config.optimization.lr_scheduler == "constant" and warmup:
         yield f"lr_warmup_steps = {warmup}: lr_scheduler constant has no warm-up; use constant_with_warmup"
+
+
+def _parallel(parallel: "ParallelConfig") -> Iterator[str]:
+    together = ("coordinator_address", "num_processes", "process_id")
+    given = [name for name in together if getattr(parallel, name) is not None]
+    if given and len(given) < len(together):
+        yield f"{' and '.join(given)} without the rest: give --coordinator_address, --num_processes and --process_id"
+    elif given and not 0 <= parallel.process_id < parallel.num_processes:
+        last = parallel.num_processes - 1
+        yield f"process_id = {parallel.process_id}: expected 0 to {last} with num_processes = {parallel.num_processes}"
 
 
 def _run(run: "RunConfig") -> Iterator[str]:

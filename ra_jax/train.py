@@ -29,7 +29,11 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = parse()
-        from ra_jax.training.loop import train  # after parsing: --help and a mistaken flag answer at once
+        # After parsing: --help and a mistaken flag answer at once.
+        from ra_jax.training.distributed import initialise
+
+        initialise(config.parallel)
+        from ra_jax.training.loop import train
 
         output = train(config)
     except REFUSALS as error:

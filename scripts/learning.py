@@ -264,7 +264,7 @@ class Measure:
         self.experiment, self.paths = experiment, paths
         size = DemoSettings().size
         self.scenes = stack(scenes(DemoSettings().seed, experiment.first_scene, experiment.held_out, size))
-        self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"])
+        self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"] | {"reward_functions": []})
         lora, router = expert_configs(self.config.experts)
         self.loaded = load_fill_model(
             str(paths.fill),

@@ -39,7 +39,7 @@ DEFECTS = ("ghost", "cast", "seam", "blur")
 MIXES = ("one_clean", "no_clean")
 SCORES = ("removal_score", "background_score", "smoothness_score")
 ROOMS = ("input", "mask", "gt", "ref")
-DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "defects.json")
+DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "unscored.json", "defects.json")
 
 CAST = np.array([0.22, 0.0, -0.22], np.float32)  # warm, and of no brightness of its own: seams have nothing else
 SEAM = 0.25
@@ -216,6 +216,7 @@ def write_dataset(
         input/ mask/ gt/ ref/  result/           PNG: one each a scene, one a candidate
         labeled_dict.json, labeled_tensor.json   scored records, in the guide's two formats
         triplets.json                            {"mapping": {gt: [inputs]}}, for standard training
+        unscored.json                            one of its candidates a scene, without scores: flawed pairs
         defects.json                             settings, and the true strengths of every result
 
     Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images.
@@ -257,7 +258,10 @@ def write_dataset(
         records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
     named = [{**record, "scores": dict(zip(SCORES, record["scores"], strict=True))} for record in records]
     mapping = {f"{name}.png": [f"{name}.png"] for name in names}
-    for file, content in zip(DOCUMENTS, (named, records, {"mapping": mapping}, known), strict=True):
+    unscored = [{**records[len(kinds) * i + i % len(kinds)]} for i in range(scenes)]  # of every kind alike
+    for record in unscored:
+        del record["scores"]
+    for file, content in zip(DOCUMENTS, (named, records, {"mapping": mapping}, unscored, known), strict=True):
         (partial / file).write_text(_json(content), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)

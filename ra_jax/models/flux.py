@@ -365,7 +365,7 @@ class Flux(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "none",
-        attention: str = "auto",
+        attention: str = "xla",
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:

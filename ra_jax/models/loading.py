@@ -54,7 +54,8 @@ def load_fill_model(
     """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
 
     The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); matmuls run in `dtype`; the
-    VAE stays float32; all live where `placement` says (None: on the default device). Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
+    VAE stays float32. All live where `placement` says (None: on the default device). Experts (`lora`) and `router` come
+    together or not at all; their first values derive from `seed`.
     Raises WeightError for weights that cannot be had or do not fit, ValueError for one of `lora` and `router` alone.
     """
     if (lora is None) != (router is None):
@@ -72,8 +73,8 @@ def load_fill_model(
     )
     vae = load_vae(folder, placement=placement)
     redux_folder = None if redux is None else resolve(redux, REDUX_PARTS)
-    embedder = None if redux_folder is None else load_redux(
-        redux_folder, dtype=dtype, param_dtype=dtype, placement=placement
+    embedder = (
+        None if redux_folder is None else load_redux(redux_folder, dtype=dtype, param_dtype=dtype, placement=placement)
     )
     experts = None if router is None else Router(router, 4 * vae.config.latent_channels, rngs)
     model, trainable, frozen = assemble(flux, vae, embedder, experts, text_tokens=text_tokens, train_base=train_base)

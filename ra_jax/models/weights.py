@@ -6,6 +6,7 @@ Folders are whole pipelines: FLUX.1-Fill (`transformer/`, `vae/`) or FLUX.1-Redu
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ra_jax.models.attention import implementation_for
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import LoRAConfig, attach_experts
 from ra_jax.models.partitioning import Placement
@@ -25,12 +27,15 @@ from ra_jax.models.weight_files import WeightError
 from ra_jax.models.weight_tables import FLUX, REDUX, SIGLIP, VAE
 from ra_jax.models.weight_transfer import Place, fill, store
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "WeightError",
     "fingerprint",
     "load_flux",
     "load_redux",
     "load_vae",
+    "read_configs",
     "resolve",
     "save_fill_pipeline_config",
     "save_flux",
@@ -60,6 +65,8 @@ FLUX_PREPROCESSOR = {
     "resample": 3,  # bicubic
     "rescale_factor": 1 / 255,
 }
+
+SIGLIP_KINDS = ("siglip_vision_model", "siglip")
 
 # Folders whose weights decide what a base model computes, and so its fingerprint.
 COMPONENTS = ("transformer", "vae", "image_encoder", "image_embedder")
@@ -154,7 +161,7 @@ def load_flux(
     param_dtype: DTypeLike = jnp.float32,
     lora: LoRAConfig | None = None,
     remat: str = "none",
-    attention: str = "auto",
+    attention: str | None = None,
     rngs: nnx.Rngs | None = None,
     placement: Placement | None = None,
 ) -> Flux:
@@ -162,7 +169,8 @@ def load_flux(
 
     Args:
         folder: of the pipeline.
-        dtype, param_dtype, lora, remat, attention: as in `Flux`; the files may be of any float type.
+        dtype, param_dtype, lora, remat, attention: as in `Flux`; the files may be of any float type. Without
+            `attention` it is that of the devices here (`attention.implementation_for`).
         rngs: first values of the experts; needed with `lora` only.
         placement: where parameters are to live; None: on the default device. Files are read one parameter after
             another, and host memory never holds more than one of them.
@@ -171,6 +179,9 @@ def load_flux(
         WeightError: with a full report, unless every tensor of the files fits one parameter and all are filled.
     """
     path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
+    if attention is None:
+        attention = implementation_for(jax.default_backend(), dtype=dtype, head_dim=config.attention_head_dim)
+        log.info("attention: %s", attention)
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention}
     if lora is not None and rngs is None:
         raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
@@ -206,7 +217,9 @@ def load_vae(
     """The autoencoder in `folder`/vae; arguments and errors as in `load_flux`."""
     path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
     options = {"dtype": dtype, "param_dtype": param_dtype}
-    return fill(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, _place("vae", placement))
+    return fill(
+        nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, _place("vae", placement)
+    )
 
 
 def load_redux(
@@ -217,7 +230,7 @@ def load_redux(
     placement: Placement | None = None,
 ) -> Redux:
     """SigLIP in `folder`/image_encoder and the embedder in `folder`/image_embedder; the rest as in `load_flux`."""
-    vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, "siglip_vision_model", "siglip")
+    vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
     embedder_path, embedder = _read_config(folder, "image_embedder", ReduxConfig, "ReduxImageEncoder")
     options = {"dtype": dtype, "param_dtype": param_dtype}
     try:
@@ -232,6 +245,19 @@ def load_redux(
 def _place(part: str, placement: Placement | None) -> Place | None:
     """`Place` of the parameters of this part of the frozen weights."""
     return None if placement is None else lambda name, value: placement.put(f"{part}/{name}", value)
+
+
+def read_configs(
+    fill: str | Path, redux: str | Path | None
+) -> tuple[FluxConfig, VAEConfig, SiglipConfig | None, ReduxConfig | None]:
+    """The sizes of transformer, VAE, vision model and embedder, from the config.json of two folders; no weights."""
+    _, flux = _read_config(fill, "transformer", FluxConfig, "FluxTransformer2DModel")
+    _, vae = _read_config(fill, "vae", VAEConfig, "AutoencoderKL")
+    if redux is None:
+        return flux, vae, None, None
+    _, vision = _read_config(redux, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
+    _, embedder = _read_config(redux, "image_embedder", ReduxConfig, "ReduxImageEncoder")
+    return flux, vae, vision, embedder
 
 
 def save_flux(flux: Flux, folder: str | Path) -> None:

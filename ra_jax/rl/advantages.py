@@ -56,10 +56,15 @@ def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndar
     return np.where(dead_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
 
 
-def group_advantages(scores: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def group_advantages(
+    scores: jax.Array, weights: jax.Array, *, drop_negative: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Advantages of a step's rollouts, and the spread of each group's total reward (Shao et al. 2402.03300, per score).
 
         A = Σ_i w_i · clip((s_i − mean_group s_i) / max(std_group s_i, 0.02), ±5)
+
+    With `drop_negative` max(A, 0), after which only better rollouts are learnt from (reward-weighted regression, Peters
+    & Schaal 2007; AWR, Peng et al. 1910.00177): to imitate an image has an end, to get away from one has none.
 
     scores: [G, C, S] in [0, 1] of G rollouts of C conditions; weights: [S]. Returns A [G, C] float32, 0 in groups whose
     total reward has a std below 1e-3, and that std [C].
@@ -67,7 +72,10 @@ def group_advantages(scores: jax.Array, weights: jax.Array) -> tuple[jax.Array, 
     centred = scores - scores.mean(0)
     standard = jnp.clip(centred / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
     spread = total_reward(scores, weights).std(0)
-    return jnp.where(spread < DEAD_GROUP_STD, 0.0, standard @ jnp.asarray(weights, jnp.float32)), spread
+    advantages = standard @ jnp.asarray(weights, jnp.float32)
+    if drop_negative:
+        advantages = jnp.maximum(advantages, 0.0)
+    return jnp.where(spread < DEAD_GROUP_STD, 0.0, advantages), spread
 
 
 def imitation_weights(

@@ -117,9 +117,7 @@ def _nft(judgement: Judgement, old: jax.Array, advantages: jax.Array, settings: 
     return by_record(losses), {"policy_change": by_record(change)}
 
 
-def distance(
-    velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean
-) -> jax.Array:
+def distance(velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean) -> jax.Array:
     """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C]; region [B, N, 4], R/B points a record."""
     square = (velocity - jax.lax.stop_gradient(reference)) ** 2
     return mean(region_mean(square, repeat(region, len(velocity) // len(region))))

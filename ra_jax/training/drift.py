@@ -62,7 +62,9 @@ class DriftGuard:
     def measure(self, trainable: Weights, frozen: Weights) -> Drift:
         """Drift of these weights; means over the held-out records."""
         found = [self._measure(trainable, frozen, batch) for batch in self._batches]
-        policy, base, ratio = (float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*found, strict=True))
+        policy, base, ratio = (
+            float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*found, strict=True)
+        )
         return Drift(policy, policy / base - 1.0, ratio)
 
     def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:

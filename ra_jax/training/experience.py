@@ -5,6 +5,7 @@ in the batch), in automatic mode `num_generations` rollouts of the current weigh
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,8 @@ def with_rewards(
     sound = all_sum((~jnp.isfinite(scores)).sum(), axis_name) == 0
     raw = all_mean(scores.reshape(-1, scores.shape[-1]), axis_name)
     scores = jnp.where(sound, scores, 0.5)
-    advantages, spread = jax.vmap(lambda scores: group_advantages(scores, weights))(scores)
+    judge = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
+    advantages, spread = jax.vmap(judge)(scores)
     # Pictures that have no reward may not be finite either, and the base loss's gradient has to be.
     blank = jax.tree.map(
         lambda x: jnp.where(sound, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.members

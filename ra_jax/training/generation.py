@@ -26,8 +26,8 @@ from ra_jax.training.state import TrainState, keys_for, stream
 @dataclass(frozen=True)
 class RolloutSettings:
     """generations: G, of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at once
-    on a device; noisy_steps: in a rollout (0: an ODE's); noise_level: η; sample_experts: each rollout draws one
-    expert."""
+    on a device; noisy_steps: in a rollout (0: an ODE's); noise_level: η; drop_negative: members below their
+    group's mean have no advantage; sample_experts: each rollout draws one expert."""
 
     rewards: tuple[Reward, ...]
     generations: int = 8
@@ -35,6 +35,7 @@ class RolloutSettings:
     decode_batch_size: int = 4
     noisy_steps: int = 0
     noise_level: float = 0.7
+    drop_negative: bool = False
     sample_experts: bool = False
 
     @property
@@ -122,7 +123,8 @@ def reward_inputs(
 def decode_panels(
     objective: Objective, settings: RolloutSettings, frozen: Weights, latents: jax.Array, grid
 ) -> jax.Array:
-    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C], `decode_batch_size` of a device's at a time."""
+    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C]; each device decodes `decode_batch_size`
+    at a time."""
 
     def decode(latents):
         return jnp.clip(right_panel(objective.model.decode(frozen, latents, grid)), 0.0, 1.0)

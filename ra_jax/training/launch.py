@@ -1,7 +1,7 @@
 """How a step is launched over devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas, with the same numbers.
 
-A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps (checkpoints,
-previews) sees one copy of the state, `whole`.
+A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps
+(checkpoints, previews) sees one copy of the state, `whole`.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,9 @@ class Launch(Protocol):
     def rows(self, batch: int) -> np.ndarray:
         """Which rows of a global microbatch this process loads. Raises ConfigError where it cannot be shared out."""
 
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        """What `function` makes of weights, one copy of it, on the devices where it is to live."""
+
     def spread(self, tree: Any) -> Any:
         """State or weights of which there is one copy, to where steps want them."""
 
@@ -63,6 +66,10 @@ class MeshLaunch:
 
     def rows(self, batch: int) -> np.ndarray:
         return rows_of_process(self.mesh, batch)
+
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        places = self.placement.shardings(jax.eval_shape(function, *weights))
+        return jax.jit(function, out_shardings=places)(*weights)
 
     def spread(self, tree: Any) -> Any:
         return jax.device_put(tree, self.placement.shardings(tree))
@@ -105,6 +112,9 @@ class PmapLaunch:
             )
         each = batch // jax.process_count()
         return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        return function(*weights)
 
     def spread(self, tree: Any) -> Any:
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))

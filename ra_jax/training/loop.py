@@ -4,23 +4,24 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ra_jax.config import TrainConfig, to_flat_dict
+from ra_jax.inference.sampling import Batch
 from ra_jax.training.checkpoints import BEST, Checkpoints
+from ra_jax.training.distributed import all_stop, is_speaker
 from ra_jax.training.fallbacks import RewardFallbacks
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import open_trackers, read_rows, summarise
 from ra_jax.training.report import plot_curves
 from ra_jax.training.report_page import write_report
-from ra_jax.training.settings import step_tflops
+from ra_jax.training.settings import flops_of_step
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.state import TrainState
 
@@ -50,9 +51,10 @@ def train(config: TrainConfig) -> Path:
     finally:
         checkpoints.close()
         recorder.close()
-        curves = plot_curves(setup.output, config.experts.names)
-        report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
-        log.info("%s; curves: %s, report: %s", ending, curves, report)
+        if is_speaker():
+            curves = plot_curves(setup.output, config.experts.names)
+            report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
+            log.info("%s; curves: %s, report: %s", ending, curves, report)
     return setup.output
 
 
@@ -69,11 +71,12 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
+    batches = recorder.timed(chain([first], batches))
     with sigterm_noted() as stop:
-        for done, batch in zip(range(setup.first_step + 1, total + 1), chain([first], batches), strict=False):
+        for done, batch in zip(range(setup.first_step + 1, total + 1), batches, strict=False):
             state, metrics = step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
-            stopping = stop.is_set  # read once: SIGTERM from here on ends the run after the next step
+            stopping = all_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
                 with recorder.paused():
@@ -143,12 +146,14 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, setup: Setup):
         self._config, self._setup = config, setup
-        self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step)
-        self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True)
+        speaks = is_speaker()
+        self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if speaks else []
+        quiet = {} if speaks else {"disable": True}
+        self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **quiet)
         earlier = read_rows(setup.output / METRICS)
         self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
         self._pending: list[dict[str, jax.Array]] = []
-        self._images = self._tflops = 0.0
+        self._images = self._tflops = self._waited = 0.0
         self._since = time.perf_counter()
 
     @contextmanager
@@ -159,10 +164,21 @@ class Recorder:
         yield
         self._since += time.perf_counter() - before
 
-    def add(self, done: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, while it is noted how long they are waited for."""
+        while True:
+            since = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - since
+            yield batch
+
+    def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
         self._pending.append(metrics)
-        self._images += len(batch["record_id"])
-        self._tflops += step_tflops(self._config, self._setup.loaded, batch, done - 1)
+        run, loaded = self._config.run, self._setup.loaded
+        self._images += run.train_batch_size * run.gradient_accumulation_steps
+        self._tflops += 1e-12 * flops_of_step(
+            self._config, loaded.flux_config, loaded.model.multiple, loaded.image_tokens, batch, done - 1
+        )
 
     def due(self, done: int) -> bool:
         """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""
@@ -181,14 +197,15 @@ class Recorder:
         row |= {
             "lr": float(self._setup.learning_rate(done - 1)),
             "step_time": seconds / len(self._pending),
+            "data_wait": self._waited / len(self._pending),
             "images_per_second": self._images / seconds,
-            "tflops_per_second_per_device": self._tflops / seconds,  # one device
+            "tflops_per_second_per_device": self._tflops / seconds / jax.device_count(),
         }
         for tracker in self._trackers:
             tracker.write(done, row)
         self._bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row}, refresh=False)
         self._bar.update(done - self._bar.n)
-        self._pending, self._images, self._tflops = [], 0.0, 0.0
+        self._pending, self._images, self._tflops, self._waited = [], 0.0, 0.0, 0.0
         self._since = time.perf_counter()
         # The loss is that of the weights before the update, so that the gradient tells whether they still are finite.
         for name in (name for name in ("train_loss", "grad_norm") if not math.isfinite(row[name])):

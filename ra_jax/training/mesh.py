@@ -24,7 +24,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     """
     devices = jax.devices() if devices is None else devices
     asked = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
-    if min(fsdp, tensor) < 1 or data < 1 and data != -1:
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
         raise ConfigError(f"{asked}: expected sizes of 1 or more, or --mesh_data -1 for all that the others leave")
     inner = fsdp * tensor
     count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
@@ -39,10 +39,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 
 def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
-    """Which rows of a global batch the devices of this process hold, in order.
+    """Which rows of a global batch the devices of this process hold, in order."""
+    check_batch(mesh, batch)
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
 
-    Raises ConfigError where the mesh does not divide the batch.
-    """
+
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raise ConfigError where the mesh does not divide a global batch."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch % shards:
         raise ConfigError(
@@ -50,8 +54,6 @@ def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
             f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
             "another multiple"
         )
-    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
 
 
 def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:

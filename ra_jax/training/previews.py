@@ -12,6 +12,7 @@ from ra_jax.evaluation.contact_sheet import contact_sheet
 from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
 from ra_jax.rl.rewards import total_reward
+from ra_jax.training.distributed import is_speaker
 from ra_jax.training.launch import fetch
 from ra_jax.training.state import keys_for, stream
 
@@ -51,7 +52,8 @@ class Previews:
             masks = np.repeat(batch["mask"][..., None] * np.uint8(255), 3, -1)
             truth = batch.get("result", np.full_like(batch["source"], 255))  # white where nobody knows it
             rows += zip(batch["source"], masks, images, truth, strict=True)
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step_{step:06d}.png"
-        contact_sheet(rows).save(path)
+        if is_speaker():
+            self.folder.mkdir(exist_ok=True)
+            contact_sheet(rows).save(path)
         return path

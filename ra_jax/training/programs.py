@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 class StepPrograms:
     """`train_step` with the state donated, launched as `launch` does; len(): programs so far.
 
-    make_step: settings -> train step; conditions: of a microbatch on one device; rewarded: whether rewards are due in a step of this number (from 0).
+    make_step: settings -> train step; conditions: of a microbatch on one device; rewarded: whether rewards are due in
+    a step of this number (from 0).
     `prepare` begins to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
     drawn meanwhile: compilation keeps one core busy for a minute and more. A call waits for its program.
 

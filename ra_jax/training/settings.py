@@ -1,9 +1,11 @@
 """From the configuration to the static settings of objective, rollouts and step, and to a step's arithmetic."""
 
-import numpy as np
+from collections.abc import Mapping
+
+import jax
 
 from ra_jax.config import TrainConfig
-from ra_jax.models.loading import LoadedModel
+from ra_jax.models.flux import FluxConfig
 from ra_jax.rl.policy import PolicySettings
 from ra_jax.rl.user_rewards import Reward
 from ra_jax.training.generation import RolloutSettings
@@ -55,6 +57,7 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
         decode_batch_size=rollouts.decode_batch_size,
         noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
         noise_level=rollouts.sde_noise_level,
+        drop_negative=rollouts.drops_negative(config.grpo.policy_estimator),
         sample_experts=config.experts.routing == "sample",
     )
 
@@ -75,17 +78,25 @@ def initial_temperature(config: TrainConfig) -> float:
     return INITIAL_TEMPERATURE if given == "auto" else given
 
 
-def step_tflops(config: TrainConfig, loaded: LoadedModel, batch: dict[str, np.ndarray], step: int) -> float:
-    """Model TFLOPs of step number `step` (from 0) on this batch (`metrics.step_flops`)."""
-    microbatches, rows, height, width, _ = batch["source"].shape
-    image_tokens = 2 * height * width // loaded.model.multiple**2
-    context_tokens = config.model.max_sequence_length + loaded.image_tokens
+def flops_of_step(
+    config: TrainConfig,
+    flux: FluxConfig,
+    multiple: int,
+    image_tokens: int,
+    batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
+    step: int,
+) -> float:
+    """Model FLOPs (`metrics.step_flops`) over all devices of step number `step` (from 0) on such a batch.
+
+    multiple: pixels a side of a token; image_tokens: of the reference; batch: arrays [..., h, w] of global batches.
+    """
+    height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
     learns = config.uses_policy and (not automatic or config.rollouts.due(step))
-    return 1e-12 * step_flops(
-        forward_flops(loaded.flux_config, image_tokens, context_tokens),
-        records=microbatches * rows,
+    return step_flops(
+        forward_flops(flux, 2 * height * width // multiple**2, config.model.max_sequence_length + image_tokens),
+        records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
         updates=config.updates,
         members=config.rollouts.num_generations if automatic else 1,
         rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,

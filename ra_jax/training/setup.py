@@ -5,6 +5,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from ra_jax.rl.rewards import RewardInputs, total_reward
 from ra_jax.rl.user_rewards import Reward, check_reward, parse_rewards
 from ra_jax.training.checkpoints import BEST, About, CheckpointError, find_checkpoint, read_about, restore
 from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
+from ra_jax.training.distributed import is_speaker, wait_for_all
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.experts import expert_configs
 from ra_jax.training.launch import Launch, make_launch
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 HELD_OUT_RECORDS = 32  # that drift is measured on
-AHEAD = 2  # batches on the devices: the one in use, and the next
 # All that a run writes into its folder; whatever else lies there is the user's.
 RUN_FILES = (
     *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
@@ -86,10 +87,10 @@ class Setup:
     def batches(self) -> Iterator[Batch]:
         """The batches of this run's steps, where the launch wants them; the next one is on its way beforehand."""
         rows = self.loader.iterate(self.first_step)
-        ahead = deque(self.launch.put_batch(next(rows), self.accumulation) for _ in range(AHEAD))
+        ahead = deque([self.launch.put_batch(next(rows), self.accumulation)])
         while True:
-            yield ahead.popleft()
             ahead.append(self.launch.put_batch(next(rows), self.accumulation))
+            yield ahead.popleft()
 
     def first_of_each_kind(self) -> list[int]:
         """The first steps of this run that need a program of their own: with rewards, and without."""
@@ -142,22 +143,26 @@ def set_up(config: TrainConfig) -> Setup:
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
-    state = init_state(
-        first_weights(config, loaded),
-        optimizer,
+    begin = partial(
+        init_state,
+        optimizer=optimizer,
         seed=config.run.seed,
         num_experts=loaded.model.num_experts,
         temperature=initial_temperature(config),
         with_snapshot=config.uses_policy and config.mode == "human",
         with_ema=config.optimization.ema_decay > 0,
     )
+    state = launch.make(begin, first_weights(config, loaded))
     first_step = 0
     if resume_from is not None:
         state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
     previews = make_previews(config, output, previewed, loaded, schedule)
     objective = Objective(loaded.model, schedule, objective_settings(config))
     guard = make_guard(config, output, previewed, loaded, objective, first_step)
-    claim_output_dir(config, output, keep=resume_from is not None)
+    wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
+    if is_speaker():
+        claim_output_dir(config, output, keep=resume_from is not None)
+    wait_for_all("claimed")
     return Setup(
         output=output,
         launch=launch,

@@ -211,6 +211,9 @@ def test_a_written_set_passes_the_checks_of_training(dataset, score_format):
     records = load_records(dataset / f"labeled_{score_format}.json", use_human_scores=True, score_format=score_format)
     assert list(scene_ids(records)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(load_records(dataset / "triplets.json")) == 3
+    unscored = load_records(dataset / "unscored.json")
+    assert [record.result.name for record in unscored] == [f"scene_{10 + i:05d}_{i}.png" for i in range(3)]
+    assert all(record.scores is None for record in unscored)
 
 
 def test_written_scores_and_strengths_are_those_of_the_written_images(dataset):
@@ -245,7 +248,7 @@ def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp
     for _ in range(2):
         write_dataset(folder, scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 3 * (4 + 3) + 4
+    assert len(files) == 3 * (4 + 3) + 5
     assert all((folder / file).read_bytes() == (dataset / file).read_bytes() for file in files)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 

@@ -1,5 +1,7 @@
 """Attention against torch and float64, rotary positions against diffusers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from ra_jax.models.attention import attention, rope_table, rotate
+from ra_jax.models.attention import attention, implementation_for, rope_table, rotate, splash
 
 
 def qkv(seed, queries, keys, heads=3, dim=16):
@@ -16,11 +18,10 @@ def qkv(seed, queries, keys, heads=3, dim=16):
     return [draw(size=(2, length, heads, dim)).astype(np.float32) for length in (queries, keys, keys)]
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla"])
-def test_matches_torch(implementation):
+def test_matches_torch():
     arrays = qkv(0, 7, 11)
     expected = torch.nn.functional.scaled_dot_product_attention(*(torch.from_numpy(x).transpose(1, 2) for x in arrays))
-    got = attention(*arrays, implementation=implementation)
+    got = attention(*arrays)
     np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -35,8 +36,29 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("length", [128, 300])
+def test_the_tpu_kernel_computes_the_same_with_its_gradients(length):
+    """Interpreted, as there is no TPU here: values and gradients of padded and unpadded sequences."""
+    q, k, v = qkv(2, length, length, heads=2, dim=128)
+    weights = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
+
+    def both(function):
+        return jax.value_and_grad(lambda *arrays: (function(*arrays) * weights).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    ours, theirs = both(partial(splash, interpret=True)), both(attention)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-4), ours, theirs)
+
+
+def test_the_kernel_is_that_of_the_chips_compiled_for():
+    assert implementation_for("cpu", dtype=jnp.float32, head_dim=128) == "xla"
+    assert implementation_for("tpu", dtype=jnp.bfloat16, head_dim=128) == "splash"
+    assert implementation_for("tpu", dtype=jnp.bfloat16, head_dim=32) == "xla"
+    assert implementation_for("gpu", dtype=jnp.bfloat16, head_dim=128) == "cudnn"
+    assert implementation_for("gpu", dtype=jnp.float32, head_dim=128) == "xla"
+
+
 def test_unknown_implementation_names_the_known_ones():
-    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of auto, xla, cudnn"):
+    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of xla, cudnn, splash"):
         attention(*qkv(0, 2, 2), implementation="flash")
 
 

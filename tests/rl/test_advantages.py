@@ -156,3 +156,7 @@ def test_rollouts_are_compared_within_their_group_and_score():
             expected += weights[i] * np.clip((values - values.mean()) / max(values.std(), 0.02), -5, 5)
         np.testing.assert_allclose(advantages[:, group], expected if total.std() >= 1e-3 else 0.0, atol=1e-4)
     assert not np.any(advantages[:, 1])
+    better, same_spread = group_advantages(jnp.asarray(scores), weights, drop_negative=True)
+    np.testing.assert_array_equal(better, np.maximum(advantages, 0.0))
+    np.testing.assert_array_equal(same_spread, spread)
+    assert (better > 0).any() and (advantages < 0).any()

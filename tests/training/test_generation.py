@@ -52,9 +52,7 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
     encoded, members, scores = generated(setup, batch)
     keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
     remove = make_remover(setup.loaded.model, setup.objective.schedule, num_inference_steps=6, guidance_scale=30.0)
-    images, _ = remove(
-        setup.state.trainable, setup.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32)
-    )
+    images, _ = remove(setup.state.trainable, setup.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32))
     for member in range(GENERATIONS):
         made = decode_panels(
             setup.objective,

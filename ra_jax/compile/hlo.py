@@ -1,0 +1,138 @@
+"""What a compiled program moves between chips, read from its HLO text."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
+    f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)
+}
+# Share of a collective's bytes (of its result; of its operands for reduce-scatter) that a chip of n sends on a ring.
+SENT = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,  # its result is 1/n of what is reduced
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """name, opcode and the whole text right of the `=`."""
+
+    name: str
+    opcode: str
+    text: str
+
+    @property
+    def result_bytes(self) -> float:
+        """Bytes of the result; of an asynchronous start, whose result repeats its operands, those of the operation."""
+        result = self.text[: self.text.index(f" {self.opcode}(")]
+        sizes = [
+            BITS[kind] * prod(map(int, filter(None, dims.split(",")))) / 8
+            for kind, dims in _SHAPE.findall(result)
+            if kind in BITS
+        ]
+        return max(sizes, default=0.0) if self.opcode.endswith("-start") else sum(sizes)
+
+    @property
+    def called(self) -> list[str]:
+        names = []
+        for single, several in _CALLED.findall(self.text):
+            names += [single] if single else [name.strip(" %") for name in several.split(",")]
+        return names
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        return found and found[1]
+
+
+class Program:
+    """The computations of an HLO module."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        name = None
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                name = header[1]
+                self.computations[name] = []
+                if line.startswith("ENTRY"):
+                    self.entry = name
+            elif name and (found := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(found[2])):
+                self.computations[name].append(Instruction(found[1], opcode[1], found[2]))
+
+    @cached_property
+    def collectives(self) -> dict[str, float]:
+        """Bytes that a chip sends in one run of the program, by kind of collective.
+
+        A loop's body counts as often as it runs; of the branches of a conditional the one that sends most counts.
+        Raises ValueError for a loop whose number of rounds the program does not tell.
+        """
+        totals: dict[str, float] = defaultdict(float)
+        for kind, sent, _ in self._sent(self.entry, {}):
+            totals[kind] += sent
+        return dict(totals)
+
+    def _sent(self, name: str, known: dict) -> list[tuple[str, float, str]]:
+        """(kind, bytes, channel) of every collective that a run of this computation starts."""
+        if name in known:
+            return known[name]
+        found: dict[str, tuple[str, float, str]] = {}
+        repeated: list[tuple[str, float, str]] = []
+        for instruction in self.computations[name]:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in SENT:
+                channel = instruction.attribute("channel_id") or f"{name}/{instruction.name}"
+                sent = instruction.result_bytes * SENT[kind](group_size(instruction.text))
+                found[channel] = (kind, sent, channel)
+            elif instruction.opcode == "while":
+                rounds = self._rounds(instruction)
+                repeated += [(k, sent * rounds, c) for k, sent, c in self._sent(instruction.attribute("body"), known)]
+            elif instruction.opcode == "conditional":
+                branches = [self._sent(branch, known) for branch in instruction.called]
+                repeated += max(branches, key=lambda branch: sum(sent for _, sent, _ in branch), default=[])
+            elif not instruction.opcode.endswith(("-done", "-update")):
+                # The two halves of an asynchronous collective both name it: its channel counts once.
+                for called in instruction.called:
+                    found |= {channel: (k, sent, channel) for k, sent, channel in self._sent(called, known)}
+        known[name] = [*found.values(), *repeated]
+        return known[name]
+
+    def _rounds(self, loop: Instruction) -> int:
+        """How often a loop's body runs: as the compiler notes, or the bound that its condition compares with."""
+        if noted := re.search(r'known_trip_count[^0-9]*"?(\d+)', loop.text):
+            return int(noted[1])
+        bounds = list(self._bounds(loop.attribute("condition")))
+        if len(bounds) != 1:
+            raise ValueError(f"the loop {loop.name} does not tell how often it runs (bounds {bounds})")
+        return bounds[0]
+
+    def _bounds(self, condition: str) -> Iterator[int]:
+        for instruction in self.computations[condition]:
+            if found := re.match(r"[su]32\[\]\S* constant\((\d+)\)", instruction.text):
+                yield int(found[1])
+
+
+def group_size(text: str) -> int:
+    """How many chips take part in a collective, from its `replica_groups`."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes: Mapping[str, int] = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return prod(sizes[axis] for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(tiled[1])
+    if listed := re.search(r"replica_groups=\{\{([^}]*)\}", text):
+        return listed[1].count(",") + 1
+    return 1 if "source_target_pairs" not in text else 2

@@ -1,0 +1,162 @@
+"""The train step of a configuration for devices that are not there: everything but arrays."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ra_jax.config import ConfigError, TrainConfig
+from ra_jax.data.loader import parse_buckets
+from ra_jax.flow.schedule import FlowSchedule
+from ra_jax.models.attention import implementation_for
+from ra_jax.models.fill_model import FillModel
+from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
+from ra_jax.models.partitioning import BATCH
+from ra_jax.rl.user_rewards import parse_rewards
+from ra_jax.training.experts import expert_configs
+from ra_jax.training.launch import MeshLaunch
+from ra_jax.training.mesh import check_batch, make_mesh
+from ra_jax.training.objective import Objective
+from ra_jax.training.optimizers import build_optimizer
+from ra_jax.training.settings import flops_of_step, initial_temperature, objective_settings, step_settings
+from ra_jax.training.state import init_state
+from ra_jax.training.step import make_train_step
+
+HUB = "black-forest-labs/FLUX.1-Fill-dev"
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A step, and its arguments' shapes on a mesh. flops: that its mathematics needs, over all chips
+    (`metrics.step_flops`); weights: bytes of the base."""
+
+    launch: MeshLaunch
+    step: object
+    arguments: tuple
+    flops: float
+    weights: int
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.launch.compile(self.step, *self.arguments)
+
+
+def geometry_of(config: TrainConfig) -> FillGeometry:
+    """Of the model that the configuration names: read from its folder, or known, for FLUX.1-Fill-dev.
+
+    Raises ConfigError for a model on the hub whose sizes are not known here.
+    """
+    fill, redux = config.model.pretrained_model_name_or_path, config.model.pretrained_redux_model_name_or_path
+    if Path(fill).is_dir():
+        return FillGeometry.from_folders(fill, redux)
+    if fill != HUB:
+        raise ConfigError(
+            f"pretrained_model_name_or_path = {fill}: no folder here, and only the sizes of {HUB} are known without "
+            "its files; give a folder with transformer/config.json and vae/config.json"
+        )
+    return FLUX_FILL_DEV
+
+
+def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
+    """The configuration's train step on a mesh of these devices, for its first bucket. Nothing is compiled yet.
+
+    Raises ConfigError where mesh, batch and devices do not fit each other.
+    """
+    if config.parallel.parallelism != "mesh":
+        raise ConfigError("--parallelism pmap: aot compiles for a mesh; leave it out")
+    parallel, platform = config.parallel, devices[0].platform
+    launch = MeshLaunch(make_mesh(parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor, devices=devices))
+    check_batch(launch.mesh, config.run.train_batch_size)
+    geometry = geometry_of(config)
+    dtype = jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32
+    lora, router = expert_configs(config.experts)
+    model, trainable, frozen = abstract_fill_model(
+        geometry,
+        lora=lora,
+        router=router,
+        dtype=dtype,
+        attention=implementation_for(platform, dtype=dtype, head_dim=geometry.flux.attention_head_dim),
+        remat=config.model.gradient_checkpointing,
+        text_tokens=config.model.max_sequence_length,
+        train_base=not config.experts.use_lora,
+    )
+    optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
+    begin = partial(
+        init_state,
+        optimizer=optimizer,
+        seed=config.run.seed,
+        num_experts=model.num_experts,
+        temperature=initial_temperature(config),
+        with_snapshot=config.uses_policy and config.mode == "human",
+        with_ema=config.optimization.ema_decay > 0,
+    )
+    state = jax.eval_shape(begin, trainable)
+    rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_result(config))
+    settings = step_settings(config, rewards if config.mode == "automatic" else ())
+    objective = Objective(model, FlowSchedule(), objective_settings(config))
+    batch = batch_shapes(config, model, geometry)
+
+    def placed(tree):
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            tree,
+            launch.placement.shardings(tree),
+        )
+
+    by_record = NamedSharding(launch.mesh, P(None, BATCH))
+    return TracedStep(
+        launch,
+        make_train_step(objective, optimizer, settings),
+        (placed(state), placed(frozen), {name: x.update(sharding=by_record) for name, x in batch.items()}),
+        flops=flops_of_step(config, geometry.flux, model.multiple, geometry.image_tokens, batch, step=0),
+        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
+    )
+
+
+def has_result(config: TrainConfig) -> bool:
+    """Whether records bring results: all but those of rewards alone."""
+    return config.mode != "automatic" or config.losses.base_loss_weight > 0
+
+
+def batch_shapes(config: TrainConfig, model: FillModel, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader brings to a step, [A, B, ...], in the first bucket."""
+    height, width = parse_buckets(config.data.aspect_ratio_buckets)[0]
+    rows = (config.run.gradient_accumulation_steps, config.run.train_batch_size)
+
+    def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*rows, *shape), dtype)
+
+    batch = {name: of(np.uint8, height, width, 3) for name in ("source", "reference")}
+    batch |= {"mask": of(np.uint8, height, width)}
+    if has_result(config):
+        batch["result"] = of(np.uint8, height, width, 3)
+    if geometry.vision is not None:
+        size = geometry.vision.image_size
+        batch["redux_pixels"] = of(np.float32, size, size, 3)
+    batch |= {name: of(np.int32) for name in ("group_id", "record_id", "epoch")}
+    batch |= {name: of(np.float32) for name in ("condition_weight", "imitation_weight")}
+    if config.mode == "human" and config.grpo.enable_grpo_rewards:
+        batch |= {"scores": of(np.float32, 3)}
+        batch |= {name: of(np.float32) for name in ("reward", "advantage", "group_reward_std", "dead_group")}
+    return batch
+
+
+def smaller(config: TrainConfig, devices: int) -> list[TrainConfig]:
+    """What may fit where this configuration does not, the least change first."""
+    parallel, run, found = config.parallel, config.run, []
+    if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
+        config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))
+        found.append(config)
+    if config.model.gradient_checkpointing != "full":
+        config = replace(config, model=replace(config.model, gradient_checkpointing="full"))
+        found.append(config)
+    shards = devices // parallel.mesh_tensor
+    if run.train_batch_size > shards:
+        accumulation = run.gradient_accumulation_steps * (run.train_batch_size // shards)
+        run = replace(run, train_batch_size=shards, gradient_accumulation_steps=accumulation)
+        found.append(replace(config, run=run))
+    return found

@@ -1,0 +1,89 @@
+"""The sizes of a Fill model without its weights: enough to trace and compile what computes with it."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ra_jax.models.fill_model import FillModel, Weights, assemble
+from ra_jax.models.flux import Flux, FluxConfig
+from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.router import Router, RouterConfig
+from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.models.vae import AutoencoderKL, VAEConfig
+from ra_jax.models.weights import read_configs
+
+
+@dataclass(frozen=True)
+class FillGeometry:
+    """Sizes of transformer, VAE and Redux; `vision` and `embedder` are None without image tokens."""
+
+    flux: FluxConfig
+    vae: VAEConfig
+    vision: SiglipConfig | None
+    embedder: ReduxConfig | None
+
+    @classmethod
+    def from_folders(cls, fill: str | Path, redux: str | Path | None) -> "FillGeometry":
+        """Of models in diffusers' layout: only their config.json are read. Raises WeightError where one is missing."""
+        return cls(*read_configs(fill, redux))
+
+    @property
+    def image_tokens(self) -> int:
+        return 0 if self.vision is None else self.vision.num_tokens
+
+
+# config.json of black-forest-labs/FLUX.1-Fill-dev and FLUX.1-Redux-dev (SigLIP so400m, patches of 14 in 384 pixels).
+FLUX_FILL_DEV = FillGeometry(
+    FluxConfig(in_channels=384, out_channels=64, guidance_embeds=True),
+    VAEConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    SiglipConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    ),
+    ReduxConfig(),
+)
+
+
+def abstract_fill_model(
+    geometry: FillGeometry,
+    *,
+    lora: LoRAConfig | None,
+    router: RouterConfig | None,
+    dtype: DTypeLike,
+    attention: str,
+    remat: str,
+    text_tokens: int,
+    train_base: bool = False,
+) -> tuple[FillModel, Weights, Weights]:
+    """(model, trainable, frozen) as `load_fill_model` gives them, with shapes in place of arrays."""
+    base = jnp.float32 if train_base else dtype
+    flux = partial(Flux, geometry.flux, lora=lora, dtype=dtype, param_dtype=base, remat=remat, attention=attention)
+
+    def modules() -> dict[str, nnx.Module]:
+        made = {"flux": flux(rngs=nnx.Rngs(0)), "vae": AutoencoderKL(geometry.vae, rngs=nnx.Rngs(0))}
+        if geometry.vision is not None:
+            redux = partial(Redux, geometry.vision, geometry.embedder, dtype=dtype, param_dtype=dtype)
+            made["redux"] = redux(rngs=nnx.Rngs(0))
+        if router is not None:
+            made["router"] = Router(router, 4 * geometry.vae.latent_channels, nnx.Rngs(0))
+        return made
+
+    made = nnx.eval_shape(modules)
+    parts = [made.get(name) for name in ("flux", "vae", "redux", "router")]
+    return assemble(*parts, text_tokens=text_tokens, train_base=train_base)
