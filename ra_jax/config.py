@@ -45,6 +45,7 @@ class ModelConfig:
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-Fill-dev"  # diffusers folder or hub id
     pretrained_redux_model_name_or_path: str = "black-forest-labs/FLUX.1-Redux-dev"  # folder or hub id
+    base_precision: Literal["auto", "int8"] = "auto"  # stored frozen kernels; auto: as mixed_precision computes
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"  # compute dtype; fp16 is refused: FLUX overflows
     gradient_checkpointing: Literal["none", "blocks", "full"] = "blocks"  # what the backward pass recomputes
     max_sequence_length: int = 512  # prompt tokens (zeros) before the reference image's [tokens]

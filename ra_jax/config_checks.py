@@ -86,6 +86,8 @@ def _out_of_range(config: "TrainConfig") -> Iterator[str]:
 
 
 def _not_available(config: "TrainConfig") -> Iterator[str]:
+    if config.model.base_precision == "int8" and not config.experts.use_lora:
+        yield "base_precision = int8 without use_lora: the base is trained then, and 8 bits cannot be; use auto"
     if config.model.mixed_precision == "fp16":
         yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
 

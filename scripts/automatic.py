@@ -13,7 +13,6 @@ velocities are from the base's.
 """
 
 import json
-import time
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,9 +161,9 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
         train(probe)
         steps = round(grpo["points"][-1]["seconds"] / seconds_until(probe, 40) * 40)
     config = training_config(experiment, paths, method, seed, steps)
-    since = time.monotonic()
-    output = train(config)
-    wall, points = time.monotonic() - since, []
+    output, points = Path(config.run.output_dir), []
+    if not (output / "checkpoints" / str(steps)).exists():
+        train(config)
     rows = read_rows(output / "metrics.jsonl")
     for checkpoint in sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name)):
         done = int(checkpoint.name)
@@ -184,10 +183,10 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
         for name in ("mean_ratio", "clip_fraction_at_sync")
         if name in rows[-1]
     }
-    write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "wall": wall, "points": points, **means})
+    write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "points": points, **means})
     last = points[-1]
     print(
-        f"{method} {seed}: {steps} steps, {last['seconds']:.0f} s, wall {wall:.0f} s, reward "
+        f"{method} {seed}: {steps} steps, {last['seconds']:.0f} s, reward "
         f"{[round(float(total_reward(np.asarray(p['scores']), WEIGHTS).mean()), 3) for p in points]}, psnr "
         f"{[round(float(np.mean(p['psnr'])), 2) for p in points]}, scores {np.mean(last['scores'], 0).round(3)}, "
         f"defects {np.mean(last['defects'], 0).round(2)}, {last['drift']}, {means}",

@@ -82,6 +82,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         attention=implementation_for(platform, dtype=dtype, head_dim=geometry.flux.attention_head_dim),
         remat=config.model.gradient_checkpointing,
         text_tokens=config.model.max_sequence_length,
+        int8=config.model.base_precision == "int8",
         train_base=not config.experts.use_lora,
     )
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)

@@ -24,10 +24,21 @@ def diptych_mask(batch: Batch) -> jax.Array:
     return join_mask(batch["mask"]).astype(jnp.float32)
 
 
-def diptych_condition(model: FillModel, frozen: Weights, batch: Batch) -> Condition:
-    """The condition of removing the mask's object from `source`, shown the `reference` (and its Redux tokens)."""
+def diptych_condition(
+    model: FillModel, frozen: Weights, batch: Batch, *, masked_latents: jax.Array | None = None
+) -> Condition:
+    """The condition of removing the mask's object from `source`, shown the `reference` (and its Redux tokens).
+
+    masked_latents: as in `FillModel.condition`.
+    """
     tokens = None if model.redux is None else model.image_tokens(frozen, batch["redux_pixels"])
-    return model.condition(frozen, as_diptych(batch, "source"), diptych_mask(batch), image_tokens=tokens)
+    return model.condition(
+        frozen,
+        as_diptych(batch, "source"),
+        diptych_mask(batch),
+        image_tokens=tokens,
+        masked_latents=masked_latents,
+    )
 
 
 def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) -> jax.Array:

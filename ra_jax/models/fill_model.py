@@ -59,7 +59,7 @@ class FillModel:
 
     def image_tokens(self, frozen: Weights, pixels: jax.Array) -> jax.Array:
         """Redux tokens [B, T, joint_dim] of preprocessed pixels [B, s, s, 3]."""
-        return nnx.merge(self.redux, frozen["redux"])(pixels)
+        return nnx.merge(self.redux, gathered(frozen["redux"]))(pixels)
 
     def condition(
         self,
@@ -83,7 +83,7 @@ class FillModel:
                 "(twice the VAE's factor); resize or pad it"
             )
         if masked_latents is None:
-            masked_latents = self.encode(frozen, 0.5 + (image - 0.5) * (1.0 - mask[..., None]))
+            masked_latents = self.encode(frozen, masked(image, mask))
         fill = jnp.concatenate([masked_latents, pack_mask(mask, self.factor)], axis=-1)
         context = context_tokens(
             image_tokens, batch=b, text_tokens=self.text_tokens, joint_dim=self.joint_dim, text=text
@@ -143,6 +143,11 @@ class FillModel:
             grid=condition.grid,
             adapter=None if gates is None else Adapter(gates, dropout_key),
         ).astype(jnp.float32)
+
+
+def masked(image: jax.Array, mask: jax.Array) -> jax.Array:
+    """The image [B, H, W, 3] in [0, 1] with the pixels of `mask` [B, H, W] grey, as the network is shown it."""
+    return 0.5 + (image - 0.5) * (1.0 - mask[..., None])
 
 
 def assemble(

@@ -134,9 +134,11 @@ class Layers:
     dtype: DTypeLike
     param_dtype: DTypeLike
     attention: str
+    int8: bool = False
 
     def linear(self, in_dim: int, out_dim: int, rngs: nnx.Rngs, **init: Any) -> ExpertLinear:
-        return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs, **init)
+        param_dtype = jnp.int8 if self.int8 else self.param_dtype
+        return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
     def norm(self, dim: int) -> RMSNorm:
         return RMSNorm(dim, self.param_dtype)
@@ -348,6 +350,7 @@ class Flux(nnx.Module):
         lora: experts on the linear layers that it names; None for none.
         dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
         param_dtype: of the stored base parameters; experts are float32.
+        int8: the blocks' kernels are stored in 8 bits (`quantisation.quantise`).
         remat: what is saved for the backward pass: "none" all, "blocks" each block's input and attention
             output, "full" each block's input.
         attention: implementation, see `ra_jax.models.attention`.
@@ -364,6 +367,7 @@ class Flux(nnx.Module):
         lora: LoRAConfig | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        int8: bool = False,
         remat: str = "none",
         attention: str = "xla",
         rngs: nnx.Rngs,
@@ -376,9 +380,10 @@ class Flux(nnx.Module):
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
         self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
-        self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, layers), config.num_layers, rngs)
+        blocks = dataclasses.replace(layers, int8=int8)
+        self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, blocks), config.num_layers, rngs)
         self.single_transformer_blocks = stack_blocks(
-            partial(SingleBlock, config, layers), config.num_single_layers, rngs
+            partial(SingleBlock, config, blocks), config.num_single_layers, rngs
         )
         self.norm_out = Modulation(config.inner_dim, 2, layers, rngs)
         self.proj_out = layers.linear(config.inner_dim, config.out_channels, rngs, kernel_init=nnx.initializers.zeros)

@@ -69,11 +69,14 @@ def abstract_fill_model(
     attention: str,
     remat: str,
     text_tokens: int,
+    int8: bool = False,
     train_base: bool = False,
 ) -> tuple[FillModel, Weights, Weights]:
     """(model, trainable, frozen) as `load_fill_model` gives them, with shapes in place of arrays."""
     base = jnp.float32 if train_base else dtype
-    flux = partial(Flux, geometry.flux, lora=lora, dtype=dtype, param_dtype=base, remat=remat, attention=attention)
+    flux = partial(
+        Flux, geometry.flux, lora=lora, dtype=dtype, param_dtype=base, int8=int8, remat=remat, attention=attention
+    )
 
     def modules() -> dict[str, nnx.Module]:
         made = {"flux": flux(rngs=nnx.Rngs(0)), "vae": AutoencoderKL(geometry.vae, rngs=nnx.Rngs(0))}

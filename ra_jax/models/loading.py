@@ -48,14 +48,15 @@ def load_fill_model(
     text_tokens: int = 512,
     remat: str = "none",
     train_base: bool = False,
+    int8: bool = False,
     seed: int = 0,
     placement: Placement | None = None,
 ) -> LoadedModel:
     """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
 
-    The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); matmuls run in `dtype`; the
-    VAE stays float32. All live where `placement` says (None: on the default device). Experts (`lora`) and `router` come
-    together or not at all; their first values derive from `seed`.
+    The base is stored in `dtype`, or in float32 where it is to be trained (`train_base`); with `int8` its blocks'
+    kernels in 8 bits. Matmuls run in `dtype`; the VAE stays float32. All live where `placement` says (None: on the
+    default device). Experts (`lora`) and `router` come together or not at all; their first values derive from `seed`.
     Raises WeightError for weights that cannot be had or do not fit, ValueError for one of `lora` and `router` alone.
     """
     if (lora is None) != (router is None):
@@ -67,6 +68,7 @@ def load_fill_model(
         dtype=dtype,
         param_dtype=jnp.float32 if train_base else dtype,
         lora=lora,
+        int8=int8,
         remat=remat,
         rngs=rngs,
         placement=placement,

@@ -95,7 +95,8 @@ class Adapter:
 class ExpertLinear(nnx.Module):
     """A linear layer y = x W + b that `attach_experts` can give LoRA experts.
 
-    `kernel` [in, out] and `bias` [out] are `nnx.Param`; with experts, `lora_a` [in, E·r] and `lora_b`
+    `kernel` [in, out] and `bias` [out] are `nnx.Param`; of `param_dtype` int8 the kernel is `quantisation.quantise`'s,
+    with its `kernel_scale` [out]; with experts, `lora_a` [in, E·r] and `lora_b`
     [E·r, out] are `nnx.LoRAParam` in float32. In stacked blocks each has a leading block axis. Matmuls run
     in `dtype`.
     """
@@ -110,8 +111,13 @@ class ExpertLinear(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+        self.quantised = jnp.dtype(param_dtype) == jnp.int8
+        if self.quantised:  # values come from files, or there are none
+            self.kernel = nnx.Param(jnp.zeros((in_features, out_features), jnp.int8))
+            self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
+        else:
+            self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype if self.quantised else param_dtype))
         self.dtype = jnp.dtype(dtype)
         self.lora: LoRAConfig | None = None
         self.stream = 0  # tells this layer's dropout from the others'
@@ -133,7 +139,10 @@ class ExpertLinear(nnx.Module):
             ValueError: if the adapter's gates are not one weight per expert.
         """
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.quantised:
+            y = y * self.kernel_scale[...].astype(self.dtype)
+        y = y + self.bias[...].astype(self.dtype)
         if self.lora is None or adapter is None or adapter.gates is None:
             return y
         return y + self._experts(x, adapter)

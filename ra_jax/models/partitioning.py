@@ -28,14 +28,14 @@ _FEATURES_OUT = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
 _FEATURES_IN = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (
     (rf"{_FEATURES_OUT}/kernel$", P(FSDP, TENSOR)),
-    (rf"{_FEATURES_OUT}/bias$", P(TENSOR)),
+    (rf"{_FEATURES_OUT}/(bias|kernel_scale)$", P(TENSOR)),
     (rf"{_FEATURES_OUT}/lora_b$", P(None, (TENSOR, FSDP))),
     (rf"{_FEATURES_IN}/kernel$", P(TENSOR, FSDP)),
     (rf"{_FEATURES_IN}/lora_a$", P((TENSOR, FSDP), None)),
     (r"/(kernel|lora_a)$", P(FSDP, None)),
     (r"/lora_b$", P(None, FSDP)),
 )
-STACKED = "transformer_blocks/"
+STACKED = r"(transformer_blocks|vision/layers)/"
 REPEATED = r"(^|/)(vae|router)/"  # small, and convolutions' kernels are no matrices
 
 
@@ -120,7 +120,7 @@ def gathered(params: Any) -> Any:
 
     def gather(path: tuple, x: jax.Array) -> jax.Array:
         name = "/" + parameter_name(path)
-        if STACKED in name:
+        if re.search(STACKED, name):
             return x
         spec = partition_spec(name, x.shape, {**sizes, FSDP: 1})
         return jax.lax.with_sharding_constraint(x, spec)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ra_jax.models.attention import attention
 from ra_jax.models.initializers import drawn_by_xla, lecun_normal
+from ra_jax.models.partitioning import by_record, gathered
 from ra_jax.models.weight_files import WeightError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -211,7 +212,7 @@ class SiglipVision(nnx.Module):
         x = patches.reshape(pixels.shape[0], config.num_tokens, config.hidden_size)
         x = x + self.position_embedding[...].astype(self.dtype)
         graphdef, params = nnx.split(self.layers)
-        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graphdef, layer)(x), None), x, params)
+        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graphdef, gathered(layer))(by_record(x)), None), x, params)
         return self.post_layernorm(x).astype(jnp.float32)
 
 

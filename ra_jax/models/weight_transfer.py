@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ra_jax.models.quantisation import quantise
 from ra_jax.models.weight_files import FLOATS, StoredTensor, WeightError, stored_tensors, write_tensors
 from ra_jax.models.weight_tables import Table
 
@@ -21,19 +22,27 @@ Module = TypeVar("Module", bound=nnx.Module)
 # Puts a parameter, given its name (such as "transformer_blocks/attn/to_q/kernel") and value, where it is to live.
 Place = Callable[[str, np.ndarray], jax.Array]
 
+SCALE = "kernel_scale"
 REPORT_LINES = 20  # of each kind of problem; the rest is counted
 STRIP = 32  # rows
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter and the tensors of the file that make it up: one, or one a block."""
+    """A parameter and the tensors of the file that make it up: one, or one a block. scale: of an int8 kernel, the
+    variable beside it, which the same tensors fill."""
 
     path: tuple
     variable: nnx.Variable
     tensors: tuple[str, ...]
     stacked: bool
     axes: tuple[int, ...]
+    scale: nnx.Variable | None = None
+
+    def variables(self) -> list[tuple[tuple, nnx.Variable]]:
+        """Path and variable of all that the tensors fill."""
+        own = [(self.path, self.variable)]
+        return own if self.scale is None else [*own, ((*self.path[:-1], SCALE), self.scale)]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -47,7 +56,7 @@ class Parameter:
 
 
 def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
-    """The module with the weights of `folder`, in the types of its parameters.
+    """The module with the weights of `folder`, in the types of its parameters; kernels of int8 are quantised.
 
     Args:
         module: abstract (`nnx.eval_shape`), so that no first values are made.
@@ -68,13 +77,23 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
 
     filled = []
     for parameter in parameters:
-        value = np.empty(parameter.variable.shape, parameter.variable.dtype)
-        blocks = value if parameter.stacked else value[None]
-        for block, tensor in zip(blocks, parameter.tensors, strict=True):
-            _copy(source[tensor].read(), parameter.in_file(block))
-        placed = place("/".join(map(str, parameter.path)), value)
-        filled.append((parameter.path, parameter.variable.replace(placed)))
+        for (path, variable), value in zip(parameter.variables(), _read(parameter, source), strict=True):
+            filled.append((path, variable.replace(place("/".join(map(str, path)), value))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.ndarray]:
+    """The values of `parameter.variables()`."""
+    values = [np.empty(variable.shape, variable.dtype) for _, variable in parameter.variables()]
+    for number, tensor in enumerate(parameter.tensors):
+        blocks = [value[number] if parameter.stacked else value for value in values]
+        if parameter.scale is None:
+            _copy(source[tensor].read(), parameter.in_file(blocks[0]))
+            continue
+        kernel = np.empty(blocks[0].shape, np.float32)
+        _copy(source[tensor].read(), parameter.in_file(kernel))
+        blocks[0][...], blocks[1][...] = quantise(kernel)
+    return values
 
 
 def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
@@ -109,13 +128,16 @@ def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str
 
 
 def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
-    parameters = []
-    for path, variable in nnx.to_flat_state(state):
+    parameters, variables = [], dict(nnx.to_flat_state(state))
+    for path, variable in variables.items():
+        if path[-1] == SCALE:
+            continue  # filled with its kernel
         tensor, axes = table.tensor(".".join(map(str, path)))
         stacked = "{block}" in tensor
         blocks = range(variable.shape[0] if stacked else 1)
         tensors = tuple(prefix + tensor.format(block=block) for block in blocks)
-        parameters.append(Parameter(path, variable, tensors, stacked, axes))
+        scale = variables.get((*path[:-1], SCALE)) if path[-1] == "kernel" else None
+        parameters.append(Parameter(path, variable, tensors, stacked, axes, scale))
     return parameters
 
 

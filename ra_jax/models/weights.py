@@ -160,6 +160,7 @@ def load_flux(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     lora: LoRAConfig | None = None,
+    int8: bool = False,
     remat: str = "none",
     attention: str | None = None,
     rngs: nnx.Rngs | None = None,
@@ -169,7 +170,7 @@ def load_flux(
 
     Args:
         folder: of the pipeline.
-        dtype, param_dtype, lora, remat, attention: as in `Flux`; the files may be of any float type. Without
+        dtype, param_dtype, lora, int8, remat, attention: as in `Flux`; the files may be of any float type. Without
             `attention` it is that of the devices here (`attention.implementation_for`).
         rngs: first values of the experts; needed with `lora` only.
         placement: where parameters are to live; None: on the default device. Files are read one parameter after
@@ -182,7 +183,7 @@ def load_flux(
     if attention is None:
         attention = implementation_for(jax.default_backend(), dtype=dtype, head_dim=config.attention_head_dim)
         log.info("attention: %s", attention)
-    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention}
+    options = {"dtype": dtype, "param_dtype": param_dtype, "int8": int8, "remat": remat, "attention": attention}
     if lora is not None and rngs is None:
         raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
     base = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), **options))

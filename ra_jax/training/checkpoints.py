@@ -128,6 +128,7 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     found = {name: spec for name, spec in saved.items() if name.startswith(prefix)}
     if wanted != found:
         raise CheckpointError(_difference(checkpoint, wanted, found))
+    checkpoint = checkpoint.resolve()  # Orbax wants it so
     leaves, structure = jax.tree.flatten(like)
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

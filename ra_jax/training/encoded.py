@@ -1,13 +1,15 @@
 """A microbatch as the network sees it: conditions and results as latents, by frozen weights."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from ra_jax.flow.regions import region_weights
 from ra_jax.inference.sampling import Batch, as_diptych, diptych_condition, diptych_mask
 from ra_jax.models.conditioning import Condition
-from ra_jax.models.fill_model import FillModel, Weights
+from ra_jax.models.fill_model import FillModel, Weights, masked
 from ra_jax.training.state import keys_for, stream
 
 
@@ -23,8 +25,13 @@ class Encoded:
 
 def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
     """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used."""
-    condition = diptych_condition(model, frozen, batch)
-    clean = model.encode(frozen, as_diptych(batch, "result")) if "result" in batch else None
+    photos = [masked(as_diptych(batch, "source"), diptych_mask(batch))]
+    if "result" in batch:
+        photos.append(as_diptych(batch, "result"))
+    # One after another in a loop: one copy of the encoder to compile, and memory for one photo a record.
+    masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(photos))
+    condition = diptych_condition(model, frozen, batch, masked_latents=masked_latents)
+    clean = clean[0] if clean else None
     return Encoded(condition, clean, region_weights(diptych_mask(batch), model.factor, loss_region))
 
 

@@ -260,6 +260,7 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
         text_tokens=config.model.max_sequence_length,
         remat=config.model.gradient_checkpointing,
         train_base=not config.experts.use_lora,
+        int8=config.model.base_precision == "int8",
         seed=config.run.seed,
         placement=launch.placement,
     )

@@ -1,0 +1,45 @@
+# Sourced by the launch scripts: usage from their heading, --dry_run, and running or printing a command.
+
+# The comment at a script's head, without its first line.
+usage() {
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+}
+
+# Reads --dry_run and --help off the front of the arguments; what remains is in "$@" of the caller by `set -- "${rest[@]}"`.
+read_options() {
+    dry_run=
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dry_run) dry_run=yes ;;
+            -h | --help) usage && exit 0 ;;
+            *) break ;;
+        esac
+        shift
+    done
+    rest=("$@")
+}
+
+# Runs a command, or with --dry_run prints it as one could type it.
+run() {
+    if [ -n "$dry_run" ]; then
+        printf '%q ' "$@" && printf '\n'
+    else
+        "$@"
+    fi
+}
+
+# Puts the variables of an environment file (NAME=value lines, # comments) into the environment.
+use_environment() {
+    set -a
+    # shellcheck disable=SC1090
+    source "$1"
+    set +a
+    [ -z "$dry_run" ] || sed -n 's/^\([A-Z]\)/export \1/p' "$1"
+}
+
+# Dies with the usage where a variable that the script needs is not set.
+need() {
+    for name in "$@"; do
+        [ -n "${!name:-}" ] || { printf '%s is not set\n\n' "$name" >&2 && usage >&2 && exit 2; }
+    done
+}

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains on a TPU pod slice that is there, by ssh to all its hosts. Never run: no TPU was at hand.
+#
+#   TPU=NAME ZONE=us-east5-b scripts/launch/tpu_pod.sh [--dry_run] setup             copies the project, installs it
+#   TPU=NAME ZONE=us-east5-b scripts/launch/tpu_pod.sh [--dry_run] train [FLAGS of ra_jax.train]
+#
+# TPU: the slice's name; ZONE: where it is; PROJECT: of Google Cloud (default: gcloud's). --output_dir must be a place that
+# all hosts see, such as gs://BUCKET/run; so must the data, or each host has a copy at the same path.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source scripts/launch/common.sh
+read_options "$@" && set -- "${rest[@]}"
+need TPU ZONE
+where=("$TPU" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+case ${1:-} in
+    setup)
+        run git archive --format tar.gz --output /tmp/ra_jax.tar.gz HEAD
+        run gcloud compute tpus tpu-vm scp /tmp/ra_jax.tar.gz "$TPU:" --worker=all "${where[@]:1}"
+        run gcloud compute tpus tpu-vm ssh "${where[@]}" --worker=all --command \
+            "mkdir -p ra_jax && tar -xzf ra_jax.tar.gz -C ra_jax && cd ra_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+        ;;
+    train)
+        shift
+        [ $# -gt 0 ] || { usage >&2 && exit 2; }
+        run gcloud compute tpus tpu-vm ssh "${where[@]}" --worker=all --command \
+            "cd ra_jax && set -a && source scripts/launch/tpu.env && set +a && .venv/bin/python -m ra_jax.train$(printf ' %q' "$@")"
+        ;;
+    *) usage >&2 && exit 2 ;;
+esac

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Asks for a TPU slice by a queued resource, waits for it, trains by tpu_pod.sh, gives it back. Never run: no TPU was at
+# hand.
+#
+#   TPU=NAME ZONE=us-east5-b TYPE=v5litepod-16 scripts/launch/tpu_queued.sh [--dry_run] [FLAGS of ra_jax.train]
+#
+# TYPE: v5litepod-16 (v5e:4x4), v5p-8 (v5p:2x2x1), v6e-8 (v6e:2x4) …; what a step needs there: python -m ra_jax.aot.
+# RUNTIME: the machines' image (default: of the type); SPOT=yes: cheaper, may be taken away, in which case start again with
+# --resume_from_checkpoint latest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source scripts/launch/common.sh
+read_options "$@" && set -- "${rest[@]}"
+need TPU ZONE TYPE
+[ $# -gt 0 ] || { usage >&2 && exit 2; }
+case $TYPE in
+    v5lite*) image=v2-alpha-tpuv5-lite ;;
+    v5p*) image=v2-alpha-tpuv5 ;;
+    v6e*) image=v2-alpha-tpuv6e ;;
+    *) image=tpu-ubuntu2204-base ;;
+esac
+where=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+options=()
+[ -z "$dry_run" ] || options=(--dry_run)
+run gcloud compute tpus queued-resources create "$TPU-queue" --node-id "$TPU" --accelerator-type "$TYPE" \
+    --runtime-version "${RUNTIME:-$image}" "${where[@]}" ${SPOT:+--spot}
+if [ -z "$dry_run" ]; then
+    trap 'gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${where[@]}"' EXIT
+    until [ "$(gcloud compute tpus queued-resources describe "$TPU-queue" "${where[@]}" --format='value(state.state)')" = ACTIVE ]; do
+        sleep 30
+    done
+fi
+scripts/launch/tpu_pod.sh "${options[@]}" setup
+scripts/launch/tpu_pod.sh "${options[@]}" train "$@"
+[ -z "$dry_run" ] || run gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${where[@]}"

@@ -1,0 +1,59 @@
+"""The launch scripts: what they would run, and that they say what they need."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--config", "configs/flux_fill_auto.toml", "--train_json_path", "my data.json"]
+TPU = {"TPU": "slice", "ZONE": "z"}
+GKE = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v6e-8", "IMAGE": "r/i"}
+CASES = [
+    ("gpu.sh", {"GPUS": "0"}, ["python", "-m", "ra_jax.train", *FLAGS]),
+    ("gpu.sh", {"GPUS": "0,3"}, ["python", "-m", "ra_jax.train", *FLAGS, "--mesh_fsdp", "2"]),
+    ("slurm.sbatch", {}, ["srun", "--kill-on-bad-exit=1", ".venv/bin/python", "-m", "ra_jax.train", *FLAGS]),
+    ("tpu_pod.sh train", TPU, None),
+    ("tpu_queued.sh", TPU | {"TYPE": "v5p-8"}, None),
+    ("xpk.sh", GKE, None),
+]
+
+
+def start(script: str, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
+    name, *command = script.split()
+    known = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / "launch" / name, "--dry_run", *command, *arguments],
+        env=known | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("script", "environment", "expected"), CASES, ids=[f"{c[0]}-{len(c[1])}" for c in CASES])
+def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment, expected):
+    done = start(script, environment, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("export ")]
+    if expected is not None:
+        assert commands == [expected]
+        return
+    # On the machines a shell reads the command once more.
+    remote = next(word for words in commands for word in words if "ra_jax.train" in word)
+    inner = shlex.split(remote.rsplit("&&", 1)[1])
+    assert inner[inner.index("ra_jax.train") + 1 :] == FLAGS
+
+
+@pytest.mark.parametrize(("script", "environment"), [(case[0], case[1]) for case in CASES])
+def test_without_flags_a_script_tells_its_usage(script, environment):
+    done = start(script, environment)
+    assert done.returncode == 2 and f"scripts/launch/{script.split()[0]}" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh train", "tpu_queued.sh", "xpk.sh"])
+def test_what_a_script_needs_is_named(script):
+    done = start(script, {}, *FLAGS)
+    assert done.returncode == 2 and "is not set" in done.stderr
