@@ -32,6 +32,7 @@ from ra_jax.training.loop import train
 from ra_jax.training.metrics import read_rows
 
 WEIGHTS = (0.4, 0.3, 0.3)
+PROBE_STEPS = 120  # that tell how long a step of standard training takes
 AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 METHODS = {
     "standard": dict.fromkeys(AUTOMATIC, False) | {"policy_estimator": "matching", "reward_functions": []},
@@ -157,9 +158,9 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
     steps = experiment.steps
     if method == "standard":
         grpo = json.loads(experiment.cell("matching", seed).read_text())
-        probe = training_config(experiment, paths, method, seed, 40)
-        train(probe)
-        steps = round(grpo["points"][-1]["seconds"] / seconds_until(probe, 40) * 40)
+        probe = training_config(experiment, paths, method, seed, PROBE_STEPS)
+        rows = read_rows(train(probe) / "metrics.jsonl")[1:]
+        steps = round(grpo["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
     config = training_config(experiment, paths, method, seed, steps)
     output, points = Path(config.run.output_dir), []
     if not (output / "checkpoints" / str(steps)).exists():

@@ -57,7 +57,7 @@ def train(training: Training) -> None:
     paths, runs = prepare(training.demo, DemoSettings()), {}
     for name, file, data in (
         ("human", "configs/tiny.toml", "labeled_dict.json"),
-        ("automatic", "configs/tiny_auto.toml", "triplets.json"),
+        ("automatic", "configs/tiny_auto.toml", "triplets.json"),  # with the truth as result, and rewards that use it
     ):
         settings = load_toml(file) | {
             "train_json_path": str(paths.train / data),
@@ -68,7 +68,7 @@ def train(training: Training) -> None:
             "overwrite_output_dir": True,
         }
         if runs:
-            settings["init_experts_from"] = str(runs["human"])
+            settings |= {"init_experts_from": str(runs["human"]), "reward_functions": []}
         if training.steps is not None:
             settings |= {"max_train_steps": training.steps}
         runs[name] = train_experts(from_flat_dict(settings))

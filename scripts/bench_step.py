@@ -1,0 +1,307 @@
+"""Is a training step faster than diffusers' with PEFT on the same machine?
+
+    python scripts/bench_step.py [--rounds 7] [--geometries tiny small wide]
+
+LoRA of three experts on the linear layers of all blocks, the standard step from latents on: interpolate, predict the
+velocity, flow-matching loss, gradient of the experts, AdamW. Ours is the step that trains, router and diversity loss
+included; theirs is FluxTransformer2DModel with three active adapters, each weighted by a third. Both compute in float32
+on a CPU, in bfloat16 on a GPU (there theirs by torch.compile). Each contender is a process of its own; they take turns,
+one step each, so that both see the same machine. A third is ours with one LoRA of the same total rank.
+
+It prints medians, ratios, peak memory of the steps, and how compile time grows with the number of blocks.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+EXPERTS, RANK = 3, 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a transformer and of a batch."""
+
+    heads: int
+    head_dim: int
+    double: int
+    single: int
+    grid: tuple[int, int]
+    context: int
+    batch: int
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        eighth = self.head_dim // 8
+        return (eighth, (self.head_dim - eighth) // 2, (self.head_dim - eighth) // 2)
+
+    def flux(self) -> dict:
+        """config.json of the transformer: latents of 16 channels, a VAE of factor 8."""
+        return {
+            "in_channels": 384,
+            "out_channels": 64,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": 256,
+            "pooled_projection_dim": 64,
+            "guidance_embeds": True,
+            "axes_dims_rope": self.axes,
+        }
+
+
+GEOMETRIES = {
+    "tiny": Geometry(heads=4, head_dim=64, double=2, single=4, grid=(16, 16), context=64, batch=2),
+    "small": Geometry(heads=8, head_dim=64, double=3, single=6, grid=(16, 32), context=128, batch=1),
+    "wide": Geometry(heads=8, head_dim=128, double=2, single=4, grid=(16, 32), context=128, batch=1),
+}
+FLUX_12B = Geometry(heads=24, head_dim=128, double=19, single=38, grid=(32, 64), context=512 + 729, batch=1)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """rounds: timed steps of each contender, after two that are not; geometries: of `GEOMETRIES`; compile_blocks:
+    numbers of blocks whose compile times are compared; json: also write the figures there."""
+
+    rounds: int = 7
+    geometries: tuple[str, ...] = tuple(GEOMETRIES)
+    compile_blocks: tuple[int, int] = (8, 57)
+    json: Path | None = None
+
+
+def ours(geometry: Geometry, experts: int, rank: int):
+    """A function that takes one step and waits for it."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    from ra_jax.flow.schedule import FlowSchedule
+    from ra_jax.models.attention import implementation_for
+    from ra_jax.models.conditioning import Condition
+    from ra_jax.models.fill_model import assemble
+    from ra_jax.models.flux import Flux, FluxConfig
+    from ra_jax.models.lora import LoRAConfig
+    from ra_jax.models.router import Router, RouterConfig
+    from ra_jax.models.vae import AutoencoderKL, VAEConfig
+    from ra_jax.training.encoded import Encoded
+    from ra_jax.training.experience import Experience
+    from ra_jax.training.objective import Objective
+    from ra_jax.training.state import init_state
+    from ra_jax.training.step import StepSettings, learn
+
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    rngs = nnx.Rngs(0)
+    # The transformer's own VAE would have 84 M parameters that no step from latents on touches.
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4), rngs=rngs)
+    flux = Flux(
+        FluxConfig.from_dict(geometry.flux()),
+        lora=LoRAConfig(experts, rank, float(rank)),
+        dtype=dtype,
+        param_dtype=dtype,
+        remat="full" if on_gpu else "none",
+        attention=implementation_for(jax.default_backend(), dtype=dtype, head_dim=geometry.head_dim),
+        rngs=rngs,
+    )
+    router = Router(RouterConfig(num_experts=experts, fixed_weights=(1 / experts,) * experts), 64, rngs)
+    model, trainable, frozen = assemble(flux, vae, None, router, text_tokens=geometry.context)
+    objective = Objective(model, FlowSchedule())
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    begin = {"seed": 0, "num_experts": experts, "temperature": 0.1, "with_snapshot": False, "with_ema": False}
+    state = jax.jit(lambda trainable: init_state(trainable, optimizer, **begin))(trainable)
+    rng = np.random.default_rng(0)
+    b, n = geometry.batch, geometry.grid[0] * geometry.grid[1]
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    condition = Condition(normal(b, n, 320), normal(b, geometry.context, 256), normal(b, 64), geometry.grid)
+    region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
+    encoded = Encoded(condition, normal(b, n, 64), region)
+    features = model.router_features(condition)
+    batch = {"record_id": jnp.arange(b), "mask": jnp.zeros((b, 1, 1), jnp.uint8)}
+    batch |= {name: jnp.ones(b) for name in ("imitation_weight", "condition_weight")}
+    batch, experience = jax.tree.map(lambda x: x[None], (batch, Experience(encoded, features)))
+    settings = StepSettings()
+
+    def step(state, frozen, batch, experience):
+        return learn(objective, optimizer, settings, state, frozen, batch, experience, fresh=jnp.asarray(True))
+
+    since = time.perf_counter()
+    program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, experience).compile()
+    told = {"compile": time.perf_counter() - since}
+    holder = [state]
+
+    def take() -> None:
+        holder[0], metrics = program(holder[0], frozen, batch, experience)
+        jax.block_until_ready((holder[0], metrics))
+
+    return take, told
+
+
+def theirs(geometry: Geometry):
+    """The same by diffusers and PEFT."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig
+
+    device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = FluxTransformer2DModel(**geometry.flux()).to(dtype).requires_grad_(requires_grad=False)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
+    ]
+    names = [f"expert_{i}" for i in range(EXPERTS)]
+    for name in names:
+        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers), adapter_name=name)
+    model.set_adapters(names, [1 / EXPERTS] * EXPERTS)
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in trained:
+        parameter.requires_grad_(requires_grad=True)
+        parameter.data = parameter.data.float()
+    if on_gpu:
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    b, n = geometry.batch, geometry.grid[0] * geometry.grid[1]
+
+    def normal(*shape: int) -> "torch.Tensor":
+        return torch.randn(*shape, device=device)
+
+    clean, fill, context = normal(b, n, 64), normal(b, n, 320), normal(b, geometry.context, 256)
+    pooled, text_ids = normal(b, 64), torch.zeros(geometry.context, 3, device=device)
+    rows, columns = geometry.grid
+    image_ids = torch.zeros(n, 3, device=device)
+    image_ids[:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
+    image_ids[:, 2] = torch.arange(columns, device=device).repeat(rows)
+    forward = torch.compile(model) if on_gpu else model
+    model.train()
+
+    def take() -> None:
+        noise, t = torch.randn_like(clean), torch.rand(b, device=device)
+        x = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
+        with torch.autocast(device, dtype, enabled=on_gpu):
+            predicted = forward(
+                hidden_states=torch.cat([x, fill], -1),
+                encoder_hidden_states=context,
+                pooled_projections=pooled,
+                timestep=t,
+                guidance=torch.full((b,), 30.0, device=device),
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
+        loss = ((predicted.float() - (noise - clean)) ** 2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return take, {"trained": sum(parameter.numel() for parameter in trained)}
+
+
+CONTENDERS = {
+    "ra_jax": lambda geometry: ours(geometry, EXPERTS, RANK),
+    "diffusers + PEFT": theirs,
+    "ra_jax, one LoRA": lambda geometry: ours(geometry, 1, EXPERTS * RANK),
+}
+
+
+def work(contender: str, geometry: Geometry) -> None:
+    """A contender's process: a step for every line on stdin, what it took to stdout."""
+    take, told = CONTENDERS[contender](geometry)
+    for _ in range(2):
+        take()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    print(json.dumps(told), flush=True)
+    for _ in sys.stdin:
+        since = time.perf_counter()
+        take()
+        seconds = time.perf_counter() - since
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+
+
+class Contender:
+    """A process that takes a step when asked to."""
+
+    def __init__(self, name: str, geometry: Geometry):
+        command = [sys.executable, __file__, "work", name, json.dumps(asdict(geometry))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.told = json.loads(self._process.stdout.readline())
+
+    def step(self) -> dict[str, float]:
+        print(file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
+    contenders = {contender: Contender(contender, geometry) for contender in CONTENDERS}
+    steps = [{who: contender.step() for who, contender in contenders.items()} for _ in range(bench.rounds)]
+    for contender in contenders.values():
+        contender.close()
+    found = {}
+    for who in contenders:
+        seconds = float(np.median([step[who]["seconds"] for step in steps]))
+        found[who] = {"seconds": seconds, "peak": max(step[who]["peak"] for step in steps), **contenders[who].told}
+    base = found["ra_jax"]
+    print(
+        f"| {name} | "
+        + " | ".join(f"{found[who]['seconds']:.3f} s" for who in CONTENDERS)
+        + f" | {found['diffusers + PEFT']['seconds'] / base['seconds']:.2f}"
+        + f" | {base['seconds'] / found['ra_jax, one LoRA']['seconds']:.3f}"
+        + f" | {base['peak'] / 1e9:.2f} GB | {found['diffusers + PEFT']['peak'] / 1e9:.2f} GB |",
+        flush=True,
+    )
+    return found
+
+
+def compile_seconds(blocks: int) -> float:
+    """Seconds to compile a step of so many blocks, a third of them double."""
+    double = blocks // 3
+    geometry = Geometry(2, 32, double, blocks - double, (8, 8), 8, 1)
+    contender = Contender("ra_jax", geometry)
+    contender.close()
+    return contender.told["compile"]
+
+
+def main(bench: Bench) -> None:
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs\n")
+    heads = ["geometry", *CONTENDERS, "theirs / ours", "three experts / one LoRA", "our peak", "their peak"]
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    results = {name: compare(bench, name, GEOMETRIES[name]) for name in bench.geometries}
+    ratios = [found["diffusers + PEFT"]["seconds"] / found["ra_jax"]["seconds"] for found in results.values()]
+    print(f"\ngeometric mean of theirs / ours: {float(np.exp(np.log(ratios).mean())):.2f}, least {min(ratios):.2f}")
+    times = {blocks: compile_seconds(blocks) for blocks in bench.compile_blocks}
+    few, many = bench.compile_blocks
+    print(f"compile time: {few} blocks {times[few]:.1f} s, {many} blocks {times[many]:.1f} s, ", end="")
+    print(f"ratio {times[many] / times[few]:.2f}")
+    if bench.json:
+        bench.json.write_text(json.dumps({"results": results, "compile": times}, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        given = json.loads(sys.argv[3])
+        work(sys.argv[2], Geometry(**given | {"grid": tuple(given["grid"])}))
+    else:
+        main(tyro.cli(Bench, use_underscores=True))
