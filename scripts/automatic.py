@@ -13,6 +13,7 @@ velocities are from the base's.
 """
 
 import json
+import sys
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,10 +158,15 @@ def run(experiment: Automatic) -> None:
 def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str, seed: int) -> None:
     steps = experiment.steps
     if method == "standard":
-        grpo = json.loads(experiment.cell("matching", seed).read_text())
+        timed = experiment.cell("matching", seed)
+        if not timed.exists():
+            sys.exit(f"standard training takes as long as matching: {timed} is missing, add matching to --methods")
+        grpo = json.loads(timed.read_text())
         probe = training_config(experiment, paths, method, seed, PROBE_STEPS)
+        probe = replace(probe, run=replace(probe.run, output_dir=f"{probe.run.output_dir}-probe"))
         rows = read_rows(train(probe) / "metrics.jsonl")[1:]
         steps = round(grpo["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
+        steps -= steps % (2 * experiment.points)  # rows and checkpoints end with it
     config = training_config(experiment, paths, method, seed, steps)
     output, points = Path(config.run.output_dir), []
     if not (output / "checkpoints" / str(steps)).exists():
@@ -250,16 +256,24 @@ def table(experiment: Automatic) -> None:
         drift = " | ".join(f"{cell[name]:.3f}" for name in ("velocity_norm_ratio", "kl_to_base"))
         psnr = cell["psnr"][:, -1].mean()
         print(f"| {method} | {len(cell['about'])} | {took} | {means} | {psnr:.2f} | {drift} |")
-    print("\n| minus standard training | reward [95 %] | PSNR [95 %] |\n| --- | --- | --- |")
-    for method in (name for name in cells if name != "standard" and "standard" in cells):
+    for opponent, title in (("standard", "standard training"), ("chance", "chance")):
+        print_differences(cells, opponent, title)
+    print_evaluations(cells)
+    print(f"\nfigure: {draw(experiment, cells)}")
+
+
+def print_differences(cells: dict[str, dict], opponent: str, title: str) -> None:
+    """Every other training minus this one at the end: paired over seeds and scenes."""
+    if opponent not in cells:
+        return
+    print(f"\n| minus {title} | reward [95 %] | PSNR [95 %] |\n| --- | --- | --- |")
+    for method in (name for name in cells if name not in ("standard", opponent)):
         columns = []
         for name in ("reward", "psnr"):
-            difference = cells[method][name][:, -1] - cells["standard"][name][:, -1]
+            difference = cells[method][name][:, -1] - cells[opponent][name][:, -1]
             low, high = interval(difference)
             columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         print(f"| {method} | {columns[0]} | {columns[1]} |")
-    print_evaluations(cells)
-    print(f"\nfigure: {draw(experiment, cells)}")
 
 
 def print_evaluations(cells: dict[str, dict]) -> None:
@@ -308,9 +322,9 @@ def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean total reward, held-out scenes")
     axes[0].set_xscale("log")
-    axes[0].legend()
+    axes[0].legend(loc="center left", fontsize=8)
     figure.tight_layout()
-    path = experiment.root / "automatic.png"
+    path = experiment.root / f"{experiment.pairs}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

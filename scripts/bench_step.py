@@ -64,7 +64,6 @@ GEOMETRIES = {
     "small": Geometry(heads=8, head_dim=64, double=3, single=6, grid=(16, 32), context=128, batch=1),
     "wide": Geometry(heads=8, head_dim=128, double=2, single=4, grid=(16, 32), context=128, batch=1),
 }
-FLUX_12B = Geometry(heads=24, head_dim=128, double=19, single=38, grid=(32, 64), context=512 + 729, batch=1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,7 @@ def ours(geometry: Geometry, experts: int, rank: int):
     since = time.perf_counter()
     program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, experience).compile()
     told = {"compile": time.perf_counter() - since}
+    told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
     holder = [state]
 
     def take() -> None:
@@ -243,7 +243,10 @@ class Contender:
 
     def __init__(self, name: str, geometry: Geometry):
         command = [sys.executable, __file__, "work", name, json.dumps(asdict(geometry))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.told = json.loads(self._process.stdout.readline())
 
     def step(self) -> dict[str, float]:
@@ -264,6 +267,8 @@ def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
         seconds = float(np.median([step[who]["seconds"] for step in steps]))
         found[who] = {"seconds": seconds, "peak": max(step[who]["peak"] for step in steps), **contenders[who].told}
     base = found["ra_jax"]
+    if len({contender.told["trained"] for contender in contenders.values()}) > 1:
+        sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
     print(
         f"| {name} | "
         + " | ".join(f"{found[who]['seconds']:.3f} s" for who in CONTENDERS)

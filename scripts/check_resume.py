@@ -19,7 +19,7 @@ import tyro
 from ra_jax.training.checkpoints import find_checkpoint
 from ra_jax.training.metrics import FILE, read_rows
 
-CLOCK = ("step_time", "images_per_second", "tflops_per_second_per_device")
+CLOCK = ("step_time", "data_wait", "images_per_second", "tflops_per_second_per_device")
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,10 @@ def prepared(measurement: Measurement, folder: str, **changes) -> tuple[TrainCon
 def parts(setup: Setup) -> dict:
     """Compiled functions of no arguments, in the order of a step."""
     objective, settings, state = setup.objective, setup.step_settings, setup.state
-    rollouts, frozen = settings.rollouts, setup.loaded.frozen
-    batch = jax.device_put(next(setup.batches()))
+    rollouts, frozen = settings.rollouts, setup.frozen
+    batch = next(setup.batches())
     region, fresh = objective.settings.loss_region, jnp.asarray(True)
-    microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
-    first = jax.tree.map(lambda x: x[0], microbatches)
+    first = jax.tree.map(lambda x: x[0], batch)
 
     encode_ = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
     encoded = encode_(frozen, first)
@@ -73,11 +72,11 @@ def parts(setup: Setup) -> dict:
         )
     )
     experience, _ = jax.jit(
-        lambda state, frozen: collect(objective, rollouts, state, frozen, microbatches, renewed=fresh, drift_interval=0)
+        lambda state, frozen: collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)
     )(state, frozen)
     update = jax.jit(
         lambda state, frozen, experience: learn(
-            objective, setup.optimizer, settings, state, frozen, microbatches, experience, fresh=fresh
+            objective, setup.optimizer, settings, state, frozen, batch, experience, fresh=fresh
         )
     )
     # Not donated: every round starts from the same state.
@@ -122,11 +121,11 @@ def main(measurement: Measurement) -> None:
         for generations in measurement.groups:
             config, setup = prepared(measurement, folder, num_generations=generations)
             batch = next(setup.batches())
-            step = jax.jit(make_train_step(setup.objective, setup.optimizer, setup.step_settings), donate_argnums=0)
-            program = step.lower(*jax.tree.map(jax.typeof, (setup.state, setup.frozen, batch))).compile()
-            records, height, width, _ = batch["source"].shape
+            step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
+            program = setup.launch.compile(step, setup.state, setup.frozen, batch)
+            microbatches, rows, height, width, _ = batch["source"].shape
             tokens = 2 * height * width // setup.loaded.model.multiple**2
-            latents = 4 * tokens * setup.loaded.model.latent_features * records * generations
+            latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
             temporary = program.memory_analysis().temp_size_in_bytes
             print(
                 f"| {generations} | {temporary / 1e6:.2f} | {memory_needed(program) / 1e6:.2f} | {latents / 1e6:.3f} |"

@@ -3,7 +3,7 @@
     python scripts/tpu_tables.py modes [--root output/tpu]    three modes on three topologies
     python scripts/tpu_tables.py scale [--root output/tpu]    8 to 256 chips, weights over 8, the rest repeats them
 
-Every cell is a `python -m ra_jax.aot` of its own, so that its peak of host memory is its own. A cell that is there is not
+Every cell is a `python -m ra_jax.aot` of its own, so that its peak of host memory is its own. One that is there is not
 compiled again.
 """
 
@@ -51,6 +51,8 @@ HEADS = "arguments [GB] | temporaries [GB] | total | TFLOP | sent by a chip [GB]
 
 
 def row(found: dict) -> str:
+    if "refusal" in found:
+        return "the compiler found no place for it | | | | | |"
     giga = {name: found[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
     sent = sum(found["collective_bytes"].values()) / 1e9
     return (

@@ -1,11 +1,13 @@
 """What the entry tells without a traceback."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from jax.errors import JaxRuntimeError
 
 from ra_jax import train
+from ra_jax.config import ParallelConfig
 from ra_jax.rl.user_rewards import RewardError
 from ra_jax.training import loop
 
@@ -24,7 +26,7 @@ def test_what_a_user_can_mend_is_told_in_words(monkeypatch, error, told):
         raise error
 
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
-    monkeypatch.setattr(train, "parse", lambda: None)
+    monkeypatch.setattr(train, "parse", lambda: SimpleNamespace(parallel=ParallelConfig()))
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(SystemExit) as ended:
         train.main()
@@ -36,7 +38,7 @@ def test_another_fault_keeps_its_traceback(monkeypatch):
         raise JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
-    monkeypatch.setattr(train, "parse", lambda: None)
+    monkeypatch.setattr(train, "parse", lambda: SimpleNamespace(parallel=ParallelConfig()))
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(JaxRuntimeError, match="something else"):
         train.main()

@@ -24,7 +24,10 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Instruction:
             for kind, dims in _SHAPE.findall(result)
             if kind in BITS
         ]
-        return max(sizes, default=0.0) if self.opcode.endswith("-start") else sum(sizes)
+        # A start's result is (operands, results, …): of gathers and permutes both halves, of a reduction the results.
+        if self.opcode.endswith("-start") and self.opcode != "all-reduce-start":
+            sizes = [size for size in sizes if size > 4] or sizes  # without the synchronisation words
+            sizes = sizes[len(sizes) // 2 :]
+        return sum(sizes)
 
     @property
     def called(self) -> list[str]:
@@ -127,7 +134,7 @@ class Program:
 
 
 def group_size(text: str) -> int:
-    """How many chips take part in a collective, from its `replica_groups`."""
+    """How many chips take part in a collective, from its `replica_groups`. Raises ValueError where it does not tell."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes: Mapping[str, int] = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return prod(sizes[axis] for axis in re.findall(r"'(\w+)'", mesh[2]))
@@ -135,4 +142,6 @@ def group_size(text: str) -> int:
         return int(tiled[1])
     if listed := re.search(r"replica_groups=\{\{([^}]*)\}", text):
         return listed[1].count(",") + 1
-    return 1 if "source_target_pairs" not in text else 2
+    if "source_target_pairs" in text:
+        return 2
+    raise ValueError(f"a collective does not tell its groups: {text[:200]}")

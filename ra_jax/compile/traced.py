@@ -72,6 +72,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     launch = MeshLaunch(make_mesh(parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor, devices=devices))
     check_batch(launch.mesh, config.run.train_batch_size)
     geometry = geometry_of(config)
+    launch.check(geometry.flux)
     dtype = jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32
     lora, router = expert_configs(config.experts)
     model, trainable, frozen = abstract_fill_model(

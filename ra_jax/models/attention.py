@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from ra_jax.models.partitioning import BATCH, TENSOR, axis_sizes
+from ra_jax.models.partitioning import TENSOR, axis_sizes, batch_axes
 
 ROPE_THETA = 10_000
 
@@ -62,7 +62,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str =
     if not axis_sizes():
         return splash(q, k, v)
     # The compiler cannot divide a kernel that it does not know: each device is given its records and heads.
-    spec = P(BATCH, None, TENSOR, None)
+    spec = P(batch_axes(len(q)), None, TENSOR, None)
     return jax.shard_map(splash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 

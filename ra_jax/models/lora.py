@@ -141,7 +141,7 @@ class ExpertLinear(nnx.Module):
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if self.quantised:
-            y = y * self.kernel_scale[...].astype(self.dtype)
+            y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(self.dtype)
         y = y + self.bias[...].astype(self.dtype)
         if self.lora is None or adapter is None or adapter.gates is None:
             return y

@@ -23,7 +23,7 @@ AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 
 # By the end of a parameter's name: the axes of its last dimensions; blocks stacked before them are not divided.
-# The heads' and features' side of a layer is on `tensor`, so that one layer's output is the next one's input.
+# The heads' and features' side of a layer is on `tensor`: attention and the MLP between two layers stay on a device.
 _FEATURES_OUT = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
 _FEATURES_IN = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (
@@ -101,18 +101,30 @@ def batch_shards() -> int:
 
 
 def by_record(tree: Any, *, axis: int = 0) -> Any:
-    """Pytree of arrays whose dimension `axis` counts records: each device holds its part of them."""
+    """Pytree of arrays whose dimension `axis` counts records: each device holds its part of them.
+
+    Records that the devices cannot share out evenly, such as a preview's, are left where they are.
+    """
     if not axis_sizes():
         return tree
-    spec = P(*[None] * axis, BATCH)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+    def share(x: jax.Array) -> jax.Array:
+        spec = P(*[None] * axis, batch_axes(x.shape[axis]))
+        return x if spec[axis] is None else jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(share, tree)
+
+
+def batch_axes(records: int) -> tuple[str, ...] | None:
+    """The axes that share out so many records; None where they do not divide them."""
+    return BATCH if records % batch_shards() == 0 else None
 
 
 def gathered(params: Any) -> Any:
     """Parameters about to be used: brought together from `fsdp`, still divided over `tensor`.
 
-    Stacked blocks stay as they are: the loop over them gathers one block at a time, under its own names. The gradient
-    goes the other way: it is summed and shared out.
+    Stacked blocks stay as they are: the loop over them gathers one block at a time, under its own names. Gradients
+    are summed over the batch's axes.
     """
     sizes = axis_sizes()
     if not sizes:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -27,7 +28,10 @@ def initialise(config: ParallelConfig) -> None:
         jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
     elif launcher := launched_by(os.environ, Path("/").joinpath):
         log.info("several processes, started by %s", launcher)
-        jax.distributed.initialize()
+        # Left to itself JAX gives each process of Slurm or Open MPI one GPU, whatever it was given.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        ids = None if visible is None else list(range(len(visible.split(","))))
+        jax.distributed.initialize(local_device_ids=ids)
     else:
         return
     if jax.process_index():
@@ -40,8 +44,8 @@ def launched_by(environment: dict[str, str], at: Callable[[str], Path]) -> str |
     for variable, launcher in LAUNCHERS.items():
         if int(environment.get(variable, "1")) > 1:
             return launcher
-    on_tpu = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and any(at(device).exists() for device in TPU_DEVICES)
-    return "a TPU machine" if on_tpu else None
+    wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu") is not None
+    return "a TPU machine" if wanted and any(at(device).exists() for device in TPU_DEVICES) else None
 
 
 def is_speaker() -> bool:

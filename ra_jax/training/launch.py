@@ -5,6 +5,7 @@ A launch says where state, weights and batches live, and compiles a step for the
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ra_jax.config import ConfigError, ParallelConfig
+from ra_jax.models.flux import FluxConfig
 from ra_jax.models.partitioning import BATCH, Placement
-from ra_jax.training.mesh import make_mesh, rows_of_process
+from ra_jax.training.mesh import check_heads, make_mesh, rows_of_process
 
 Step = Callable[..., tuple[Any, dict[str, jax.Array]]]  # (state, frozen, batch, *, axis_name) -> (state, metrics)
 
@@ -31,17 +33,23 @@ class Launch(Protocol):
     placement: Placement | None
     shards: int
 
+    def check(self, flux: FluxConfig) -> None:
+        """Raise ConfigError where a transformer of these sizes cannot be launched so."""
+
     def rows(self, batch: int) -> np.ndarray:
         """Which rows of a global microbatch this process loads. Raises ConfigError where it cannot be shared out."""
 
+    def scope(self) -> AbstractContextManager:
+        """Within, functions that are compiled outside of steps (previews, drift) know of the mesh."""
+
     def make(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """What `function` makes of weights, one copy of it, on the devices where it is to live."""
+        """What `function` makes of weights, one copy of it, on the devices where it is to live; takes the weights."""
 
     def spread(self, tree: Any) -> Any:
         """State or weights of which there is one copy, to where steps want them."""
 
     def whole(self, tree: Any) -> Any:
-        """One copy of a state or of weights from where steps left them; a view, where it can be."""
+        """One copy of a state or of weights from where steps left them."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         """This process's rows [A·B_local, ...], microbatch after microbatch, as the step's [A, B, ...]."""
@@ -64,12 +72,19 @@ class MeshLaunch:
     def shards(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    def check(self, flux: FluxConfig) -> None:
+        check_heads(self.mesh, flux.num_attention_heads)
+
     def rows(self, batch: int) -> np.ndarray:
         return rows_of_process(self.mesh, batch)
 
+    def scope(self) -> AbstractContextManager:
+        return jax.set_mesh(self.mesh)
+
     def make(self, function: Callable[..., Any], *weights: Any) -> Any:
         places = self.placement.shardings(jax.eval_shape(function, *weights))
-        return jax.jit(function, out_shardings=places)(*weights)
+        every = tuple(range(len(weights)))
+        return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
 
     def spread(self, tree: Any) -> Any:
         return jax.device_put(tree, self.placement.shardings(tree))
@@ -88,7 +103,7 @@ class MeshLaunch:
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         arguments = abstract((state, frozen, batch))
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
-        with jax.set_mesh(self.mesh):
+        with self.scope():
             return jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments).compile()
 
 
@@ -104,6 +119,9 @@ class PmapLaunch:
     def shards(self) -> int:
         return self.mesh.size
 
+    def check(self, flux: FluxConfig) -> None:
+        pass
+
     def rows(self, batch: int) -> np.ndarray:
         if batch % self.shards:
             raise ConfigError(
@@ -112,6 +130,9 @@ class PmapLaunch:
             )
         each = batch // jax.process_count()
         return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def scope(self) -> AbstractContextManager:
+        return nullcontext()
 
     def make(self, function: Callable[..., Any], *weights: Any) -> Any:
         return function(*weights)
@@ -128,7 +149,13 @@ class PmapLaunch:
         return jax.tree.map(copies, tree)
 
     def whole(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
+        everywhere = NamedSharding(self.mesh, P())
+
+        def one(x: jax.Array) -> jax.Array:
+            shards = [shard.data[0] for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape[1:], everywhere, shards)
+
+        return jax.tree.map(one, tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)

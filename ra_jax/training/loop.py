@@ -79,7 +79,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             stopping = all_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
-                with recorder.paused():
+                with recorder.paused(), setup.launch.scope():
                     drift = setup.guard.measure(*whole((state.trainable, setup.frozen)))
                 row = recorder.flush(done, drift.metrics())
                 if (excess := drift.excess(setup.guard.limit)) and not stopping:
@@ -135,7 +135,8 @@ def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
     """A preview by the averaged weights, where there are any."""
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
-        log.info("preview: %s", setup.previews.draw(step, *setup.launch.whole((weights, setup.frozen))))
+        with setup.launch.scope():
+            log.info("preview: %s", setup.previews.draw(step, *setup.launch.whole((weights, setup.frozen))))
 
 
 class Recorder:
@@ -150,7 +151,7 @@ class Recorder:
         self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if speaks else []
         quiet = {} if speaks else {"disable": True}
         self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **quiet)
-        earlier = read_rows(setup.output / METRICS)
+        earlier = read_rows(setup.output / METRICS) if speaks else []  # no one else has the file
         self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
         self._pending: list[dict[str, jax.Array]] = []
         self._images = self._tflops = self._waited = 0.0
@@ -168,8 +169,10 @@ class Recorder:
         """The batches, while it is noted how long they are waited for."""
         while True:
             since = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches, None)
             self._waited += time.perf_counter() - since
+            if batch is None:
+                return
             yield batch
 
     def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
@@ -227,8 +230,14 @@ class _Stop:
 
 @contextmanager
 def sigterm_noted():
-    """Within, SIGTERM only sets `is_set` of the value yielded, so that the step in progress can end."""
+    """Within, SIGTERM only sets `is_set` of the value yielded, so that the step in progress can end.
+
+    With several processes JAX itself listens for it, in the name of all (`distributed.all_stop`).
+    """
     stop = _Stop()
+    if jax.process_count() > 1:
+        yield stop
+        return
 
     def note(*_):
         stop.is_set = True

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
             f"{len(devices)}, of {', '.join(map(str, divisors))}, or --mesh_data -1 and a --mesh_fsdp that divides it"
         )
     shape = (len(devices) // inner, fsdp, tensor)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise ConfigError(
+            f"{asked}: {slices} slices of a pod are joined by --mesh_data, expected a multiple of {slices}"
+        )
+    else:
+        within = (shape[0] // slices, fsdp, tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
@@ -53,6 +64,17 @@ def check_batch(mesh: Mesh, batch: int) -> None:
             f"train_batch_size = {batch} cannot be shared out over data x fsdp = {mesh.shape['data']} x "
             f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
             "another multiple"
+        )
+
+
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Raise ConfigError where the tensor axis does not divide the attention heads."""
+    tensor = mesh.shape["tensor"]
+    if heads % tensor:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and mesh.size % n == 0]
+        raise ConfigError(
+            f"--mesh_tensor {tensor} does not divide the transformer's {heads} attention heads; give one of "
+            f"{', '.join(map(str, fitting))}"
         )
 
 

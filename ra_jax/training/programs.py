@@ -137,5 +137,5 @@ def memory_needed(program: jax.stages.Compiled) -> int:
 
 def device_memory() -> int:
     """Bytes that a program may use: the device's own limit, or the host's memory where it has none (CPU)."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,12 +84,12 @@ class Setup:
         return StepPrograms(make_step, self.step_settings, self.launch, self.conditions, self.rewarded)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of this run's steps, where the launch wants them; the next one is on its way beforehand."""
-        rows = self.loader.iterate(self.first_step)
-        ahead = deque([self.launch.put_batch(next(rows), self.accumulation)])
-        while True:
-            ahead.append(self.launch.put_batch(next(rows), self.accumulation))
-            yield ahead.popleft()
+        """The batches of this run's steps, where the launch wants them.
+
+        Steps are asynchronous: a batch is read and on its way while the device is at the step before.
+        """
+        for rows in self.loader.iterate(self.first_step):
+            yield self.launch.put_batch(rows, self.accumulation)
 
     def first_of_each_kind(self) -> list[int]:
         """The first steps of this run that need a program of their own: with rewards, and without."""
@@ -127,6 +126,7 @@ def set_up(config: TrainConfig) -> Setup:
     rows = rows_of_step(config, launch)
     rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
     loaded = load_model(config, launch)
+    launch.check(loaded.flux_config)
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, buckets, schedule, loaded)
     loader = Loader(
@@ -163,11 +163,12 @@ def set_up(config: TrainConfig) -> Setup:
     if is_speaker():
         claim_output_dir(config, output, keep=resume_from is not None)
     wait_for_all("claimed")
+    frozen, shapes = launch.spread(loaded.frozen), jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
     return Setup(
         output=output,
         launch=launch,
-        loaded=loaded,
-        frozen=launch.spread(loaded.frozen),
+        loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # no second copy stays
+        frozen=frozen,
         loader=loader,
         accumulation=config.run.gradient_accumulation_steps,
         conditions=config.run.train_batch_size // launch.shards,

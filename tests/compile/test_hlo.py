@@ -84,7 +84,6 @@ def test_a_loop_that_does_not_tell_its_rounds_is_an_error():
         ("replica_groups={{0,2},{1,3}}", 2),
         ("replica_groups=[4,8]<=[8,4]T(1,0)", 8),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", 16),
-        ("channel_id=3", 1),
     ],
 )
 def test_group_sizes_in_every_form(text, size):

@@ -29,10 +29,10 @@ def judge():
 
 def test_fresh_experts_have_not_drifted_and_others_have(guard):
     guard, setup = guard
-    fresh = guard.measure(setup.state.trainable)
+    fresh = guard.measure(setup.state.trainable, setup.frozen)
     assert fresh.flow_drift == pytest.approx(0.0, abs=1e-6)
     assert fresh.velocity_norm_ratio == pytest.approx(1.0, abs=1e-6)
-    moved = guard.measure(jax.tree.map(lambda x: x + 0.3, setup.state.trainable))
+    moved = guard.measure(jax.tree.map(lambda x: x + 0.3, setup.state.trainable), setup.frozen)
     assert moved.flow_loss / fresh.flow_loss - 1 == pytest.approx(moved.flow_drift, rel=1e-4)
     assert abs(moved.flow_drift) > 0.01 and abs(moved.velocity_norm_ratio - 1) > 0.01
 
@@ -74,6 +74,7 @@ def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(automatic, scor
         drift_steps=1,
         max_train_steps=30,
         policy_loss_weight=100.0,
+        negative_advantages="keep",
         learning_rate=0.03,
     )
     output = train(config)

@@ -25,7 +25,7 @@ def rolled_out(automatic):
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), setup.state.trainable)
     setup = replace(setup, state=replace(setup.state, trainable=noisy))
-    batch = next(setup.batches())
+    batch = jax.tree.map(lambda x: x[0], next(setup.batches()))
     return setup, batch, *generated(setup, batch)
 
 
@@ -57,14 +57,14 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
         made = decode_panels(
             setup.objective,
             setup.step_settings.rollouts,
-            setup.loaded.frozen,
+            setup.frozen,
             members.clean[member],
             encoded.condition.grid,
         )
         np.testing.assert_allclose(made, images, atol=1e-4)
     truth = batch["result"] / np.float32(255)
     decoded = jnp.clip(
-        right_panel(setup.loaded.model.decode(setup.loaded.frozen, encoded.clean, encoded.condition.grid)), 0, 1
+        right_panel(setup.loaded.model.decode(setup.frozen, encoded.clean, encoded.condition.grid)), 0, 1
     )
     inputs = RewardInputs(images, batch["source"] / np.float32(255), batch["mask"].astype(np.float32), truth, decoded)
     for i, name in enumerate(("removal", "background", "smoothness")):

@@ -57,7 +57,7 @@ def human(config_in, tmp_path_factory):
     """(folder, where everything was, the configuration) of the human-scored steps by every launch."""
     folder = tmp_path_factory.mktemp("launches") / "human"
     folder.mkdir()
-    config = to_flat_dict(config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, data_workers=0))
+    config = to_flat_dict(config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, learning_rate=1e-3))
     return folder, finish(start(folder, config, LAUNCHES))[0], config
 
 
@@ -113,7 +113,7 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 @pytest.mark.slow
 def test_every_launch_takes_the_same_steps_on_automatic_rewards(automatic, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 4, "policy_estimator": "sde", "sde_window": 1}
-    config = to_flat_dict(automatic(**flags, decode_batch_size=1))
+    config = to_flat_dict(automatic(**flags, decode_batch_size=1, learning_rate=1e-3))
     launches = {name: LAUNCHES[name] for name in ("one", "2x2x2", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     for name in ("2x2x2", "pmap"):

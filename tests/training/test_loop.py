@@ -19,7 +19,7 @@ from ra_jax.training.loop import Recorder, train
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.setup import RUN_FILES, claim_output_dir, set_up
 
-CLOCK = {"step_time", "images_per_second", "tflops_per_second_per_device"}
+CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}
 RUN = {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9}
 
 

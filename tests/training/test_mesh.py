@@ -1,11 +1,82 @@
-"""What is shared out over replicas."""
+"""Meshes that fit their devices and those that are refused; what is shared out over a mesh, and how it is named."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
-from ra_jax.training.mesh import local_conditions
+from ra_jax.config import ConfigError, ParallelConfig
+from ra_jax.models.partitioning import partition_spec
+from ra_jax.training.launch import make_launch
+from ra_jax.training.mesh import check_batch, check_heads, make_mesh, map_microbatches
+
+SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
+BLOCK = "trainable/flux/transformer_blocks"
 
 
-def test_conditions_are_shared_out_evenly_and_groups_are_not_divided():
-    assert local_conditions(conditions=6, generations=8, replicas=2) == 3
-    with pytest.raises(ValueError, match=r"3 conditions of 8 rollouts .* by 2 replicas.*--train_batch_size 4"):
-        local_conditions(conditions=3, generations=8, replicas=2)
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        (f"{BLOCK}/attn/to_q/kernel", (19, 64, 64), P(None, "fsdp", "tensor")),
+        (f"{BLOCK}/attn/to_q/bias", (19, 64), P(None, "tensor")),
+        (f"{BLOCK}/attn/to_q/lora_a", (19, 64, 12), P(None, "fsdp", None)),
+        (f"{BLOCK}/attn/to_q/lora_b", (19, 12, 64), P(None, None, ("tensor", "fsdp"))),
+        (f"{BLOCK}/ff/net/2/kernel", (19, 256, 64), P(None, "tensor", "fsdp")),
+        (f"{BLOCK}/ff/net/2/lora_a", (19, 256, 12), P(None, ("tensor", "fsdp"), None)),
+        (f"{BLOCK}/norm1/linear/kernel", (19, 64, 384), P(None, "fsdp", None)),
+        ("opt_state/1/0/mu/flux/transformer_blocks/attn/to_q/lora_a", (19, 64, 12), P(None, "fsdp", None)),
+        ("frozen/flux/x_embedder/kernel", (384, 64), P("fsdp", None)),
+        ("frozen/flux/x_embedder/kernel", (6, 64), P(None, None)),  # fsdp does not divide it
+        ("frozen/vae/encoder/conv_in/kernel", (3, 3, 4, 128), P()),
+        ("trainable/router/hidden/kernel", (66, 32), P()),
+        ("step", (), P()),
+    ],
+)
+def test_the_table_divides_parameters_and_what_has_their_names(name, shape, spec):
+    assert partition_spec(name, shape, SIZES) == spec
+
+
+def test_axes_of_one_device_divide_nothing():
+    assert partition_spec(f"{BLOCK}/attn/to_q/kernel", (19, 64, 64), SIZES | {"fsdp": 1}) == P(None, None, "tensor")
+
+
+def test_a_mesh_that_does_not_make_up_the_devices_is_refused():
+    devices = jax.devices() * 8
+    with pytest.raises(ConfigError, match=r"--mesh_fsdp 3 .*make 6 devices, and there are 8.* of 1, 2, 4, 8"):
+        make_mesh(-1, 3, devices=devices)
+    with pytest.raises(ConfigError, match="make 16 devices, and there are 8"):
+        make_mesh(4, 4, devices=devices)
+    with pytest.raises(ConfigError, match="expected sizes of 1 or more"):
+        make_mesh(-1, 0, devices=devices)
+
+
+def test_batches_and_heads_that_a_mesh_does_not_divide_are_refused():
+    mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    check_batch(mesh, 16)
+    with pytest.raises(ConfigError, match=r"train_batch_size = 12 .*2 x 4 = 8 devices; give --train_batch_size 16"):
+        check_batch(mesh, 12)
+    check_heads(mesh, 24)
+    with pytest.raises(ConfigError, match=r"--mesh_tensor 2 does not divide the transformer's 9 .*; give one of 1$"):
+        check_heads(mesh, 9)
+
+
+def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
+    with pytest.raises(ConfigError, match="knows no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
+        make_launch(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
+    assert list(make_launch(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("size", "calls"), [(1, 1), (4, 3), (6, 6), (100, 6)])
+def test_microbatches_are_of_the_largest_size_that_divides_the_rows(size, calls):
+    """calls: rows that the function sees at once."""
+    seen = []
+
+    def double(x):
+        seen.append(x.shape[0])
+        return 2.0 * x
+
+    x = jnp.arange(18.0).reshape(6, 3)
+    np.testing.assert_array_equal(map_microbatches(double, x, size), 2 * x)
+    assert set(seen) == {calls}

@@ -90,9 +90,8 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
 
     def temporaries(generations):
         setup = set_up(automatic(num_generations=generations, log_freq=100, **photos))
-        step = jax.jit(make_train_step(setup.objective, setup.optimizer, setup.step_settings), donate_argnums=0)
-        arguments = jax.tree.map(jax.typeof, (setup.state, setup.frozen, next(setup.batches())))
-        program = step.lower(*arguments).compile()
+        step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
+        program = setup.launch.compile(step, setup.state, setup.frozen, next(setup.batches()))
         latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one member of each condition
         return program.memory_analysis().temp_size_in_bytes, latents
 
