@@ -4,8 +4,12 @@
 
 JOB: {"devices": of this process, "config": flat settings, "steps": n, "launches": {name: flags}, "folder": where
 `<name>.npz` (losses [steps], every leaf of the state after them) and the checkpoint `<name>/checkpoints/<steps>` go,
-"process": [address, processes, this one's number] or null}. "restore": {name: checkpoint of another launch} begins
-there and takes no step. Prints a JSON line: {name: {leaf: how its dimensions are divided}}.
+"process": [address, processes, this one's number] or null, "checkpoints": {name: folder} of other programs}. Every
+launch then restores every other's checkpoint, and those. Prints a JSON line:
+
+    places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
+    restored  {"name in launch": the leaves whose values or places differ from what they should be}
+    gathers   {launch: all-gathers in the compiled step}
 """
 
 import json
@@ -28,35 +32,70 @@ if job["process"]:
 from ra_jax.config import from_flat_dict  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
-from ra_jax.training.launch import MeshLaunch, fetch  # noqa: E402
+from ra_jax.training.launch import MeshLaunch, fetch, scalars  # noqa: E402
 from ra_jax.training.mesh import make_mesh  # noqa: E402
+from ra_jax.training.step import make_train_step  # noqa: E402
+
+folder, make_launch = Path(job["folder"]), setting_up.make_launch
 
 
-def run(name: str, flags: dict) -> dict[str, str]:
-    make_launch = setting_up.make_launch
+def values_of(tree) -> dict[str, np.ndarray]:
+    return {leaf: fetch(x) for leaf, x in named_leaves(tree).items()}
+
+
+def spec_of(x: jax.Array) -> list:
+    """The axes that divide each dimension, without what is None at the end."""
+    spec = [list(axes) if isinstance(axes, tuple) else axes for axes in x.sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return spec
+
+
+def run(name: str, flags: dict):
+    """(launch, one copy of the state after the steps, places, all-gathers) with files written."""
+    config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
+    setup = setting_up.set_up(config)
+    state, launch, losses, program = setup.state, setup.launch, [], None
+    for batch in islice(setup.batches(), job["steps"]):
+        if program is None:
+            step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
+            program = launch.compile(step, state, setup.frozen, batch)
+        state, metrics = program(state, setup.frozen, batch)
+        losses.append(float(scalars(metrics)["train_loss"]))
+    places = {leaf: spec_of(x) for leaf, x in named_leaves((state, setup.frozen, batch)).items()}
+    whole = launch.whole(state)
+    checkpoints = Checkpoints(config.run.output_dir)
+    checkpoints.save(job["steps"], whole, position=job["steps"], config={}, base=setup.loaded.fingerprint)
+    checkpoints.close()
+    values = values_of(whole)
+    if jax.process_index() == 0:
+        np.savez(folder / f"{name}.npz", losses=losses, **values)
+    return whole, places, program.as_text().count(" all-gather(")
+
+
+def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list[str]:
+    """Leaves that are not restored as they were saved, or not to the places of `like`."""
+    restored = restore(checkpoint, like)
+    places = {leaf: x.sharding for leaf, x in named_leaves(like).items()}
+    values = values_of(restored)
+    moved = [
+        leaf for leaf, x in named_leaves(restored).items() if not x.sharding.is_equivalent_to(places[leaf], x.ndim)
+    ]
+    return moved + [leaf for leaf in values if not np.array_equal(values[leaf], expected[leaf], equal_nan=True)]
+
+
+states, places, gathers = {}, {}, {}
+for name, flags in job["launches"].items():
     if flags.pop("one_device", False):
         setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
-    config = from_flat_dict(job["config"] | {"output_dir": str(Path(job["folder"]) / name)} | flags)
-    setup = setting_up.set_up(config)
+    states[name], places[name], gathers[name] = run(name, flags)
     setting_up.make_launch = make_launch
-    state, losses = setup.state, []
-    if name in job["restore"]:
-        state = restore(Path(job["restore"][name]), setup.launch.whole(state))
-    else:
-        step = setup.step_programs()
-        for number, batch in enumerate(islice(setup.batches(), job["steps"])):
-            state, metrics = step(state, setup.frozen, batch, number)
-            losses.append(float(metrics["train_loss"]))
-    places = {leaf: str(x.sharding.spec) for leaf, x in named_leaves((state, setup.frozen)).items()}
-    whole = setup.launch.whole(state) if name not in job["restore"] else state
-    values = {leaf: fetch(x) for leaf, x in named_leaves(whole).items()}
-    if name not in job["restore"]:
-        checkpoints = Checkpoints(config.run.output_dir)
-        checkpoints.save(job["steps"], whole, position=job["steps"], config={}, base=setup.loaded.fingerprint)
-        checkpoints.close()
-    if jax.process_index() == 0:
-        np.savez(Path(job["folder"]) / f"{name}.npz", losses=losses, **values)
-    return places
-
-
-print(json.dumps({name: run(name, flags) for name, flags in job["launches"].items()}))
+found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
+restored = {}
+for name, at in found.items():
+    with np.load(at.with_suffix(".npz")) as saved:
+        for launch, state in states.items():
+            if launch != name:
+                checkpoint = at / "checkpoints" / str(job["steps"])
+                restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
+print(json.dumps({"places": places, "restored": restored, "gathers": gathers}))
