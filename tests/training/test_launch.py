@@ -72,7 +72,7 @@ def test_every_launch_takes_the_same_human_scored_steps(human, name):
 def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
     places = human[1]["places"]
     moments = {leaf for leaf in places["2x4"] if leaf.startswith(MOMENT) and leaf.endswith("attn/to_q/lora_a")}
-    assert len(moments) == 2
+    assert len(moments) == 4  # two of each kind of block
     shared = [None, ["data", "fsdp"]]
     expected = {
         "8x1": ([], [], shared),
@@ -82,7 +82,7 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
     }
     for name, (kernel, moment, photos) in expected.items():
         assert places[name][KERNEL] == kernel
-        assert [places[name][leaf] for leaf in moments] == [moment, moment]
+        assert [places[name][leaf] for leaf in moments] == [moment] * 4
         assert places[name][PHOTOS] == photos
 
 
@@ -119,9 +119,9 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_launch_takes_the_same_steps_on_automatic_rewards(automatic, tmp_path):
-    flags = {"train_batch_size": 8, "rollout_steps": 4, "policy_estimator": "sde", "sde_window": 1}
-    config = to_flat_dict(automatic(**flags, decode_batch_size=1, **STEADY))
+def test_every_launch_takes_the_same_steps_on_automatic_rewards(automatic, photos, tmp_path):
+    flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
+    config = to_flat_dict(automatic(**flags, **photos, **STEADY))
     launches = {name: LAUNCHES[name] for name in ("one", "2x2x2", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     for name in ("2x2x2", "pmap"):
