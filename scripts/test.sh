@@ -11,4 +11,4 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # Two files at a time: compiling, most of what tests do, keeps one core busy.
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -57,6 +57,12 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
     return module
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker ends up alone with one (scripts/test.sh keeps the order)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_fast(tmp_path_factory):
     """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out.

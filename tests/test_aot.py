@@ -1,0 +1,98 @@
+"""What is told of a step that is compiled for devices which run nothing: here for this CPU in a TPU's place."""
+
+import json
+
+import jax
+import pytest
+
+from ra_jax import aot
+from ra_jax.compile import topology
+from ra_jax.compile.topology import Chip, topology_devices
+from ra_jax.compile.traced import geometry_of, trace
+from ra_jax.config import ConfigError, parse
+from ra_jax.models.geometry import FLUX_FILL_DEV
+from ra_jax.training.metrics import forward_flops
+
+CHIP = Chip(peak=1e9, memory=1e9, memory_bandwidth=1e9, link_bandwidth=1e9)
+
+
+@pytest.fixture
+def flags(tiny_fill, tiny_redux):
+    settings = {
+        "pretrained_model_name_or_path": tiny_fill,
+        "pretrained_redux_model_name_or_path": tiny_redux,
+        "aspect_ratio_buckets": "32,32",
+        "mixed_precision": "no",
+        "gradient_checkpointing": "none",
+        "max_sequence_length": 8,
+        "num_experts": 3,
+        "lora_rank": 2,
+        "train_batch_size": 4,
+    }
+    return ["--use_lora", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    """on_this_cpu(chip): any topology is this CPU, taken for such a chip."""
+
+    def use(chip: Chip):
+        monkeypatch.setattr(topology, "topology_devices", lambda name: (jax.devices(), chip))
+
+    return use
+
+
+def size(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsys):
+    on_this_cpu(CHIP)
+    aot.main(["--topology", "v5e:1x1", "--json", str(tmp_path / "out.json"), *flags])
+    told = json.loads((tmp_path / "out.json").read_text())
+    config = parse([*flags, "--train_json_path", "none", "--output_dir", "none"])
+    step = trace(config, jax.devices())
+    state, frozen, batch = step.arguments
+    whole = size((state, frozen, batch))
+    # What a standard step does not look at, such as the VAE's decoder, takes no room.
+    assert whole - size(frozen["vae"]) <= told["argument_bytes"] * 1.001 <= whole * 1.001
+    forward = forward_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    assert told["flops"] == pytest.approx(4 * 2 * forward)  # records, forward and the gradient of activations
+    assert told["compute_seconds"] == pytest.approx(told["flops"] / CHIP.peak)
+    assert told["collective_bytes"] == {} and told["mfu_bound"] == 1.0 and told["fits"]
+    assert told["total_bytes"] == told["argument_bytes"] + told["temporary_bytes"]
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, capsys):
+    on_this_cpu(Chip(peak=1e9, memory=1e3, memory_bandwidth=1e9, link_bandwidth=1e9))
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--topology", "v5e:1x1", *flags])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "does not fit" in said and "trying --gradient_checkpointing full" in said
+    assert "--train_batch_size 1 --gradient_accumulation_steps 4" in said
+    assert "nothing that was tried fits: take more chips" in said
+
+
+def test_without_a_folder_only_flux_fills_sizes_are_known():
+    places = ["--train_json_path", "none", "--output_dir", "none"]
+    assert geometry_of(parse(places)) == FLUX_FILL_DEV
+    with pytest.raises(ConfigError, match="someone/other: no folder here, and only the sizes of"):
+        geometry_of(parse([*places, "--pretrained_model_name_or_path", "someone/other"]))
+
+
+def test_topologies_that_do_not_exist_are_told_with_some_that_do(monkeypatch, capsys):
+    with pytest.raises(ConfigError, match=r"--topology v7:2x2: unknown; expected .* v5e:4x4.* v6e:2x4"):
+        topology_devices("v7:2x2")
+    monkeypatch.setattr(topology, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'ra_jax\[tpu\]'"):
+        topology_devices("v5e:4x4")
+    with pytest.raises(SystemExit, match="error: --topology v7:2x2: unknown"):
+        aot.main(["--topology", "v7:2x2"])
+
+
+def test_pmap_is_refused(flags, on_this_cpu):
+    on_this_cpu(CHIP)
+    with pytest.raises(SystemExit, match="aot compiles for a mesh"):
+        aot.main(["--topology", "v5e:1x1", *flags, "--parallelism", "pmap"])
