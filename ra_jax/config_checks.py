@@ -20,6 +20,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "num_inference_steps rollout_steps num_iterations reward_interval decode_batch_size sde_window drift_steps "
         "num_generations mesh_fsdp mesh_tensor num_processes",
     ),
+    "-1 or at least 1": (lambda value: value == -1 or value >= 1, "mesh_data"),
     "at least 0": (
         lambda value: value >= 0,
         "seed data_workers max_sequence_length guidance_scale kl_weight removal_reward_weight "

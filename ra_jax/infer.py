@@ -91,7 +91,7 @@ def model_settings(config: InferConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(ModelConfig())
     if config.experts is not None:
         trained = read_about(find_checkpoint(config.experts)).config
-        settings = {name: trained[name] for name in settings}
+        settings |= {name: trained[name] for name in settings if name in trained}  # an older run lacks the newest
     given = dataclasses.asdict(config)
     return settings | {name: given[name] for name in settings if given.get(name) is not None}
 
