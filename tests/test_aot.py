@@ -11,6 +11,7 @@ from ra_jax.compile.topology import Chip, topology_devices
 from ra_jax.compile.traced import geometry_of, trace
 from ra_jax.config import ConfigError, parse
 from ra_jax.models.geometry import FLUX_FILL_DEV
+from ra_jax.training.launch import MeshLaunch
 from ra_jax.training.metrics import forward_flops
 
 CHIP = Chip(peak=1e9, memory=1e9, memory_bandwidth=1e9, link_bandwidth=1e9)
@@ -64,13 +65,21 @@ def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsy
     assert "it fits" in capsys.readouterr().out
 
 
-def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, capsys):
-    on_this_cpu(Chip(peak=1e9, memory=1e3, memory_bandwidth=1e9, link_bandwidth=1e9))
+def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, monkeypatch, capsys):
+    """Every compilation is refused for want of room."""
+    tried = []
+
+    def compile_(self, step, state, frozen, batch):
+        tried.append(batch["mask"].shape[:2])
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
+
+    monkeypatch.setattr(MeshLaunch, "compile", compile_)
+    on_this_cpu(CHIP)
     with pytest.raises(SystemExit) as ended:
         aot.main(["--topology", "v5e:1x1", *flags])
     said = capsys.readouterr().out
-    assert ended.value.code == 1
-    assert "does not fit" in said and "trying --gradient_checkpointing full" in said
+    assert ended.value.code == 1 and tried == [(1, 4), (1, 4), (4, 1)]
+    assert "does not fit: the compiler found no place" in said and "trying --gradient_checkpointing full" in said
     assert "--train_batch_size 1 --gradient_accumulation_steps 4" in said
     assert "nothing that was tried fits: take more chips" in said
 
