@@ -20,12 +20,16 @@ from ra_jax.config import ConfigError, TrainConfig, parse, to_flat_dict
 from ra_jax.models.weight_files import WeightError
 from ra_jax.rl.user_rewards import RewardError
 
+DESCRIPTION = (
+    "Compiles the train step of a configuration for a TPU that is not there, and tells what it needs of a chip. All "
+    "flags of python -m ra_jax.train may follow."
+)
 PLACES = ("--train_json_path", "--output_dir")  # that a training needs and this does not
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    parser = argparse.ArgumentParser(prog="python -m ra_jax.aot", description=__doc__.split("\n")[2], add_help=True)
+    parser = argparse.ArgumentParser(prog="python -m ra_jax.aot", description=DESCRIPTION)
     parser.add_argument("--topology", required=True, help="chips and their grid, such as v5e:4x4, v5p:2x2x1, v6e:2x4")
     parser.add_argument("--json", type=Path, help="also write the figures here, as JSON")
     own, rest = parser.parse_known_args(argv)

@@ -14,7 +14,7 @@ from ra_jax.models.geometry import FLUX_FILL_DEV
 from ra_jax.training.launch import MeshLaunch
 from ra_jax.training.metrics import forward_flops
 
-CHIP = Chip(peak=1e9, memory=1e9, memory_bandwidth=1e9, link_bandwidth=1e9)
+CHIP = Chip(peak=1e9, memory=1e9, link_bandwidth=1e9)
 
 
 @pytest.fixture

@@ -11,19 +11,18 @@ from ra_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak of dense bf16 products [FLOP/s], memory [bytes], its bandwidth and that of all links to other chips in one
-    direction [bytes/s]; by Google's "TPU system architecture" pages."""
+    """Peak of dense bf16 products [FLOP/s], memory [bytes], and bandwidth of all links to other chips in one direction
+    [bytes/s]; by Google's "TPU system architecture" pages."""
 
     peak: float
     memory: float
-    memory_bandwidth: float
     link_bandwidth: float
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1638e9, 448e9),
+    "v5e": Chip(197e12, 16e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 600e9),
+    "v6e": Chip(918e12, 32e9, 448e9),
 }
 KNOWN = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
 

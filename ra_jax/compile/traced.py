@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,13 +17,17 @@ from ra_jax.models.fill_model import FillModel
 from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
 from ra_jax.models.partitioning import BATCH
 from ra_jax.rl.user_rewards import parse_rewards
-from ra_jax.training.experts import expert_configs
 from ra_jax.training.launch import MeshLaunch
 from ra_jax.training.mesh import check_batch, make_mesh
 from ra_jax.training.objective import Objective
 from ra_jax.training.optimizers import build_optimizer
-from ra_jax.training.settings import flops_of_step, initial_temperature, objective_settings, step_settings
-from ra_jax.training.state import init_state
+from ra_jax.training.settings import (
+    first_state,
+    flops_of_step,
+    model_options,
+    objective_settings,
+    step_settings,
+)
 from ra_jax.training.step import make_train_step
 
 HUB = "black-forest-labs/FLUX.1-Fill-dev"
@@ -73,32 +76,15 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     check_batch(launch.mesh, config.run.train_batch_size)
     geometry = geometry_of(config)
     launch.check(geometry.flux)
-    dtype = jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32
-    lora, router = expert_configs(config.experts)
-    model, trainable, frozen = abstract_fill_model(
-        geometry,
-        lora=lora,
-        router=router,
-        dtype=dtype,
-        attention=implementation_for(platform, dtype=dtype, head_dim=geometry.flux.attention_head_dim),
-        remat=config.model.gradient_checkpointing,
-        text_tokens=config.model.max_sequence_length,
-        int8=config.model.base_precision == "int8",
-        train_base=not config.experts.use_lora,
-    )
+    options = model_options(config)
+    attention = implementation_for(platform, dtype=options["dtype"], head_dim=geometry.flux.attention_head_dim)
+    model, trainable, frozen = abstract_fill_model(geometry, attention=attention, **options)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
-    begin = partial(
-        init_state,
-        optimizer=optimizer,
-        seed=config.run.seed,
-        num_experts=model.num_experts,
-        temperature=initial_temperature(config),
-        with_snapshot=config.uses_policy and config.mode == "human",
-        with_ema=config.optimization.ema_decay > 0,
-    )
-    state = jax.eval_shape(begin, trainable)
-    rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_result(config))
-    settings = step_settings(config, rewards if config.mode == "automatic" else ())
+    state = jax.eval_shape(partial(first_state, config, optimizer), trainable)
+    rewards = ()
+    if config.mode == "automatic":
+        rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_result(config))
+    settings = step_settings(config, rewards)
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     batch = batch_shapes(config, model, geometry)
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -141,8 +140,7 @@ class PmapLaunch:
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
         def copies(x: jax.Array) -> jax.Array:
-            # On the host: one device may not have the room for all copies.
-            value = np.asarray(x)[None] if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x[None]
+            value = np.asarray(x)[None]  # on the host: one device may not have the room for all copies
             shards = [jax.device_put(value, device) for device in devices]
             return jax.make_array_from_single_device_arrays((self.shards, *x.shape), sharding, shards)
 

@@ -1,16 +1,22 @@
 """From the configuration to the static settings of objective, rollouts and step, and to a step's arithmetic."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from ra_jax.config import TrainConfig
+from ra_jax.models.fill_model import Weights
 from ra_jax.models.flux import FluxConfig
 from ra_jax.rl.policy import PolicySettings
 from ra_jax.rl.user_rewards import Reward
+from ra_jax.training.experts import expert_configs
 from ra_jax.training.generation import RolloutSettings
 from ra_jax.training.metrics import forward_flops, step_flops
 from ra_jax.training.objective import ObjectiveSettings
+from ra_jax.training.state import TrainState, init_state
 from ra_jax.training.step import StepSettings
 
 INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
@@ -73,9 +79,32 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...] = ()) -> Step
     )
 
 
-def initial_temperature(config: TrainConfig) -> float:
-    given = config.grpo.policy_temperature
-    return INITIAL_TEMPERATURE if given == "auto" else given
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """What `load_fill_model`, and `abstract_fill_model` for shapes, are told beside the model's place or sizes."""
+    lora, router = expert_configs(config.experts)
+    return {
+        "lora": lora,
+        "router": router,
+        "dtype": jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
+        "text_tokens": config.model.max_sequence_length,
+        "remat": config.model.gradient_checkpointing,
+        "train_base": not config.experts.use_lora,
+        "int8": config.model.base_precision == "int8",
+    }
+
+
+def first_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
+    """The state before step 0 of training these weights."""
+    temperature = config.grpo.policy_temperature
+    return init_state(
+        trainable,
+        optimizer,
+        seed=config.run.seed,
+        num_experts=config.experts.num_experts if config.experts.use_lora else 0,
+        temperature=INITIAL_TEMPERATURE if temperature == "auto" else temperature,
+        with_snapshot=config.uses_policy and config.mode == "human",
+        with_ema=config.optimization.ema_decay > 0,
+    )
 
 
 def flops_of_step(

@@ -1,7 +1,6 @@
 """From a configuration to everything a run needs; whatever can be refused is refused here, cheapest first."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ra_jax.config import ConfigError, TrainConfig, to_flat_dict, to_toml
+from ra_jax.config import ConfigError, TrainConfig
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
@@ -20,15 +19,21 @@ from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch, make_remover
 from ra_jax.models.fill_model import Weights
-from ra_jax.models.loading import LoadedModel, load_fill_model
+from ra_jax.models.loading import FILL_PARTS, LoadedModel, load_fill_model
+from ra_jax.models.weights import read_configs, resolve
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
 from ra_jax.rl.rewards import RewardInputs, total_reward
 from ra_jax.rl.user_rewards import Reward, check_reward, parse_rewards
-from ra_jax.training.checkpoints import BEST, About, CheckpointError, find_checkpoint, read_about, restore
-from ra_jax.training.checkpoints import FOLDER as CHECKPOINTS
+from ra_jax.training.beginnings import (
+    checkpoint_to_resume,
+    claim_output_dir,
+    first_weights,
+    refuse_another_seed,
+    resumed,
+)
+from ra_jax.training.checkpoints import BEST, find_checkpoint
 from ra_jax.training.distributed import is_speaker, wait_for_all
 from ra_jax.training.drift import DriftGuard
-from ra_jax.training.experts import expert_configs
 from ra_jax.training.launch import Launch, make_launch
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import read_rows
@@ -36,19 +41,13 @@ from ra_jax.training.objective import Objective
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
 from ra_jax.training.programs import StepPrograms
-from ra_jax.training.settings import initial_temperature, objective_settings, step_settings
-from ra_jax.training.state import TrainState, init_state
+from ra_jax.training.settings import first_state, model_options, objective_settings, step_settings
+from ra_jax.training.state import TrainState
 from ra_jax.training.step import StepSettings, make_train_step
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.toml"
 HELD_OUT_RECORDS = 32  # that drift is measured on
-# All that a run writes into its folder; whatever else lies there is the user's.
-RUN_FILES = (
-    *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
-    *(METRICS, "curves.png", "report.html", CONFIG_FILE),
-)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,6 @@ def set_up(config: TrainConfig) -> Setup:
     rows = rows_of_step(config, launch)
     rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
     loaded = load_model(config, launch)
-    launch.check(loaded.flux_config)
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, buckets, schedule, loaded)
     loader = Loader(
@@ -143,16 +141,7 @@ def set_up(config: TrainConfig) -> Setup:
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
-    begin = partial(
-        init_state,
-        optimizer=optimizer,
-        seed=config.run.seed,
-        num_experts=loaded.model.num_experts,
-        temperature=initial_temperature(config),
-        with_snapshot=config.uses_policy and config.mode == "human",
-        with_ema=config.optimization.ema_decay > 0,
-    )
-    state = launch.make(begin, first_weights(config, loaded))
+    state = launch.make(partial(first_state, config, optimizer), first_weights(config, loaded))
     first_step = 0
     if resume_from is not None:
         state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
@@ -185,63 +174,6 @@ def set_up(config: TrainConfig) -> Setup:
     )
 
 
-def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run.
-
-    `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
-    """
-    where = config.run.resume_from_checkpoint
-    holds_run = (output / CONFIG_FILE).exists()
-    if where is not None and where != "latest":
-        checkpoint = find_checkpoint(where)
-        if holds_run and checkpoint != find_checkpoint(output):
-            raise ConfigError(
-                f"resume_from_checkpoint {checkpoint} is not the latest of the run in output_dir {output}: what is "
-                "trained from here and the later checkpoints would be taken for one run; choose another --output_dir"
-            )
-        return checkpoint
-    if where == "latest":
-        try:
-            return find_checkpoint(output)
-        except CheckpointError:
-            log.warning("--resume_from_checkpoint latest: %s holds no checkpoint yet, starting at step 0", output)
-            return None
-    if holds_run and not config.run.overwrite_output_dir:
-        raise ConfigError(
-            f"output_dir {output} already holds a run: expected a new folder; go on with it by "
-            "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or choose another --output_dir"
-        )
-    return None
-
-
-def refuse_another_seed(checkpoint: Path, seed: int) -> None:
-    """Raise ConfigError where the checkpoint's run began with another seed."""
-    began = read_about(checkpoint).config["seed"]
-    if seed != began:
-        raise ConfigError(
-            f"seed {seed}: checkpoint {checkpoint} began with seed {began}, and goes on with its data order and random "
-            f"draws; give --seed {began}, or begin a new run in another --output_dir"
-        )
-
-
-def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
-
-    How this run began (anew, over another, resumed, with whose experts) is left out of it, so that `--config` with the
-    file can resume.
-    """
-    if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
-        for path in (output / name for name in RUN_FILES):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    beginnings = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
-    lasting = replace(config, run=replace(config.run, **beginnings))
-    (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
-
-
 def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
     """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
     batch = config.run.train_batch_size
@@ -250,18 +182,16 @@ def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
 
 
 def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
-    """The base with fresh experts and router, or without them where the whole transformer is trained."""
-    lora, router = expert_configs(config.experts)
+    """The base with fresh experts and router, or without them where the whole transformer is trained.
+
+    Raises ConfigError, before any weights are read, where the launch does not suit a transformer of these sizes.
+    """
+    fill = config.model.pretrained_model_name_or_path
+    launch.check(read_configs(resolve(fill, FILL_PARTS), None)[0])
     return load_fill_model(
-        config.model.pretrained_model_name_or_path,
+        fill,
         config.model.pretrained_redux_model_name_or_path,
-        lora=lora,
-        router=router,
-        dtype=jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
-        text_tokens=config.model.max_sequence_length,
-        remat=config.model.gradient_checkpointing,
-        train_base=not config.experts.use_lora,
-        int8=config.model.base_precision == "int8",
+        **model_options(config),
         seed=config.run.seed,
         placement=launch.placement,
     )
@@ -320,26 +250,6 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
             )
 
 
-def first_weights(config: TrainConfig, loaded: LoadedModel) -> Weights:
-    """What training begins with: fresh weights, or another run's experts and router (averaged where it averaged)."""
-    if config.run.init_experts_from is None:
-        return loaded.trainable
-    checkpoint = find_checkpoint(config.run.init_experts_from)
-    about = read_about(checkpoint)
-    refuse_another_base(checkpoint, about, loaded.fingerprint)
-    log.info("beginning with the experts of %s", checkpoint)
-    return restore(checkpoint, loaded.trainable, prefix="ema" if about.config["ema_decay"] else "trainable")
-
-
-def refuse_another_base(checkpoint: Path, about: About, base: str) -> None:
-    """Raise CheckpointError where a checkpoint's experts belong to another base."""
-    if about.base != base:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
-            "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
-        )
-
-
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
     if config.mode != "human":
@@ -369,30 +279,6 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
             "dead_group": dead_groups(rewards, scenes).astype(np.float32),
         }
     return values
-
-
-def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
-    """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry.
-
-    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size the run goes on,
-    in other data than it would have.
-    """
-    about = read_about(checkpoint)
-    refuse_another_base(checkpoint, about, base)
-    given = to_flat_dict(config)
-    for name in ("train_batch_size", "gradient_accumulation_steps"):
-        if given[name] != about.config[name]:
-            log.warning(
-                "%s is %s, the checkpoint's was %s: the run goes on, but not through the data it would have seen",
-                name,
-                given[name],
-                about.config[name],
-            )
-    log.info("resuming from %s", checkpoint)
-    state = restore(checkpoint, state)
-    if given["policy_temperature"] not in ("auto", about.config["policy_temperature"]):
-        state = replace(state, temperature=jnp.asarray(given["policy_temperature"], state.temperature.dtype))
-    return state, about.position
 
 
 def make_previews(

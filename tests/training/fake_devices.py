@@ -9,11 +9,13 @@ launch then restores every other's checkpoint, and those. Prints a JSON line:
 
     places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
     restored  {"name in launch": the leaves whose values or places differ from what they should be}
-    gathers   {launch: all-gathers in the compiled step}
+    gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
+              the shapes of the compiled step's all-gathers
 """
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -32,6 +34,7 @@ if job["process"]:
 
 from ra_jax.config import from_flat_dict  # noqa: E402
 from ra_jax.models import flux  # noqa: E402
+from ra_jax.models.partitioning import STACKED  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
 from ra_jax.training.launch import MeshLaunch, fetch, scalars  # noqa: E402
@@ -55,7 +58,7 @@ def spec_of(x: jax.Array) -> list:
 
 
 def run(name: str, flags: dict):
-    """(launch, one copy of the state after the steps, places, all-gathers) with files written."""
+    """(one copy of the state after the steps, places, `gathered_blocks`) with files written."""
     config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
     setup = setting_up.set_up(config)
     state, launch, losses, program = setup.state, setup.launch, [], None
@@ -74,7 +77,18 @@ def run(name: str, flags: dict):
     values = values_of(whole)
     if jax.process_index() == 0:
         np.savez(folder / f"{name}.npz", losses=losses, **values)
-    return whole, places, program.as_text().count(" all-gather(")
+    return whole, places, gathered_blocks((state.trainable, setup.frozen), program.as_text())
+
+
+def gathered_blocks(weights, hlo: str) -> list[int]:
+    """How many parameters are divided so, and of how many one block is the result of an all-gather."""
+    results = {shape.removeprefix("1,") for shape in re.findall(r"= f32\[([0-9,]*)\][^ ]* all-gather\(", hlo)}
+    blocks = [
+        ",".join(map(str, x.shape[1:]))
+        for leaf, x in named_leaves(weights).items()
+        if re.search(STACKED, leaf) and "fsdp" in spec_of(x) and "tensor" not in spec_of(x)
+    ]
+    return [len(blocks), sum(block in results for block in blocks)]
 
 
 def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list[str]:
@@ -88,11 +102,11 @@ def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list
     return moved + [leaf for leaf in values if not np.array_equal(values[leaf], expected[leaf], equal_nan=True)]
 
 
-states, places, gathers = {}, {}, {}
+states, places, gathered = {}, {}, {}
 for name, flags in job["launches"].items():
     if flags.pop("one_device", False):
         setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
-    states[name], places[name], gathers[name] = run(name, flags)
+    states[name], places[name], gathered[name] = run(name, flags)
     setting_up.make_launch = make_launch
 found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
@@ -102,4 +116,4 @@ for name, at in found.items():
             if launch != name:
                 checkpoint = at / "checkpoints" / str(job["steps"])
                 restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
-print(json.dumps({"places": places, "restored": restored, "gathers": gathers}))
+print(json.dumps({"places": places, "restored": restored, "gathered": gathered}))

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ra_jax.rl.rollouts import Member
 from ra_jax.rl.user_rewards import Reward
+from ra_jax.training import experience
 from ra_jax.training.checkpoints import named_leaves
+from ra_jax.training.settings import step_settings
 from ra_jax.training.setup import set_up
 
 
@@ -28,6 +31,25 @@ def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic, phot
     assert rows[0]["grad_norm"] == 0.0
     assert rows[0]["frac_reward_zero_std"] == 1.0
     assert rows[0]["mean_reward"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropped"),
+    [
+        ({}, True),
+        ({"policy_estimator": "sde"}, False),
+        ({"policy_estimator": "nft", "kl_weight": 0.1}, False),
+        ({"negative_advantages": "keep"}, False),
+        ({"policy_estimator": "sde", "negative_advantages": "drop"}, True),
+    ],
+)
+def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(automatic, flags, dropped):
+    settings = step_settings(automatic(**flags), (Reward("mine", broken, 1.0),)).rollouts
+    members = Member(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
+    scores = jnp.asarray([0.1, 0.4, 0.6, 0.9]).reshape(1, 4, 1, 1)
+    found, _ = experience.with_rewards(experience.Experience(None, None, members), scores, settings, None)
+    signs = np.sign(np.asarray(found.advantages).ravel())
+    assert list(signs) == ([0, 0, 1, 1] if dropped else [-1, -1, 1, 1])
 
 
 def test_without_the_grpo_loss_rewards_are_only_looked_at(automatic, steps_of):

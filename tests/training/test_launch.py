@@ -88,9 +88,11 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
 
 @pytest.mark.slow
 def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
-    gathers = human[1]["gathers"]
-    assert gathers["one"] == gathers["pmap"] == 0
-    assert gathers["2x4"] > 10 and gathers["2x2x2"] > 10
+    gathered = human[1]["gathered"]
+    assert gathered["one"] == gathered["8x1"] == gathered["pmap"] == [0, 0]
+    for name in ("2x4", "2x2x2"):
+        divided, whole = gathered[name]
+        assert divided == whole > 10
 
 
 @pytest.mark.slow

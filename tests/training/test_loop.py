@@ -14,10 +14,11 @@ from ra_jax.config import ConfigError, from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
 from ra_jax.data.records import DataError
 from ra_jax.pipeline import RemovalPipeline
+from ra_jax.training.beginnings import RUN_FILES, claim_output_dir
 from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, read_about, restore
 from ra_jax.training.loop import Recorder, train
 from ra_jax.training.metrics import read_rows
-from ra_jax.training.setup import RUN_FILES, claim_output_dir, set_up
+from ra_jax.training.setup import set_up
 
 CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}
 RUN = {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9}

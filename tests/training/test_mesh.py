@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from ra_jax.config import ConfigError, ParallelConfig
 from ra_jax.models.partitioning import partition_spec
-from ra_jax.training.launch import make_launch
+from ra_jax.training.launch import MeshLaunch, PmapLaunch, make_launch
 from ra_jax.training.mesh import check_batch, check_heads, make_mesh, map_microbatches
+from ra_jax.training.setup import set_up
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 BLOCK = "trainable/flux/transformer_blocks"
@@ -66,6 +67,18 @@ def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
     with pytest.raises(ConfigError, match="knows no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
         make_launch(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
     assert list(make_launch(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="= 6 cannot be shared out over 4 replicas; give --train_batch_size 8"):
+        PmapLaunch(AbstractMesh((4,), ("replica",))).rows(6)
+
+
+def test_heads_are_looked_at_before_any_weights_are_read(make_config, monkeypatch):
+    def refuse(self, flux):
+        raise ConfigError(f"{flux.num_attention_heads} heads")
+
+    monkeypatch.setattr(MeshLaunch, "check", refuse)
+    monkeypatch.setattr("ra_jax.training.setup.load_fill_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match="heads"):
+        set_up(make_config())
 
 
 @pytest.mark.parametrize(("size", "calls"), [(1, 1), (4, 3), (6, 6), (100, 6)])
