@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: one, or several that share out the weights.
+# Trains on the GPUs of this machine: one, or several that share out the weights. Never run: no GPU was at hand.
 #
 #   scripts/launch/gpu.sh [--dry_run] [FLAGS of ra_jax.train]
 #   scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json
@@ -7,7 +7,7 @@
 #
 # GPUS: which ones (default: all that CUDA_VISIBLE_DEVICES allows). With several, weights, optimizer and batch are shared
 # out over them (--mesh_fsdp), unless the flags say how; train_batch_size must then be a multiple of their number.
-# A card of 24 GB holds the 12 B base with --base_precision int8.
+# --base_precision int8 halves the base's memory, from 24 GB to 12 GB for 12 B parameters.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
