@@ -110,10 +110,10 @@ for name, flags in job["launches"].items():
     setting_up.make_launch = make_launch
 found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
-for name, at in found.items():
-    with np.load(at.with_suffix(".npz")) as saved:
-        for launch, state in states.items():
-            if launch != name:
+for launch, state in states.items():
+    for name, at in found.items():
+        if name != launch:
+            with np.load(at.with_suffix(".npz")) as saved:
                 checkpoint = at / "checkpoints" / str(job["steps"])
                 restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
 print(json.dumps({"places": places, "restored": restored, "gathered": gathered}))
