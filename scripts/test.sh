@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-environment test torch metrics
+environment test torch metrics packs
 
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 .venv/bin/ruff check .

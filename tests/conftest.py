@@ -13,6 +13,7 @@ Weights are random everywhere, where a fresh model has zeros too (modulations, o
 every layer counts in every output. Nobody may write into these folders.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -69,7 +70,10 @@ def compile_fast(tmp_path_factory):
 
     Compiling takes most of the suite's time, running the tiny programs almost none.
     """
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of programs that tests start
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -1,13 +1,17 @@
-"""`python -m ra_jax.data`: `validate FILE` checks a data set as training would, `synth FOLDER` makes one."""
+"""`python -m ra_jax.data`: `validate FILE` checks a data set as training would, `pack FILE FOLDER` makes few large
+files of it, `synth FOLDER` makes one."""
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
-from ra_jax.data.records import check_records
+from ra_jax.config import DataConfig, ModelConfig
+from ra_jax.data.records import check_records, load_records
 from ra_jax.data.scores import ScoreFormat
 from ra_jax.data.summary import summary
 from ra_jax.data.synthetic import write_dataset
@@ -22,7 +26,7 @@ def validate(
     """Print what a data set holds and every faulty record; exit status 1 if there is one.
 
     Args:
-        file: JSON list, JSONL, mapping JSON, or a folder with input/ mask/ gt/.
+        file: JSON list, JSONL, mapping JSON, a folder with input/ mask/ gt/, or a pack.
         use_human_scores: every record must have scores, as training with --use_human_scores wants.
         score_format: how they are written, {"removal_score": ...} or [removal, background, smoothness].
         need_result: every record must have a result; training does, removing objects does not.
@@ -38,6 +42,46 @@ def validate(
     for fault in faults:
         print(f"  {fault}")
     return 1
+
+
+def pack(
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    latents: bool = False,
+    pretrained_model_name_or_path: str = ModelConfig.pretrained_model_name_or_path,
+    pretrained_redux_model_name_or_path: str = ModelConfig.pretrained_redux_model_name_or_path,
+    aspect_ratio_buckets: str = DataConfig.aspect_ratio_buckets,
+    mixed_precision: Literal["no", "bf16"] = "bf16",
+) -> int:
+    """Write a data set as few large files that training reads in its place (--train_json_path FOLDER).
+
+    Args:
+        file: JSON list, JSONL, mapping JSON, or a folder with input/ mask/ gt/.
+        folder: where to; its name must be letters, digits and _.
+        latents: panels of the buckets, their VAE latents and image tokens, in place of the files: training then has
+            nothing to encode. It needs the flags that follow, as training has them, and --no_mask_augmentation.
+        pretrained_model_name_or_path: diffusers folder or hub id, whose VAE encodes.
+        pretrained_redux_model_name_or_path: folder or hub id, which makes image tokens of references.
+        aspect_ratio_buckets: panel sizes "height,width;..." in pixels.
+        mixed_precision: compute dtype of the image tokens.
+    """
+    from ra_jax.data.pack_writer import write_pack
+
+    records = load_records(file, need_result=False)
+    encoder = None
+    if latents:
+        from ra_jax.inference.encoder import PanelEncoder
+
+        encoder = PanelEncoder(
+            pretrained_model_name_or_path,
+            pretrained_redux_model_name_or_path,
+            aspect_ratio_buckets=aspect_ratio_buckets,
+            mixed_precision=mixed_precision,
+        )
+    write_pack(records, folder, encoder=encoder, watch=partial(tqdm, desc="packing", disable=None))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{len(records)} records written to {folder}, {size / 1e6:.1f} MB")
+    return 0
 
 
 def synth(
@@ -75,7 +119,7 @@ def synth(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 1 for data or values that will not do."""
-    commands = {"validate": validate, "synth": synth}
+    commands = {"validate": validate, "pack": pack, "synth": synth}
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m ra_jax.data", args=args, use_underscores=True

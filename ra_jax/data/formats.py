@@ -4,9 +4,10 @@
     JSONL           one such object a line
     mapping JSON    {"mapping": {gt: [inputs]}}, or the inner object alone, beside gt/ input/ mask/ (ref/)
     folder          with input/ mask/ gt/ (ref/)
+    pack            a folder of `packs`, or "tfds:NAME"
 
-In the last two src = input, result = gt, and a mask (gt, ref) is the file of the input's name, another ending
-if need be.
+In the mapping and the folder src = input, result = gt, and a mask (gt, ref) is the file of the input's name, another
+ending if need be.
 """
 
 import json
@@ -16,9 +17,10 @@ from pathlib import Path
 
 from ra_jax.data.errors import DataError, Fault
 from ra_jax.data.images import SUFFIXES
+from ra_jax.data.packs import Pack, pack_folder
 
 DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
-SUPPORTED = "expected a JSON list, JSONL, a mapping JSON or a folder with input/ mask/ gt/"
+SUPPORTED = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def read_entries(path: str | Path) -> RawData:
     Raises:
         DataError: no such file or folder, or a form that this version does not read.
     """
-    _refuse_pack(path)
+    if (folder := pack_folder(path)) is not None:
+        pack = Pack(folder)
+        return RawData(folder, [Entry(i, pack.fields(i)) for i in range(len(pack.entries))], [])
     path = Path(path)
     if not path.exists():
         made = "; `python -m ra_jax.demo` makes it" if path.parts[:2] == DEMO else ""
@@ -59,13 +63,6 @@ def read_entries(path: str | Path) -> RawData:
     if path.suffix in (".jsonl", ".ndjson"):
         return _read_lines(path, text)
     return _read_json(path, text)
-
-
-def _refuse_pack(path: str | Path) -> None:
-    folder = Path(path)
-    is_pack = (folder / "dataset_info.json").exists() or any(folder.glob("*.array_record*"))
-    if str(path).startswith("tfds:") or is_pack:
-        raise DataError(f"{path}: packs are not supported by this version: {SUPPORTED}")
 
 
 def _read_json(path: Path, text: str) -> RawData:

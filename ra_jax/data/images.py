@@ -1,16 +1,31 @@
 """Photos and masks as files hold them: upright by their EXIF orientation, on white where transparent.
 
 Sizes are (height, width) in pixels of the upright picture. A window is (left, top, right, bottom) in those
-pixels.
+pixels. A picture is a file's path, or what reads like one (`packs.PackedPicture`).
 """
 
+import io
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 Size = tuple[int, int]
 Window = tuple[int, int, int, int]
+
+
+class Picture(Protocol):
+    """An encoded picture: a Path is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stem(self) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
+
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MASK_THRESHOLD = 127
@@ -20,14 +35,14 @@ SPARED = 1.5  # a photo is decoded at no less than this factor of the size it is
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Picture) -> Image.Image:
     """Open without decoding.
 
     Raises:
         OSError, SyntaxError, Image.DecompressionBombError: no readable picture.
         ValueError: more than 8 bits a channel, which Pillow would clip to white rather than scale.
     """
-    image = Image.open(path)
+    image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     if image.mode.startswith(("I", "F")):
         image.close()
         raise ValueError(f"{path.name} has pixels of mode {image.mode}: expected 8 bits a channel; save it as such")
@@ -44,13 +59,13 @@ def upright_size(image: Image.Image) -> Size:
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
-def photo_size(path: Path) -> Size:
+def photo_size(path: Picture) -> Size:
     """Size of a photo, from the file's head alone; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_size(image)
 
 
-def probe_photo(path: Path) -> Size:
+def probe_photo(path: Picture) -> Size:
     """Size of a photo, after decoding all of it; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         size = upright_size(image)
@@ -61,12 +76,12 @@ def probe_photo(path: Path) -> Size:
     return size
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Picture) -> np.ndarray:
     """[h, w] bool, True = remove: `read_soft_mask` above 127; raises one of `UNREADABLE`."""
     return read_soft_mask(path) > MASK_THRESHOLD
 
 
-def read_soft_mask(path: Path) -> np.ndarray:
+def read_soft_mask(path: Picture) -> np.ndarray:
     """[h, w] uint8: luminance, black where transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return soft_mask(image)
@@ -80,13 +95,13 @@ def soft_mask(image: Image.Image) -> np.ndarray:
     return np.asarray(upright.convert("L"))
 
 
-def read_photo(path: Path) -> Image.Image:
+def read_photo(path: Picture) -> Image.Image:
     """The whole photo, RGB, upright, on white where it is transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_rgb(image)
 
 
-def read_panel(path: Path, window: Window, size: Size) -> np.ndarray:
+def read_panel(path: Picture, window: Window, size: Size) -> np.ndarray:
     """[h, w, 3] uint8: the window of a photo resized to `size`, bicubic with antialiasing."""
     height, width = size
     with open_image(path) as image:

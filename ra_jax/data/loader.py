@@ -13,13 +13,15 @@ from PIL import Image
 from ra_jax.data.errors import DataError
 from ra_jax.data.images import UNREADABLE, Size
 from ra_jax.data.masks import augment_mask
-from ra_jax.data.panels import PanelCache, Panels, load_panels, nearest_bucket
+from ra_jax.data.packs import LATENTS, Encoding, PackedPicture
+from ra_jax.data.panels import PanelCache, Panels, load_mask, load_panels, nearest_bucket
 from ra_jax.data.plan import MASK_STREAM, batches_per_epoch, epoch_plan, random_generator
 from ra_jax.data.records import Record, scene_ids
 
 CACHE_BYTES = 512 * 2**20
 OWN_KEYS = frozenset(
-    {"source", "result", "reference", "mask", "redux_pixels"} | {"group_id", "record_id", "epoch", "condition_weight"}
+    {"source", "result", "reference", "mask", "redux_pixels", "masked_latents", "image_tokens", "result_latents"}
+    | {"group_id", "record_id", "epoch", "condition_weight"}
 )
 _ENDLESS = 2**62  # rows; Grain wants a length
 
@@ -49,6 +51,8 @@ class Loader:
         source, result, reference   [B, h, w, 3] uint8; `result` only where the records have one
         mask                        [B, h, w] uint8, 1 = remove
         redux_pixels                [B, ...] float32, with `preprocess_reference`, of the reference panel
+        masked_latents, image_tokens, result_latents  [B, N, 4C], [B, T, D], [B, N, 4C] with `latents`, where the
+                                    pack has them; then no redux_pixels
         group_id, record_id, epoch  [B] int32: `scene_ids`, the position in `records`, the epoch
         condition_weight            [B] float32, 1 / (rows of the record's group in the global batch)
         and the `extras`            [B, ...]
@@ -59,6 +63,8 @@ class Loader:
         batch_size: records of a global batch.
         rows: which of them this process reads, and in which order (None: all).
         buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
+        latents: the records are of a pack with latents, which are loaded.
+        photos: load source, reference and result; a step on latents alone does without.
         augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch,
             group). A reference that is made from the mask is made from the one in the file.
         extras: values per record, [len(records), ...], put into the batch under their names.
@@ -67,7 +73,8 @@ class Loader:
 
     Raises:
         DataError: no records, results in some records only, bucket sides that `multiple` does not divide.
-        ValueError: rows that a batch does not have, extras of another length or a name in use.
+        ValueError: rows that a batch does not have, extras of another length or a name in use, latents of masks that
+            are augmented or of records without.
     """
 
     def __init__(
@@ -82,15 +89,20 @@ class Loader:
         preprocess_reference: Callable[[Image.Image], np.ndarray] | None,
         extras: Mapping[str, np.ndarray],
         rows: Sequence[int] | None = None,
+        latents: bool = False,
+        photos: bool = True,
         workers: int = 2,
         cache_bytes: int = CACHE_BYTES,
     ):
         _check_records(records)
-        _check_buckets(buckets, multiple)
+        check_buckets(buckets, multiple)
         _check_extras(extras, len(records))
         _check_rows(rows, batch_size)
+        if latents and (augment_masks or encoding_of(records) is None):
+            raise ValueError("latents: expected masks as they are, and records of a pack with latents")
         self._records, self._buckets, self._seed = list(records), tuple(buckets), seed
-        self._augment_masks, self._preprocess = augment_masks, preprocess_reference
+        self._augment_masks, self._latents, self._photos = augment_masks, latents, photos
+        self._preprocess = None if latents else preprocess_reference
         self._extras = dict(extras)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._workers, self._cache = workers, PanelCache(cache_bytes)
@@ -119,35 +131,51 @@ class Loader:
         at = int(plan.rows[batch, row])
         record, bucket, group = self._records[at], self._buckets[plan.buckets[batch]], int(self._scenes[at])
         try:
-            panels = load_panels(record, bucket, self._cache)
+            example = self._pictures(record, bucket)
         except UNREADABLE as error:
             error.add_note(
                 f"while loading record {record.index} (id {record.id!r}), which was sound when the run began"
             )
             raise
-        mask = panels.mask
         if self._augment_masks:
-            mask = augment_mask(mask, random_generator(self._seed, MASK_STREAM, epoch, group))
-        example = {
-            "source": panels.source,
-            "reference": panels.reference,
-            "mask": mask,
+            generator = random_generator(self._seed, MASK_STREAM, epoch, group)
+            example["mask"] = augment_mask(example["mask"], generator)
+        example |= {
             "group_id": np.int32(group),
             "record_id": np.int32(at),
             "epoch": np.int32(epoch),
             "condition_weight": plan.condition_weight[batch, row],
         }
-        if panels.result is not None:
-            example["result"] = panels.result
-        if self._preprocess is not None:
-            example["redux_pixels"] = self._redux_pixels(record, bucket, panels)
         return example | {name: values[at] for name, values in self._extras.items()}
+
+    def _pictures(self, record: Record, bucket: Size) -> dict[str, np.ndarray]:
+        """Panels and latents of a record, the mask as it is."""
+        if not self._photos:
+            return {"mask": load_mask(record, bucket, self._cache)} | _packed_latents(record)
+        panels = load_panels(record, bucket, self._cache)
+        pictures = {"source": panels.source, "reference": panels.reference, "mask": panels.mask}
+        if panels.result is not None:
+            pictures["result"] = panels.result
+        if self._preprocess is not None:
+            pictures["redux_pixels"] = self._redux_pixels(record, bucket, panels)
+        return pictures | (_packed_latents(record) if self._latents else {})
 
     def _redux_pixels(self, record: Record, bucket: Size, panels: Panels) -> np.ndarray:
         def preprocess() -> np.ndarray:
             return np.array(self._preprocess(Image.fromarray(panels.reference)), np.float32)
 
         return self._cache.get(("redux", record.ref, record.src, record.mask, bucket), preprocess)
+
+
+def encoding_of(records: Sequence[Record]) -> Encoding | None:
+    """How the latents of these records' pack were made; None without a pack, or without latents in it."""
+    source = records[0].src
+    return source.pack.encoding if isinstance(source, PackedPicture) else None
+
+
+def _packed_latents(record: Record) -> dict[str, np.ndarray]:
+    examples = [record.src.example()] + ([] if record.result is None else [record.result.example()])
+    return {name: example[name] for example in examples for name in LATENTS if name in example}
 
 
 def _check_records(records: Sequence[Record]) -> None:
@@ -159,7 +187,7 @@ def _check_records(records: Sequence[Record]) -> None:
         raise DataError(f"{len(without)} of {len(records)} records have no result ({named}): expected all or none")
 
 
-def _check_buckets(buckets: Sequence[Size], multiple: int) -> None:
+def check_buckets(buckets: Sequence[Size], multiple: int) -> None:
     for bucket in buckets:
         if any(side % multiple for side in bucket):
             fitting = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)

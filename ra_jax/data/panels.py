@@ -10,14 +10,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ra_jax.data.diptych import reference_on_white
-from ra_jax.data.images import Size, Window, photo_size, read_mask, read_panel, read_photo
+from ra_jax.data.images import Picture, Size, Window, photo_size, read_mask, read_panel, read_photo
 from ra_jax.data.masks import bounding_box
 from ra_jax.data.records import Record
 
@@ -102,6 +101,11 @@ def resize_mask(mask: np.ndarray, window: Window, size: Size) -> np.ndarray:
     return (np.asarray(coverage) > 0).astype(np.uint8)
 
 
+def load_mask(record: Record, bucket: Size, cache: PanelCache) -> np.ndarray:
+    """The mask of `load_panels` alone."""
+    return cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))[1]
+
+
 def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -> Panels:
     """A record's panels of `bucket` = (height, width), decoded, cropped and resized alike.
 
@@ -115,10 +119,10 @@ def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -
     cache = cache or PanelCache(0)
     window, mask = cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))
 
-    def photo(path: Path) -> np.ndarray:
+    def photo(path: Picture) -> np.ndarray:
         return cache.get(("photo", path, window, bucket), lambda: read_panel(path, window, bucket))
 
-    def reference(path: Path) -> np.ndarray:
+    def reference(path: Picture) -> np.ndarray:
         if photo_size(path) == record.size:
             return photo(path)
         return np.asarray(ImageOps.pad(read_photo(path), bucket[::-1], Image.Resampling.BICUBIC, color="white"))
@@ -135,7 +139,7 @@ def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -
     )
 
 
-def _fit_mask(path: Path, bucket: Size) -> tuple[Window, np.ndarray]:
+def _fit_mask(path: Picture, bucket: Size) -> tuple[Window, np.ndarray]:
     mask = read_mask(path)
     window = crop_window(mask.shape, bucket, bounding_box(mask))
     return window, resize_mask(mask, window, bucket)

@@ -10,7 +10,8 @@ import numpy as np
 
 from ra_jax.data.errors import DataError, Fault
 from ra_jax.data.formats import Entry, RawData, read_entries
-from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Size, probe_photo, read_mask
+from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask
+from ra_jax.data.packs import PackedPicture
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
 
 __all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_entries", "check_records", "load_records", "scene_ids"]
@@ -34,10 +35,10 @@ class Record:
 
     index: int
     id: str
-    src: Path
-    mask: Path
-    ref: Path | None
-    result: Path | None
+    src: Picture
+    mask: Picture
+    ref: Picture | None
+    result: Picture | None
     scores: Scores | None
     split: str | None
     annotator: str | None
@@ -130,7 +131,7 @@ def check_entries(
 
 def scene_ids(records: Sequence[Record]) -> np.ndarray:
     """[R] int32: records with the same source and mask share an id, 0, 1, ... as they first appear."""
-    ids: dict[tuple[Path, Path], int] = {}
+    ids: dict[tuple[Picture, Picture], int] = {}
     return np.array([ids.setdefault((record.src, record.mask), len(ids)) for record in records], np.int32)
 
 
@@ -162,6 +163,8 @@ def _draft_paths(draft: _Draft, base: Path, rules: _Rules) -> None:
         if value is None:
             if name in required:
                 draft.blame(name, f"missing: expected the path of a picture, relative to {base}")
+        elif isinstance(value, PackedPicture):
+            draft.values[name] = value
         elif not isinstance(value, str) or not value:
             draft.blame(name, f"got {value!r} ({type(value).__name__}): expected the path of a picture")
         else:
@@ -174,7 +177,8 @@ def _draft_scores(draft: _Draft, rules: _Rules) -> None:
         if rules.use_human_scores:
             draft.blame("scores", NO_SCORES)
         return
-    scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores else None)
+    written = not isinstance(draft.values["src"], PackedPicture)  # a pack holds them in its own form
+    scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores and written else None)
     draft.values["scores"] = scores
     for field, message in problems:
         draft.blame(field, message)
@@ -212,7 +216,7 @@ def _check_ids(drafts: Iterable[_Draft]) -> None:
 
 
 def _check_pictures(drafts: Sequence[_Draft]) -> None:
-    """Open and decode every picture once, however many records name it."""
+    """Open and decode every picture once, however many records name it; a pack's were looked at when it was made."""
     wanted = dict.fromkeys(
         (name == "mask", draft.values[name]) for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
     )
@@ -244,9 +248,11 @@ def _across(size: Size) -> str:
     return f"{size[1]} × {size[0]}"
 
 
-def _look_at(wanted: tuple[bool, Path]) -> tuple[Size | None, str | None]:
+def _look_at(wanted: tuple[bool, Picture]) -> tuple[Size | None, str | None]:
     """The size of a picture and what is wrong with it, either of them None."""
     is_mask, path = wanted
+    if isinstance(path, PackedPicture):
+        return path.size, None
     if not path.is_file():
         return None, f"no such file: {path}"
     try:

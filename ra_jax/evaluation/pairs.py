@@ -14,6 +14,7 @@ import numpy as np
 from ra_jax.data.errors import SHOWN_IN_FULL, DataError
 from ra_jax.data.formats import Entry, RawData
 from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask
+from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records
 from ra_jax.inference.candidates import RECORDS
 
@@ -115,6 +116,7 @@ class _NamedPictures:
 
 def _read_truths(path: Path) -> _Truths | _NamedPictures:
     _refuse_picture(path, "--truth")
+    refuse_pack(path, "truths and results are matched by")
     if not path.is_dir() or (path / "input").is_dir():
         return _Truths(path, load_records(path))
     pictures = _pictures(path)
@@ -127,6 +129,7 @@ def _read_truths(path: Path) -> _Truths | _NamedPictures:
 
 def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str | None) -> list[Record]:
     _refuse_picture(path, "--results")
+    refuse_pack(path, "truths and results are matched by")
     if (path / RECORDS).is_file():
         return load_records(path / RECORDS)
     if not path.is_dir() or (path / "input").is_dir():

@@ -16,6 +16,7 @@ from PIL import Image
 from ra_jax.data.errors import DataError
 from ra_jax.data.formats import Entry, RawData
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
+from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
 
 RECORDS = "records.json"
@@ -107,6 +108,7 @@ def scene_names(scenes: Sequence[Record]) -> list[str]:
 
 
 def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]:
+    refuse_pack(source, "removal writes the paths of")
     if source.suffix.lower() in SUFFIXES or (source.is_dir() and not (source / "input").is_dir()):
         raise DataError(f"{source}: no --source_mask; expected the mask of this photo, or the folder of these photos'")
     if ref_image is not None:

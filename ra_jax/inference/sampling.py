@@ -29,16 +29,16 @@ def diptych_condition(
 ) -> Condition:
     """The condition of removing the mask's object from `source`, shown the `reference` (and its Redux tokens).
 
-    masked_latents: as in `FillModel.condition`.
+    masked_latents [B, N, 4C]: of the photo with the mask's pixels grey, where they are known; those, and the Redux
+    tokens, of a batch that has them are taken as they are.
     """
-    tokens = None if model.redux is None else model.image_tokens(frozen, batch["redux_pixels"])
-    return model.condition(
-        frozen,
-        as_diptych(batch, "source"),
-        diptych_mask(batch),
-        image_tokens=tokens,
-        masked_latents=masked_latents,
-    )
+    tokens = batch.get("image_tokens")
+    if tokens is None and model.redux is not None:
+        tokens = model.image_tokens(frozen, batch["redux_pixels"])
+    if masked_latents is None:
+        masked_latents = batch.get("masked_latents")
+    image = as_diptych(batch, "source") if masked_latents is None else None
+    return model.condition(frozen, image, diptych_mask(batch), image_tokens=tokens, masked_latents=masked_latents)
 
 
 def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) -> jax.Array:

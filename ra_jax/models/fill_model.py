@@ -28,9 +28,10 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class FillModel:
-    """What to call on the weights. `redux` is None without image tokens, `router` without experts."""
+    """What to call on the weights. `redux` is None without image tokens, `router` without experts, `flux` in a model
+    that only encodes."""
 
-    flux: nnx.GraphDef = field(repr=False)
+    flux: nnx.GraphDef | None = field(repr=False)
     vae: nnx.GraphDef = field(repr=False)
     redux: nnx.GraphDef | None = field(repr=False)
     router: nnx.GraphDef | None = field(repr=False)
@@ -64,7 +65,7 @@ class FillModel:
     def condition(
         self,
         frozen: Weights,
-        image: jax.Array,
+        image: jax.Array | None,
         mask: jax.Array,
         *,
         image_tokens: jax.Array | None = None,
@@ -74,9 +75,10 @@ class FillModel:
         """The condition of filling `mask` [B, H, W] (1 = fill) in `image` [B, H, W, 3] in [0, 1].
 
         The network sees the image with the masked pixels at 0 of [−1, 1] (grey), as FluxFillPipeline shows it.
-        `masked_latents` [B, N, 4C] replaces their encoding; `text` [B, S, joint_dim] replaces the empty prompt.
+        `masked_latents` [B, N, 4C] replaces their encoding, and the image; `text` [B, S, joint_dim] replaces the empty
+        prompt.
         """
-        b, height, width, _ = image.shape
+        b, height, width = mask.shape
         if height % self.multiple or width % self.multiple:
             raise ValueError(
                 f"image of {height}x{width} pixels: both sides must be multiples of {self.multiple} "

@@ -126,19 +126,19 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
         ) from error
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, components: Sequence[str] = COMPONENTS) -> str:
     """A name for the weights in `folder` that changes when they do: 16 hexadecimal digits.
 
-    It hashes each component's config.json and, of each safetensors file, name, length, header and 256 samples of
-    1 KiB, so that 24 GB take a moment. A change confined to the bytes between samples is not seen.
+    It hashes the config.json of each component and, of each safetensors file, name, length, header and 256 samples
+    of 1 KiB, so that 24 GB take a moment. A change confined to the bytes between samples is not seen.
 
     Raises:
         WeightError: if the folder holds no weights.
     """
     folder = Path(folder)
-    files = [path for name in COMPONENTS for path in sorted((folder / name).glob("*.safetensors"))]
+    files = [path for name in components for path in sorted((folder / name).glob("*.safetensors"))]
     if not files:
-        raise WeightError(f"{folder} has no safetensors in any of {'/, '.join(COMPONENTS)}/.")
+        raise WeightError(f"{folder} has no safetensors in any of {'/, '.join(components)}/.")
     digest = hashlib.sha256()
     for config in dict.fromkeys(path.with_name("config.json") for path in files):
         digest.update(config.read_bytes())

@@ -24,15 +24,20 @@ class Encoded:
 
 
 def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
-    """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used."""
+    """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used.
+
+    A batch of a pack with latents brings them.
+    """
+    region = region_weights(diptych_mask(batch), model.factor, loss_region)
+    if "masked_latents" in batch:
+        return Encoded(diptych_condition(model, frozen, batch), batch.get("result_latents"), region)
     photos = [masked(as_diptych(batch, "source"), diptych_mask(batch))]
     if "result" in batch:
         photos.append(as_diptych(batch, "result"))
     # One after another in a loop: one copy of the encoder to compile, and memory for one photo a record.
     masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(photos))
     condition = diptych_condition(model, frozen, batch, masked_latents=masked_latents)
-    clean = clean[0] if clean else None
-    return Encoded(condition, clean, region_weights(diptych_mask(batch), model.factor, loss_region))
+    return Encoded(condition, clean[0] if clean else None, region)
 
 
 def group_keys_of(batch: Batch, seed: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from ra_jax.training.distributed import all_stop, is_speaker
 from ra_jax.training.fallbacks import RewardFallbacks
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import open_trackers, read_rows, summarise
+from ra_jax.training.programs import keep_compiled
 from ra_jax.training.report import plot_curves
 from ra_jax.training.report_page import write_report
 from ra_jax.training.settings import flops_of_step
@@ -38,8 +39,7 @@ def train(config: TrainConfig) -> Path:
     (no checkpoint is written then). SIGTERM ends the run after the step in progress with a checkpoint and exit status
     143. With `--max_drift` a run that drifts ends early, with its best checkpoint in `best/`.
     """
-    if config.run.jax_compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", config.run.jax_compilation_cache_dir)
+    keep_compiled(config.run.jax_compilation_cache_dir)
     setup = set_up(config)
     checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
     ending = "interrupted"

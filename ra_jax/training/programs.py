@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,14 @@ from ra_jax.training.state import TrainState
 from ra_jax.training.step import StepSettings
 
 log = logging.getLogger(__name__)
+
+
+def keep_compiled(where: str | None) -> None:
+    """Have JAX keep compiled programs in a folder between runs: see `--jax_compilation_cache_dir`."""
+    if where == "auto":
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        where = jax.config.jax_compilation_cache_dir or str(caches / "ra_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", where)
 
 
 class StepPrograms:
@@ -106,7 +115,7 @@ class StepPrograms:
             f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
             "--aspect_ratio_buckets or --gradient_checkpointing full"
         )
-        if "result" not in arguments[2]:
+        if not {"result", "result_latents"} & set(arguments[2]):
             raise ConfigError(f"{cause} (without results there is no simple loss to fall back to)")
         self._fallbacks += 1
         log.warning("%s: %s", FALLBACK, cause)

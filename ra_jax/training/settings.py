@@ -131,7 +131,7 @@ def flops_of_step(
         rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,
         policy_points=points if learns else 0,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
-        base_loss="result" in batch,
+        base_loss="result" in batch or "result_latents" in batch,
         kl=config.grpo.kl_weight > 0.0,
         full_fine_tuning=not config.experts.use_lora,
     )

@@ -13,13 +13,13 @@ import optax
 
 from ra_jax.config import ConfigError, TrainConfig
 from ra_jax.data.images import Size
-from ra_jax.data.loader import Loader, parse_buckets
+from ra_jax.data.loader import Loader, encoding_of, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch, make_remover
 from ra_jax.models.fill_model import Weights
-from ra_jax.models.loading import FILL_PARTS, LoadedModel, load_fill_model
+from ra_jax.models.loading import FILL_PARTS, LoadedModel, encoders_fingerprint, load_fill_model
 from ra_jax.models.weights import read_configs, resolve
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
 from ra_jax.rl.rewards import RewardInputs, total_reward
@@ -118,6 +118,7 @@ def set_up(config: TrainConfig) -> Setup:
     if config.run.init_experts_from is not None:
         find_checkpoint(config.run.init_experts_from)  # is told before anything is loaded
     records = load_training_records(config)
+    latents = has_latents(config, records)
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
     values = record_values(config, records)
@@ -137,6 +138,8 @@ def set_up(config: TrainConfig) -> Setup:
         preprocess_reference=loaded.preprocess,
         extras=values,
         rows=rows,
+        latents=latents,
+        photos=not latents or config.mode == "automatic",
         workers=config.data.data_workers,
     )
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
@@ -216,6 +219,26 @@ def load_training_records(config: TrainConfig) -> list[Record]:
             scenes,
         )
     return records
+
+
+def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
+    """Whether the records are of a pack with latents. Raises ConfigError where training would make other ones."""
+    encoding = encoding_of(records)
+    if encoding is None:
+        return False
+    model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
+    for name, ours in (
+        ("aspect_ratio_buckets", config.data.aspect_ratio_buckets),
+        ("mixed_precision", model.mixed_precision),
+    ):
+        if (theirs := getattr(encoding, name)) != ours:
+            raise ConfigError(f'{wrong}{name} "{theirs}", got "{ours}": train with those, or pack again')
+    if config.data.mask_augmentation:
+        raise ConfigError(f"{wrong}the masks as they are: give --no_mask_augmentation, or pack without --latents")
+    fill, redux = model.pretrained_model_name_or_path, model.pretrained_redux_model_name_or_path
+    if encoders_fingerprint(fill, redux) != encoding.encoders:
+        raise ConfigError(f"{wrong}another VAE or Redux than {fill} and {redux} have: train with those, or pack again")
+    return True
 
 
 def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:

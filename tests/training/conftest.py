@@ -19,6 +19,7 @@ from ra_jax.config import from_flat_dict
 from ra_jax.data.loader import Loader
 from ra_jax.training.checkpoints import named_leaves
 
+FEW_LAYERS = r".*\.(to_q|to_add_out|proj_mlp)"  # of both kinds of blocks: a smaller program than with all of them
 HUMAN = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 
 
@@ -48,7 +49,8 @@ def config_in(tiny_fill, tiny_redux, scored_scenes):
             "log_freq": 1,
             "data_workers": 0,
         }
-        experts = {"use_lora": True, "lora_rank": 2, "lora_alpha": 2.0} if flags.get("use_lora", True) else {}
+        experts = {"use_lora": True, "lora_rank": 2, "lora_alpha": 2.0, "target_modules": FEW_LAYERS}
+        experts = experts if flags.get("use_lora", True) else {}
         return from_flat_dict(settings | experts | HUMAN | flags)
 
     return make

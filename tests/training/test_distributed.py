@@ -1,12 +1,20 @@
 """Which launchers are recognised, and what they must not be mistaken for."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from ra_jax.config import ConfigError, from_flat_dict
+from ra_jax.config import ConfigError, from_flat_dict, to_toml
 from ra_jax.training import distributed
+from ra_jax.training.checkpoints import find_checkpoint, read_about
 from ra_jax.training.distributed import launched_by
+from ra_jax.training.metrics import read_rows
 
 
 @pytest.fixture
@@ -35,6 +43,41 @@ def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
     assert launched_by({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
     assert launched_by({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
     assert launched_by({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
+    """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""
+    previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
+    config = config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **previews)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "ra_jax.train", "--config", str(tmp_path / "config.toml"), "--num_processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--coordinator_address", address, "--process_id", str(number)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    run = Path(config.run.output_dir)
+    metrics = run / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if metrics.exists() and len(read_rows(metrics)) >= 3:
+            break
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, told
+    steps = [row["step"] for row in read_rows(metrics)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_about(find_checkpoint(run)).position == len(steps)
+    assert [path.name for path in (run / "previews").iterdir()] == ["step_000000.png"]
+    assert "preview: " in told[0] and "preview: " not in told[1]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_fresh_experts_have_not_drifted_and_others_have(guard):
     fresh = guard.measure(setup.state.trainable, setup.frozen)
     assert fresh.flow_drift == pytest.approx(0.0, abs=1e-6)
     assert fresh.velocity_norm_ratio == pytest.approx(1.0, abs=1e-6)
-    moved = guard.measure(jax.tree.map(lambda x: x + 0.3, setup.state.trainable), setup.frozen)
+    moved = guard.measure(jax.tree.map(lambda x: x + 1.0, setup.state.trainable), setup.frozen)
     assert moved.flow_loss / fresh.flow_loss - 1 == pytest.approx(moved.flow_drift, rel=1e-4)
     assert abs(moved.flow_drift) > 0.01 and abs(moved.velocity_norm_ratio - 1) > 0.01
 

@@ -42,15 +42,15 @@ def finish(*programs) -> list[dict]:
 
 
 def compare(folder, name, reference) -> None:
-    """Losses and every leaf within 1e-5, relative to the leaf's norm; the optimizer's moments, of gradients and their
-    squares, within 3e-5."""
+    """Losses and every leaf within 1e-5, relative to the leaf's norm; the optimizer's mean of gradients within 3e-5, of
+    their squares within twice that."""
     with np.load(folder / f"{name}.npz") as ours, np.load(reference) as theirs:
         assert set(ours) == set(theirs)
         np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
         for leaf in theirs:
             np.testing.assert_array_equal(np.isnan(ours[leaf]), np.isnan(theirs[leaf]))  # not measured
             one, other = (np.nan_to_num(x[leaf].astype(np.float64)) for x in (ours, theirs))
-            limit = 3e-5 if leaf.startswith("opt_state") else 1e-5
+            limit = (6e-5 if "/nu/" in leaf else 3e-5) if leaf.startswith("opt_state") else 1e-5
             assert np.linalg.norm(one - other) <= limit * np.linalg.norm(other), (name, leaf)
 
 
@@ -58,7 +58,9 @@ def compare(folder, name, reference) -> None:
 def human(config_in, tmp_path_factory):
     """(folder, what was told, the configuration) of the human-scored steps by every launch."""
     folder = tmp_path_factory.mktemp("launches")
-    config = to_flat_dict(config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, **STEADY))
+    config = to_flat_dict(
+        config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, target_modules=None, **STEADY)
+    )
     return folder, finish(start(folder, config, LAUNCHES))[0], config
 
 

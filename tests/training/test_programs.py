@@ -97,3 +97,22 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
 
     (few, latents), (many, _) = temporaries(2), temporaries(8)
     assert many - few < 6 * 4 * latents
+
+
+@pytest.fixture
+def cache_dir():
+    """The folder of the session's compiled programs, which comes back after the test."""
+    before = jax.config.jax_compilation_cache_dir
+    yield before
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_by_default(cache_dir, monkeypatch, tmp_path):
+    keep_compiled("auto")
+    assert jax.config.jax_compilation_cache_dir == cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_compiled("auto")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ra_jax/compiled")
+    keep_compiled(None)
+    assert jax.config.jax_compilation_cache_dir is None

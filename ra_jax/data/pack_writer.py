@@ -1,0 +1,154 @@
+"""Writing a pack (`packs` has its form): the records' files as they are, or panels and their latents."""
+
+import io
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ra_jax.data.errors import DataError
+from ra_jax.data.images import Picture, Size
+from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, imported_tfds
+from ra_jax.data.panels import Panels, load_panels, nearest_bucket
+from ra_jax.data.records import Record
+
+SHARD_BYTES = 256 * 2**20
+AT_ONCE = 16  # examples between two updates of a set's metadata
+
+
+class Encoder(Protocol):
+    """Makes the arrays of examples from panels of a bucket."""
+
+    encoding: Encoding
+    buckets: Sequence[Size]
+
+    def condition(self, panels: Panels) -> Mapping[str, np.ndarray]: ...
+
+    def result(self, panels: Panels) -> Mapping[str, np.ndarray]: ...
+
+
+def write_pack(
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    encoder: Encoder | None = None,
+    watch: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Write records, their pictures and, with an encoder, its latents. One example is in memory at a time.
+
+    watch: passes on what it iterates over, such as a progress bar. What is being written is called
+    FOLDER.incomplete until it is whole.
+
+    Raises:
+        DataError: a folder whose name tensorflow-datasets does not take.
+        FileExistsError: `folder` is there already.
+    """
+    if not folder.name.isidentifier():
+        raise DataError(f"{folder}: tensorflow-datasets wants a name of letters, digits and _, not {folder.name!r}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or delete it")
+    first: dict[tuple, int] = {}  # of each condition, its first record
+    scenes: dict[tuple, int] = {}
+    for number, record in enumerate(records):
+        first.setdefault(_condition_of(record), number)
+    numbers = {condition: number for number, condition in enumerate(first)}
+    conditions = [records[number] for number in first.values()]
+    about = {
+        "encoding": None if encoder is None else asdict(encoder.encoding),
+        "conditions": [
+            {
+                "size": _bucket(encoder, record) or record.size,
+                "scene": scenes.setdefault((record.src, record.mask), number),
+                "ref": record.ref is not None,
+            }
+            for number, record in enumerate(conditions)
+        ],
+        "records": [
+            {name: getattr(record, name) for name in LABELS}
+            | {"condition": numbers[_condition_of(record)], "result": record.result is not None}
+            for record in records
+        ],
+    }
+    staging = folder.with_name(f"{folder.name}.incomplete")
+    if staging.exists():
+        shutil.rmtree(staging)  # of a run that was stopped
+    _write_set(staging, folder.name, "conditions", (_condition(record, encoder) for record in watch(conditions)), {})
+    examples = (_record(record, numbers[_condition_of(record)], encoder) for record in watch(records))
+    _write_set(staging, folder.name, "records", examples, about)
+    staging.rename(folder)
+
+
+def _condition_of(record: Record) -> tuple[Picture, Picture, Picture | None]:
+    return record.src, record.mask, record.ref
+
+
+def _bucket(encoder: Encoder | None, record: Record) -> Size | None:
+    """The panel that an encoder sees of a record; None without one."""
+    return None if encoder is None else encoder.buckets[nearest_bucket(record.size, encoder.buckets)]
+
+
+def _condition(record: Record, encoder: Encoder | None) -> Example:
+    if encoder is None:
+        ref = NOTHING if record.ref is None else record.ref.read_bytes()
+        return {"src": record.src.read_bytes(), "mask": record.mask.read_bytes(), "ref": ref}
+    panels = load_panels(record, _bucket(encoder, record))
+    ref = NOTHING if record.ref is None else _png(panels.reference)
+    pictures = {"src": _png(panels.source), "mask": _png(panels.mask * np.uint8(255)), "ref": ref}
+    return pictures | dict(encoder.condition(panels))
+
+
+def _record(record: Record, condition: int, encoder: Encoder | None) -> Example:
+    example: Example = {"condition": condition, "result": NOTHING}
+    if record.result is None:
+        return example
+    if encoder is None:
+        return example | {"result": record.result.read_bytes()}
+    panels = load_panels(record, _bucket(encoder, record))
+    return example | {"result": _png(panels.result)} | dict(encoder.result(panels))
+
+
+def _png(panel: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(panel).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+NOTHING = _png(np.zeros((1, 1, 3), np.uint8))  # in the place of a picture: every reader can decode it
+
+
+def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], about: dict) -> None:
+    """One tensorflow-datasets set, example after example; its features are those of the first."""
+    tfds, place = imported_tfds(), folder / part / VERSION
+    place.mkdir(parents=True)
+    first = next(examples)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=VERSION, data_dir=str(place), module_name=__name__, config_name=part
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=__doc__,
+        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in first.items()}),
+        metadata=tfds.core.MetadataDict(about),
+    )
+    size = sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in first.values())
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
+    )
+    writer.initialize_splits([SPLIT])
+    examples = chain([first], examples)
+    while some := list(islice(examples, AT_ONCE)):
+        writer.add_examples({SPLIT: some})
+    writer.close_all()
+
+
+def _feature(tfds, value: Any):
+    if isinstance(value, bytes):
+        return tfds.features.Image()
+    if isinstance(value, np.ndarray):
+        return tfds.features.Tensor(shape=(None, value.shape[1]), dtype=value.dtype, encoding="bytes")
+    return np.int64

@@ -1,0 +1,85 @@
+"""Training on packs: with latents, the steps that the files would give, without an encoder in them."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from ra_jax.config import ConfigError
+from ra_jax.data.pack_writer import write_pack
+from ra_jax.data.records import load_records
+from ra_jax.inference.encoder import PanelEncoder
+from ra_jax.training.launch import abstract
+from ra_jax.training.programs import StepPrograms
+from ra_jax.training.setup import set_up
+
+HUMAN = {"mask_augmentation": False, "policy_sync_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
+    """Packs with latents, of the scored records and of the triplets."""
+    encoder = PanelEncoder(str(tiny_fill), str(tiny_redux), aspect_ratio_buckets="32,32", mixed_precision="no")
+    folder = tmp_path_factory.mktemp("packs")
+    for name in ("labeled_dict", "triplets"):
+        write_pack(load_records(scored_scenes / f"{name}.json"), folder / name, encoder=encoder)
+    return {name: str(folder / name) for name in ("labeled_dict", "triplets")}
+
+
+def losses(setup, steps_of):
+    return [(row["train_loss"], row["grad_norm"]) for row in steps_of(setup, 3)[1]]
+
+
+def convolutions(setup) -> int:
+    """In the program of a step without rewards: the VAE has them, and SigLIP's patches."""
+    batch = next(islice(setup.batches(), 1))
+    programs: StepPrograms = setup.step_programs()
+    return programs._compile_plain(abstract((setup.state, setup.frozen, batch))).as_text().count(" convolution(")
+
+
+def test_human_scored_steps(packed, make_config, steps_of):
+    files = set_up(make_config(**HUMAN))
+    pack = set_up(make_config(**HUMAN, train_json_path=packed["labeled_dict"], overwrite_output_dir=True))
+    batch = next(islice(pack.loader.iterate(), 1))
+    assert not {"source", "result", "reference", "redux_pixels"} & set(batch)
+    np.testing.assert_allclose(losses(pack, steps_of), losses(files, steps_of), rtol=2e-5)
+    assert convolutions(pack) == 0 < convolutions(files)
+
+
+@pytest.mark.slow
+def test_steps_on_automatic_rewards(packed, automatic, steps_of):
+    files = set_up(automatic(mask_augmentation=False))
+    pack = set_up(automatic(mask_augmentation=False, train_json_path=packed["triplets"]))
+    one, other = steps_of(pack, 2)[1], steps_of(files, 2)[1]
+    for name in ("train_loss", "mean_reward", "reward_std", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in one], [row[name] for row in other], rtol=1e-4, err_msg=name)
+
+
+def test_steps_on_a_pack_of_files(scored_scenes, make_config, tmp_path):
+    """Masks are augmented alike, too."""
+    write_pack(load_records(scored_scenes / "labeled_dict.json"), tmp_path / "packed")
+    loaders = [
+        set_up(make_config(overwrite_output_dir=True, **flags)).loader
+        for flags in ({}, {"train_json_path": str(tmp_path / "packed")})
+    ]
+    for one, other in zip(*(islice(loader.iterate(), 4) for loader in loaders), strict=True):
+        np.testing.assert_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"mask_augmentation": True}, "a pack with latents of the masks as they are: give --no_mask_augmentation"),
+        ({"aspect_ratio_buckets": "32,64"}, 'of aspect_ratio_buckets "32,32", got "32,64": train with those, or pack'),
+        ({"mixed_precision": "bf16"}, 'of mixed_precision "no", got "bf16": train with those, or pack again'),
+    ],
+)
+def test_latents_that_training_would_not_make(packed, make_config, flags, told):
+    with pytest.raises(ConfigError, match=told):
+        set_up(make_config(**HUMAN | {"train_json_path": packed["labeled_dict"]} | flags))
+
+
+def test_latents_of_another_vae(packed, make_config, make_tiny_fill):
+    fill = str(make_tiny_fill(2))
+    with pytest.raises(ConfigError, match=r"of another VAE or Redux than .* have: train with those, or pack again"):
+        set_up(make_config(**HUMAN, train_json_path=packed["labeled_dict"], pretrained_model_name_or_path=fill))
