@@ -108,11 +108,11 @@ def cache_dir():
 
 
 def test_compiled_programs_are_kept_by_default(cache_dir, monkeypatch, tmp_path):
-    keep_compiled("auto")
+    programs.keep_compiled("auto")
     assert jax.config.jax_compilation_cache_dir == cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled("auto")
+    programs.keep_compiled("auto")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ra_jax/compiled")
-    keep_compiled(None)
+    programs.keep_compiled(None)
     assert jax.config.jax_compilation_cache_dir is None
