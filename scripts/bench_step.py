@@ -1,14 +1,18 @@
 """Is a training step faster than diffusers' with PEFT on the same machine?
 
     python scripts/bench_step.py [--rounds 7] [--geometries tiny small wide]
+    python scripts/bench_step.py --geometries flux --rounds 10      on a GPU: FLUX.1-Fill's own sizes, 512 x 1024
 
 LoRA of three experts on the linear layers of all blocks, the standard step from latents on: interpolate, predict the
 velocity, flow-matching loss, gradient of the experts, AdamW. Ours is the step that trains, router and diversity loss
 included; theirs is FluxTransformer2DModel with three active adapters, each weighted by a third. Both compute in float32
 on a CPU, in bfloat16 on a GPU (there theirs by torch.compile). Each contender is a process of its own; they take turns,
-one step each, so that both see the same machine. A third is ours with one LoRA of the same total rank.
+one step each, so that both see the same machine; at FLUX's own sizes, where two do not fit a GPU, one after the other.
+A third is ours with one LoRA of the same total rank.
 
-It prints medians, ratios, peak memory of the steps, and how compile time grows with the number of blocks.
+It prints medians, ratios, peak memory of the steps (the device's on a GPU), on a GPU that it knows the share of its
+peak that model FLOPs make (MFU: forward and gradient with respect to activations; neither recomputation nor the
+experts' own products count), and how compile time grows with the number of blocks.
 """
 
 import json
@@ -23,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-EXPERTS, RANK = 3, 16
+EXPERTS = 3
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity, by their data sheets
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Geometry:
     grid: tuple[int, int]
     context: int
     batch: int
+    joint_dim: int = 256
+    pooled_dim: int = 64
+    rank: int = 16  # of each expert
+    alone: bool = False  # contenders do not fit the device together
 
     @property
     def axes(self) -> tuple[int, int, int]:
@@ -52,8 +61,8 @@ class Geometry:
             "num_single_layers": self.single,
             "attention_head_dim": self.head_dim,
             "num_attention_heads": self.heads,
-            "joint_attention_dim": 256,
-            "pooled_projection_dim": 64,
+            "joint_attention_dim": self.joint_dim,
+            "pooled_projection_dim": self.pooled_dim,
             "guidance_embeds": True,
             "axes_dims_rope": self.axes,
         }
@@ -64,12 +73,25 @@ GEOMETRIES = {
     "small": Geometry(heads=8, head_dim=64, double=3, single=6, grid=(16, 32), context=128, batch=1),
     "wide": Geometry(heads=8, head_dim=128, double=2, single=4, grid=(16, 32), context=128, batch=1),
 }
+FLUX = Geometry(
+    heads=24,
+    head_dim=128,
+    double=19,
+    single=38,
+    grid=(32, 64),
+    context=512 + 729,  # prompt and Redux tokens
+    batch=4,
+    joint_dim=4096,
+    pooled_dim=768,
+    rank=64,
+    alone=True,
+)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """rounds: timed steps of each contender, after two that are not; geometries: of `GEOMETRIES`; compile_blocks:
-    numbers of blocks whose compile times are compared; json: also write the figures there."""
+    """rounds: timed steps of each contender, after two that are not; geometries: of `GEOMETRIES`, or flux;
+    compile_blocks: numbers of blocks whose compile times are compared; json: also write the figures there."""
 
     rounds: int = 7
     geometries: tuple[str, ...] = tuple(GEOMETRIES)
@@ -94,6 +116,7 @@ def ours(geometry: Geometry, experts: int, rank: int):
     from ra_jax.models.vae import AutoencoderKL, VAEConfig
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
+    from ra_jax.training.metrics import forward_flops, step_flops
     from ra_jax.training.objective import Objective
     from ra_jax.training.state import init_state
     from ra_jax.training.step import StepSettings, learn
@@ -124,7 +147,8 @@ def ours(geometry: Geometry, experts: int, rank: int):
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    condition = Condition(normal(b, n, 320), normal(b, geometry.context, 256), normal(b, 64), geometry.grid)
+    context = normal(b, geometry.context, geometry.joint_dim)
+    condition = Condition(normal(b, n, 320), context, normal(b, geometry.pooled_dim), geometry.grid)
     region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
     encoded = Encoded(condition, normal(b, n, 64), region)
     features = model.router_features(condition)
@@ -140,13 +164,19 @@ def ours(geometry: Geometry, experts: int, rank: int):
     program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, experience).compile()
     told = {"compile": time.perf_counter() - since}
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
+    forward = forward_flops(flux.config, n, geometry.context)
+    told["flops"] = step_flops(forward, records=b, policy_points=0, kl=False, full_fine_tuning=False)
+    told["peak_flops"] = next((peak for kind, peak in PEAKS.items() if kind in jax.devices()[0].device_kind), None)
     holder = [state]
 
     def take() -> None:
         holder[0], metrics = program(holder[0], frozen, batch, experience)
         jax.block_until_ready((holder[0], metrics))
 
-    return take, told
+    def peak() -> int:
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    return take, told, peak if on_gpu else host_peak
 
 
 def theirs(geometry: Geometry):
@@ -167,7 +197,8 @@ def theirs(geometry: Geometry):
     ]
     names = [f"expert_{i}" for i in range(EXPERTS)]
     for name in names:
-        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers), adapter_name=name)
+        config = LoraConfig(r=geometry.rank, lora_alpha=geometry.rank, target_modules=layers)
+        model.add_adapter(config, adapter_name=name)
     model.set_adapters(names, [1 / EXPERTS] * EXPERTS)
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in trained:
@@ -181,8 +212,8 @@ def theirs(geometry: Geometry):
     def normal(*shape: int) -> "torch.Tensor":
         return torch.randn(*shape, device=device)
 
-    clean, fill, context = normal(b, n, 64), normal(b, n, 320), normal(b, geometry.context, 256)
-    pooled, text_ids = normal(b, 64), torch.zeros(geometry.context, 3, device=device)
+    clean, fill, context = normal(b, n, 64), normal(b, n, 320), normal(b, geometry.context, geometry.joint_dim)
+    pooled, text_ids = normal(b, geometry.pooled_dim), torch.zeros(geometry.context, 3, device=device)
     rows, columns = geometry.grid
     image_ids = torch.zeros(n, 3, device=device)
     image_ids[:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
@@ -212,19 +243,25 @@ def theirs(geometry: Geometry):
         if on_gpu:
             torch.cuda.synchronize()
 
-    return take, {"trained": sum(parameter.numel() for parameter in trained)}
+    told = {"trained": sum(parameter.numel() for parameter in trained)}
+    return take, told, torch.cuda.max_memory_allocated if on_gpu else host_peak
+
+
+def host_peak() -> int:
+    """Most bytes of memory that this process has held since its peak was reset."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 CONTENDERS = {
-    "ra_jax": lambda geometry: ours(geometry, EXPERTS, RANK),
+    "ra_jax": lambda geometry: ours(geometry, EXPERTS, geometry.rank),
     "diffusers + PEFT": theirs,
-    "ra_jax, one LoRA": lambda geometry: ours(geometry, 1, EXPERTS * RANK),
+    "ra_jax, one LoRA": lambda geometry: ours(geometry, 1, EXPERTS * geometry.rank),
 }
 
 
 def work(contender: str, geometry: Geometry) -> None:
     """A contender's process: a step for every line on stdin, what it took to stdout."""
-    take, told = CONTENDERS[contender](geometry)
+    take, told, peak = CONTENDERS[contender](geometry)
     for _ in range(2):
         take()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -233,9 +270,7 @@ def work(contender: str, geometry: Geometry) -> None:
         since = time.perf_counter()
         take()
         seconds = time.perf_counter() - since
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": peak()}), flush=True)
 
 
 class Contender:
@@ -244,6 +279,7 @@ class Contender:
     def __init__(self, name: str, geometry: Geometry):
         command = [sys.executable, __file__, "work", name, json.dumps(asdict(geometry))]
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they may share a GPU
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -258,16 +294,19 @@ class Contender:
 
 
 def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
-    contenders = {contender: Contender(contender, geometry) for contender in CONTENDERS}
-    steps = [{who: contender.step() for who, contender in contenders.items()} for _ in range(bench.rounds)]
-    for contender in contenders.values():
-        contender.close()
+    steps, told = {}, {}
+    for together in [[who] for who in CONTENDERS] if geometry.alone else [CONTENDERS]:
+        contenders = {who: Contender(who, geometry) for who in together}
+        rounds = [{who: contender.step() for who, contender in contenders.items()} for _ in range(bench.rounds)]
+        for who, contender in contenders.items():
+            contender.close()
+            steps[who], told[who] = [step[who] for step in rounds], contender.told
     found = {}
-    for who in contenders:
-        seconds = float(np.median([step[who]["seconds"] for step in steps]))
-        found[who] = {"seconds": seconds, "peak": max(step[who]["peak"] for step in steps), **contenders[who].told}
+    for who in CONTENDERS:
+        seconds = float(np.median([step["seconds"] for step in steps[who]]))
+        found[who] = {"seconds": seconds, "peak": max(step["peak"] for step in steps[who]), **told[who]}
     base = found["ra_jax"]
-    if len({contender.told["trained"] for contender in contenders.values()}) > 1:
+    if len({told["trained"] for told in found.values()}) > 1:
         sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
     print(
         f"| {name} | "
@@ -277,6 +316,9 @@ def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
         + f" | {base['peak'] / 1e9:.2f} GB | {found['diffusers + PEFT']['peak'] / 1e9:.2f} GB |",
         flush=True,
     )
+    if base["peak_flops"] is not None:
+        for who in found:
+            print(f"{name}, {who}: MFU {base['flops'] / found[who]['seconds'] / base['peak_flops']:.1%}")
     return found
 
 
@@ -293,7 +335,7 @@ def main(bench: Bench) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs\n")
     heads = ["geometry", *CONTENDERS, "theirs / ours", "three experts / one LoRA", "our peak", "their peak"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
-    results = {name: compare(bench, name, GEOMETRIES[name]) for name in bench.geometries}
+    results = {name: compare(bench, name, (GEOMETRIES | {"flux": FLUX})[name]) for name in bench.geometries}
     ratios = [found["diffusers + PEFT"]["seconds"] / found["ra_jax"]["seconds"] for found in results.values()]
     print(f"\ngeometric mean of theirs / ours: {float(np.exp(np.log(ratios).mean())):.2f}, least {min(ratios):.2f}")
     times = {blocks: compile_seconds(blocks) for blocks in bench.compile_blocks}
