@@ -159,10 +159,30 @@ class ExpertLinear(nnx.Module):
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         # The gradient of A wants x transposed: behind the barrier that is a copy; without it XLA's CPU compiler
         # computes x anew for it, from the first block's residual stream on.
-        h = jax.lax.optimization_barrier(x) @ self.lora_a[...].astype(self.dtype)
+        h = _times(jax.lax.optimization_barrier(x), self.lora_a[...])
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
-        return h @ self.lora_b[...].astype(self.dtype)
+        return _times(h, self.lora_b[...])
+
+
+@jax.custom_vjp
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] @ weight [in, out] in x's dtype; the weight's gradient is a float32 sum over tokens and devices."""
+    return x @ weight.astype(x.dtype)
+
+
+def _times_forward(x: jax.Array, weight: jax.Array):
+    return _times(x, weight), (x, weight)
+
+
+def _times_backward(saved, gradient: jax.Array):
+    x, weight = saved
+    tokens = tuple(range(x.ndim - 1))
+    by_weight = jax.lax.dot_general(x, gradient, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
+    return gradient @ weight.astype(x.dtype).T, by_weight.astype(weight.dtype)
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
