@@ -25,7 +25,7 @@ DESCRIPTION = (
     "flags of python -m ra_jax.train may follow."
 )
 EFFORTS = {"quick": -1.0, "full": 0.0}  # XLA's exec_time_optimization_effort
-PLACES = ("--train_json_path", "--output_dir")  # that a training needs and this does not
+PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a training needs and this does not
 
 
 def main(argv: Sequence[str] | None = None) -> None:

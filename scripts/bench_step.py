@@ -11,8 +11,8 @@ one step each, so that both see the same machine; at FLUX's own sizes, where two
 A third is ours with one LoRA of the same total rank.
 
 It prints medians, ratios, peak memory of the steps (the device's on a GPU), on a GPU that it knows the share of its
-peak that model FLOPs make (MFU: forward and gradient with respect to activations; neither recomputation nor the
-experts' own products count), and how compile time grows with the number of blocks.
+peak that model FLOPs make (MFU: forward, gradient with respect to activations and to the experts, no recomputation),
+and how compile time grows with the number of blocks.
 """
 
 import json
@@ -114,9 +114,10 @@ def ours(geometry: Geometry, experts: int, rank: int):
     from ra_jax.models.lora import LoRAConfig
     from ra_jax.models.router import Router, RouterConfig
     from ra_jax.models.vae import AutoencoderKL, VAEConfig
+    from ra_jax.training.checkpoints import named_leaves
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
-    from ra_jax.training.metrics import forward_flops, step_flops
+    from ra_jax.training.metrics import expert_flops, forward_flops, step_flops
     from ra_jax.training.objective import Objective
     from ra_jax.training.state import init_state
     from ra_jax.training.step import StepSettings, learn
@@ -165,7 +166,9 @@ def ours(geometry: Geometry, experts: int, rank: int):
     told = {"compile": time.perf_counter() - since}
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
     forward = forward_flops(flux.config, n, geometry.context)
-    told["flops"] = step_flops(forward, records=b, policy_points=0, kl=False, full_fine_tuning=False)
+    shapes = {name: x.shape for name, x in named_leaves(trainable["flux"]).items()}
+    products = expert_flops(shapes, n, geometry.context)
+    told["flops"] = step_flops(forward, experts=products, records=b, policy_points=0, kl=False, full_fine_tuning=False)
     told["peak_flops"] = next((peak for kind, peak in PEAKS.items() if kind in jax.devices()[0].device_kind), None)
     holder = [state]
 

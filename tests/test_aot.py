@@ -11,8 +11,9 @@ from ra_jax.compile.topology import Chip, topology_devices
 from ra_jax.compile.traced import geometry_of, trace
 from ra_jax.config import ConfigError, parse
 from ra_jax.models.geometry import FLUX_FILL_DEV
+from ra_jax.training.checkpoints import named_leaves
 from ra_jax.training.launch import MeshLaunch
-from ra_jax.training.metrics import forward_flops
+from ra_jax.training.metrics import expert_flops, forward_flops
 
 CHIP = Chip(peak=1e9, memory=1e9, link_bandwidth=1e9)
 
@@ -58,7 +59,10 @@ def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsy
     # What a standard step does not look at, such as the VAE's decoder, takes no room.
     assert whole - size(frozen["vae"]) <= told["argument_bytes"] * 1.001 <= whole * 1.001
     forward = forward_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
-    assert told["flops"] == pytest.approx(4 * 2 * forward)  # records, forward and the gradient of activations
+    shapes = {name: x.shape for name, x in named_leaves(state.trainable["flux"]).items()}
+    experts = expert_flops(shapes, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    # 4 records; forward, the gradient of activations, the experts' own.
+    assert told["flops"] == pytest.approx(4 * (2 * forward + 3 * experts))
     assert told["compute_seconds"] == pytest.approx(told["flops"] / CHIP.peak)
     assert told["collective_bytes"] == {} and told["mfu_bound"] == 1.0 and told["fits"]
     assert told["total_bytes"] == told["argument_bytes"] + told["temporary_bytes"]

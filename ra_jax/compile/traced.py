@@ -100,7 +100,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         launch,
         make_train_step(objective, optimizer, settings),
         (placed(state), placed(frozen), {name: x.update(sharding=by_record) for name, x in batch.items()}),
-        flops=flops_of_step(config, geometry.flux, model.multiple, geometry.image_tokens, batch, step=0),
+        flops=flops_of_step(config, geometry.flux, trainable, model.multiple, geometry.image_tokens, batch, step=0),
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
     )
 

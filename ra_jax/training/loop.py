@@ -179,9 +179,8 @@ class Recorder:
         self._pending.append(metrics)
         run, loaded = self._config.run, self._setup.loaded
         self._images += run.train_batch_size * run.gradient_accumulation_steps
-        self._tflops += 1e-12 * flops_of_step(
-            self._config, loaded.flux_config, loaded.model.multiple, loaded.image_tokens, batch, done - 1
-        )
+        sizes = loaded.flux_config, loaded.trainable, loaded.model.multiple, loaded.image_tokens
+        self._tflops += 1e-12 * flops_of_step(self._config, *sizes, batch, done - 1)
 
     def due(self, done: int) -> bool:
         """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -125,9 +125,27 @@ def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) ->
     return 2.0 * (12.0 * d * d * s * blocks + embed) + 4.0 * s * s * d * blocks
 
 
+def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
+    """FLOPs of the experts' products in one forward pass of one image: 2 · tokens · in · out a matrix.
+
+    experts: shapes [L, in, out] of their parameters by name ("transformer_blocks/attn/to_q/lora_a"), or nothing.
+    """
+    total = 0.0
+    for name, shape in experts.items():
+        if "norm" in name:  # modulation: of the time's embedding
+            tokens = 1
+        elif "single" in name:
+            tokens = image_tokens + context_tokens
+        else:
+            tokens = context_tokens if "context" in name or "add_" in name else image_tokens
+        total += 2.0 * tokens * math.prod(shape)
+    return total
+
+
 def step_flops(
     forward: float,
     *,
+    experts: float = 0.0,
     records: int,
     policy_points: int,
     kl: bool,
@@ -140,12 +158,13 @@ def step_flops(
 ) -> float:
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
-    A trained pass costs its forward and the gradient with respect to activations (2×), and the weights' gradient (3×)
-    where the whole transformer is trained; experts' own products are not counted. Each update takes a trained pass a
-    record for the base loss, and for each of its `members` `policy_points` trained passes, with `kl` as many forward
-    passes by the base, and in an `old_policy_share` of the steps as many by the old policy. Rollouts take
-    `rollout_steps` forward passes a member.
+    A forward pass costs `forward` for the base and `experts` for their products. A trained pass costs that, as much
+    again for the gradient with respect to activations, and the gradient of what is trained: `experts`, or `forward`
+    where that is the whole transformer. Each update takes a trained pass a record for the base loss, and for each of
+    its `members` `policy_points` trained passes, with `kl` as many forward passes by the base, and in an
+    `old_policy_share` of the steps as many by the old policy. Rollouts take `rollout_steps` forward passes a member.
     """
-    trained = 3.0 if full_fine_tuning else 2.0
-    policy = (trained + kl + old_policy_share) * policy_points * members
-    return records * forward * (updates * (trained * base_loss + policy) + rollout_steps * members)
+    one = forward + experts
+    trained = 2.0 * one + (forward if full_fine_tuning else experts)
+    policy = (trained + kl * forward + old_policy_share * one) * policy_points * members
+    return records * (updates * (trained * base_loss + policy) + rollout_steps * members * one)

@@ -12,9 +12,10 @@ from ra_jax.models.fill_model import Weights
 from ra_jax.models.flux import FluxConfig
 from ra_jax.rl.policy import PolicySettings
 from ra_jax.rl.user_rewards import Reward
+from ra_jax.training.checkpoints import named_leaves
 from ra_jax.training.experts import expert_configs
 from ra_jax.training.generation import RolloutSettings
-from ra_jax.training.metrics import forward_flops, step_flops
+from ra_jax.training.metrics import expert_flops, forward_flops, step_flops
 from ra_jax.training.objective import ObjectiveSettings
 from ra_jax.training.state import TrainState, init_state
 from ra_jax.training.step import StepSettings
@@ -110,6 +111,7 @@ def first_state(config: TrainConfig, optimizer: optax.GradientTransformation, tr
 def flops_of_step(
     config: TrainConfig,
     flux: FluxConfig,
+    trainable: Weights,
     multiple: int,
     image_tokens: int,
     batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
@@ -117,14 +119,18 @@ def flops_of_step(
 ) -> float:
     """Model FLOPs (`metrics.step_flops`) over all devices of step number `step` (from 0) on such a batch.
 
-    multiple: pixels a side of a token; image_tokens: of the reference; batch: arrays [..., h, w] of global batches.
+    trainable: its shapes; multiple: pixels a side of a token; image_tokens: of the reference; batch: arrays [..., h, w]
+    of global batches.
     """
     height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
     learns = config.uses_policy and (not automatic or config.rollouts.due(step))
+    tokens = 2 * height * width // multiple**2, config.model.max_sequence_length + image_tokens
+    experts = {name: x.shape for name, x in named_leaves(trainable["flux"]).items() if config.experts.use_lora}
     return step_flops(
-        forward_flops(flux, 2 * height * width // multiple**2, config.model.max_sequence_length + image_tokens),
+        forward_flops(flux, *tokens),
+        experts=expert_flops(experts, *tokens),
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
         updates=config.updates,
         members=config.rollouts.num_generations if automatic else 1,

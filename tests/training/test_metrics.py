@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ra_jax.training.metrics import step_flops, summarise
+from ra_jax.training.metrics import expert_flops, step_flops, summarise
 
 
 def test_a_row_holds_means_and_the_latest_measured_values():
@@ -37,6 +37,22 @@ def test_arithmetic_of_an_automatic_step():
     assert step_flops(10.0, kl=False, full_fine_tuning=False, **count) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
     without_base = step_flops(10.0, kl=True, full_fine_tuning=False, base_loss=False, **count)
     assert without_base == 30 * (8 * 6 + 2 * 8 * 4 * 3)
+
+
+def test_arithmetic_of_experts():
+    """By hand: their products in every forward pass, twice more in a trained one; none in the base's passes for KL."""
+    human = {"records": 3, "old_policy_share": 7 / 8, "experts": 1.0}
+    found = step_flops(10.0, policy_points=4, kl=True, full_fine_tuning=False, **human)
+    assert found == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
+    shapes = {
+        "transformer_blocks/attn/to_q/lora_a": (2, 4, 3),
+        "transformer_blocks/attn/add_q_proj/lora_b": (2, 3, 4),
+        "transformer_blocks/ff_context/net/2/lora_a": (2, 16, 3),
+        "transformer_blocks/norm1_context/linear/lora_a": (2, 4, 3),
+        "single_transformer_blocks/proj_out/lora_a": (5, 20, 3),
+    }
+    by_hand = 2 * (10 * 24 + 7 * 24 + 7 * 96 + 1 * 24 + 17 * 300)
+    assert expert_flops(shapes, image_tokens=10, context_tokens=7) == by_hand
 
 
 def test_what_some_steps_measured_is_their_mean():
