@@ -139,9 +139,10 @@ def smaller(config: TrainConfig, devices: int) -> list[TrainConfig]:
     if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
         config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))
         found.append(config)
-    if config.model.gradient_checkpointing != "full":
-        config = replace(config, model=replace(config.model, gradient_checkpointing="full"))
-        found.append(config)
+    for remat in ("full", "points") if config.uses_policy else ("full",):
+        if config.model.gradient_checkpointing not in (remat, "points"):
+            config = replace(config, model=replace(config.model, gradient_checkpointing=remat))
+            found.append(config)
     shards = devices // parallel.mesh_tensor
     if run.train_batch_size > shards:
         accumulation = run.gradient_accumulation_steps * (run.train_batch_size // shards)

@@ -3,6 +3,7 @@
 total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖²
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +29,8 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What a step optimises. policy: None without a policy term (rewards and `--enable_grpo_loss`)."""
+    """What a step optimises. policy: None without a policy term (rewards and `--enable_grpo_loss`); points_apart: its
+    points in time are visited one after another, so that memory is that of one, for a forward pass more of each."""
 
     guidance_scale: float = 30.0
     loss_region: str = "balanced"
@@ -37,6 +39,7 @@ class ObjectiveSettings:
     diversity_loss_weight: float = 0.05
     kl_weight: float = 0.0
     policy: PolicySettings | None = None
+    points_apart: bool = False
     dropout: bool = False
     routing_decay: float = 0.9
     routing_specialisation: float = 0.5
@@ -114,6 +117,10 @@ class Objective:
 
         def velocity(params, x, t):
             points = len(x) // len(encoded.region)
+            if self.settings.points_apart:
+                return one_by_one(
+                    lambda x, t: self.velocity(params, frozen, x, t, encoded.condition, gates), x, t, points
+                )
             condition, point_gates = jax.tree.map(lambda leaf: repeat(leaf, points), (encoded.condition, gates))
             return self.velocity(params, frozen, x, t, condition, point_gates)
 
@@ -206,6 +213,14 @@ class Objective:
         both = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
         velocity = self.velocity(trainable, frozen, x, t, condition, both)
         return velocity[0::2], velocity[1::2]
+
+
+def one_by_one(velocity: Callable, x: jax.Array, t: jax.Array, points: int) -> jax.Array:
+    """`velocity` of x [R, N, 4C], t [R], where a record's `points` rows stand side by side, at a point of every record
+    at a time; its backward pass begins with the forward pass of that point."""
+    x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, points, *a.shape[1:]), 1, 0) for a in (x, t))
+    found = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
+    return jnp.moveaxis(found, 0, 1).reshape(x.shape)
 
 
 def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ def objective_settings(config: TrainConfig) -> ObjectiveSettings:
         diversity_loss_weight=losses.diversity_loss_weight,
         kl_weight=config.grpo.kl_weight,
         policy=policy_settings(config) if config.uses_policy else None,
+        points_apart=config.model.gradient_checkpointing == "points",
         dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
         routing_decay=config.experts.routing_mean_decay,
         routing_specialisation=config.experts.routing_specialisation,
@@ -88,7 +89,7 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
         "router": router,
         "dtype": jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
         "text_tokens": config.model.max_sequence_length,
-        "remat": config.model.gradient_checkpointing,
+        "remat": "full" if config.model.gradient_checkpointing == "points" else config.model.gradient_checkpointing,
         "train_base": not config.experts.use_lora,
         "int8": config.model.base_precision == "int8",
     }
