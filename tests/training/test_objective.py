@@ -48,7 +48,7 @@ def test_points_one_by_one_have_the_same_gradient(make_config):
         for apart in (setup.objective.settings.points_apart, False)
     )
     assert setup.objective.settings.points_apart
+    largest = max(float(jnp.abs(value).max()) for name, value in together.items() if "lora" in name)
+    assert largest > 1e-4
     for name, value in together.items():
-        scale = float(jnp.abs(value).max())
-        np.testing.assert_allclose(apart[name], value, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
-    assert max(float(jnp.abs(value).max()) for value in named_leaves(together).values()) > 1e-4
+        np.testing.assert_allclose(apart[name], value, rtol=1e-4, atol=1e-5 * largest, err_msg=name)
