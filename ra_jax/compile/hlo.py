@@ -135,9 +135,11 @@ class Program:
 
 def group_size(text: str) -> int:
     """How many chips take part in a collective, from its `replica_groups`. Raises ValueError where it does not tell."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}", text):
         sizes: Mapping[str, int] = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        return prod(sizes[axis] for axis in re.findall(r"'(\w+)'", mesh[2]))
+        # An axis, or a part of one: 'axis':(size of what comes before it)its size.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return prod(int(part) if part else sizes[axis] for axis, part in axes)
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(tiled[1])
     if listed := re.search(r"replica_groups=\{\{([^}]*)\}", text):

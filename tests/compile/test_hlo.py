@@ -84,6 +84,8 @@ def test_a_loop_that_does_not_tell_its_rounds_is_an_error():
         ("replica_groups={{0,2},{1,3}}", 2),
         ("replica_groups=[4,8]<=[8,4]T(1,0)", 8),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", 16),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0'}", 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1':(2)4}", 8),
     ],
 )
 def test_group_sizes_in_every_form(text, size):
