@@ -15,8 +15,8 @@ ROPE_THETA = 10_000
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [S, head_dim / 2]
 
 # xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
-# Pallas kernel of TPUs (head_dim a multiple of 128).
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+# Pallas kernel of TPUs (head_dim a multiple of 128); by_head: one head after another, for a CPU's cache.
+IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
 LANES = 128  # a TPU's vector: sequences are padded to a multiple of it
 LARGEST_BLOCK = 512
 
@@ -28,6 +28,8 @@ def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: 
     """
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128:
         return "cudnn"
+    if platform == "cpu":
+        return "by_head"
     return "splash" if platform == "tpu" and head_dim % LANES == 0 else "xla"
 
 
@@ -57,13 +59,69 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str =
     Raises:
         ValueError: if `implementation` is unknown.
     """
-    if check_implementation(implementation) != "splash":
+    check_implementation(implementation)
+    if implementation == "by_head":
+        # A loop over heads that several devices share would gather them all.
+        return jax.nn.dot_product_attention(q, k, v) if axis_sizes() else by_head(q, k, v)
+    if implementation != "splash":
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     if not axis_sizes():
         return splash(q, k, v)
     # The compiler cannot divide a kernel that it does not know: each device is given its records and heads.
     spec = P(batch_axes(len(q)), None, TENSOR, None)
     return jax.shard_map(splash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+@jax.custom_vjp
+def by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention` with the scores [S, T] of one head in memory at a time, and none of them kept for the gradient.
+
+    The gradient computes them again from the kept logarithm of each row's sum (FlashAttention, Dao et al. 2205.14135,
+    without its tiles). It does so transposed, since XLA's CPU products are slow where the first factor has to be.
+    """
+    return _by_head_forward(q, k, v)[0]
+
+
+def _by_head_forward(q: jax.Array, k: jax.Array, v: jax.Array):
+    def head(given):
+        q, k, v = given
+        scores = q @ k.T
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True)
+        return (weights @ v) / total, (largest + jnp.log(total))[:, 0]
+
+    heads = _heads(q) * q.shape[-1] ** -0.5, _heads(k), _heads(v)
+    out, log_total = jax.lax.map(head, heads)
+    return _records(out, len(q), q.dtype), (*heads, out, log_total)
+
+
+def _by_head_backward(saved, gradient: jax.Array):
+    *heads, out, log_total = saved
+    records, dtype, dim = len(gradient), gradient.dtype, gradient.shape[-1]
+
+    def head(given):
+        q, k, v, gradient, log_total, along = given
+        weights = jnp.exp(k @ q.T - log_total)  # [T, S]
+        by_scores = weights * (v @ gradient.T - along)
+        return (k.T @ by_scores).T, by_scores @ q, weights @ gradient
+
+    gradient = _heads(gradient)
+    by_q, by_k, by_v = jax.lax.map(head, (*heads, gradient, log_total, (gradient * out).sum(-1)))
+    return tuple(_records(x, records, dtype) for x in (by_q * dim**-0.5, by_k, by_v))
+
+
+by_head.defvjp(_by_head_forward, _by_head_backward)
+
+
+def _heads(x: jax.Array) -> jax.Array:
+    """[B, S, H, D] -> [B·H, S, D] in float32."""
+    return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _records(x: jax.Array, records: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[B·H, S, D] -> [B, S, H, D]."""
+    return x.reshape(records, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -84,12 +142,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
         interpret=interpret,
     )
 
-    def by_head(x: jax.Array) -> jax.Array:
+    def padded_heads(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     segment = (jnp.arange(padded) >= length).astype(jnp.int32)
     segments = splash_attention.SegmentIds(q=segment, kv=segment)
-    out = jax.vmap(partial(kernel, segment_ids=segments))(by_head(q * dim**-0.5), by_head(k), by_head(v))
+    out = jax.vmap(partial(kernel, segment_ids=segments))(padded_heads(q * dim**-0.5), padded_heads(k), padded_heads(v))
     return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
 
 

@@ -10,7 +10,8 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from ra_jax.models.attention import attention, implementation_for, rope_table, rotate, splash
+from ra_jax.models.attention import attention, by_head, implementation_for, rope_table, rotate, splash
+from ra_jax.training.mesh import make_mesh
 
 
 def qkv(seed, queries, keys, heads=3, dim=16):
@@ -18,20 +19,41 @@ def qkv(seed, queries, keys, heads=3, dim=16):
     return [draw(size=(2, length, heads, dim)).astype(np.float32) for length in (queries, keys, keys)]
 
 
-def test_matches_torch():
+@pytest.mark.parametrize("implementation", ["xla", "by_head"])
+def test_matches_torch(implementation):
     arrays = qkv(0, 7, 11)
     expected = torch.nn.functional.scaled_dot_product_attention(*(torch.from_numpy(x).transpose(1, 2) for x in arrays))
-    got = attention(*arrays)
+    got = attention(*arrays, implementation=implementation)
     np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_softmax_is_float32_for_bfloat16_inputs():
+def test_gradients_by_head_match_torchs():
+    arrays = [torch.from_numpy(x).requires_grad_() for x in qkv(5, 7, 11)]
+    weights = np.random.default_rng(6).normal(size=arrays[0].shape).astype(np.float32)
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in arrays)).transpose(1, 2)
+    (out * torch.from_numpy(weights)).sum().backward()
+    got = jax.grad(lambda *a: (attention(*a, implementation="by_head") * weights).sum(), argnums=(0, 1, 2))(
+        *(x.detach().numpy() for x in arrays)
+    )
+    for ours, theirs in zip(got, arrays, strict=True):
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_mesh_heads_are_not_visited_one_by_one():
+    arrays = qkv(0, 7, 11)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        program = jax.jit(partial(attention, implementation="by_head")).lower(*arrays).as_text()
+    assert "while" not in program and "while" in jax.jit(by_head).lower(*arrays).as_text()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "by_head"])
+def test_softmax_is_float32_for_bfloat16_inputs(implementation):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1, 40, 300))
     q = 8 * q  # logits of about 30, which bfloat16 rounds by 0.06
     logits = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / 4
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhqk,bkhd->bqhd", weights, np.asarray(v, np.float64))
-    got = attention(q, k, v)
+    got = attention(q, k, v, implementation=implementation)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-7, atol=2**-7)
 
@@ -50,7 +72,7 @@ def test_the_tpu_kernel_computes_the_same_with_its_gradients(length):
 
 
 def test_the_kernel_is_that_of_the_chips_compiled_for():
-    assert implementation_for("cpu", dtype=jnp.float32, head_dim=128) == "xla"
+    assert implementation_for("cpu", dtype=jnp.float32, head_dim=128) == "by_head"
     assert implementation_for("tpu", dtype=jnp.bfloat16, head_dim=128) == "splash"
     assert implementation_for("tpu", dtype=jnp.bfloat16, head_dim=32) == "xla"
     assert implementation_for("gpu", dtype=jnp.bfloat16, head_dim=128) == "cudnn"
@@ -58,7 +80,7 @@ def test_the_kernel_is_that_of_the_chips_compiled_for():
 
 
 def test_unknown_implementation_names_the_known_ones():
-    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of xla, cudnn, splash, by_head"):
         attention(*qkv(0, 2, 2), implementation="flash")
 
 
