@@ -110,7 +110,7 @@ def ours(geometry: Geometry, experts: int, rank: int):
     from ra_jax.models.attention import implementation_for
     from ra_jax.models.conditioning import Condition
     from ra_jax.models.fill_model import assemble
-    from ra_jax.models.flux import Flux, FluxConfig
+    from ra_jax.models.flux import Flux, FluxConfig, blocks_apart
     from ra_jax.models.lora import LoRAConfig
     from ra_jax.models.router import Router, RouterConfig
     from ra_jax.models.vae import AutoencoderKL, VAEConfig
@@ -138,6 +138,8 @@ def ours(geometry: Geometry, experts: int, rank: int):
     )
     router = Router(RouterConfig(num_experts=experts, fixed_weights=(1 / experts,) * experts), 64, rngs)
     model, trainable, frozen = assemble(flux, vae, None, router, text_tokens=geometry.context)
+    if not on_gpu:
+        frozen["flux"] = blocks_apart(frozen["flux"])  # as training does on a CPU
     objective = Objective(model, FlowSchedule())
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     begin = {"seed": 0, "num_experts": experts, "temperature": 0.1, "with_snapshot": False, "with_ema": False}

@@ -89,9 +89,9 @@ class Placement:
 
 
 def axis_sizes() -> Mapping[str, int]:
-    """Sizes of the axes of the mesh in force; empty where there is none with these axes."""
+    """Sizes of the axes of the mesh in force; empty where there is none with these axes, or of one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return dict(mesh.shape) if set(AXES) <= set(mesh.axis_names) else {}
+    return dict(mesh.shape) if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else {}
 
 
 def batch_shards() -> int:

@@ -19,6 +19,7 @@ from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch, make_remover
 from ra_jax.models.fill_model import Weights
+from ra_jax.models.flux import blocks_apart
 from ra_jax.models.loading import FILL_PARTS, LoadedModel, encoders_fingerprint, load_fill_model
 from ra_jax.models.weights import read_configs, resolve
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
@@ -155,7 +156,10 @@ def set_up(config: TrainConfig) -> Setup:
     if is_speaker():
         claim_output_dir(config, output, keep=resume_from is not None)
     wait_for_all("claimed")
-    frozen, shapes = launch.spread(loaded.frozen), jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
+    shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
+    frozen = launch.spread(loaded.frozen)
+    if jax.device_count() == 1 and jax.default_backend() == "cpu":
+        frozen["flux"] = blocks_apart(frozen["flux"])
     return Setup(
         output=output,
         launch=launch,

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from ra_jax.models.flux import REMAT_POLICIES, UNROLL_UP_TO, Flux, FluxConfig, RMSNorm, modulate
+from ra_jax.models.flux import REMAT_POLICIES, UNROLL_UP_TO, Flux, FluxConfig, RMSNorm, blocks_apart, modulate
 from ra_jax.models.weights import load_flux
 
 TINY = {
@@ -82,6 +82,18 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
     assert got.dtype == jnp.float32
     assert got.shape == expected.shape
     assert relative_error(got, expected) <= 1e-4
+
+
+def test_blocks_apart_compute_the_same(tmp_path):
+    reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
+    flux = load_flux(tmp_path)
+    inputs = make_inputs(flux.config, (2, 3))
+    graph, stacked = nnx.split(flux)
+    apart = blocks_apart(stacked)
+    double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # the only ones that are few enough
+    assert len(jax.tree.leaves(apart)) == len(jax.tree.leaves(stacked)) + double
+    run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs, grid=(2, 3)))
+    np.testing.assert_allclose(run(apart), run(stacked), rtol=1e-5, atol=1e-5)
 
 
 def test_flux_widths_match_diffusers(optimised):

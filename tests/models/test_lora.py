@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from ra_jax.models.flux import Flux, FluxConfig, scan_blocks
+from ra_jax.models.flux import UNROLL_UP_TO, Flux, FluxConfig, scan_blocks
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
 from ra_jax.models.weights import load_flux
 
@@ -276,7 +276,7 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
     assert len({np.asarray(row).tobytes() for row in whole}) == 4
 
 
-@pytest.mark.parametrize("count", [2, 7], ids=["unrolled", "rolled"])
+@pytest.mark.parametrize("count", [2, UNROLL_UP_TO + 1], ids=["unrolled", "rolled"])
 def test_every_block_layer_and_example_has_its_own_dropout(count):
     class Probe(nnx.Module):
         """A block of two equal layers that reports what they drop: carry [B, count, 2, 16] is a queue."""
