@@ -188,8 +188,8 @@ class RunConfig:
     overwrite_output_dir: bool = False  # delete the run that output_dir already holds
     max_drift: float | None = None  # stop when the flow loss on val_json_path, or the velocity, grew by this fraction
     drift_steps: int = 10  # with max_drift, look every so many steps
-    jax_compilation_cache_dir: str | None = "auto"
-    """Where compiled programs are kept; auto: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ra_jax/compiled (None: not)."""
+    jax_compilation_cache_dir: str = "auto"
+    """Folder of compiled programs; auto: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ra_jax/compiled; none: not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

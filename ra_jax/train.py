@@ -15,9 +15,9 @@ from ra_jax.training.checkpoints import CheckpointError
 
 REFUSALS = (ConfigError, DataError, WeightError, CheckpointError, TargetError, RewardError, FloatingPointError)
 OUT_OF_MEMORY = (
-    "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full, fewer "
-    "--num_policy_timesteps, a smaller --decode_batch_size, smaller --aspect_ratio_buckets, a lower --lora_rank; on a "
-    "GPU also XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+    "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full (with a "
+    "policy points), fewer --num_policy_timesteps, a smaller --decode_batch_size, smaller --aspect_ratio_buckets, a "
+    "lower --lora_rank; on a GPU also XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
 )
 
 

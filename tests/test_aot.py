@@ -8,7 +8,7 @@ import pytest
 from ra_jax import aot
 from ra_jax.compile import topology
 from ra_jax.compile.topology import Chip, topology_devices
-from ra_jax.compile.traced import geometry_of, trace
+from ra_jax.compile.traced import geometry_of, smaller, trace
 from ra_jax.config import ConfigError, parse
 from ra_jax.models.geometry import FLUX_FILL_DEV
 from ra_jax.training.checkpoints import named_leaves
@@ -86,6 +86,12 @@ def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, m
     assert "does not fit: the compiler found no place" in said and "trying --gradient_checkpointing full" in said
     assert "--train_batch_size 1 --gradient_accumulation_steps 4" in said
     assert "nothing that was tried fits: take more chips" in said
+
+
+def test_with_a_policy_its_points_may_be_taken_one_by_one(flags):
+    human = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
+    config = parse([*flags, *human, "--train_json_path", "none", "--output_dir", "none"])
+    assert [one.model.gradient_checkpointing for one in smaller(config, 1)[:2]] == ["full", "points"]
 
 
 def test_without_a_folder_only_flux_fills_sizes_are_known():

@@ -57,7 +57,7 @@ def pack(
 
     Args:
         file: JSON list, JSONL, mapping JSON, or a folder with input/ mask/ gt/.
-        folder: where to; its name must be letters, digits and _.
+        folder: where to; its name must be small letters, digits and _.
         latents: panels of the buckets, their VAE latents and image tokens, in place of the files: training then has
             nothing to encode. It needs the flags that follow, as training has them, and --no_mask_augmentation.
         pretrained_model_name_or_path: diffusers folder or hub id, whose VAE encodes.
@@ -65,8 +65,9 @@ def pack(
         aspect_ratio_buckets: panel sizes "height,width;..." in pixels.
         mixed_precision: compute dtype of the image tokens.
     """
-    from ra_jax.data.pack_writer import write_pack
+    from ra_jax.data.pack_writer import check_target, write_pack
 
+    check_target(folder)
     records = load_records(file, need_result=False)
     encoder = None
     if latents:

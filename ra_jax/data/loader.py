@@ -74,7 +74,7 @@ class Loader:
     Raises:
         DataError: no records, results in some records only, bucket sides that `multiple` does not divide.
         ValueError: rows that a batch does not have, extras of another length or a name in use, latents of masks that
-            are augmented or of records without.
+            are augmented or of records without, neither photos nor latents.
     """
 
     def __init__(
@@ -94,12 +94,14 @@ class Loader:
         workers: int = 2,
         cache_bytes: int = CACHE_BYTES,
     ):
-        _check_records(records)
+        check_records(records)
         check_buckets(buckets, multiple)
         _check_extras(extras, len(records))
         _check_rows(rows, batch_size)
         if latents and (augment_masks or encoding_of(records) is None):
             raise ValueError("latents: expected masks as they are, and records of a pack with latents")
+        if not (photos or latents):
+            raise ValueError("photos and latents are both off: expected one of them to load")
         self._records, self._buckets, self._seed = list(records), tuple(buckets), seed
         self._augment_masks, self._latents, self._photos = augment_masks, latents, photos
         self._preprocess = None if latents else preprocess_reference
@@ -178,7 +180,7 @@ def _packed_latents(record: Record) -> dict[str, np.ndarray]:
     return {name: example[name] for example in examples for name in LATENTS if name in example}
 
 
-def _check_records(records: Sequence[Record]) -> None:
+def check_records(records: Sequence[Record]) -> None:
     if not records:
         raise DataError("no records: expected at least one")
     without = [record.id for record in records if record.result is None]

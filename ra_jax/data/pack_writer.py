@@ -1,6 +1,7 @@
 """Writing a pack (`packs` has its form): the records' files as they are, or panels and their latents."""
 
 import io
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ra_jax.data.errors import DataError
 from ra_jax.data.images import Picture, Size
+from ra_jax.data.loader import check_records
 from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, imported_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
@@ -32,6 +34,16 @@ class Encoder(Protocol):
     def result(self, panels: Panels) -> Mapping[str, np.ndarray]: ...
 
 
+def check_target(folder: Path) -> None:
+    """Raises DataError for a name that tensorflow-datasets does not find again or where it is not installed,
+    FileExistsError where `folder` is there already."""
+    imported_tfds()
+    if not re.fullmatch("[a-z][a-z0-9_]*", folder.name):
+        raise DataError(f"{folder}: {folder.name!r} is no name for a pack; expected small letters, digits and _")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or delete it")
+
+
 def write_pack(
     records: Sequence[Record],
     folder: Path,
@@ -42,16 +54,12 @@ def write_pack(
     """Write records, their pictures and, with an encoder, its latents. One example is in memory at a time.
 
     watch: passes on what it iterates over, such as a progress bar. What is being written is called
-    FOLDER.incomplete until it is whole.
-
-    Raises:
-        DataError: a folder whose name tensorflow-datasets does not take.
-        FileExistsError: `folder` is there already.
+    FOLDER.incomplete until it is whole. Raises what `check_target` raises, and DataError for latents of results in
+    some records only.
     """
-    if not folder.name.isidentifier():
-        raise DataError(f"{folder}: tensorflow-datasets wants a name of letters, digits and _, not {folder.name!r}")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: choose another folder, or delete it")
+    check_target(folder)
+    if encoder is not None:
+        check_records(records)
     first: dict[tuple, int] = {}  # of each condition, its first record
     scenes: dict[tuple, int] = {}
     for number, record in enumerate(records):

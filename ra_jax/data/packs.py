@@ -8,8 +8,8 @@ of the files. With an encoder they are panels of the training's buckets instead,
 of them: `masked_latents` [N, 4C] and `image_tokens` [T, D] of a condition, `result_latents` [N, 4C] of a record. What
 is known of the records without their pictures stands in the metadata of FOLDER/records, which is read at once.
 
-`tfds.builder_from_directory` opens either set; FOLDER in ~/tensorflow_datasets is "tfds:FOLDER". Neither writing nor
-reading needs TensorFlow.
+`tfds.builder_from_directory` opens either set (`import ml_dtypes` first: image tokens may be bfloat16); FOLDER in
+~/tensorflow_datasets is "tfds:FOLDER". Neither writing nor reading needs TensorFlow.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import ml_dtypes  # noqa: F401 (numpy, and with it tensorflow-datasets, then knows bfloat16)
 
 from ra_jax.data.errors import DataError
 from ra_jax.data.images import Size
@@ -46,19 +48,33 @@ class Pack:
     """An opened pack. encoding: None without latents; entries: what it says of each record.
 
     `condition(i)` and `record(i)` are the examples, pictures as bytes.
+
+    Raises:
+        DataError: files of it are missing or cut short, or it is another data set of this form.
     """
 
     def __init__(self, folder: Path):
         tfds = imported_tfds()
         sets = [tfds.builder_from_directory(folder / part / VERSION) for part in PARTS]
-        conditions, records = (
-            data.as_data_source(SPLIT, decoders=_undecoded(tfds, data.info.features)) for data in sets
-        )
-        about = sets[1].info.metadata
-        self.folder = folder
+        self.folder, about = folder, sets[1].info.metadata or {}
+        if not {"encoding", *PARTS} <= set(about):
+            raise DataError(f"{folder}: two tensorflow-datasets sets, but no pack: {_MADE}")
         self.encoding = None if about["encoding"] is None else Encoding(**about["encoding"])
         self.conditions: list[dict] = about["conditions"]
         self.entries: list[dict] = about["records"]
+        try:
+            conditions, records = (
+                data.as_data_source(SPLIT, decoders=_undecoded(tfds, data.info.features)) for data in sets
+            )
+            for part, data, examples in zip(PARTS, sets, (conditions, records), strict=True):
+                if len(examples) != len(about[part]):
+                    raise RuntimeError(f"{part} has {len(examples)} examples where {len(about[part])} were written")
+                end = 0
+                for length in data.info.splits[SPLIT].shard_lengths:  # the last of each file: whether it is whole
+                    end += length
+                    examples[end - 1]
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{folder}: its files are not whole ({error}): copy it again, or make it anew") from error
         self.condition: Callable[[int], Example] = lru_cache(KEPT)(conditions.__getitem__)
         self.record: Callable[[int], Example] = lru_cache(KEPT)(records.__getitem__)
 

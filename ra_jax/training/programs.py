@@ -23,12 +23,13 @@ from ra_jax.training.step import StepSettings
 log = logging.getLogger(__name__)
 
 
-def keep_compiled(where: str | None) -> None:
+def keep_compiled(where: str) -> None:
     """Have JAX keep compiled programs in a folder between runs: see `--jax_compilation_cache_dir`."""
+    if where == "auto" and jax.config.jax_compilation_cache_dir:
+        return
     if where == "auto":
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        where = jax.config.jax_compilation_cache_dir or str(caches / "ra_jax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", where)
+        where = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ra_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", None if where == "none" else where)
 
 
 class StepPrograms:
@@ -113,7 +114,7 @@ class StepPrograms:
         cause = (
             f"a step with rollouts needs {needed / 1e9:.1f} GB with one image decoded at a time, the device has "
             f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
-            "--aspect_ratio_buckets or --gradient_checkpointing full"
+            "--aspect_ratio_buckets or --gradient_checkpointing full, then points"
         )
         if not {"result", "result_latents"} & set(arguments[2]):
             raise ConfigError(f"{cause} (without results there is no simple loss to fall back to)")

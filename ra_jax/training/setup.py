@@ -157,9 +157,10 @@ def set_up(config: TrainConfig) -> Setup:
         claim_output_dir(config, output, keep=resume_from is not None)
     wait_for_all("claimed")
     shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
-    frozen = launch.spread(loaded.frozen)
+    frozen = loaded.frozen
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
-        frozen["flux"] = blocks_apart(frozen["flux"])
+        frozen = frozen | {"flux": blocks_apart(frozen["flux"])}
+    frozen = launch.spread(frozen)
     return Setup(
         output=output,
         launch=launch,
@@ -231,11 +232,11 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
     if encoding is None:
         return False
     model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
-    for name, ours in (
-        ("aspect_ratio_buckets", config.data.aspect_ratio_buckets),
-        ("mixed_precision", model.mixed_precision),
+    for name, ours, read in (
+        ("aspect_ratio_buckets", config.data.aspect_ratio_buckets, lambda text: set(parse_buckets(text))),
+        ("mixed_precision", model.mixed_precision, str),
     ):
-        if (theirs := getattr(encoding, name)) != ours:
+        if read(theirs := getattr(encoding, name)) != read(ours):
             raise ConfigError(f'{wrong}{name} "{theirs}", got "{ours}": train with those, or pack again')
     if config.data.mask_augmentation:
         raise ConfigError(f"{wrong}the masks as they are: give --no_mask_augmentation, or pack without --latents")

@@ -1,7 +1,10 @@
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -37,7 +40,7 @@ class Doubles:
 
     def condition(self, panels):
         sums = panels.source[::8, ::8].reshape(-1, 3) + 1.0 * panels.reference[::8, ::8].reshape(-1, 3)
-        return {"masked_latents": np.float32(sums), "image_tokens": np.full((5, 2), panels.mask.sum(), np.float32)}
+        return {"masked_latents": np.float32(sums), "image_tokens": np.full((5, 2), panels.mask.sum(), jnp.bfloat16)}
 
     def result(self, panels):
         return {"result_latents": 2.0 * np.float32(panels.result[::8, ::8].reshape(-1, 3))}
@@ -118,10 +121,39 @@ def test_latents_stand_beside_panels_of_the_buckets(files, tmp_path):
             np.testing.assert_array_equal(value, whole[name], err_msg=name)
 
 
-def test_latents_want_masks_as_they_are_and_a_pack_that_has_them(files, pack):
-    for records in (load_records(files), load_records(pack)):
-        with pytest.raises(ValueError, match="records of a pack with latents"):
-            batches(records, 1, augment_masks=False, latents=True)
+def test_latents_want_masks_as_they_are_and_a_pack_that_has_them(files, pack, tmp_path):
+    write_pack(load_records(files), tmp_path / "encoded", encoder=Doubles())
+    for data, augment in ((files, False), (pack, False), (tmp_path / "encoded", True)):
+        with pytest.raises(ValueError, match="expected masks as they are, and records of a pack with latents"):
+            batches(load_records(data), 1, augment_masks=augment, latents=True)
+    with pytest.raises(ValueError, match="photos and latents are both off"):
+        batches(load_records(pack), 1, photos=False)
+
+
+@pytest.mark.parametrize("without", [0, 4])
+def test_latents_want_results_in_all_records_or_none(files, tmp_path, without):
+    records = load_records(files)
+    records[without] = replace(records[without], result=None)
+    with pytest.raises(DataError, match="1 of 15 records have no result"):
+        write_pack(records, tmp_path / "packed", encoder=Doubles())
+    assert not list(tmp_path.glob("packed*"))
+
+
+def test_another_process_reads_bfloat16(files, tmp_path):
+    write_pack(load_records(files), tmp_path / "packed", encoder=Doubles())
+    command = [sys.executable, "-m", "ra_jax.data", "validate", tmp_path / "packed"]
+    assert "no faults" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut short"])
+def test_a_pack_that_is_not_whole(pack, harm):
+    (shard,) = (pack / "records").rglob("*array_record*")
+    if harm == "deleted":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 20])
+    with pytest.raises(DataError, match=r"packed: its files are not whole .*: copy it again, or make it anew"):
+        load_records(pack)
 
 
 def test_by_name(pack):
@@ -175,7 +207,7 @@ class TestCommand:
 
     def test_refusals(self, files, tmp_path, capsys):
         assert main(["pack", str(files), str(tmp_path / "not-a-name")]) == 1
-        assert "wants a name of letters, digits and _, not 'not-a-name'" in capsys.readouterr().err
+        assert "'not-a-name' is no name for a pack; expected small letters, digits" in capsys.readouterr().err
         (tmp_path / "taken").mkdir()
         assert main(["pack", str(files), str(tmp_path / "taken")]) == 1
         assert "is there already: choose another folder, or delete it" in capsys.readouterr().err

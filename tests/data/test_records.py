@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.records import DataError, load_records, scene_ids
+from ra_jax.data.records import DataError, check_records, load_records, scene_ids
 
 
 def refusal(path, **how):
@@ -314,3 +314,34 @@ def test_bad_mapping(data_folder):
     message = refusal(data.write({"mapping": {"s0.png": "s0.png", "s1.png": ["none.png"]}}))
     assert "field 'mapping': 's0.png' maps to 's0.png': expected a list of names in input/" in message
     assert "record 0, field 'mask': no mask for input/none.png" in message
+
+
+def test_no_such_file_and_no_such_form(tmp_path):
+    assert "no such file or folder" in refusal(tmp_path / "none.json")
+    assert "a folder without input/ and mask/" in refusal(tmp_path)
+    (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "not UTF-8 text" in refusal(tmp_path / "picture.json")
+
+
+def test_all_faults_together_twenty_in_full(data_folder):
+    data = data_folder(sizes=[(24, 24)] * 12)
+    for record in data.records[:-1]:
+        record["mask"] = "mask/none.png"
+    data.records[-1] |= {"src": "none.png", "scores": [2, 3, 4], "extra": 1}
+    path = data.write()
+    message = refusal(path)
+    assert message.startswith(f"{path}: 28 faults")
+    assert sum("no such file" in line for line in message.splitlines()) == 20
+    assert "and 8 more: `python -m ra_jax.data validate" in message
+    records, faults = check_records(path)
+    assert not records and len(faults) == 28
+    fields = {fault.field for fault in faults if fault.record == 23}
+    assert fields == {"extra", "src", "scores[0]", "scores[1]", "scores[2]"}
+
+
+def test_sound_records_survive_the_check(data_folder):
+    data = data_folder(sizes=[(24, 24)] * 2)
+    data.records[2]["mask"] = "none.png"
+    records, faults = check_records(data.write())
+    assert [record.index for record in records] == [0, 1, 3]
+    assert len(faults) == 1

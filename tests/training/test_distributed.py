@@ -49,7 +49,8 @@ def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
 def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
     """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""
     previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
-    config = config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **previews)
+    standard = {"use_grpo": False, "use_human_scores": False, "enable_grpo_rewards": False, "enable_grpo_loss": False}
+    config = config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
     (tmp_path / "config.toml").write_text(to_toml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

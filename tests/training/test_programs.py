@@ -114,5 +114,5 @@ def test_compiled_programs_are_kept_by_default(cache_dir, monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     programs.keep_compiled("auto")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ra_jax/compiled")
-    programs.keep_compiled(None)
+    programs.keep_compiled("none")
     assert jax.config.jax_compilation_cache_dir is None
