@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from ra_jax.config import to_flat_dict
+from ra_jax.training.setup import set_up
 
 PROGRAM = Path(__file__).with_name("fake_devices.py")
 STEPS = 5
@@ -129,3 +131,13 @@ def test_replicas_take_the_same_steps_on_automatic_rewards(automatic, photos, tm
     launches = {name: LAUNCHES[name] for name in ("one", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     compare(tmp_path, "pmap", tmp_path / "one.npz")
+
+
+def test_replicas_on_one_device_have_the_same_base(make_config):
+    """There a mesh's base has a few blocks apart, and so have they, behind their own axis."""
+    mesh, replicas = (
+        set_up(make_config(parallelism=parallelism, overwrite_output_dir=True)) for parallelism in ("mesh", "pmap")
+    )
+    jax.tree.map(np.testing.assert_array_equal, replicas.launch.whole(replicas.frozen), mesh.frozen)
+    leaves = jax.tree.leaves(mesh.frozen["flux"], is_leaf=lambda x: isinstance(x, tuple))
+    assert any(isinstance(leaf, tuple) for leaf in leaves)
