@@ -59,9 +59,10 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no worker ends up alone with one (scripts/test.sh keeps the order)."""
+    """Files with slow tests come first, then those that compile steps, so that no worker ends up alone with one
+    (scripts/test.sh keeps the order)."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "training"))
 
 
 @pytest.fixture(scope="session", autouse=True)
