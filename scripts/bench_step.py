@@ -108,9 +108,10 @@ def ours(geometry: Geometry, experts: int, rank: int):
 
     from ra_jax.flow.schedule import FlowSchedule
     from ra_jax.models.attention import implementation_for
+    from ra_jax.models.blocks import blocks_apart
     from ra_jax.models.conditioning import Condition
     from ra_jax.models.fill_model import assemble
-    from ra_jax.models.flux import Flux, FluxConfig, blocks_apart
+    from ra_jax.models.flux import Flux, FluxConfig
     from ra_jax.models.lora import LoRAConfig
     from ra_jax.models.router import Router, RouterConfig
     from ra_jax.models.vae import AutoencoderKL, VAEConfig

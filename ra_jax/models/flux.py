@@ -7,10 +7,8 @@ are stacked on a leading axis and run by one `jax.lax.scan`, so that compile tim
 import dataclasses
 import difflib
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -20,24 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ra_jax.models.attention import Rope, attention, check_implementation, rope_table, rotate
+from ra_jax.models.blocks import REMAT_POLICIES, scan_blocks, stack_blocks
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
-from ra_jax.models.partitioning import STACKED, by_record, gathered, parameter_name
 
 TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
 SINUSOID_DIM = 256
 NORM_EPS = 1e-6
 
 Streams = tuple[jax.Array, jax.Array]  # image [B, N, D], context [B, S, D]
-
-# What the backward pass of a block finds saved, beside the block's input; None: everything.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
-    "blocks": jax.checkpoint_policies.save_only_these_names("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-# A few blocks run unrolled: CPUs run them 10-30 % faster than a loop, and compile them not much slower.
-UNROLL_UP_TO = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,67 +295,6 @@ class SingleBlock(nnx.Module):
         mlp = jax.nn.gelu(self.proj_mlp(normed, adapter))
         joined = jnp.concatenate([self.attn(normed, rope, adapter), mlp], axis=-1)
         return x + gate[:, None] * self.proj_out(joined, adapter)
-
-
-def stack_blocks(block: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """`count` blocks as one module whose parameters have a leading block axis; None for no blocks."""
-    if count == 0:
-        return None
-    return nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(count))
-
-
-def scan_blocks(
-    blocks: nnx.Module | None,
-    carry: Any,
-    *,
-    embedding: jax.Array,
-    rope: Rope,
-    adapter: Adapter | None,
-    remat: str,
-) -> Any:
-    """Run stacked blocks on `carry`, one after another; dropout keys are folded by block number.
-
-    Parameters may be `blocks_apart`'s.
-    """
-    if blocks is None:
-        return carry
-    graphdef, params = nnx.split(blocks)
-    leaves = jax.tree.leaves(params, is_leaf=_is_apart)
-    count = len(leaves[0])
-
-    def step(carry, layer):
-        index, params = layer
-        carry, params = by_record(carry), gathered(params)
-        block_adapter = adapter if adapter is None else adapter.fold_in(index)
-        return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
-
-    unroll = count <= UNROLL_UP_TO
-    if (policy := REMAT_POLICIES[remat]) is not None:
-        # A loop's body is safe from the compiler's merging the recomputation with the first computation.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=unroll)
-    if not any(map(_is_apart, leaves)):
-        return jax.lax.scan(step, carry, (jnp.arange(count), params), unroll=unroll)[0]
-    layers = [jax.tree.map(itemgetter(index), params, is_leaf=_is_apart) for index in range(count)]
-    for layer in enumerate(layers):
-        carry, _ = step(carry, layer)
-    return carry
-
-
-def blocks_apart(params: Any) -> Any:
-    """A transformer's parameters, or some of them, with a tuple of arrays for each stacked one of few blocks.
-
-    To take a block's kernel from a stack, XLA's CPU compiler copies it in every step.
-    """
-
-    def apart(path: tuple, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-        few = re.search(STACKED, "/" + parameter_name(path)) and len(x) <= UNROLL_UP_TO
-        return tuple(x) if few else x
-
-    return jax.tree_util.tree_map_with_path(apart, params)
-
-
-def _is_apart(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 class Flux(nnx.Module):

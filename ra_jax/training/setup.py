@@ -18,8 +18,8 @@ from ra_jax.data.records import DataError, Record, load_records, scene_ids
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch, make_remover
+from ra_jax.models.blocks import blocks_apart
 from ra_jax.models.fill_model import Weights
-from ra_jax.models.flux import blocks_apart
 from ra_jax.models.loading import FILL_PARTS, LoadedModel, encoders_fingerprint, load_fill_model
 from ra_jax.models.weights import read_configs, resolve
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights

@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from ra_jax.models.flux import REMAT_POLICIES, UNROLL_UP_TO, Flux, FluxConfig, RMSNorm, blocks_apart, modulate
+from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, blocks_apart
+from ra_jax.models.flux import Flux, FluxConfig, RMSNorm, modulate
 from ra_jax.models.weights import load_flux
 
 TINY = {

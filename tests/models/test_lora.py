@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from ra_jax.models.flux import UNROLL_UP_TO, Flux, FluxConfig, scan_blocks
+from ra_jax.models.blocks import UNROLL_UP_TO, scan_blocks
+from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
 from ra_jax.models.weights import load_flux
 

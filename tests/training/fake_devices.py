@@ -33,7 +33,7 @@ if job["process"]:
     jax.distributed.initialize(address, count, number)
 
 from ra_jax.config import from_flat_dict  # noqa: E402
-from ra_jax.models import flux  # noqa: E402
+from ra_jax.models import blocks as block_loop  # noqa: E402
 from ra_jax.models.partitioning import STACKED  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
@@ -41,7 +41,7 @@ from ra_jax.training.launch import MeshLaunch, fetch, scalars  # noqa: E402
 from ra_jax.training.mesh import make_mesh  # noqa: E402
 from ra_jax.training.step import make_train_step  # noqa: E402
 
-flux.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
+block_loop.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
 folder, make_launch = Path(job["folder"]), setting_up.make_launch
 
 
