@@ -9,9 +9,11 @@ from ra_jax.data.images import Size
 from ra_jax.data.loader import check_buckets, parse_buckets
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
-from ra_jax.inference.sampling import as_diptych, diptych_mask
-from ra_jax.models.fill_model import masked
+from ra_jax.inference.sampling import Batch, as_diptych, diptych_mask
+from ra_jax.models.fill_model import encode_image, masked
 from ra_jax.models.loading import load_encoders
+from ra_jax.models.siglip import Redux
+from ra_jax.models.vae import AutoencoderKL
 
 
 class PanelEncoder:
@@ -27,31 +29,31 @@ class PanelEncoder:
     def __init__(self, fill: str, redux: str, *, aspect_ratio_buckets: str, mixed_precision: str):
         self.buckets = parse_buckets(aspect_ratio_buckets)
         encoders = load_encoders(fill, redux, dtype=jnp.bfloat16 if mixed_precision == "bf16" else jnp.float32)
-        check_buckets(self.buckets, encoders.model.multiple)
+        check_buckets(self.buckets, 2 * encoders.vae.config.factor)
         self.encoding = Encoding(encoders.fingerprint, aspect_ratio_buckets, mixed_precision)
-        self._frozen, self._preprocess = encoders.frozen, encoders.preprocess
-
-        @jax.jit
-        def condition(frozen, batch):
-            seen = masked(as_diptych(batch, "source"), diptych_mask(batch))
-            return encoders.model.encode(frozen, seen)[0], encoders.model.image_tokens(frozen, batch["redux_pixels"])[0]
-
-        @jax.jit
-        def result(frozen, batch):
-            return encoders.model.encode(frozen, as_diptych(batch, "result"))[0]
-
-        self._condition, self._result = condition, result
+        self._vae, self._redux, self._preprocess = encoders.vae, encoders.redux, encoders.preprocess
 
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
         """masked_latents [N, 4C] float32 and image_tokens [T, D] of a condition."""
         pixels = np.asarray(self._preprocess(Image.fromarray(panels.reference)), np.float32)
         batch = _batch(panels, "source", "mask", "reference") | {"redux_pixels": jnp.asarray(pixels)[None]}
-        latents, tokens = self._condition(self._frozen, batch)
+        latents, tokens = _condition(self._vae, self._redux, batch)
         return {"masked_latents": np.asarray(latents), "image_tokens": np.asarray(tokens)}
 
     def result(self, panels: Panels) -> dict[str, np.ndarray]:
         """result_latents [N, 4C] float32 of a record."""
-        return {"result_latents": np.asarray(self._result(self._frozen, _batch(panels, "result", "reference")))}
+        return {"result_latents": np.asarray(_result(self._vae, _batch(panels, "result", "reference")))}
+
+
+@jax.jit
+def _condition(vae: AutoencoderKL, redux: Redux, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    seen = masked(as_diptych(batch, "source"), diptych_mask(batch))
+    return encode_image(vae, seen)[0], redux(batch["redux_pixels"])[0]
+
+
+@jax.jit
+def _result(vae: AutoencoderKL, batch: Batch) -> jax.Array:
+    return encode_image(vae, as_diptych(batch, "result"))[0]
 
 
 def _batch(panels: Panels, *names: str) -> dict[str, jax.Array]:

@@ -28,10 +28,9 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class FillModel:
-    """What to call on the weights. `redux` is None without image tokens, `router` without experts, `flux` in a model
-    that only encodes."""
+    """What to call on the weights. `redux` is None without image tokens, `router` without experts."""
 
-    flux: nnx.GraphDef | None = field(repr=False)
+    flux: nnx.GraphDef = field(repr=False)
     vae: nnx.GraphDef = field(repr=False)
     redux: nnx.GraphDef | None = field(repr=False)
     router: nnx.GraphDef | None = field(repr=False)
@@ -49,9 +48,7 @@ class FillModel:
 
     def encode(self, frozen: Weights, image: jax.Array) -> jax.Array:
         """The VAE's mean, standardised and packed, [B, N, 4C] float32, of an image [B, H, W, 3] in [0, 1]."""
-        vae = nnx.merge(self.vae, frozen["vae"])
-        mean, _ = vae.encode(2.0 * image - 1.0)
-        return pack(vae.normalise(mean).astype(jnp.float32))
+        return encode_image(nnx.merge(self.vae, frozen["vae"]), image)
 
     def decode(self, frozen: Weights, latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Image [B, H, W, 3] in [0, 1], not clipped, of packed latents [B, N, 4C]."""
@@ -145,6 +142,12 @@ class FillModel:
             grid=condition.grid,
             adapter=None if gates is None else Adapter(gates, dropout_key),
         ).astype(jnp.float32)
+
+
+def encode_image(vae: AutoencoderKL, image: jax.Array) -> jax.Array:
+    """`FillModel.encode` by a VAE alone."""
+    mean, _ = vae.encode(2.0 * image - 1.0)
+    return pack(vae.normalise(mean).astype(jnp.float32))
 
 
 def masked(image: jax.Array, mask: jax.Array) -> jax.Array:

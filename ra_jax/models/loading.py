@@ -16,7 +16,8 @@ from ra_jax.models.flux import FluxConfig
 from ra_jax.models.lora import LoRAConfig
 from ra_jax.models.partitioning import Placement
 from ra_jax.models.router import Router, RouterConfig
-from ra_jax.models.siglip import preprocess
+from ra_jax.models.siglip import Redux, preprocess
+from ra_jax.models.vae import AutoencoderKL
 from ra_jax.models.weights import fingerprint, load_flux, load_redux, load_vae, resolve
 
 FILL_PARTS = ("transformer", "vae", "scheduler")
@@ -41,34 +42,23 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class LoadedEncoders:
-    """VAE and Redux alone: a model that encodes, its weights, `preprocess` as in `LoadedModel`, their fingerprint."""
+    """VAE and Redux alone; `preprocess` as in `LoadedModel`; their fingerprint."""
 
-    model: FillModel
-    frozen: Weights
+    vae: AutoencoderKL
+    redux: Redux
     preprocess: Callable[[Image.Image], np.ndarray]
     fingerprint: str
 
 
 def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
     """The encoders of `load_fill_model`, without the transformer. Raises WeightError as it does."""
-    fill_folder, redux_folder = resolve(fill, ENCODER_PARTS), resolve(redux, REDUX_PARTS)
-    vae = load_vae(fill_folder)
-    vae_graph, vae_state = nnx.split(vae)
-    redux_graph, redux_state = nnx.split(load_redux(redux_folder, dtype=dtype, param_dtype=dtype))
-    model = FillModel(
-        flux=None,
-        vae=vae_graph,
-        redux=redux_graph,
-        router=None,
-        factor=vae.config.factor,
-        latent_features=4 * vae.config.latent_channels,
-        joint_dim=0,
-        pooled_dim=0,
-        text_tokens=0,
-        num_experts=0,
+    redux_folder = resolve(redux, REDUX_PARTS)
+    return LoadedEncoders(
+        vae=load_vae(resolve(fill, ENCODER_PARTS)),
+        redux=load_redux(redux_folder, dtype=dtype, param_dtype=dtype),
+        preprocess=preprocess(redux_folder),
+        fingerprint=encoders_fingerprint(fill, redux),
     )
-    frozen = jax.device_put({"vae": vae_state, "redux": redux_state})
-    return LoadedEncoders(model, frozen, preprocess(redux_folder), encoders_fingerprint(fill, redux))
 
 
 def encoders_fingerprint(fill: str, redux: str) -> str:

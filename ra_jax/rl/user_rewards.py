@@ -164,9 +164,9 @@ def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Except
         return reward.function(inputs)
     except passing:
         raise
-    except Exception as error:
-        # Any error: this is the border to code that is not ours. It ends the run all the same; out of a compiled step
-        # it would come as an error of XLA's, in which neither this reward nor its own words could be told.
+    except Exception as error:  # a user's function may raise anything, and it is raised on, with the reward's name
+        # Out of a compiled step it would come as an error of XLA's, in which neither this reward nor its own words
+        # could be told.
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 
