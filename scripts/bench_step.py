@@ -1,14 +1,15 @@
 """Is a training step faster than diffusers' with PEFT on the same machine?
 
     python scripts/bench_step.py [--rounds 7] [--geometries tiny small wide]
-    python scripts/bench_step.py --geometries flux --rounds 10      on a GPU: FLUX.1-Fill's own sizes, 512 x 1024
+    python scripts/bench_step.py --geometries flux                  on a GPU: FLUX.1-Fill's own sizes, 512 x 1024
 
 LoRA of three experts on the linear layers of all blocks, the standard step from latents on: interpolate, predict the
 velocity, flow-matching loss, gradient of the experts, AdamW. Ours is the step that trains, router and diversity loss
 included; theirs is FluxTransformer2DModel with three active adapters, each weighted by a third. Both compute in float32
-on a CPU, in bfloat16 on a GPU (there theirs by torch.compile). Each contender is a process of its own; they take turns,
-one step each, so that both see the same machine; at FLUX's own sizes, where two do not fit a GPU, one after the other.
-A third is ours with one LoRA of the same total rank.
+on a CPU, in bfloat16 on a GPU: there their blocks are compiled (torch.compile), and each recomputes activations only as
+far as memory demands. Each contender is a process of its own; they take turns, one step each, so that both see the same
+machine; at FLUX's own sizes, where two do not fit a GPU, one after the other. A third is ours with one LoRA of the same
+total rank.
 
 It prints medians, ratios, peak memory of the steps (the device's on a GPU), on a GPU that it knows the share of its
 peak that model FLOPs make (MFU: forward, gradient with respect to activations and to the experts, no recomputation),
@@ -21,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,30 +92,34 @@ FLUX = Geometry(
 @dataclass(frozen=True)
 class Bench:
     """rounds: timed steps of each contender, after two that are not; geometries: of `GEOMETRIES`, or flux;
-    compile_blocks: numbers of blocks whose compile times are compared; json: also write the figures there."""
+    contenders: all, or some of them, ours among them; gradient_checkpointing: ours, on a GPU; compile_blocks: numbers
+    of blocks whose compile times are compared, or none; json: also write the figures there; trace: a folder for a
+    profile of one step of ours."""
 
     rounds: int = 7
     geometries: tuple[str, ...] = tuple(GEOMETRIES)
-    compile_blocks: tuple[int, int] = (8, 57)
+    contenders: tuple[str, ...] = ("ra_jax", "diffusers + PEFT", "ra_jax, one LoRA")
+    gradient_checkpointing: str = "products"
+    compile_blocks: tuple[int, ...] = (8, 57)
     json: Path | None = None
+    trace: Path | None = None
 
 
-def ours(geometry: Geometry, experts: int, rank: int):
+def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     """A function that takes one step and waits for it."""
     import jax
     import jax.numpy as jnp
     import optax
-    from flax import nnx
 
     from ra_jax.flow.schedule import FlowSchedule
     from ra_jax.models.attention import implementation_for
     from ra_jax.models.blocks import blocks_apart
     from ra_jax.models.conditioning import Condition
-    from ra_jax.models.fill_model import assemble
-    from ra_jax.models.flux import Flux, FluxConfig
+    from ra_jax.models.flux import FluxConfig
+    from ra_jax.models.geometry import FillGeometry, abstract_fill_model, random_weights
     from ra_jax.models.lora import LoRAConfig
-    from ra_jax.models.router import Router, RouterConfig
-    from ra_jax.models.vae import AutoencoderKL, VAEConfig
+    from ra_jax.models.router import RouterConfig
+    from ra_jax.models.vae import VAEConfig
     from ra_jax.training.checkpoints import named_leaves
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
@@ -125,20 +130,19 @@ def ours(geometry: Geometry, experts: int, rank: int):
 
     on_gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    rngs = nnx.Rngs(0)
+    flux = FluxConfig.from_dict(geometry.flux())
     # The transformer's own VAE would have 84 M parameters that no step from latents on touches.
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4), rngs=rngs)
-    flux = Flux(
-        FluxConfig.from_dict(geometry.flux()),
+    vae = VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4)
+    model, *shapes = abstract_fill_model(
+        FillGeometry(flux, vae, None, None),
         lora=LoRAConfig(experts, rank, float(rank)),
+        router=RouterConfig(num_experts=experts, fixed_weights=(1 / experts,) * experts),
         dtype=dtype,
-        param_dtype=dtype,
-        remat="full" if on_gpu else "none",
         attention=implementation_for(jax.default_backend(), dtype=dtype, head_dim=geometry.head_dim),
-        rngs=rngs,
+        remat=options["gradient_checkpointing"] if on_gpu else "none",
+        text_tokens=geometry.context,
     )
-    router = Router(RouterConfig(num_experts=experts, fixed_weights=(1 / experts,) * experts), 64, rngs)
-    model, trainable, frozen = assemble(flux, vae, None, router, text_tokens=geometry.context)
+    trainable, frozen = random_weights(shapes, jax.random.key(0))
     if not on_gpu:
         frozen["flux"] = blocks_apart(frozen["flux"])  # as training does on a CPU
     objective = Objective(model, FlowSchedule())
@@ -168,7 +172,7 @@ def ours(geometry: Geometry, experts: int, rank: int):
     program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, experience).compile()
     told = {"compile": time.perf_counter() - since}
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
-    forward = forward_flops(flux.config, n, geometry.context)
+    forward = forward_flops(flux, n, geometry.context)
     shapes = {name: x.shape for name, x in named_leaves(trainable["flux"]).items()}
     products = expert_flops(shapes, n, geometry.context)
     told["flops"] = step_flops(forward, experts=products, records=b, policy_points=0, kl=False, full_fine_tuning=False)
@@ -182,10 +186,15 @@ def ours(geometry: Geometry, experts: int, rank: int):
     def peak() -> int:
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
+    if options["trace"]:
+        for _ in range(2):
+            take()
+        with jax.profiler.trace(options["trace"]):
+            take()
     return take, told, peak if on_gpu else host_peak
 
 
-def theirs(geometry: Geometry):
+def theirs(geometry: Geometry, options: dict):
     """The same by diffusers and PEFT."""
     import torch
     from diffusers import FluxTransformer2DModel
@@ -194,8 +203,10 @@ def theirs(geometry: Geometry):
     device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = FluxTransformer2DModel(**geometry.flux()).to(dtype).requires_grad_(requires_grad=False)
+        model = FluxTransformer2DModel(**geometry.flux()).requires_grad_(requires_grad=False)
+    torch.set_default_dtype(torch.float32)
     layers = [
         name
         for name, module in model.named_modules()
@@ -210,9 +221,7 @@ def theirs(geometry: Geometry):
     for parameter in trained:
         parameter.requires_grad_(requires_grad=True)
         parameter.data = parameter.data.float()
-    if on_gpu:
-        model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
     b, n = geometry.batch, geometry.grid[0] * geometry.grid[1]
 
     def normal(*shape: int) -> "torch.Tensor":
@@ -224,14 +233,15 @@ def theirs(geometry: Geometry):
     image_ids = torch.zeros(n, 3, device=device)
     image_ids[:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
     image_ids[:, 2] = torch.arange(columns, device=device).repeat(rows)
-    forward = torch.compile(model) if on_gpu else model
+    if on_gpu:
+        model.compile_repeated_blocks()  # diffusers' way to torch.compile
     model.train()
 
     def take() -> None:
         noise, t = torch.randn_like(clean), torch.rand(b, device=device)
         x = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
         with torch.autocast(device, dtype, enabled=on_gpu):
-            predicted = forward(
+            predicted = model(
                 hidden_states=torch.cat([x, fill], -1),
                 encoder_hidden_states=context,
                 pooled_projections=pooled,
@@ -250,6 +260,16 @@ def theirs(geometry: Geometry):
             torch.cuda.synchronize()
 
     told = {"trained": sum(parameter.numel() for parameter in trained)}
+    if on_gpu:
+        since = time.perf_counter()
+        try:
+            take()
+        except torch.cuda.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            model.enable_gradient_checkpointing()
+            take()
+        told |= {"compile": time.perf_counter() - since, "recomputes": model.is_gradient_checkpointing}
     return take, told, torch.cuda.max_memory_allocated if on_gpu else host_peak
 
 
@@ -259,15 +279,15 @@ def host_peak() -> int:
 
 
 CONTENDERS = {
-    "ra_jax": lambda geometry: ours(geometry, EXPERTS, geometry.rank),
+    "ra_jax": lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
     "diffusers + PEFT": theirs,
-    "ra_jax, one LoRA": lambda geometry: ours(geometry, 1, EXPERTS * geometry.rank),
+    "ra_jax, one LoRA": lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
 }
 
 
-def work(contender: str, geometry: Geometry) -> None:
+def work(contender: str, geometry: Geometry, options: dict) -> None:
     """A contender's process: a step for every line on stdin, what it took to stdout."""
-    take, told, peak = CONTENDERS[contender](geometry)
+    take, told, peak = CONTENDERS[contender](geometry, options)
     for _ in range(2):
         take()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -282,14 +302,18 @@ def work(contender: str, geometry: Geometry) -> None:
 class Contender:
     """A process that takes a step when asked to."""
 
-    def __init__(self, name: str, geometry: Geometry):
-        command = [sys.executable, __file__, "work", name, json.dumps(asdict(geometry))]
+    def __init__(self, name: str, geometry: Geometry, bench: "Bench"):
+        trace = str(bench.trace) if bench.trace and name == "ra_jax" else None
+        options = {"gradient_checkpointing": bench.gradient_checkpointing, "trace": trace}
+        command = [sys.executable, __file__, "work", name, json.dumps(asdict(geometry)), json.dumps(options)]
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they may share a GPU
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.told = json.loads(self._process.stdout.readline())
+        if not (line := self._process.stdout.readline()):
+            sys.exit(f"{name} came to an end: its error stands above")
+        self.told = json.loads(line)
 
     def step(self) -> dict[str, float]:
         print(file=self._process.stdin, flush=True)
@@ -301,53 +325,49 @@ class Contender:
 
 def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
     steps, told = {}, {}
-    for together in [[who] for who in CONTENDERS] if geometry.alone else [CONTENDERS]:
-        contenders = {who: Contender(who, geometry) for who in together}
+    for together in [[who] for who in bench.contenders] if geometry.alone else [bench.contenders]:
+        contenders = {who: Contender(who, geometry, bench) for who in together}
         rounds = [{who: contender.step() for who, contender in contenders.items()} for _ in range(bench.rounds)]
         for who, contender in contenders.items():
             contender.close()
             steps[who], told[who] = [step[who] for step in rounds], contender.told
     found = {}
-    for who in CONTENDERS:
+    for who in bench.contenders:
         seconds = float(np.median([step["seconds"] for step in steps[who]]))
         found[who] = {"seconds": seconds, "peak": max(step["peak"] for step in steps[who]), **told[who]}
-    base = found["ra_jax"]
     if len({told["trained"] for told in found.values()}) > 1:
         sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
-    print(
-        f"| {name} | "
-        + " | ".join(f"{found[who]['seconds']:.3f} s" for who in CONTENDERS)
-        + f" | {found['diffusers + PEFT']['seconds'] / base['seconds']:.2f}"
-        + f" | {base['seconds'] / found['ra_jax, one LoRA']['seconds']:.3f}"
-        + f" | {base['peak'] / 1e9:.2f} GB | {found['diffusers + PEFT']['peak'] / 1e9:.2f} GB |",
-        flush=True,
-    )
-    if base["peak_flops"] is not None:
-        for who in found:
-            print(f"{name}, {who}: MFU {base['flops'] / found[who]['seconds'] / base['peak_flops']:.1%}")
+    mine = found["ra_jax"]
+    for who, figures in found.items():
+        ratio = figures["seconds"] / mine["seconds"]
+        row = [name, who, f"{figures['seconds']:.3f} s", f"{ratio:.3f}", f"{figures['peak'] / 1e9:.2f} GB"]
+        if mine["peak_flops"]:
+            row.append(f"{mine['flops'] / figures['seconds'] / mine['peak_flops']:.1%}")
+        print("| " + " | ".join(row) + " |", flush=True)
     return found
 
 
-def compile_seconds(blocks: int) -> float:
+def compile_seconds(blocks: int, bench: Bench) -> float:
     """Seconds to compile a step of so many blocks, a third of them double."""
     double = blocks // 3
     geometry = Geometry(2, 32, double, blocks - double, (8, 8), 8, 1)
-    contender = Contender("ra_jax", geometry)
+    contender = Contender("ra_jax", geometry, replace(bench, trace=None))
     contender.close()
     return contender.told["compile"]
 
 
 def main(bench: Bench) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs\n")
-    heads = ["geometry", *CONTENDERS, "theirs / ours", "three experts / one LoRA", "our peak", "their peak"]
+    heads = ["geometry", "contender", "a step", "of ours", "peak memory", "MFU, where the peak is known"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     results = {name: compare(bench, name, (GEOMETRIES | {"flux": FLUX})[name]) for name in bench.geometries}
-    ratios = [found["diffusers + PEFT"]["seconds"] / found["ra_jax"]["seconds"] for found in results.values()]
-    print(f"\ngeometric mean of theirs / ours: {float(np.exp(np.log(ratios).mean())):.2f}, least {min(ratios):.2f}")
-    times = {blocks: compile_seconds(blocks) for blocks in bench.compile_blocks}
-    few, many = bench.compile_blocks
-    print(f"compile time: {few} blocks {times[few]:.1f} s, {many} blocks {times[many]:.1f} s, ", end="")
-    print(f"ratio {times[many] / times[few]:.2f}")
+    if "diffusers + PEFT" in bench.contenders:
+        ratios = [found["diffusers + PEFT"]["seconds"] / found["ra_jax"]["seconds"] for found in results.values()]
+        print(f"\ngeometric mean of theirs / ours: {float(np.exp(np.log(ratios).mean())):.2f}, least {min(ratios):.2f}")
+    times = {blocks: compile_seconds(blocks, bench) for blocks in bench.compile_blocks}
+    if len(times) > 1:
+        print("compile time: " + ", ".join(f"{blocks} blocks {seconds:.1f} s" for blocks, seconds in times.items()))
+        print(f"ratio {times[max(times)] / times[min(times)]:.2f}")
     if bench.json:
         bench.json.write_text(json.dumps({"results": results, "compile": times}, indent=1))
 
@@ -355,6 +375,6 @@ def main(bench: Bench) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["work"]:
         given = json.loads(sys.argv[3])
-        work(sys.argv[2], Geometry(**given | {"grid": tuple(given["grid"])}))
+        work(sys.argv[2], Geometry(**given | {"grid": tuple(given["grid"])}), json.loads(sys.argv[4]))
     else:
         main(tyro.cli(Bench, use_underscores=True))

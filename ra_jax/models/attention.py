@@ -1,10 +1,12 @@
 """Attention behind one function, by the kernel of the chips that a program is compiled for; rotary positions."""
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
@@ -12,13 +14,27 @@ from ra_jax.models.partitioning import TENSOR, axis_sizes, batch_axes
 
 ROPE_THETA = 10_000
 
-Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [S, head_dim / 2]
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a sequence: cosines and sines [S, head_dim / 2]. Its first `tokens` are tokens; the others
+    are padding, which nothing attends to."""
+
+    cos: jax.Array
+    sin: jax.Array
+    tokens: int = field(metadata={"static": True})
+
 
 # xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
 # Pallas kernel of TPUs (head_dim a multiple of 128); by_head: one head after another, for a CPU's cache.
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
 LANES = 128  # a TPU's vector: sequences are padded to a multiple of it
 LARGEST_BLOCK = 512
+# Sequences that a model pads to such a multiple, its kernel and matrix products need not pad in every layer: cuDNN's
+# gradient wants even lengths, tensor cores multiples of 8.
+MULTIPLES = {"cudnn": 8, "splash": LANES}
+SAVED = "attention"  # names what attention's gradient needs beside q, k and v, for `jax.checkpoint`
 
 
 def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: int) -> str:
@@ -44,14 +60,17 @@ def check_implementation(implementation: str) -> str:
     return implementation
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:
-    """softmax(q kᵀ / √D) v, unmasked, with the softmax in float32 whatever the inputs' type.
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla", tokens: int | None = None
+) -> jax.Array:
+    """softmax(q kᵀ / √D) v with the softmax in float32 whatever the inputs' type.
 
     Args:
         q: [B, S, H, D] queries.
         k: [B, T, H, D] keys.
         v: [B, T, H, D] values.
         implementation: one of `IMPLEMENTATIONS`; "splash" needs T = S.
+        tokens: only so many of the keys, the first, are attended to; None: all.
 
     Returns:
         [B, S, H, D] in the type of `q`.
@@ -60,16 +79,31 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str =
         ValueError: if `implementation` is unknown.
     """
     check_implementation(implementation)
-    if implementation == "by_head":
-        # A loop over heads that several devices share would gather them all.
-        return jax.nn.dot_product_attention(q, k, v) if axis_sizes() else by_head(q, k, v)
+    if implementation == "cudnn":
+        return cudnn(q, k, v, tokens=tokens)
     if implementation != "splash":
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        k, v = k[:, :tokens], v[:, :tokens]
+        # A loop over heads that several devices share would gather them all.
+        if implementation == "by_head" and not axis_sizes():
+            return by_head(q, k, v)
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), SAVED)
+    kernel = partial(splash, tokens=tokens)
     if not axis_sizes():
-        return splash(q, k, v)
+        return kernel(q, k, v)
     # The compiler cannot divide a kernel that it does not know: each device is given its records and heads.
     spec = P(batch_axes(len(q)), None, TENSOR, None)
-    return jax.shard_map(splash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int | None = None, implementation: str = "cudnn"
+) -> jax.Array:
+    """`attention` by NVIDIA's kernel: a token is added to sequences of odd length, which JAX refuses for a gradient."""
+    length, tokens = q.shape[1], tokens or k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    attended = None if tokens == k.shape[1] else jnp.full(len(k), tokens, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=attended, implementation=implementation)
+    return out[:, :length]
 
 
 @jax.custom_vjp
@@ -92,7 +126,7 @@ def _by_head_forward(q: jax.Array, k: jax.Array, v: jax.Array):
         return (weights @ v) / total, (largest + jnp.log(total))[:, 0]
 
     heads = _heads(q) * q.shape[-1] ** -0.5, _heads(k), _heads(v)
-    out, log_total = jax.lax.map(head, heads)
+    out, log_total = checkpoint_name(jax.lax.map(head, heads), SAVED)
     return _records(out, len(q), q.dtype), (*heads, out, log_total)
 
 
@@ -124,7 +158,9 @@ def _records(x: jax.Array, records: int, dtype: jax.typing.DTypeLike) -> jax.Arr
     return x.reshape(records, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int | None = None, interpret: bool = False
+) -> jax.Array:
     """`attention` by JAX's TPU kernel (FlashAttention-2, Dao 2307.08691); q, k, v [B, S, H, D] of one device.
 
     The sequence is padded to a multiple of 128; what is padded is another segment, which nothing else attends to.
@@ -137,6 +173,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
         block_sizes=splash_attention.BlockSizes(
             **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
         ),
+        residual_checkpoint_name=SAVED,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -145,31 +182,30 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     def padded_heads(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    segment = (jnp.arange(padded) >= length).astype(jnp.int32)
+    segment = (jnp.arange(padded) >= (tokens or length)).astype(jnp.int32)
     segments = splash_attention.SegmentIds(q=segment, kv=segment)
     out = jax.vmap(partial(kernel, segment_ids=segments))(padded_heads(q * dim**-0.5), padded_heads(k), padded_heads(v))
     return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
 
 
-def rope_table(context_length: int, grid: tuple[int, int], axes_dims: tuple[int, ...]) -> Rope:
-    """Cosines and sines of rotary positions, computed in float64 as diffusers' `FluxPosEmbed` does.
+def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *, multiple: int = 1) -> Rope:
+    """Rotary positions, computed in float64 as diffusers' `FluxPosEmbed` does.
 
-    Context tokens are at (0, 0, 0), the image token of row r and column c at (0, r, c).
-
-    Returns:
-        two float32 arrays [context_length + rows·cols, sum(axes_dims) / 2].
+    The image token of row r and column c is at (0, r, c); after the image come `others`, context tokens at (0, 0, 0),
+    and padding up to a `multiple`.
     """
     rows, cols = grid
-    ids = np.zeros((context_length + rows * cols, 3))
-    ids[context_length:, 1] = np.repeat(np.arange(rows), cols)
-    ids[context_length:, 2] = np.tile(np.arange(cols), rows)
+    tokens = rows * cols + others
+    ids = np.zeros((tokens + -tokens % multiple, 3))
+    ids[: rows * cols, 1] = np.repeat(np.arange(rows), cols)
+    ids[: rows * cols, 2] = np.tile(np.arange(cols), rows)
     frequencies = [ROPE_THETA ** (-np.arange(0, dim, 2) / dim) for dim in axes_dims]
     angles = np.concatenate([np.outer(ids[:, axis], f) for axis, f in enumerate(frequencies)], axis=1)
-    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    return Rope(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32), tokens)
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
-    cos, sin = (table[None, :, None, :] for table in rope)
+    cos, sin = (table[None, :, None, :] for table in (rope.cos, rope.sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

@@ -9,14 +9,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ra_jax.models.attention import Rope
-from ra_jax.models.lora import Adapter
+from ra_jax.models.attention import SAVED, Rope
+from ra_jax.models.lora import PRODUCT, Adapter
 from ra_jax.models.partitioning import STACKED, by_record, gathered, parameter_name
+
+
+def _saves(*names: str) -> Callable:
+    """A policy that saves what has one of these names, and with `SAVED` what cuDNN's attention cannot name itself."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args: Any, **parameters: Any):
+        return "dot_product_attention_fwd" in primitive.name or named(primitive, *args, **parameters)
+
+    return policy
+
 
 # What the backward pass of a block finds saved, beside the block's input; None: everything.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "blocks": jax.checkpoint_policies.save_only_these_names("attention"),
+    "products": _saves(SAVED, PRODUCT),
+    "blocks": _saves(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

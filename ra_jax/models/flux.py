@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from ra_jax.models.attention import Rope, attention, check_implementation, rope_table, rotate
+from ra_jax.models.attention import MULTIPLES, Rope, attention, check_implementation, rope_table, rotate
 from ra_jax.models.blocks import REMAT_POLICIES, scan_blocks, stack_blocks
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
 
@@ -220,8 +219,8 @@ class SelfAttention(nnx.Module):
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope) -> jax.Array:
         """Rotary positions, then attention: [B, S, D] in the type of `v`."""
         q, k = (rotate(x, rope).astype(v.dtype) for x in (q, k))
-        out = attention(q, k, v, implementation=self.implementation)
-        return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+        out = attention(q, k, v, implementation=self.implementation, tokens=rope.tokens)
+        return out.reshape(*out.shape[:2], -1)
 
 
 class JointAttention(SelfAttention):
@@ -239,10 +238,10 @@ class JointAttention(SelfAttention):
         self, x: jax.Array, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
-        joined = zip(self.added_qkv(context, adapter), self.qkv(x, adapter), strict=True)
+        joined = zip(self.qkv(x, adapter), self.added_qkv(context, adapter), strict=True)
         out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope)
-        length = context.shape[1]
-        return self.to_out["0"](out[:, length:], adapter), self.to_add_out(out[:, :length], adapter)
+        length = x.shape[1]
+        return self.to_out["0"](out[:, :length], adapter), self.to_add_out(out[:, length:], adapter)
 
     def added_qkv(self, context: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`qkv` of the context."""
@@ -279,7 +278,7 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """Parallel block: attention and MLP beside each other, over context and image in one sequence."""
+    """Parallel block: attention and MLP beside each other, over image and context in one sequence."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
@@ -289,7 +288,7 @@ class SingleBlock(nnx.Module):
         self.proj_out = layers.linear(5 * dim, dim, rngs)
 
     def __call__(self, x: jax.Array, embedding: jax.Array, rope: Rope, adapter: Adapter | None) -> jax.Array:
-        """[B, S + N, D] -> the same shape."""
+        """[B, N + S, D] -> the same shape."""
         shift, scale, gate = self.norm(embedding, adapter)
         normed = modulate(x, shift, scale)
         mlp = jax.nn.gelu(self.proj_mlp(normed, adapter))
@@ -306,8 +305,9 @@ class Flux(nnx.Module):
         dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
         param_dtype: of the stored base parameters; experts are float32.
         int8: the blocks' kernels are stored in 8 bits (`quantisation.quantise`).
-        remat: what is saved for the backward pass: "none" all, "blocks" each block's input and attention
-            output, "full" each block's input.
+        remat: what is saved for the backward pass: "none" all; "products" each block's input, its products with
+            kernels and experts, and attention's output; "blocks" each block's input and attention's output; "full"
+            each block's input.
         attention: implementation, see `ra_jax.models.attention`.
         rngs: first values; modulations and `proj_out` begin at zero, so a fresh model returns zeros.
 
@@ -330,6 +330,7 @@ class Flux(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat {remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.multiple = MULTIPLES.get(attention, 1)
         layers = Layers(dtype, param_dtype, check_implementation(attention))
         # float32: the embedding of time is small work, and everything is modulated by it.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
@@ -376,12 +377,14 @@ class Flux(nnx.Module):
         self._check(hidden, context, pooled, grid)
         adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
         embedding = self.time_text_embed(t, guidance, pooled, adapter)
-        rope = rope_table(context.shape[1], grid, self.config.axes_dims_rope)
+        rope = rope_table(grid, context.shape[1], self.config.axes_dims_rope, multiple=self.multiple)
         scan = partial(scan_blocks, embedding=embedding, rope=rope, adapter=adapter, remat=self.remat)
 
-        streams = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)
-        x, context = scan(self.transformer_blocks, streams)
-        x = scan(self.single_transformer_blocks, jnp.concatenate([context, x], axis=1))[:, context.shape[1] :]
+        x, context = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)
+        context = jnp.pad(context, ((0, 0), (0, len(rope.cos) - rope.tokens), (0, 0)))
+        x, context = scan(self.transformer_blocks, (x, context))
+        # The image comes first, unlike diffusers' order: what pads the context is then at the sequence's end.
+        x = scan(self.single_transformer_blocks, jnp.concatenate([x, context], axis=1))[:, : hidden.shape[1]]
         scale, shift = self.norm_out(embedding, adapter)
         return self.proj_out(modulate(x, shift, scale), adapter).astype(jnp.float32)
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -90,3 +92,18 @@ def abstract_fill_model(
     made = nnx.eval_shape(modules)
     parts = [made.get(name) for name in ("flux", "vae", "redux", "router")]
     return assemble(*parts, text_tokens=text_tokens, train_base=train_base)
+
+
+def random_weights(shapes: Any, key: jax.Array) -> Any:
+    """Arrays for a pytree of shapes, for measurements that no weights are needed for: what has an input side is normal
+    with a deviation of 1/√in, everything else 1; integers are 1."""
+
+    @partial(jax.jit, static_argnums=0)
+    def draw(x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.ones(x.shape, x.dtype)
+        return jax.random.normal(key, x.shape, x.dtype) * x.shape[-2] ** -0.5
+
+    leaves, treedef = jax.tree.flatten(shapes)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    return treedef.unflatten([draw(x, jax.random.fold_in(key, i)) for i, x in enumerate(shapes)])

@@ -14,12 +14,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ra_jax.models.initializers import lecun_normal
 
 # Every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
+PRODUCT = "product"  # names products with kernels and with experts, for `jax.checkpoint`
 
 
 class TargetError(ValueError):
@@ -144,8 +146,8 @@ class ExpertLinear(nnx.Module):
             y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(self.dtype)
         y = y + self.bias[...].astype(self.dtype)
         if self.lora is None or adapter is None or adapter.gates is None:
-            return y
-        return y + self._experts(x, adapter)
+            return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(y + self._experts(x, adapter), PRODUCT)
 
     def _experts(self, x: jax.Array, adapter: Adapter) -> jax.Array:
         lora, gates = self.lora, adapter.gates
@@ -159,7 +161,7 @@ class ExpertLinear(nnx.Module):
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         # The gradient of A wants x transposed: behind the barrier that is a copy; without it XLA's CPU compiler
         # computes x anew for it, from the first block's residual stream on.
-        h = _times(jax.lax.optimization_barrier(x), self.lora_a[...])
+        h = checkpoint_name(_times(jax.lax.optimization_barrier(x), self.lora_a[...]), PRODUCT)
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
         return _times(h, self.lora_b[...])
