@@ -1,54 +1,102 @@
 """What a step of automatic GRPO costs, part by part, and how its memory grows with the group.
 
-    python scripts/measure_step.py [--config configs/tiny_auto.toml] [--rounds 10] [--groups 2 4 8 16]
+    python scripts/measure_step.py [--config configs/tiny_auto.toml] [--rounds 12] [--groups 2 4 8 16]
+    python scripts/measure_step.py --config configs/flux_fill_auto.toml --random_weights --rounds 2 --groups \\
+        --gradient_accumulation_steps 1         on a GPU of 140 GB: the same of FLUX.1-Fill's own sizes
 
 Compiles encoding, rollout, decoding, rewards and update apart, runs them in turn, and prints each one's median time and
 its share; then the compiled whole step's temporary memory for several --num_generations, beside what the latents of the
-rollouts themselves take. Needs what the configuration names (`python -m ra_jax.demo` makes it for the default).
+rollouts themselves take. Needs what the configuration names (`python -m ra_jax.demo` makes it for the default); with
+--random_weights nothing but a folder for the checkpoints it does not write: weights and photos are drawn, and the whole
+step is not compiled.
 """
 
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
+from ra_jax.compile.traced import trace
 from ra_jax.config import TrainConfig, from_flat_dict, load_toml
+from ra_jax.inference.sampling import Batch
+from ra_jax.models.fill_model import Weights
+from ra_jax.models.geometry import random_weights
 from ra_jax.training.encoded import encode
 from ra_jax.training.experience import collect
 from ra_jax.training.generation import decode_panels, reward_inputs, roll_out_members, scores_of
+from ra_jax.training.objective import Objective
 from ra_jax.training.programs import memory_needed
+from ra_jax.training.settings import first_state
 from ra_jax.training.setup import Setup, set_up
-from ra_jax.training.step import learn, make_train_step
+from ra_jax.training.state import TrainState
+from ra_jax.training.step import StepSettings, learn, make_train_step
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """config: of automatic mode; rounds: runs of each part, the first two not counted; groups: --num_generations for
-    the memory table."""
+    """config: of automatic mode; rounds: runs of each part, the first not counted; groups: --num_generations for the
+    memory table; gradient_accumulation_steps: instead of the configuration's."""
 
     config: Path = Path("configs/tiny_auto.toml")
     rounds: int = 12
     groups: tuple[int, ...] = (2, 4, 8, 16)
+    random_weights: bool = False
+    gradient_accumulation_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of and reads."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    settings: StepSettings
+    state: TrainState
+    frozen: Weights
+    batch: Batch
+
+    @classmethod
+    def of(cls, setup: Setup) -> "Step":
+        batch = next(setup.batches())
+        return cls(setup.objective, setup.optimizer, setup.step_settings, setup.state, setup.frozen, batch)
+
+    @classmethod
+    def random(cls, config: TrainConfig) -> "Step":
+        traced = trace(config, jax.devices()[:1])
+        state, frozen, batch = traced.arguments
+        trainable, frozen, batch = random_weights((state.trainable, frozen, batch), jax.random.key(0))
+        state = jax.jit(partial(first_state, config, traced.optimizer))(trainable)
+        return cls(traced.objective, traced.optimizer, traced.settings, state, frozen, batch)
+
+
+def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
+    settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
+    if measurement.gradient_accumulation_steps:
+        settings["gradient_accumulation_steps"] = measurement.gradient_accumulation_steps
+    if measurement.random_weights:
+        settings["train_json_path"] = "none is read"
+    return from_flat_dict(load_toml(measurement.config) | settings | changes)
 
 
 def prepared(measurement: Measurement, folder: str, **changes) -> tuple[TrainConfig, Setup]:
-    settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
-    config = from_flat_dict(load_toml(measurement.config) | settings | changes)
+    config = configured(measurement, folder, **changes)
     return config, set_up(config)
 
 
-def parts(setup: Setup) -> dict:
-    """Compiled functions of no arguments, in the order of a step."""
-    objective, settings, state = setup.objective, setup.step_settings, setup.state
-    rollouts, frozen = settings.rollouts, setup.frozen
-    batch = next(setup.batches())
+def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
+    """Compiled functions of no arguments, in the order of a step, and the `whole` of it."""
+    objective, settings, optimizer = step.objective, step.settings, step.optimizer
+    state, frozen, batch, rollouts = step.state, step.frozen, step.batch, step.settings.rollouts
     region, fresh = objective.settings.loss_region, jnp.asarray(True)
     first = jax.tree.map(lambda x: x[0], batch)
 
@@ -71,65 +119,79 @@ def parts(setup: Setup) -> dict:
             lambda image: scores_of(rollouts.rewards, replace(inputs, image=image)), images
         )
     )
-    experience, _ = jax.jit(
-        lambda state, frozen: collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)
-    )(state, frozen)
+
+    def gather(state, frozen):
+        return collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)[0]
+
+    # An update takes as long whatever it learns from: what cannot be compiled cheaply is drawn.
+    experience = random_weights(jax.eval_shape(gather, state, frozen), jax.random.key(1))
     update = jax.jit(
         lambda state, frozen, experience: learn(
-            objective, setup.optimizer, settings, state, frozen, batch, experience, fresh=fresh
+            objective, optimizer, settings, state, frozen, batch, experience, fresh=fresh
         )
     )
-    # Not donated: every round starts from the same state.
-    whole = jax.jit(make_train_step(objective, setup.optimizer, replace(settings, drift_interval=0)))
-    return {
+    found = {
         "encode": lambda: encode_(frozen, first),
         "rollout": lambda: roll_out(state, frozen),
         "decode": lambda: decode(frozen, clean),
         "rewards": lambda: score(inputs, images),
         "update": lambda: update(state, frozen, experience),
-        "whole step": lambda: whole(state, frozen, batch),
     }
+    if whole:  # not donated: every round starts from the same state
+        all_of_it = jax.jit(make_train_step(objective, optimizer, replace(settings, drift_interval=0)))
+        found["whole step"] = lambda: all_of_it(state, frozen, batch)
+    return found
+
+
+def tell_times(measurement: Measurement, step: Step) -> None:
+    calls, seconds = parts(step, whole=not measurement.random_weights), {}
+    for _ in range(measurement.rounds):
+        for name, call in calls.items():
+            since = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds.setdefault(name, []).append(time.perf_counter() - since)
+    medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
+    whole = medians.pop("whole step", None)
+    # The others but the update work on one microbatch of the step's.
+    accumulation = len(step.batch["mask"])
+    medians = {name: value * (1 if name == "update" else accumulation) for name, value in medians.items()}
+    total = sum(medians.values())
+    print("\n| part | seconds | share |\n| --- | --- | --- |")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.4f} | {value / total:.1%} |")
+    print(f"| together | {total:.4f} | |")
+    if whole is not None:
+        print(f"| whole step, one program | {whole:.4f} | |")
+    print(f"\ndecode and rewards: {(medians['decode'] + medians['rewards']) / total:.1%} of a step")
+    if memory := jax.devices()[0].memory_stats():
+        print(f"most memory of the device in use: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
+
+
+def tell_memory(measurement: Measurement, folder: str) -> None:
+    print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
+    print("| --- " * 4 + "|")
+    for generations in measurement.groups:
+        _, setup = prepared(measurement, folder, num_generations=generations)
+        batch = next(setup.batches())
+        step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
+        program = setup.launch.compile(step, setup.state, setup.frozen, batch)
+        microbatches, rows, height, width, _ = batch["source"].shape
+        tokens = 2 * height * width // setup.loaded.model.multiple**2
+        latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
+        temporary = program.memory_analysis().temp_size_in_bytes
+        print(f"| {generations} | {temporary / 1e6:.2f} | {memory_needed(program) / 1e6:.2f} | {latents / 1e6:.3f} |")
 
 
 def main(measurement: Measurement) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")
     with tempfile.TemporaryDirectory() as folder:
-        config, setup = prepared(measurement, folder)
-        accumulation, seconds, calls = config.run.gradient_accumulation_steps, {}, parts(setup)
-        for _ in range(measurement.rounds):
-            for name, call in calls.items():
-                since = time.perf_counter()
-                jax.block_until_ready(call())
-                seconds.setdefault(name, []).append(time.perf_counter() - since)
-        medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}
-        whole = medians.pop("whole step")
-        # The others but the update work on one microbatch of the step's.
-        medians = {name: value * (1 if name == "update" else accumulation) for name, value in medians.items()}
-        total = sum(medians.values())
-        print("\n| part | seconds | share |\n| --- | --- | --- |")
-        for name, value in medians.items():
-            print(f"| {name} | {value:.4f} | {value / total:.1%} |")
-        judging = (medians["decode"] + medians["rewards"]) / total
-        print(f"| together | {total:.4f} | |\n| whole step, one program | {whole:.4f} | |")
-        print(f"\ndecode and rewards: {judging:.1%} of a step")
-
-        print(
-            "\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |\n"
-            + "| --- " * 4
-            + "|"
-        )
-        for generations in measurement.groups:
-            config, setup = prepared(measurement, folder, num_generations=generations)
-            batch = next(setup.batches())
-            step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
-            program = setup.launch.compile(step, setup.state, setup.frozen, batch)
-            microbatches, rows, height, width, _ = batch["source"].shape
-            tokens = 2 * height * width // setup.loaded.model.multiple**2
-            latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
-            temporary = program.memory_analysis().temp_size_in_bytes
-            print(
-                f"| {generations} | {temporary / 1e6:.2f} | {memory_needed(program) / 1e6:.2f} | {latents / 1e6:.3f} |"
-            )
+        if measurement.random_weights:
+            step = Step.random(configured(measurement, folder))
+        else:
+            step = Step.of(prepared(measurement, folder)[1])
+        tell_times(measurement, step)
+        if measurement.groups:
+            tell_memory(measurement, folder)
 
 
 if __name__ == "__main__":

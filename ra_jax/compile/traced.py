@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,24 +29,27 @@ from ra_jax.training.settings import (
     objective_settings,
     step_settings,
 )
-from ra_jax.training.step import make_train_step
+from ra_jax.training.step import StepSettings, make_train_step
 
 HUB = "black-forest-labs/FLUX.1-Fill-dev"
 
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step, and its arguments' shapes on a mesh. flops: that its mathematics needs, over all chips
-    (`metrics.step_flops`); weights: bytes of the base."""
+    """A step, and its arguments' shapes on a mesh: state, frozen weights, batch. flops: that its mathematics needs,
+    over all chips (`metrics.step_flops`); weights: bytes of the base."""
 
     launch: MeshLaunch
-    step: object
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    settings: StepSettings
     arguments: tuple
     flops: float
     weights: int
 
     def compile(self) -> jax.stages.Compiled:
-        return self.launch.compile(self.step, *self.arguments)
+        step = make_train_step(self.objective, self.optimizer, self.settings)
+        return self.launch.compile(step, *self.arguments)
 
 
 def geometry_of(config: TrainConfig) -> FillGeometry:
@@ -98,7 +102,9 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     by_record = NamedSharding(launch.mesh, P(None, BATCH))
     return TracedStep(
         launch,
-        make_train_step(objective, optimizer, settings),
+        objective,
+        optimizer,
+        settings,
         (placed(state), placed(frozen), {name: x.update(sharding=by_record) for name, x in batch.items()}),
         flops=flops_of_step(config, geometry.flux, trainable, model.multiple, geometry.image_tokens, batch, step=0),
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),

@@ -206,6 +206,9 @@ def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
-    cos, sin = (table[None, :, None, :] for table in (rope.cos, rope.sin))
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    # Each feature's partner is its neighbour, reversed within the pair: one pass over x, where slices of every other
+    # feature would be several.
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    cos, sin = (table[None, :, None, :, None] for table in (rope.cos, rope.sin))
+    signs = jnp.asarray([-1.0, 1.0], jnp.float32)
+    return (pairs * cos + pairs[..., ::-1] * (sin * signs)).reshape(x.shape)

@@ -104,16 +104,35 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, in float32 and returned as float32."""
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x) in its tanh form, x (1 + tanh u)/2 with u = √(2/π) (x + 0.044715 x³), in float32; returned in x's type."""
+    return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # By σ(2u) = (1 + tanh u)/2: the forward pass's tanh would be kept in memory, between two passes over x.
+    x32, c = x.astype(jnp.float32), math.sqrt(8 / math.pi)
+    sigma = jax.nn.sigmoid(c * x32 * (1 + 0.044715 * x32**2))
+    slope = sigma + x32 * sigma * (1 - sigma) * c * (1 + 3 * 0.044715 * x32**2)
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+class RotaryNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, rotated by positions; in float32, returned in the type of x."""
 
     def __init__(self, dim: int, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        norm = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return x * norm * self.scale[...].astype(jnp.float32)
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+        """[B, S, H, head_dim] -> the same shape."""
+        x32 = x.astype(jnp.float32)
+        norm = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + NORM_EPS)
+        # Rotations keep rms: with the norm applied last, all is one pass over x in its own type.
+        return (rotate(x32 * self.scale[...].astype(jnp.float32), rope) * norm).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +148,8 @@ class Layers:
         param_dtype = jnp.int8 if self.int8 else self.param_dtype
         return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
-    def norm(self, dim: int) -> RMSNorm:
-        return RMSNorm(dim, self.param_dtype)
+    def norm(self, dim: int) -> RotaryNorm:
+        return RotaryNorm(dim, self.param_dtype)
 
 
 class MLPEmbedder(nnx.Module):
@@ -182,7 +201,7 @@ class GELU(nnx.Module):
         self.proj = layers.linear(dim, hidden, rngs)
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
-        return jax.nn.gelu(self.proj(x, adapter))
+        return gelu(self.proj(x, adapter))
 
 
 class FeedForward(nnx.Module):
@@ -205,21 +224,20 @@ class SelfAttention(nnx.Module):
         self.implementation = layers.attention
 
     def __call__(self, x: jax.Array, rope: Rope, adapter: Adapter | None) -> jax.Array:
-        return self.attend(*self.qkv(x, adapter), rope)
+        return self.attend(*self.qkv(x, rope, adapter), rope.tokens)
 
-    def qkv(self, x: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys, normalised, in float32, and values: each [B, S, H, head_dim]."""
+    def qkv(self, x: jax.Array, rope: Rope, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, normalised and rotated, and values: each [B, S, H, head_dim]."""
         q, k, v = (self.heads(linear(x, adapter)) for linear in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        return self.norm_q(q, rope), self.norm_k(k, rope), v
 
     def heads(self, x: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, H, head_dim]."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope) -> jax.Array:
-        """Rotary positions, then attention: [B, S, D] in the type of `v`."""
-        q, k = (rotate(x, rope).astype(v.dtype) for x in (q, k))
-        out = attention(q, k, v, implementation=self.implementation, tokens=rope.tokens)
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
+        """Attention to the first `tokens`: [B, S, D]."""
+        out = attention(q, k, v, implementation=self.implementation, tokens=tokens)
         return out.reshape(*out.shape[:2], -1)
 
 
@@ -238,16 +256,19 @@ class JointAttention(SelfAttention):
         self, x: jax.Array, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
-        joined = zip(self.qkv(x, adapter), self.added_qkv(context, adapter), strict=True)
-        out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope)
         length = x.shape[1]
+        here, there = jax.tree.map(lambda table: table[:length], rope), jax.tree.map(lambda table: table[length:], rope)
+        joined = zip(self.qkv(x, here, adapter), self.added_qkv(context, there, adapter), strict=True)
+        out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope.tokens)
         return self.to_out["0"](out[:, :length], adapter), self.to_add_out(out[:, length:], adapter)
 
-    def added_qkv(self, context: jax.Array, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def added_qkv(
+        self, context: jax.Array, rope: Rope, adapter: Adapter | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`qkv` of the context."""
         linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         q, k, v = (self.heads(linear(context, adapter)) for linear in linears)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        return self.norm_added_q(q, rope), self.norm_added_k(k, rope), v
 
 
 class DoubleBlock(nnx.Module):
@@ -291,7 +312,7 @@ class SingleBlock(nnx.Module):
         """[B, N + S, D] -> the same shape."""
         shift, scale, gate = self.norm(embedding, adapter)
         normed = modulate(x, shift, scale)
-        mlp = jax.nn.gelu(self.proj_mlp(normed, adapter))
+        mlp = gelu(self.proj_mlp(normed, adapter))
         joined = jnp.concatenate([self.attn(normed, rope, adapter), mlp], axis=-1)
         return x + gate[:, None] * self.proj_out(joined, adapter)
 

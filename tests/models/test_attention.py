@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from jax.sharding import AbstractMesh
 
-from ra_jax.models.attention import attention, implementation_for, rope_table, rotate, splash
+from ra_jax.models.attention import attention, cudnn, implementation_for, rope_table, rotate, splash
 from ra_jax.models.partitioning import AXES
 
 
@@ -60,17 +60,39 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("length", [128, 300])
-def test_the_tpu_kernel_computes_the_same_with_its_gradients(length):
+def with_gradients(function, arrays, tokens=None):
+    """Values of the first tokens, and gradients of a weighted sum of them."""
+    weights = np.random.default_rng(3).normal(size=arrays[0].shape).astype(np.float32)[:, :tokens]
+
+    def total(*arrays):
+        return (function(*arrays)[:, :tokens] * weights).sum()
+
+    return function(*arrays)[:, :tokens], jax.grad(total, argnums=(0, 1, 2))(*arrays)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(128, None), (300, None), (256, 200)])
+def test_the_tpu_kernel_computes_the_same_with_its_gradients(length, tokens):
     """Interpreted, as there is no TPU here: values and gradients of padded and unpadded sequences."""
-    q, k, v = qkv(2, length, length, heads=2, dim=128)
-    weights = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
-
-    def both(function):
-        return jax.value_and_grad(lambda *arrays: (function(*arrays) * weights).sum(), argnums=(0, 1, 2))(q, k, v)
-
-    ours, theirs = both(partial(splash, interpret=True)), both(attention)
+    arrays = qkv(2, length, length, heads=2, dim=128)
+    ours = with_gradients(partial(splash, tokens=tokens, interpret=True), arrays, tokens)
+    theirs = with_gradients(partial(attention, tokens=tokens), arrays, tokens)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-4), ours, theirs)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(7, None), (8, None), (7, 5), (8, 5)])
+@pytest.mark.parametrize("implementation", ["by_head", "cudnn"])
+def test_only_the_first_tokens_are_attended_to(implementation, length, tokens):
+    """cuDNN's share of it runs XLA's kernel here: what is added to odd lengths, and what is masked."""
+    arrays = qkv(4, length, length)
+    function = partial(attention, implementation=implementation, tokens=tokens)
+    if implementation == "cudnn":
+        function = partial(cudnn, implementation="xla", tokens=tokens)
+    expected = with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k[:, :tokens], v[:, :tokens]), arrays)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        with_gradients(function, arrays),
+        expected,
+    )
 
 
 def test_the_kernel_is_that_of_the_chips_compiled_for():
