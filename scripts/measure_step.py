@@ -13,6 +13,7 @@ step is not compiled.
 
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import random_weights
 from ra_jax.training.encoded import encode
-from ra_jax.training.experience import collect
+from ra_jax.training.experience import Experience, collect
 from ra_jax.training.generation import decode_panels, reward_inputs, roll_out_members, scores_of
 from ra_jax.training.objective import Objective
 from ra_jax.training.programs import memory_needed
@@ -84,7 +85,7 @@ def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
     if measurement.gradient_accumulation_steps:
         settings["gradient_accumulation_steps"] = measurement.gradient_accumulation_steps
     if measurement.random_weights:
-        settings["train_json_path"] = "none is read"
+        settings |= dict.fromkeys(("train_json_path", "val_json_path"), "none is read")
     return from_flat_dict(load_toml(measurement.config) | settings | changes)
 
 
@@ -107,7 +108,8 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
             0
         ]
     )
-    clean = roll_out(state, frozen).clean
+    members = roll_out(state, frozen)
+    clean = members.clean
     grid = encoded.condition.grid
     decode = jax.jit(
         lambda frozen, clean: jax.lax.map(lambda x: decode_panels(objective, rollouts, frozen, x, grid), clean)
@@ -123,8 +125,12 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     def gather(state, frozen):
         return collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)[0]
 
-    # An update takes as long whatever it learns from: what cannot be compiled cheaply is drawn.
-    experience = random_weights(jax.eval_shape(gather, state, frozen), jax.random.key(1))
+    # What `gather` would bring, without compiling rollouts and decoding once more; advantages do not change the time.
+    old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
+    advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
+    of_first = Experience(encoded, objective.features(encoded), members, advantages, old)
+    experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), of_first)
+    experience = replace(experience, sound=jnp.asarray(True))
     update = jax.jit(
         lambda state, frozen, experience: learn(
             objective, optimizer, settings, state, frozen, batch, experience, fresh=fresh
@@ -150,6 +156,9 @@ def tell_times(measurement: Measurement, step: Step) -> None:
             since = time.perf_counter()
             jax.block_until_ready(call())
             seconds.setdefault(name, []).append(time.perf_counter() - since)
+    loss = calls["update"]()[1]["train_loss"]
+    if not np.isfinite(loss).all():  # products of what is not finite take less time
+        sys.exit(f"the losses of the updates are {loss}")
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     whole = medians.pop("whole step", None)
     # The others but the update work on one microbatch of the step's.

@@ -159,8 +159,8 @@ class ExpertLinear(nnx.Module):
             x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-        # The gradient of A wants x transposed: behind a barrier that is a copy, without which XLA's CPU compiler computes
-        # x anew for it, from the first block's residual stream on. Other compilers read x as it is.
+        # The gradient of A wants x transposed: behind a barrier that is a copy, without which XLA's CPU compiler
+        # computes x anew for it, from the first block's residual stream on. Other compilers read x as it is.
         x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
         h = checkpoint_name(_times(x, self.lora_a[...]), PRODUCT)
         # float32: the gradient of a gate is a sum over all tokens.
