@@ -48,7 +48,8 @@ class ModelConfig:
     base_precision: Literal["auto", "int8"] = "auto"  # stored frozen kernels; auto: as mixed_precision computes
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"  # compute dtype; fp16 is refused: FLUX overflows
     gradient_checkpointing: Literal["none", "products", "blocks", "full", "points"] = "blocks"
-    """What the backward pass recomputes; points: as full, and a log-probability's points in time one by one."""
+    """What the backward pass finds kept beside each block's input: none everything, products all products and
+    attention, blocks attention, full nothing; points: as full, and a log-probability's points in time one by one."""
     max_sequence_length: int = 512  # prompt tokens (zeros) before the reference image's [tokens]
     guidance_scale: float = 30.0  # embedded guidance, the same in training and in previews
 

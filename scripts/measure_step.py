@@ -7,8 +7,7 @@
 Compiles encoding, rollout, decoding, rewards and update apart, runs them in turn, and prints each one's median time and
 its share; then the compiled whole step's temporary memory for several --num_generations, beside what the latents of the
 rollouts themselves take. Needs what the configuration names (`python -m ra_jax.demo` makes it for the default); with
---random_weights nothing but a folder for the checkpoints it does not write: weights and photos are drawn, and the whole
-step is not compiled.
+--random_weights nothing: weights and photos are drawn, the whole step is not compiled, and --groups has to be empty.
 """
 
 import os
@@ -75,9 +74,22 @@ class Step:
     def random(cls, config: TrainConfig) -> "Step":
         traced = trace(config, jax.devices()[:1])
         state, frozen, batch = traced.arguments
-        trainable, frozen, batch = random_weights((state.trainable, frozen, batch), jax.random.key(0))
+        trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
+        batch = {name: drawn(name, x) for name, x in batch.items()}
         state = jax.jit(partial(first_state, config, traced.optimizer))(trainable)
         return cls(traced.objective, traced.optimizer, traced.settings, state, frozen, batch)
+
+
+def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+    """A field of a batch: photos of noise, the upper half to be removed, records that count 1 and are all different."""
+    rng = np.random.default_rng(len(name))
+    if name == "mask":
+        return jnp.zeros(x.shape, x.dtype).at[..., : x.shape[-2] // 2, :].set(1)
+    if x.dtype == np.uint8:
+        return jnp.asarray(rng.integers(256, size=x.shape), x.dtype)
+    if x.dtype == np.int32:
+        return jnp.arange(np.prod(x.shape), dtype=x.dtype).reshape(x.shape)
+    return jnp.asarray(rng.normal(size=x.shape) if len(x.shape) > 2 else np.ones(x.shape), x.dtype)
 
 
 def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
@@ -89,9 +101,8 @@ def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
     return from_flat_dict(load_toml(measurement.config) | settings | changes)
 
 
-def prepared(measurement: Measurement, folder: str, **changes) -> tuple[TrainConfig, Setup]:
-    config = configured(measurement, folder, **changes)
-    return config, set_up(config)
+def prepared(measurement: Measurement, folder: str, **changes) -> Setup:
+    return set_up(configured(measurement, folder, **changes))
 
 
 def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
@@ -154,9 +165,10 @@ def tell_times(measurement: Measurement, step: Step) -> None:
     for _ in range(measurement.rounds):
         for name, call in calls.items():
             since = time.perf_counter()
-            jax.block_until_ready(call())
+            found = jax.block_until_ready(call())
             seconds.setdefault(name, []).append(time.perf_counter() - since)
-    loss = calls["update"]()[1]["train_loss"]
+            if name == "update":
+                loss = found[1]["train_loss"]
     if not np.isfinite(loss).all():  # products of what is not finite take less time
         sys.exit(f"the losses of the updates are {loss}")
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
@@ -180,7 +192,7 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
     print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
     print("| --- " * 4 + "|")
     for generations in measurement.groups:
-        _, setup = prepared(measurement, folder, num_generations=generations)
+        setup = prepared(measurement, folder, num_generations=generations)
         batch = next(setup.batches())
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
         program = setup.launch.compile(step, setup.state, setup.frozen, batch)
@@ -192,12 +204,14 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
 
 
 def main(measurement: Measurement) -> None:
+    if measurement.rounds < 2 or (measurement.random_weights and measurement.groups):
+        sys.exit("--rounds has to be 2 or more, and --groups empty with --random_weights")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")
     with tempfile.TemporaryDirectory() as folder:
         if measurement.random_weights:
             step = Step.random(configured(measurement, folder))
         else:
-            step = Step.of(prepared(measurement, folder)[1])
+            step = Step.of(prepared(measurement, folder))
         tell_times(measurement, step)
         if measurement.groups:
             tell_memory(measurement, folder)

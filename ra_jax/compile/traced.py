@@ -140,7 +140,7 @@ def batch_shapes(config: TrainConfig, model: FillModel, geometry: FillGeometry) 
 
 
 def smaller(config: TrainConfig, devices: int) -> list[TrainConfig]:
-    """What may fit where this configuration does not, the least change first."""
+    """What may fit where this configuration does not, few tries, each with what came before."""
     parallel, run, found = config.parallel, config.run, []
     if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
         config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))

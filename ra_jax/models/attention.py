@@ -18,12 +18,13 @@ ROPE_THETA = 10_000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a sequence: cosines and sines [S, head_dim / 2]. Its first `tokens` are tokens; the others
-    are padding, which nothing attends to."""
+    """Rotary positions of a sequence or a part of it: cosines and sines [S, head_dim / 2]. The first `tokens` of the
+    whole sequence are tokens; what follows is padding, which nothing attends to. in_one_pass: how to `rotate`."""
 
     cos: jax.Array
     sin: jax.Array
     tokens: int = field(metadata={"static": True})
+    in_one_pass: bool = field(default=False, metadata={"static": True})
 
 
 # xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
@@ -79,15 +80,13 @@ def attention(
         ValueError: if `implementation` is unknown.
     """
     check_implementation(implementation)
-    if implementation == "cudnn":
-        return cudnn(q, k, v, tokens=tokens)
-    if implementation != "splash":
+    if implementation in ("xla", "by_head"):
         k, v = k[:, :tokens], v[:, :tokens]
         # A loop over heads that several devices share would gather them all.
         if implementation == "by_head" and not axis_sizes():
             return by_head(q, k, v)
         return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), SAVED)
-    kernel = partial(splash, tokens=tokens)
+    kernel = partial(splash if implementation == "splash" else cudnn, tokens=tokens)
     if not axis_sizes():
         return kernel(q, k, v)
     # The compiler cannot divide a kernel that it does not know: each device is given its records and heads.
@@ -99,7 +98,7 @@ def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int | None = None, implementation: str = "cudnn"
 ) -> jax.Array:
     """`attention` by NVIDIA's kernel: a token is added to sequences of odd length, which JAX refuses for a gradient."""
-    length, tokens = q.shape[1], tokens or k.shape[1]
+    length, tokens = q.shape[1], k.shape[1] if tokens is None else tokens
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     attended = None if tokens == k.shape[1] else jnp.full(len(k), tokens, jnp.int32)
     out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=attended, implementation=implementation)
@@ -182,7 +181,7 @@ def splash(
     def padded_heads(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    segment = (jnp.arange(padded) >= (tokens or length)).astype(jnp.int32)
+    segment = (jnp.arange(padded) >= (length if tokens is None else tokens)).astype(jnp.int32)
     segments = splash_attention.SegmentIds(q=segment, kv=segment)
     out = jax.vmap(partial(kernel, segment_ids=segments))(padded_heads(q * dim**-0.5), padded_heads(k), padded_heads(v))
     return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
@@ -206,9 +205,13 @@ def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
-    # Each feature's partner is its neighbour, reversed within the pair: one pass over x, where slices of every other
-    # feature would be several.
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    cos, sin = (table[None, :, None, :, None] for table in (rope.cos, rope.sin))
-    signs = jnp.asarray([-1.0, 1.0], jnp.float32)
-    return (pairs * cos + pairs[..., ::-1] * (sin * signs)).reshape(x.shape)
+    if rope.in_one_pass:
+        # Each feature's partner is its neighbour, reversed within the pair: what GPUs do fastest. TPUs would keep the
+        # pairs in memory, each in a vector of its own.
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        cos, sin = (table[None, :, None, :, None] for table in (rope.cos, rope.sin))
+        signs = jnp.asarray([-1.0, 1.0], jnp.float32)
+        return (pairs * cos + pairs[..., ::-1] * (sin * signs)).reshape(x.shape)
+    cos, sin = (table[None, :, None, :] for table in (rope.cos, rope.sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

@@ -15,7 +15,7 @@ from ra_jax.models.partitioning import STACKED, by_record, gathered, parameter_n
 
 
 def _saves(*names: str) -> Callable:
-    """A policy that saves what has one of these names, and with `SAVED` what cuDNN's attention cannot name itself."""
+    """A policy that saves what has one of these names, and what cuDNN's attention, which names nothing, needs."""
     named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive, *args: Any, **parameters: Any):

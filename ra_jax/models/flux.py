@@ -131,7 +131,7 @@ class RotaryNorm(nnx.Module):
         """[B, S, H, head_dim] -> the same shape."""
         x32 = x.astype(jnp.float32)
         norm = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + NORM_EPS)
-        # Rotations keep rms: with the norm applied last, all is one pass over x in its own type.
+        # A rotation is linear, and the norm one number a head: applied last, all is one pass over x in its own type.
         return (rotate(x32 * self.scale[...].astype(jnp.float32), rope) * norm).astype(x.dtype)
 
 
@@ -351,7 +351,7 @@ class Flux(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat {remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
-        self.multiple = MULTIPLES.get(attention, 1)
+        self.sequence_multiple, self.on_gpu = MULTIPLES.get(attention, 1), attention == "cudnn"
         layers = Layers(dtype, param_dtype, check_implementation(attention))
         # float32: the embedding of time is small work, and everything is modulated by it.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
@@ -398,7 +398,8 @@ class Flux(nnx.Module):
         self._check(hidden, context, pooled, grid)
         adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
         embedding = self.time_text_embed(t, guidance, pooled, adapter)
-        rope = rope_table(grid, context.shape[1], self.config.axes_dims_rope, multiple=self.multiple)
+        rope = rope_table(grid, context.shape[1], self.config.axes_dims_rope, multiple=self.sequence_multiple)
+        rope = dataclasses.replace(rope, in_one_pass=self.on_gpu)
         scan = partial(scan_blocks, embedding=embedding, rope=rope, adapter=adapter, remat=self.remat)
 
         x, context = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)

@@ -160,8 +160,8 @@ class ExpertLinear(nnx.Module):
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         # The gradient of A wants x transposed: behind a barrier that is a copy, without which XLA's CPU compiler
-        # computes x anew for it, from the first block's residual stream on. Other compilers read x as it is.
-        x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+        # computes x anew for it, from the first block's residual stream on. On a GPU x is read as it is.
+        x = jax.lax.platform_dependent(x, cuda=lambda x: x, default=jax.lax.optimization_barrier)
         h = checkpoint_name(_times(x, self.lora_a[...]), PRODUCT)
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
@@ -171,8 +171,9 @@ class ExpertLinear(nnx.Module):
 @jax.custom_vjp
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] @ weight [in, out] in x's dtype; the weight's gradient is a float32 sum over tokens and devices."""
-    # Behind a barrier, else compilers make one product of it and the base's, and lose what follows each for free.
-    return jax.lax.optimization_barrier(x) @ weight.astype(x.dtype)
+    # On a GPU one product of it and the base's would be made, and the bias and their sum be added apart.
+    x = jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+    return x @ weight.astype(x.dtype)
 
 
 def _times_forward(x: jax.Array, weight: jax.Array):

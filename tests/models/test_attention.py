@@ -1,5 +1,6 @@
 """Attention against torch and float64, rotary positions against diffusers."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -123,4 +124,6 @@ def test_rotary_positions_match_diffusers(context, grid):
 
     x = np.random.default_rng(0).normal(size=(1, len(ids), 2, 16)).astype(np.float32)
     expected = apply_rotary_emb(torch.from_numpy(x), (cos, sin), sequence_dim=1)
-    np.testing.assert_allclose(jax.jit(rotate)(x, table), expected.numpy(), atol=1e-6)
+    for in_one_pass in (False, True):
+        got = jax.jit(rotate)(x, replace(table, in_one_pass=in_one_pass))
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-6)

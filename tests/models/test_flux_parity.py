@@ -194,12 +194,13 @@ def test_gelu_and_its_gradient_match_torchs(dtype):
 
 
 def test_what_pads_a_sequence_changes_neither_output_nor_gradients():
-    inputs = make_inputs(FluxConfig(**TINY), (3, 3))
+    config = TINY | {"num_layers": 1, "num_single_layers": 1}
+    inputs = make_inputs(FluxConfig(**config), (3, 3))
     assert (inputs[0].shape[1] + inputs[1].shape[1]) % 8
 
     def both(multiple):
-        flux = random_flux(TINY)
-        flux.multiple = multiple
+        flux = random_flux(config)
+        flux.sequence_multiple = multiple
         graphdef, state = nnx.split(flux)
 
         def loss(state):
