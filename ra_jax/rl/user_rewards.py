@@ -164,9 +164,8 @@ def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Except
         return reward.function(inputs)
     except passing:
         raise
-    except Exception as error:  # a user's function may raise anything, and it is raised on, with the reward's name
-        # Out of a compiled step it would come as an error of XLA's, in which neither this reward nor its own words
-        # could be told.
+    except Exception as error:  # whatever the user's code raises ends the run as RewardError; nothing is swallowed
+        # Raised out of a compiled step as it is, XLA's error would name neither this reward nor its own words.
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """The FLUX transformer against diffusers' on random weights, read from the folder that diffusers writes."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -236,6 +237,23 @@ def test_remat_policies_give_the_same_gradients_and_save_less():
         assert jax.tree.all(close), remat
     assert memory["full"] < memory["blocks"] < memory["products"] < memory["none"]
     assert memory["blocks"] < 0.7 * memory["none"]
+
+
+@pytest.mark.parametrize(("attention", "part"), [("by_head", "exp"), ("cudnn", "dot_product_attention_fwd_wrapper")])
+def test_what_attention_keeps_for_its_gradient_is_saved_by_name(monkeypatch, attention, part):
+    """The forward pass of attention stands once in the program of `blocks` and `products`, twice in that of `full`."""
+    fused = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)
+    config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 1}
+    inputs = make_inputs(FluxConfig(**config), (3, 3))
+
+    def parts(remat):
+        graphdef, state = nnx.split(random_flux(config, remat=remat, attention=attention, dtype=jnp.bfloat16))
+        loss = jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs, grid=(3, 3))).mean())
+        return len(re.findall(rf"\b{part}\b", str(jax.make_jaxpr(loss)(state))))
+
+    assert parts("blocks") == parts("products") == parts("none") < parts("full")
 
 
 def test_program_does_not_grow_with_depth_and_compiles_once():
