@@ -127,6 +127,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     from ra_jax.training.checkpoints import named_leaves
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
+    from ra_jax.training.launch import compiled
     from ra_jax.training.metrics import expert_flops, forward_flops, step_flops
     from ra_jax.training.objective import Objective
     from ra_jax.training.state import init_state
@@ -175,7 +176,8 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
         return learn(objective, optimizer, settings, state, frozen, batch, experience, fresh=jnp.asarray(True))
 
     since = time.perf_counter()
-    program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, experience).compile()
+    arguments = (state, frozen, batch, experience)
+    program = compiled(jax.jit(step, donate_argnums=0).lower(*arguments), jax.default_backend())
     told = {"compile": time.perf_counter() - since}
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
     forward = forward_flops(flux, n, geometry.context)

@@ -1,7 +1,9 @@
 """Attention behind one function, by the kernel of the chips that a program is compiled for; rotary positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,9 @@ class Rope:
 
 
 # xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
-# Pallas kernel of TPUs (head_dim a multiple of 128); by_head: one head after another, for a CPU's cache.
+# Pallas kernel of TPUs (head_dim a multiple of 128); by_head: a few heads after one another, for a CPU's cache.
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
+HEADS_AT_ONCE = 4  # of by_head
 LANES = 128  # a TPU's vector: sequences are padded to a multiple of it
 LARGEST_BLOCK = 512
 # Sequences that a model pads to such a multiple, its kernel and matrix products need not pad in every layer: cuDNN's
@@ -107,10 +110,11 @@ def cudnn(
 
 @jax.custom_vjp
 def by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` with the scores [S, T] of one head in memory at a time, and none of them kept for the gradient.
+    """`attention` with the scores [S, T] of a few heads in memory at a time, and none of them kept for the gradient.
 
     The gradient computes them again from the kept logarithm of each row's sum (FlashAttention, Dao et al. 2205.14135,
     without its tiles). It does so transposed, since XLA's CPU products are slow where the first factor has to be.
+    Heads are taken four by four, each beside the others: small products by themselves do not keep all cores busy.
     """
     return _by_head_forward(q, k, v)[0]
 
@@ -125,7 +129,7 @@ def _by_head_forward(q: jax.Array, k: jax.Array, v: jax.Array):
         return (weights @ v) / total, (largest + jnp.log(total))[:, 0]
 
     heads = _heads(q) * q.shape[-1] ** -0.5, _heads(k), _heads(v)
-    out, log_total = checkpoint_name(jax.lax.map(head, heads), SAVED)
+    out, log_total = checkpoint_name(_map_heads(head, heads), SAVED)
     return _records(out, len(q), q.dtype), (*heads, out, log_total)
 
 
@@ -137,14 +141,21 @@ def _by_head_backward(saved, gradient: jax.Array):
         q, k, v, gradient, log_total, along = given
         weights = jnp.exp(k @ q.T - log_total)  # [T, S]
         by_scores = weights * (v @ gradient.T - along)
-        return (k.T @ by_scores).T, by_scores @ q, weights @ gradient
+        by_q = jax.lax.optimization_barrier(k.T @ by_scores).T  # without it XLA makes by_scoresᵀ k of it again
+        return by_q, by_scores @ q, weights @ gradient
 
     gradient = _heads(gradient)
-    by_q, by_k, by_v = jax.lax.map(head, (*heads, gradient, log_total, (gradient * out).sum(-1)))
+    by_q, by_k, by_v = _map_heads(head, (*heads, gradient, log_total, (gradient * out).sum(-1)))
     return tuple(_records(x, records, dtype) for x in (by_q * dim**-0.5, by_k, by_v))
 
 
 by_head.defvjp(_by_head_forward, _by_head_backward)
+
+
+def _map_heads(function: Callable[[Any], Any], heads: Any) -> Any:
+    """`jax.lax.map` of `HEADS_AT_ONCE` turns of its loop in one."""
+    count = len(heads[0])
+    return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_AT_ONCE, count))[1]
 
 
 def _heads(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -183,8 +184,18 @@ def _times_forward(x: jax.Array, weight: jax.Array):
 def _times_backward(saved, gradient: jax.Array):
     x, weight = saved
     tokens = tuple(range(x.ndim - 1))
-    by_weight = jax.lax.dot_general(x, gradient, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
-    return gradient @ weight.astype(x.dtype).T, by_weight.astype(weight.dtype)
+    summed = partial(
+        jax.lax.dot_general, dimension_numbers=((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
+    )
+
+    def narrow_first(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(summed(gradient, x)).T
+
+    by_weight = summed
+    if weight.shape[0] > weight.shape[1]:
+        # XLA's CPU compiler transposes the first factor in memory: that had better be the narrow one.
+        by_weight = partial(jax.lax.platform_dependent, cpu=narrow_first, default=summed)
+    return gradient @ weight.astype(x.dtype).T, by_weight(x, gradient).astype(weight.dtype)
 
 
 _times.defvjp(_times_forward, _times_backward)

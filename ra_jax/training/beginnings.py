@@ -24,6 +24,15 @@ RUN_FILES = (
     *(METRICS, "curves.png", "report.html", CONFIG_FILE),
 )
 
+# What a resumed run may change, and what it then does not have in common with the run that it goes on with.
+OTHER_DATA, ANOTHER_ROUNDING = "not through the data it would have seen", "its base rounds as the former one did not"
+DIFFERS_WITH = {
+    "train_batch_size": OTHER_DATA,
+    "gradient_accumulation_steps": OTHER_DATA,
+    "mixed_precision": ANOTHER_ROUNDING,
+    "base_precision": ANOTHER_ROUNDING,
+}
+
 
 def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run.
@@ -105,19 +114,17 @@ def refuse_another_base(checkpoint: Path, about: About, base: str) -> None:
 def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
     """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry.
 
-    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size the run goes on,
-    in other data than it would have.
+    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size or precision the run
+    goes on, and says that its numbers will differ.
     """
     about = read_about(checkpoint)
     refuse_another_base(checkpoint, about, base)
     given = to_flat_dict(config)
-    for name in ("train_batch_size", "gradient_accumulation_steps"):
-        if given[name] != about.config[name]:
+    for name, differs in DIFFERS_WITH.items():
+        before = about.config.get(name, given[name])  # older checkpoints do not know every flag
+        if given[name] != before:
             log.warning(
-                "%s is %s, the checkpoint's was %s: the run goes on, but not through the data it would have seen",
-                name,
-                given[name],
-                about.config[name],
+                "%s is %s, the checkpoint's was %s: the run goes on, but %s", name, given[name], before, differs
             )
     log.info("resuming from %s", checkpoint)
     state = restore(checkpoint, state)

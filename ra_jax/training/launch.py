@@ -4,6 +4,8 @@ A launch says where state, weights and batches live, and compiles a step for the
 (checkpoints, previews) sees one copy of the state, `whole`.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -103,7 +105,8 @@ class MeshLaunch:
         arguments = abstract((state, frozen, batch))
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
-            return jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments).compile()
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
+        return compiled(lowered, self.mesh.devices.flat[0].platform)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class PmapLaunch:
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
-        return mapped.lower(*abstract((state, frozen, batch))).compile()
+        return compiled(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
 
 
 def make_launch(config: ParallelConfig) -> Launch:
@@ -179,6 +182,18 @@ def make_launch(config: ParallelConfig) -> Launch:
             "mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out, or give --parallelism mesh"
         )
     return PmapLaunch(Mesh(np.asarray(jax.devices()), (REPLICA,)))
+
+
+def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """The program for such devices; memory of the host that its compiler needed goes back to the system."""
+    options = {}
+    if platform == "cpu" and jax.__version_info__ < (0, 11):
+        # JAX 0.10's YNNPACK is fast at products alone: its sums over one axis of three take ten times as long as XLA's.
+        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    program = lowered.compile(compiler_options=options)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
+    return program
 
 
 def abstract(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -221,11 +222,12 @@ def test_resuming_with_another_seed_is_refused_before_the_model_is_loaded(straig
         train(config)
 
 
-def test_resuming_takes_another_temperature_and_tells_of_another_batch_size(straight, make_config, caplog):
-    settings = RUN | {"policy_temperature": 0.3, "train_batch_size": 2}
+def test_resuming_takes_another_temperature_and_tells_of_another_batch_and_base(straight, make_config, caplog):
+    settings = RUN | {"policy_temperature": 0.3, "train_batch_size": 2, "base_precision": "int8"}
     setup = set_up(make_config(resume_from_checkpoint=str(straight), **settings))
     np.testing.assert_allclose(setup.state.temperature, 0.3, rtol=1e-6)
     assert "train_batch_size is 2, the checkpoint's was" in caplog.text
+    assert re.search(r"base_precision is int8, the checkpoint's was \w+: the run goes on, but its base", caplog.text)
 
 
 def test_missing_checkpoint_is_named(make_config, tmp_path):
