@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 
 from ra_jax.config import ConfigError, TrainConfig, parse, to_flat_dict
+from ra_jax.data.errors import DataError
+from ra_jax.models.lora import TargetError
 from ra_jax.models.weight_files import WeightError
 from ra_jax.rl.user_rewards import RewardError
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = parse([*(token for place in unset for token in (place, "unused")), *rest])
         report = tell(own.topology, config, own.effort)
-    except (ConfigError, WeightError, RewardError) as error:
+    except (ConfigError, DataError, TargetError, WeightError, RewardError) as error:
         sys.exit(f"error: {error}")
     if own.json:
         own.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -88,6 +90,7 @@ def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:
         "chips": len(devices),
         "mode": config.mode,
         "mesh": dict(step.launch.mesh.shape),
+        "bucket": step.arguments[2]["mask"].shape[-2:],
         "train_batch_size": config.run.train_batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -117,6 +120,7 @@ def show(report: dict) -> None:
     """The table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     print(f"{report['mode']} step on {report['topology']}, {report['chips']} chips, mesh {mesh}")
+    print("panels of {} x {}, ".format(*report["bucket"]), end="")
     print(f"batch {report['train_batch_size']} x {report['gradient_accumulation_steps']}, ", end="")
     print(f"gradient_checkpointing {report['gradient_checkpointing']}\n")
     if "refusal" in report:

@@ -65,6 +65,7 @@ def problems(config: "TrainConfig") -> Iterator[str]:
     if config.grpo.kl_weight and not config.experts.use_lora:
         yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
     yield from _schedule(config)
+    yield from _places(config)
     yield from _run(config.run)
     yield from _parallel(config.parallel)
     if config.run.init_experts_from and not config.experts.use_lora:
@@ -229,6 +230,21 @@ def _parallel(parallel: "ParallelConfig") -> Iterator[str]:
     elif given and not 0 <= parallel.process_id < parallel.num_processes:
         last = parallel.num_processes - 1
         yield f"process_id = {parallel.process_id}: expected 0 to {last} with num_processes = {parallel.num_processes}"
+    elif given and not re.fullmatch(r".+:\d+", parallel.coordinator_address):
+        yield f"coordinator_address = {parallel.coordinator_address}: expected HOST:PORT, such as 10.0.0.2:12345"
+
+
+def _places(config: "TrainConfig") -> Iterator[str]:
+    places = {name: getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
+    places |= {
+        name: getattr(config.run, name) for name in ("output_dir", "resume_from_checkpoint", "init_experts_from")
+    }
+    for name, place in places.items():
+        if "://" in (place or ""):
+            yield (
+                f"{name} = {place}: only folders and files are read and written; mount the bucket (Cloud Storage FUSE, "
+                "Filestore, NFS) and give its path"
+            )
 
 
 def _run(run: "RunConfig") -> Iterator[str]:

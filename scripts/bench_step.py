@@ -128,7 +128,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
     from ra_jax.training.launch import compiled
-    from ra_jax.training.metrics import expert_flops, forward_flops, step_flops
+    from ra_jax.training.metrics import attention_flops, expert_flops, forward_flops, step_flops
     from ra_jax.training.objective import Objective
     from ra_jax.training.state import init_state
     from ra_jax.training.step import StepSettings, learn
@@ -180,10 +180,17 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     program = compiled(jax.jit(step, donate_argnums=0).lower(*arguments), jax.default_backend())
     told = {"compile": time.perf_counter() - since}
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
-    forward = forward_flops(flux, n, geometry.context)
+    tokens = n, geometry.context
     shapes = {name: x.shape for name, x in named_leaves(trainable["flux"]).items()}
-    products = expert_flops(shapes, n, geometry.context)
-    told["flops"] = step_flops(forward, experts=products, records=b, policy_points=0, kl=False, full_fine_tuning=False)
+    told["flops"] = step_flops(
+        forward_flops(flux, *tokens),
+        attention=attention_flops(flux, *tokens),
+        experts=expert_flops(shapes, *tokens),
+        records=b,
+        policy_points=0,
+        kl=False,
+        full_fine_tuning=False,
+    )
     told["peak_flops"] = next((peak for kind, peak in PEAKS.items() if kind in jax.devices()[0].device_kind), None)
     holder = [state]
 

@@ -7,7 +7,7 @@ Blocks are recomputed (--gradient_checkpointing full), and of automatic GRPO on 
 log-probability one by one (points): else it takes 16.3 of 16 GB there.
 
 Every cell is a `python -m ra_jax.aot` of its own, so that its peak of host memory is its own. One that is there is not
-compiled again.
+compiled again: after a change of the program give another root.
 """
 
 import json
@@ -73,7 +73,9 @@ def modes(tables: Tables) -> None:
     for mode in CONFIGS:
         for topology, chips in TOPOLOGIES.items():
             found = cell(tables, mode, topology, chips, fsdp=chips)
-            took = f"{found['compile_seconds']:.0f} | {found['host_peak_bytes'] / 1e9:.1f}"
+            took = " | "
+            if "refusal" not in found:
+                took = f"{found['compile_seconds']:.0f} | {found['host_peak_bytes'] / 1e9:.1f}"
             print(f"| {mode} | {topology} | {found['train_batch_size']} | {row(found)} | {took} |", flush=True)
 
 

@@ -13,7 +13,7 @@ from ra_jax.config import ConfigError, parse
 from ra_jax.models.geometry import FLUX_FILL_DEV
 from ra_jax.training.checkpoints import named_leaves
 from ra_jax.training.launch import MeshLaunch
-from ra_jax.training.metrics import expert_flops, forward_flops
+from ra_jax.training.metrics import attention_flops, expert_flops, forward_flops
 
 CHIP = Chip(peak=1e9, memory=1e9, link_bandwidth=1e9)
 
@@ -61,8 +61,9 @@ def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsy
     forward = forward_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
     shapes = {name: x.shape for name, x in named_leaves(state.trainable["flux"]).items()}
     experts = expert_flops(shapes, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
-    # 4 records; forward, the gradient of activations, the experts' own.
-    assert told["flops"] == pytest.approx(4 * (2 * forward + 3 * experts))
+    attention = attention_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    # 4 records; forward, the gradient of activations, of which attention's products have two, the experts' own.
+    assert told["flops"] == pytest.approx(4 * (2 * forward + attention + 3 * experts))
     assert told["compute_seconds"] == pytest.approx(told["flops"] / CHIP.peak)
     assert told["collective_bytes"] == {} and told["mfu_bound"] == 1.0 and told["fits"]
     assert told["total_bytes"] == told["argument_bytes"] + told["temporary_bytes"]
@@ -101,9 +102,40 @@ def test_without_a_folder_only_flux_fills_sizes_are_known():
         geometry_of(parse([*places, "--pretrained_model_name_or_path", "someone/other"]))
 
 
+def test_each_model_is_read_from_its_folder_or_known(flags, tiny_fill, tiny_redux):
+    places = ["--train_json_path", "none", "--output_dir", "none"]
+    fill = geometry_of(parse([*places, "--pretrained_model_name_or_path", str(tiny_fill)]))
+    redux = geometry_of(parse([*places, "--pretrained_redux_model_name_or_path", str(tiny_redux)]))
+    both = geometry_of(parse([*places, *flags]))
+    assert (fill.flux, fill.vae, fill.vision) == (both.flux, both.vae, FLUX_FILL_DEV.vision)
+    assert (redux.flux, redux.vision, redux.embedder) == (FLUX_FILL_DEV.flux, both.vision, both.embedder)
+
+
+def test_the_largest_bucket_is_compiled(flags):
+    buckets = ["--aspect_ratio_buckets", "32,32;32,64;48,32"]
+    config = parse([*flags, *buckets, "--train_json_path", "none", "--output_dir", "none"])
+    assert trace(config, jax.devices()).arguments[2]["mask"].shape == (1, 4, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--aspect_ratio_buckets", "foo"], "error: aspect_ratio_buckets .foo."),
+        (["--aspect_ratio_buckets", "30,32"], "error: .*30"),
+        (["--target_modules", "nothing"], "error: target_modules 'nothing' matches none"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(flags, on_this_cpu, wrong, told):
+    on_this_cpu(CHIP)
+    with pytest.raises(SystemExit, match=told):
+        aot.main(["--topology", "v5e:1x1", *flags, *wrong])
+
+
 def test_topologies_that_do_not_exist_are_told_with_some_that_do(monkeypatch, capsys):
     with pytest.raises(ConfigError, match=r"--topology v7:2x2: unknown; expected .* v5e:4x4.* v6e:2x4"):
         topology_devices("v7:2x2")
+    with pytest.raises(ConfigError, match="--topology v5e:4x4x4: unknown"):
+        topology_devices("v5e:4x4x4")
     monkeypatch.setattr(topology, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'ra_jax\[tpu\]'"):
         topology_devices("v5e:4x4")

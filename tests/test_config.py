@@ -220,6 +220,11 @@ CONTRADICTIONS = [
     (["--clip_range", "0"], "clip_range = 0.0"),
     (["--ema_decay", "1"], "ema_decay = 1.0"),
     (["--policy_timestep_fraction", "0"], "policy_timestep_fraction = 0.0"),
+    (["--val_json_path", "gs://bucket/held_out.json"], "val_json_path = gs://bucket/held_out.json: only folders and"),
+    (
+        ["--coordinator_address", "localhost", "--num_processes", "2", "--process_id", "0"],
+        "coordinator_address = localhost: expected HOST:PORT",
+    ),
     (
         [f"--{score}_reward_weight=0" for score in ("removal", "background", "smoothness")],
         "all 0",

@@ -1,6 +1,7 @@
 """TPUs that are not there: their devices, to compile for, and what their makers say of a chip."""
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,17 +12,18 @@ from ra_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak of dense bf16 products [FLOP/s], memory [bytes], and bandwidth of all links to other chips in one direction
-    [bytes/s]; by Google's "TPU system architecture" pages."""
+    """Peak of dense bf16 products [FLOP/s], memory [bytes], bandwidth of all links to other chips in one direction
+    [bytes/s], and dimensions of their grid; by Google's "TPU system architecture" pages."""
 
     peak: float
     memory: float
     link_bandwidth: float
+    dimensions: int = 2
 
 
 CHIPS = {
     "v5e": Chip(197e12, 16e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 600e9),
+    "v5p": Chip(459e12, 95e9, 600e9, dimensions=3),
     "v6e": Chip(918e12, 32e9, 448e9),
 }
 KNOWN = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
@@ -33,7 +35,7 @@ def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
     Raises ConfigError for a topology that libtpu does not know, and where libtpu is missing.
     """
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not shape:
+    if kind not in CHIPS or not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[kind].dimensions - 1), shape):
         raise ConfigError(f"--topology {name}: unknown; expected chips and their grid, such as {', '.join(KNOWN)}")
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology {name}: compiling for a TPU needs libtpu: pip install 'ra_jax[tpu]'")

@@ -1,5 +1,6 @@
 """The train step of a configuration for devices that are not there: everything but arrays."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ra_jax.config import ConfigError, TrainConfig
-from ra_jax.data.loader import parse_buckets
+from ra_jax.data.images import Size
+from ra_jax.data.loader import check_buckets, parse_buckets
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.models.attention import implementation_for
 from ra_jax.models.fill_model import FillModel
 from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
 from ra_jax.models.partitioning import BATCH
+from ra_jax.models.weights import read_configs, read_redux_configs
 from ra_jax.rl.user_rewards import parse_rewards
 from ra_jax.training.launch import MeshLaunch
 from ra_jax.training.mesh import check_batch, make_mesh
@@ -31,7 +34,7 @@ from ra_jax.training.settings import (
 )
 from ra_jax.training.step import StepSettings, make_train_step
 
-HUB = "black-forest-labs/FLUX.1-Fill-dev"
+HUB = ("black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-Redux-dev")
 
 
 @dataclass(frozen=True)
@@ -53,25 +56,33 @@ class TracedStep:
 
 
 def geometry_of(config: TrainConfig) -> FillGeometry:
-    """Of the model that the configuration names: read from its folder, or known, for FLUX.1-Fill-dev.
+    """Of the models that the configuration names: each read from its folder, or known, for FLUX.1-Fill-dev and
+    FLUX.1-Redux-dev.
 
     Raises ConfigError for a model on the hub whose sizes are not known here.
     """
-    fill, redux = config.model.pretrained_model_name_or_path, config.model.pretrained_redux_model_name_or_path
+    names = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
+    fill, redux = (getattr(config.model, name) for name in names)
+    for name, model, known in zip(names, (fill, redux), HUB, strict=True):
+        if not Path(model).is_dir() and model != known:
+            raise ConfigError(
+                f"{name} = {model}: no folder here, and only the sizes of {known} are known without its files; give a "
+                "folder in diffusers' layout"
+            )
+    geometry = FLUX_FILL_DEV
     if Path(fill).is_dir():
-        return FillGeometry.from_folders(fill, redux)
-    if fill != HUB:
-        raise ConfigError(
-            f"pretrained_model_name_or_path = {fill}: no folder here, and only the sizes of {HUB} are known without "
-            "its files; give a folder with transformer/config.json and vae/config.json"
-        )
-    return FLUX_FILL_DEV
+        flux, vae, *_ = read_configs(fill, None)
+        geometry = replace(geometry, flux=flux, vae=vae)
+    if Path(redux).is_dir():
+        vision, embedder = read_redux_configs(redux)
+        geometry = replace(geometry, vision=vision, embedder=embedder)
+    return geometry
 
 
 def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
-    """The configuration's train step on a mesh of these devices, for its first bucket. Nothing is compiled yet.
+    """The configuration's train step on a mesh of these devices, for its largest bucket. Nothing is compiled yet.
 
-    Raises ConfigError where mesh, batch and devices do not fit each other.
+    Raises ConfigError where mesh, batch and devices do not fit each other, DataError for buckets that are none.
     """
     if config.parallel.parallelism != "mesh":
         raise ConfigError("--parallelism pmap: aot compiles for a mesh; leave it out")
@@ -83,6 +94,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     options = model_options(config)
     attention = implementation_for(platform, dtype=options["dtype"], head_dim=geometry.flux.attention_head_dim)
     model, trainable, frozen = abstract_fill_model(geometry, attention=attention, **options)
+    check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
     state = jax.eval_shape(partial(first_state, config, optimizer), trainable)
     rewards = ()
@@ -111,14 +123,19 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     )
 
 
+def largest_bucket(config: TrainConfig) -> Size:
+    """Panels of the step that needs most memory."""
+    return max(parse_buckets(config.data.aspect_ratio_buckets), key=math.prod)
+
+
 def has_result(config: TrainConfig) -> bool:
     """Whether records bring results: all but those of rewards alone."""
     return config.mode != "automatic" or config.losses.base_loss_weight > 0
 
 
 def batch_shapes(config: TrainConfig, model: FillModel, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader brings to a step, [A, B, ...], in the first bucket."""
-    height, width = parse_buckets(config.data.aspect_ratio_buckets)[0]
+    """What the loader brings to a step, [A, B, ...], in the largest bucket."""
+    height, width = largest_bucket(config)
     rows = (config.run.gradient_accumulation_steps, config.run.train_batch_size)
 
     def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:

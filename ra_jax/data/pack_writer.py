@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ def write_pack(
     encoder: Encoder | None = None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Write records, their pictures and, with an encoder, its latents. One example is in memory at a time.
+    """Write records, their pictures and, with an encoder, its latents. A few examples are in memory at a time.
 
     watch: passes on what it iterates over, such as a progress bar. What is being written is called
     FOLDER.incomplete until it is whole. Raises what `check_target` raises, and DataError for latents of results in
@@ -133,25 +133,29 @@ def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], 
     """One tensorflow-datasets set, example after example; its features are those of the first."""
     tfds, place = imported_tfds(), folder / part / VERSION
     place.mkdir(parents=True)
-    first = next(examples)
+    some = list(islice(examples, AT_ONCE))
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=VERSION, data_dir=str(place), module_name=__name__, config_name=part
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=__doc__,
-        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in first.items()}),
+        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in some[0].items()}),
         metadata=tfds.core.MetadataDict(about),
     )
-    size = sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in first.values())
+    size = max(map(_bytes_of, some))  # not every record has a result
     writer = tfds.core.SequentialWriter(
         info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    examples = chain([first], examples)
-    while some := list(islice(examples, AT_ONCE)):
+    while some:
         writer.add_examples({SPLIT: some})
+        some = list(islice(examples, AT_ONCE))
     writer.close_all()
+
+
+def _bytes_of(example: Example) -> int:
+    return sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in example.values())
 
 
 def _feature(tfds, value: Any):

@@ -41,15 +41,15 @@ MULTIPLES = {"cudnn": 8, "splash": LANES}
 SAVED = "attention"  # names what attention's gradient needs beside q, k and v, for `jax.checkpoint`
 
 
-def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: int) -> str:
+def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: int, devices: int = 1) -> str:
     """The fastest of `IMPLEMENTATIONS` on "cpu", "gpu" or "tpu", where it can compute such heads.
 
-    platform: that the program will run on, which need not be the one it is compiled on.
+    platform: that the program will run on, which need not be the one it is compiled on; devices: of its mesh.
     """
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128:
         return "cudnn"
     if platform == "cpu":
-        return "by_head"
+        return "by_head" if devices == 1 else "xla"  # a loop over heads that devices share would gather them all
     return "splash" if platform == "tpu" and head_dim % LANES == 0 else "xla"
 
 
@@ -85,8 +85,7 @@ def attention(
     check_implementation(implementation)
     if implementation in ("xla", "by_head"):
         k, v = k[:, :tokens], v[:, :tokens]
-        # A loop over heads that several devices share would gather them all.
-        if implementation == "by_head" and not axis_sizes():
+        if implementation == "by_head":
             return by_head(q, k, v)
         return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), SAVED)
     kernel = partial(splash if implementation == "splash" else cudnn, tokens=tokens)

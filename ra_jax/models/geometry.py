@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from ra_jax.models.lora import LoRAConfig
 from ra_jax.models.router import Router, RouterConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
-from ra_jax.models.weights import read_configs
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,6 @@ class FillGeometry:
     vae: VAEConfig
     vision: SiglipConfig | None
     embedder: ReduxConfig | None
-
-    @classmethod
-    def from_folders(cls, fill: str | Path, redux: str | Path | None) -> "FillGeometry":
-        """Of models in diffusers' layout: only their config.json are read. Raises WeightError where one is missing."""
-        return cls(*read_configs(fill, redux))
 
     @property
     def image_tokens(self) -> int:

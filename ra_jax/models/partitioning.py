@@ -23,7 +23,8 @@ AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 
 # By the end of a parameter's name: the axes of its last dimensions; blocks stacked before them are not divided.
-# The heads' and features' side of a layer is on `tensor`: attention and the MLP between two layers stay on a device.
+# The heads' and features' side of a layer is on `tensor`: attention and the MLP between two layers stay on a device
+# (but a single block's proj_out takes both as one input, which is shared out anew before it).
 _FEATURES_OUT = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
 _FEATURES_IN = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (

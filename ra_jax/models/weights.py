@@ -36,6 +36,7 @@ __all__ = [
     "load_redux",
     "load_vae",
     "read_configs",
+    "read_redux_configs",
     "resolve",
     "save_fill_pipeline_config",
     "save_flux",
@@ -181,7 +182,10 @@ def load_flux(
     """
     path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
     if attention is None:
-        attention = implementation_for(jax.default_backend(), dtype=dtype, head_dim=config.attention_head_dim)
+        devices = 1 if placement is None else placement.mesh.size
+        attention = implementation_for(
+            jax.default_backend(), dtype=dtype, head_dim=config.attention_head_dim, devices=devices
+        )
         log.info("attention: %s", attention)
     options = {"dtype": dtype, "param_dtype": param_dtype, "int8": int8, "remat": remat, "attention": attention}
     if lora is not None and rngs is None:
@@ -254,11 +258,14 @@ def read_configs(
     """The sizes of transformer, VAE, vision model and embedder, from the config.json of two folders; no weights."""
     _, flux = _read_config(fill, "transformer", FluxConfig, "FluxTransformer2DModel")
     _, vae = _read_config(fill, "vae", VAEConfig, "AutoencoderKL")
-    if redux is None:
-        return flux, vae, None, None
+    return flux, vae, *((None, None) if redux is None else read_redux_configs(redux))
+
+
+def read_redux_configs(redux: str | Path) -> tuple[SiglipConfig, ReduxConfig]:
+    """The sizes of vision model and embedder, as `read_configs`."""
     _, vision = _read_config(redux, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
     _, embedder = _read_config(redux, "image_embedder", ReduxConfig, "ReduxImageEncoder")
-    return flux, vae, vision, embedder
+    return vision, embedder
 
 
 def save_flux(flux: Flux, folder: str | Path) -> None:

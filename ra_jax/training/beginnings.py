@@ -114,8 +114,8 @@ def refuse_another_base(checkpoint: Path, about: About, base: str) -> None:
 def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
     """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry.
 
-    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size or precision the run
-    goes on, and says that its numbers will differ.
+    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size or precision the
+    run goes on, and says that its numbers will differ.
     """
     about = read_about(checkpoint)
     refuse_another_base(checkpoint, about, base)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ra_jax.config import ConfigError, ParallelConfig
 from ra_jax.models.flux import FluxConfig
 from ra_jax.models.partitioning import BATCH, Placement
-from ra_jax.training.mesh import check_heads, make_mesh, rows_of_process
+from ra_jax.training.mesh import check_heads, check_width, make_mesh, rows_of_process
 
 Step = Callable[..., tuple[Any, dict[str, jax.Array]]]  # (state, frozen, batch, *, axis_name) -> (state, metrics)
 
@@ -50,7 +50,10 @@ class Launch(Protocol):
         """State or weights of which there is one copy, to where steps want them."""
 
     def whole(self, tree: Any) -> Any:
-        """One copy of a state or of weights from where steps left them."""
+        """One copy of a state or of weights from where steps left them, over all devices: what a checkpoint holds."""
+
+    def local(self, tree: Any) -> Any:
+        """Weights for what this process computes outside of steps, within `scope`."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         """This process's rows [A·B_local, ...], microbatch after microbatch, as the step's [A, B, ...]."""
@@ -75,6 +78,7 @@ class MeshLaunch:
 
     def check(self, flux: FluxConfig) -> None:
         check_heads(self.mesh, flux.num_attention_heads)
+        check_width(self.mesh, flux.inner_dim)
 
     def rows(self, batch: int) -> np.ndarray:
         return rows_of_process(self.mesh, batch)
@@ -91,6 +95,9 @@ class MeshLaunch:
         return jax.device_put(tree, self.placement.shardings(tree))
 
     def whole(self, tree: Any) -> Any:
+        return tree
+
+    def local(self, tree: Any) -> Any:
         return tree
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
@@ -157,6 +164,10 @@ class PmapLaunch:
             return jax.make_array_from_single_device_arrays(x.shape[1:], everywhere, shards)
 
         return jax.tree.map(one, tree)
+
+    def local(self, tree: Any) -> Any:
+        # On one device: a TPU's kernels cannot be divided by the compiler, nor repeated on several.
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)

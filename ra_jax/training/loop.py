@@ -80,7 +80,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
                 with recorder.paused(), setup.launch.scope():
-                    drift = setup.guard.measure(*whole((state.trainable, setup.frozen)))
+                    drift = setup.guard.measure(*setup.launch.local((state.trainable, setup.frozen)))
                 row = recorder.flush(done, drift.metrics())
                 if (excess := drift.excess(setup.guard.limit)) and not stopping:
                     return (
@@ -136,7 +136,7 @@ def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
         with setup.launch.scope():
-            log.info("preview: %s", setup.previews.draw(step, *setup.launch.whole((weights, setup.frozen))))
+            log.info("preview: %s", setup.previews.draw(step, *setup.launch.local((weights, setup.frozen))))
 
 
 class Recorder:

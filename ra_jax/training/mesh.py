@@ -37,15 +37,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         )
     shape = (len(devices) // inner, fsdp, tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    elif shape[0] % slices:
-        raise ConfigError(
-            f"{asked}: {slices} slices of a pod are joined by --mesh_data, expected a multiple of {slices}"
-        )
-    else:
+    if slices > 1 and shape[0] % slices == 0:
         within = (shape[0] // slices, fsdp, tensor)
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    elif slices == 1 or devices[0].platform != "tpu":  # nodes of GPUs are slices to JAX, and any axis may join them
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        each = len(devices) // slices
+        raise ConfigError(
+            f"{asked}: {slices} slices of {each} chips are joined by --mesh_data, which has to be a multiple of "
+            f"{slices}, and is {shape[0]}; give --mesh_data {slices} with a --mesh_fsdp of {each}, or less"
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -75,6 +77,17 @@ def check_heads(mesh: Mesh, heads: int) -> None:
         raise ConfigError(
             f"--mesh_tensor {tensor} does not divide the transformer's {heads} attention heads; give one of "
             f"{', '.join(map(str, fitting))}"
+        )
+
+
+def check_width(mesh: Mesh, width: int) -> None:
+    """Raise ConfigError where the fsdp axis does not divide the transformer's width: its weights would stay whole."""
+    fsdp = mesh.shape["fsdp"]
+    if width % fsdp:
+        fitting = [n for n in range(1, mesh.size + 1) if width % n == 0 and mesh.size % n == 0]
+        raise ConfigError(
+            f"--mesh_fsdp {fsdp} does not divide the transformer's width of {width}, and every device would hold all "
+            f"weights; give one of {', '.join(map(str, fitting))}"
         )
 
 

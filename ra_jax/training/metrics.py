@@ -112,17 +112,23 @@ def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     return row
 
 
+def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
+    """FLOPs of q kᵀ and of the weights by v in one forward pass of one image: 4·S²·D a block."""
+    blocks = config.num_layers + config.num_single_layers
+    return 4.0 * (image_tokens + context_tokens) ** 2 * config.inner_dim * blocks
+
+
 def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
     """FLOPs of the transformer's matmuls in one forward pass of one image (2 a multiply-add).
 
-    Per token and block: double 2·(4 + 8)·D² (4D² attention, 8D² MLP), single 2·12·D²; attention 4·S²·D a block.
+    Per token and block: double 2·(4 + 8)·D² (4D² attention, 8D² MLP), single 2·12·D²; and `attention_flops`.
     """
     d, s = config.inner_dim, image_tokens + context_tokens
     blocks = config.num_layers + config.num_single_layers
     embed = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
         config.joint_attention_dim
     )
-    return 2.0 * (12.0 * d * d * s * blocks + embed) + 4.0 * s * s * d * blocks
+    return 2.0 * (12.0 * d * d * s * blocks + embed) + attention_flops(config, image_tokens, context_tokens)
 
 
 def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
@@ -132,7 +138,7 @@ def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, contex
     """
     total = 0.0
     for name, shape in experts.items():
-        if "norm" in name:  # modulation: of the time's embedding
+        if "norm" in name or "time_text_embed" in name:  # of the time's embedding
             tokens = 1
         elif "single" in name:
             tokens = image_tokens + context_tokens
@@ -145,6 +151,7 @@ def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, contex
 def step_flops(
     forward: float,
     *,
+    attention: float = 0.0,
     experts: float = 0.0,
     records: int,
     policy_points: int,
@@ -159,12 +166,13 @@ def step_flops(
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
     A forward pass costs `forward` for the base and `experts` for their products. A trained pass costs that, as much
-    again for the gradient with respect to activations, and the gradient of what is trained: `experts`, or `forward`
-    where that is the whole transformer. Each update takes a trained pass a record for the base loss, and for each of
+    again for the gradient with respect to activations, `attention` (a part of `forward`) once more, whose products have
+    two activations each, and the gradient of what is trained: `experts`, or what is not attention where that is the
+    whole transformer. Each update takes a trained pass a record for the base loss, and for each of
     its `members` `policy_points` trained passes, with `kl` as many forward passes by the base, and in an
     `old_policy_share` of the steps as many by the old policy. Rollouts take `rollout_steps` forward passes a member.
     """
     one = forward + experts
-    trained = 2.0 * one + (forward if full_fine_tuning else experts)
+    trained = 2.0 * one + attention + (forward - attention if full_fine_tuning else experts)
     policy = (trained + kl * forward + old_policy_share * one) * policy_points * members
     return records * (updates * (trained * base_loss + policy) + rollout_steps * members * one)

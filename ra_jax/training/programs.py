@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ra_jax.config import ConfigError
 from ra_jax.inference.sampling import Batch
@@ -63,8 +64,12 @@ class StepPrograms:
         key = self._key(batch, step)
         if key not in self._programs:
             arguments = abstract((state, frozen, batch))
-            compile_ = self._compile_with_rewards if self._rewarded(step) else self._compile_plain
-            self._programs[key] = self._compiler.submit(compile_, arguments)
+            if self._rewarded(step):
+                # Asked here, in the order of all processes, not in the thread.
+                compiling = self._compiler.submit(self._compile_with_rewards, arguments, device_memory())
+            else:
+                compiling = self._compiler.submit(self._compile_plain, arguments)
+            self._programs[key] = compiling
 
     def __call__(
         self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0
@@ -94,8 +99,8 @@ class StepPrograms:
     def _compile_plain(self, arguments):
         return self._compile(replace(self._settings, rollouts=None), arguments)
 
-    def _compile_with_rewards(self, arguments):
-        rollouts, available = self._settings.rollouts, device_memory()
+    def _compile_with_rewards(self, arguments, available: int):
+        rollouts = self._settings.rollouts
         decoded = min(rollouts.decode_batch_size, self._conditions)
         while True:
             settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded))
@@ -146,6 +151,10 @@ def memory_needed(program: jax.stages.Compiled) -> int:
 
 
 def device_memory() -> int:
-    """Bytes that a program may use: the device's own limit, or the host's memory where it has none (CPU)."""
+    """Bytes that a program may use: the device's own limit, or the host's memory where it has none (CPU); of several
+    processes the least, since all have to compile the same program."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit
+    if jax.process_count() == 1:
+        return limit
+    return int(multihost_utils.process_allgather(np.asarray(limit // 2**20, np.int32)).min()) * 2**20

@@ -15,7 +15,7 @@ from ra_jax.rl.user_rewards import Reward
 from ra_jax.training.checkpoints import named_leaves
 from ra_jax.training.experts import expert_configs
 from ra_jax.training.generation import RolloutSettings
-from ra_jax.training.metrics import expert_flops, forward_flops, step_flops
+from ra_jax.training.metrics import attention_flops, expert_flops, forward_flops, step_flops
 from ra_jax.training.objective import ObjectiveSettings
 from ra_jax.training.state import TrainState, init_state
 from ra_jax.training.step import StepSettings
@@ -131,6 +131,7 @@ def flops_of_step(
     experts = {name: x.shape for name, x in named_leaves(trainable["flux"]).items() if config.experts.use_lora}
     return step_flops(
         forward_flops(flux, *tokens),
+        attention=attention_flops(flux, *tokens),
         experts=expert_flops(experts, *tokens),
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
         updates=config.updates,

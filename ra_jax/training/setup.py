@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ra_jax.config import ConfigError, TrainConfig
+from ra_jax.config import ConfigError, TrainConfig, to_flat_dict
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, encoding_of, parse_buckets
 from ra_jax.data.records import DataError, Record, load_records, scene_ids
@@ -33,7 +33,7 @@ from ra_jax.training.beginnings import (
     resumed,
 )
 from ra_jax.training.checkpoints import BEST, find_checkpoint
-from ra_jax.training.distributed import is_speaker, wait_for_all
+from ra_jax.training.distributed import is_speaker, refuse_other_data, wait_for_all
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.launch import Launch, make_launch
 from ra_jax.training.metrics import FILE as METRICS
@@ -152,6 +152,8 @@ def set_up(config: TrainConfig) -> Setup:
     previews = make_previews(config, output, previewed, loaded, schedule)
     objective = Objective(loaded.model, schedule, objective_settings(config))
     guard = make_guard(config, output, previewed, loaded, objective, first_step)
+    # Of other data the processes would take other rows, or wait for each other in another step.
+    refuse_other_data(plan_of(config, records), f"records ({config.data.train_json_path}) or settings")
     wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
     if is_speaker():
         claim_output_dir(config, output, keep=resume_from is not None)
@@ -180,6 +182,14 @@ def set_up(config: TrainConfig) -> Setup:
         previews=previews,
         guard=guard,
     )
+
+
+def plan_of(config: TrainConfig, records: Sequence[Record]) -> str:
+    """All that decides which rows a step takes and which program it is; not where files lie on a machine."""
+    known = [(record.size, record.scores, record.result is None) for record in records]
+    places = {"train_json_path", "val_json_path", "output_dir", "process_id", "coordinator_address"}
+    settings = {name: value for name, value in to_flat_dict(config).items() if name not in places}
+    return repr((known, scene_ids(records).tolist(), settings))
 
 
 def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:

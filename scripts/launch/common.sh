@@ -28,12 +28,16 @@ run() {
     fi
 }
 
-# Puts the variables of an environment file (NAME=value lines, # comments) into the environment.
+# Puts the variables of an environment file (NAME=value lines, # comments) into the environment; flags of the user's own
+# XLA_FLAGS come after the file's, and win.
 use_environment() {
+    local own=${XLA_FLAGS:-}
+    unset XLA_FLAGS
     set -a
     # shellcheck disable=SC1090
     source "$1"
     set +a
+    [ -z "$own" ] || export XLA_FLAGS="${XLA_FLAGS:-} $own"
     [ -z "$dry_run" ] || sed -n 's/^\([A-Z]\)/export \1/p' "$1"
 }
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: one, or several that share out the weights. Never run: no GPU was at hand.
+# Trains on the GPUs of this machine: one, or several that share out the weights. This script
+# was never run itself.
 #
 #   scripts/launch/gpu.sh [--dry_run] [FLAGS of ra_jax.train]
-#   scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json
-#   GPUS=0,1,2,3 scripts/launch/gpu.sh --config configs/flux_fill_auto.toml --train_json_path DATA.json
+#   GPUS=0 scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json
+#   GPUS=0,1,2,3 scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json \
+#       --train_batch_size 4 --gradient_accumulation_steps 1
 #
 # GPUS: which ones (default: all that CUDA_VISIBLE_DEVICES allows). With several, weights, optimizer and batch are shared
 # out over them (--mesh_fsdp), unless the flags say how; train_batch_size must then be a multiple of their number.

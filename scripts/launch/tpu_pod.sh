@@ -5,7 +5,8 @@
 #   TPU=NAME ZONE=us-east5-b scripts/launch/tpu_pod.sh [--dry_run] train [FLAGS of ra_jax.train]
 #
 # TPU: the slice's name; ZONE: where it is; PROJECT: of Google Cloud (default: gcloud's). --output_dir must be a place that
-# all hosts see, such as gs://BUCKET/run; so must the data, or each host has a copy at the same path.
+# all hosts see, such as a bucket that is mounted (Cloud Storage FUSE) or Filestore; so must the data, or each host has the
+# same copy at the same path.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
@@ -17,7 +18,7 @@ case ${1:-} in
         run git archive --format tar.gz --output /tmp/ra_jax.tar.gz HEAD
         run gcloud compute tpus tpu-vm scp /tmp/ra_jax.tar.gz "$TPU:" --worker=all "${where[@]:1}"
         run gcloud compute tpus tpu-vm ssh "${where[@]}" --worker=all --command \
-            "mkdir -p ra_jax && tar -xzf ra_jax.tar.gz -C ra_jax && cd ra_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+            "mkdir -p ra_jax && tar -xzf ra_jax.tar.gz -C ra_jax && cd ra_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,packs]'"
         ;;
     train)
         shift

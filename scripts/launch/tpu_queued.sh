@@ -26,7 +26,9 @@ run gcloud compute tpus queued-resources create "$TPU-queue" --node-id "$TPU" --
     --runtime-version "${RUNTIME:-$image}" "${where[@]}" ${SPOT:+--spot}
 if [ -z "$dry_run" ]; then
     trap 'gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${where[@]}"' EXIT
-    until [ "$(gcloud compute tpus queued-resources describe "$TPU-queue" "${where[@]}" --format='value(state.state)')" = ACTIVE ]; do
+    until state=$(gcloud compute tpus queued-resources describe "$TPU-queue" "${where[@]}" --format='value(state.state)') &&
+        [ "$state" = ACTIVE ]; do
+        [[ $state != FAILED && $state != SUSPEND* ]] || { echo "the queued resource is $state" >&2 && exit 1; }
         sleep 30
     done
 fi

@@ -9,6 +9,7 @@ launch then restores every other's checkpoint, and those. Prints a JSON line:
 
     places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
     restored  {"name in launch": the leaves whose values or places differ from what they should be}
+    local     {launch: on how many devices the state's `Launch.local` is}
     gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
               the shapes of the compiled step's all-gathers
 """
@@ -58,7 +59,7 @@ def spec_of(x: jax.Array) -> list:
 
 
 def run(name: str, flags: dict):
-    """(one copy of the state after the steps, places, `gathered_blocks`) with files written."""
+    """(one copy of the state after the steps, places, devices of `local`, `gathered_blocks`) with files written."""
     config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
     setup = setting_up.set_up(config)
     state, launch, losses, program = setup.state, setup.launch, [], None
@@ -77,7 +78,8 @@ def run(name: str, flags: dict):
     values = values_of(whole)
     if jax.process_index() == 0:
         np.savez(folder / f"{name}.npz", losses=losses, **values)
-    return whole, places, gathered_blocks((state.trainable, setup.frozen), program.as_text())
+    local = len(jax.tree.leaves(launch.local(state))[0].devices())
+    return whole, places, local, gathered_blocks((state.trainable, setup.frozen), program.as_text())
 
 
 def gathered_blocks(weights, hlo: str) -> list[int]:
@@ -102,11 +104,11 @@ def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list
     return moved + [leaf for leaf in values if not np.array_equal(values[leaf], expected[leaf], equal_nan=True)]
 
 
-states, places, gathered = {}, {}, {}
+states, places, local, gathered = {}, {}, {}, {}
 for name, flags in job["launches"].items():
     if flags.pop("one_device", False):
         setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
-    states[name], places[name], gathered[name] = run(name, flags)
+    states[name], places[name], local[name], gathered[name] = run(name, flags)
     setting_up.make_launch = make_launch
 found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
@@ -116,4 +118,4 @@ for launch, state in states.items():
             with np.load(at.with_suffix(".npz")) as saved:
                 checkpoint = at / "checkpoints" / str(job["steps"])
                 restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
-print(json.dumps({"places": places, "restored": restored, "gathered": gathered}))
+print(json.dumps({"places": places, "restored": restored, "local": local, "gathered": gathered}))

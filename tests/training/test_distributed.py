@@ -6,14 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from ra_jax.config import ConfigError, from_flat_dict, to_toml
 from ra_jax.training import distributed
 from ra_jax.training.checkpoints import find_checkpoint, read_about
-from ra_jax.training.distributed import launched_by
+from ra_jax.training.distributed import launched_by, own_gpus, refuse_other_data
 from ra_jax.training.metrics import read_rows
 
 
@@ -43,6 +46,35 @@ def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
     assert launched_by({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
     assert launched_by({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
     assert launched_by({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+
+
+def test_a_process_alone_on_its_machine_takes_all_gpus_there_and_others_that_of_their_rank(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, tmp_path) == [0, 1]
+    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2"}, tmp_path) == [0, 1, 2]
+    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "8(x2),1", "CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path) is None
+    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, tmp_path) == [0]
+    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1"}, tmp_path / "none") is None
+    mpi = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}
+    assert own_gpus(mpi, tmp_path) is None
+    assert own_gpus(mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, tmp_path) == [0, 1]
+
+
+def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(tmp_path):
+    with pytest.raises(ConfigError, match=r"without OMPI_MCA_orte_hnp_uri.*--process_id \$OMPI_COMM_WORLD_RANK"):
+        own_gpus({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, tmp_path)
+
+
+def test_processes_with_other_data_are_refused(monkeypatch):
+    """As of two processes, where the other has the digest of "b"."""
+    refuse_other_data("a", "records")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    other = np.uint32(zlib.crc32(b"b"))
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
+    refuse_other_data("b", "records")
+    with pytest.raises(ConfigError, match="the processes do not have the same records"):
+        refuse_other_data("a", "records")
 
 
 @pytest.mark.slow

@@ -88,6 +88,8 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
         assert places[name][KERNEL] == kernel
         assert [places[name][leaf] for leaf in moments] == [moment] * 4
         assert places[name][PHOTOS] == photos
+    # What previews and drift are computed with: of replicas, one.
+    assert human[1]["local"] == {"one": 1, "8x1": 8, "2x4": 8, "2x2x2": 8, "pmap": 1}
 
 
 @pytest.mark.slow
@@ -125,12 +127,13 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 
 
 @pytest.mark.slow
-def test_replicas_take_the_same_steps_on_automatic_rewards(automatic, photos, tmp_path):
+def test_every_launch_takes_the_same_steps_on_automatic_rewards(automatic, photos, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
     config = to_flat_dict(automatic(**flags, **photos, **STEADY))
-    launches = {name: LAUNCHES[name] for name in ("one", "pmap")}
+    launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
-    compare(tmp_path, "pmap", tmp_path / "one.npz")
+    for name in ("2x4", "pmap"):
+        compare(tmp_path, name, tmp_path / "one.npz")
 
 
 def test_replicas_on_one_device_have_the_same_base(make_config):

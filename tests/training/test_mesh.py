@@ -1,5 +1,7 @@
 """Meshes that fit their devices and those that are refused; what is shared out over a mesh, and how it is named."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ra_jax.config import ConfigError, ParallelConfig
 from ra_jax.models.partitioning import partition_spec
 from ra_jax.training.launch import MeshLaunch, PmapLaunch, make_launch
-from ra_jax.training.mesh import check_batch, check_heads, make_mesh, map_microbatches
+from ra_jax.training.mesh import check_batch, check_heads, check_width, make_mesh, map_microbatches
 from ra_jax.training.setup import set_up
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -61,6 +63,30 @@ def test_batches_and_heads_that_a_mesh_does_not_divide_are_refused():
     check_heads(mesh, 24)
     with pytest.raises(ConfigError, match=r"--mesh_tensor 2 does not divide the transformer's 9 .*; give one of 1$"):
         check_heads(mesh, 9)
+    check_width(mesh, 3072)
+    with pytest.raises(ConfigError, match=r"--mesh_fsdp 4 does not divide .* width of 30, .* give one of 1, 2$"):
+        check_width(mesh, 30)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What JAX's meshes look at of a device."""
+
+    id: int
+    slice_index: int
+    platform: str
+    process_index: int = 0
+    device_kind: str = "some"
+
+
+def test_slices_of_chips_are_joined_by_data_and_nodes_of_gpus_by_any_axis():
+    nodes = [Chip(i, i // 2, "gpu") for i in range(4)]
+    assert make_mesh(fsdp=4, devices=nodes).shape == {"data": 1, "fsdp": 4, "tensor": 1}
+    joined = make_mesh(fsdp=2, devices=nodes).devices[:, :, 0]
+    assert [[chip.slice_index for chip in row] for row in joined] == [[0, 0], [1, 1]]
+    slices = [Chip(i, i // 2, "tpu") for i in range(4)]
+    with pytest.raises(ConfigError, match=r"2 slices of 2 chips .* is 1; give --mesh_data 2 with a --mesh_fsdp of 2"):
+        make_mesh(fsdp=4, devices=slices)
 
 
 def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ra_jax.training.metrics import expert_flops, step_flops, summarise
+from ra_jax.models.flux import FluxConfig
+from ra_jax.training.metrics import attention_flops, expert_flops, step_flops, summarise
 
 
 def test_a_row_holds_means_and_the_latest_measured_values():
@@ -37,6 +38,18 @@ def test_arithmetic_of_an_automatic_step():
     assert step_flops(10.0, kl=False, full_fine_tuning=False, **count) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
     without_base = step_flops(10.0, kl=True, full_fine_tuning=False, base_loss=False, **count)
     assert without_base == 30 * (8 * 6 + 2 * 8 * 4 * 3)
+
+
+def test_arithmetic_of_attention():
+    """By hand: q kᵀ of S² scores of D products a head and block, weights by v as many; both have two gradients."""
+    config = FluxConfig(
+        num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6)
+    )
+    attention = attention_flops(config, image_tokens=10, context_tokens=7)
+    assert attention == 5 * 4 * (2 * 17 * 17 * 16 + 2 * 17 * 17 * 16)
+    human = {"records": 3, "policy_points": 4, "kl": False, "attention": 4.0}
+    assert step_flops(10.0, full_fine_tuning=False, **human) == 3 * 5 * (10 + 10 + 4)
+    assert step_flops(10.0, full_fine_tuning=True, **human) == 3 * 5 * (10 + 10 + 4 + 6)
 
 
 def test_arithmetic_of_experts():
