@@ -58,6 +58,11 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
     return module
 
 
+def pytest_configure():
+    """XLA reads its flags once, which may be when tests are collected."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first, then those that compile steps, so that no worker ends up alone with one
     (scripts/test.sh keeps the order)."""
@@ -67,12 +72,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_fast(tmp_path_factory):
-    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out.
+    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out, and fusions
+    are compiled by XLA's older emitters, which take less time.
 
     Compiling takes most of the suite's time, running the tiny programs almost none.
     """
     folder = str(tmp_path_factory.mktemp("compiled"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of programs that tests start
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_disable_most_optimizations", True)

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 job = json.loads(Path(sys.argv[1]).read_text())
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={job['devices']}"
+os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={job['devices']}"
 
 import jax  # noqa: E402 (the flags come first)
 import numpy as np  # noqa: E402

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.config import to_flat_dict
+from ra_jax.config import from_flat_dict, to_flat_dict
+from ra_jax.training.checkpoints import named_leaves, restore
 from ra_jax.training.setup import set_up
 
 PROGRAM = Path(__file__).with_name("fake_devices.py")
@@ -124,6 +125,12 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
     assert told[0]["places"]["two"][KERNEL] == [None, "fsdp"]
     assert told[0]["restored"] == {f"{name} in two": [] for name in others}
     compare(tmp_path, "two", folder / "one.npz")
+    # And what the two saved together goes on in one process.
+    setup = set_up(from_flat_dict(config | {"output_dir": str(tmp_path / "again")}))
+    restored = restore(tmp_path / "two/checkpoints" / str(STEPS), setup.state)
+    with np.load(tmp_path / "two.npz") as saved:
+        for leaf, x in named_leaves(restored).items():
+            np.testing.assert_array_equal(x, saved[leaf])
 
 
 @pytest.mark.slow
