@@ -127,7 +127,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     from ra_jax.training.checkpoints import named_leaves
     from ra_jax.training.encoded import Encoded
     from ra_jax.training.experience import Experience
-    from ra_jax.training.launch import compiled
+    from ra_jax.training.launch import compiled, forget_traces
     from ra_jax.training.metrics import attention_flops, expert_flops, forward_flops, step_flops
     from ra_jax.training.objective import Objective
     from ra_jax.training.state import init_state
@@ -179,6 +179,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict):
     arguments = (state, frozen, batch, experience)
     program = compiled(jax.jit(step, donate_argnums=0).lower(*arguments), jax.default_backend())
     told = {"compile": time.perf_counter() - since}
+    forget_traces(jax.default_backend())  # as training does
     told["trained"] = sum(x.size for x in jax.tree.leaves(trainable["flux"]))
     tokens = n, geometry.context
     shapes = {name: x.shape for name, x in named_leaves(trainable["flux"]).items()}

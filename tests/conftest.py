@@ -59,7 +59,8 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 def pytest_configure():
-    """XLA reads its flags once, which may be when tests are collected."""
+    """Fusions are compiled by XLA's older emitters, which take less time. It reads its flags once, which may be when
+    tests are collected."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
@@ -72,8 +73,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_fast(tmp_path_factory):
-    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out, and fusions
-    are compiled by XLA's older emitters, which take less time.
+    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out.
 
     Compiling takes most of the suite's time, running the tiny programs almost none.
     """

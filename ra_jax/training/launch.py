@@ -202,9 +202,24 @@ def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
         # JAX 0.10's YNNPACK is fast at products alone: its sums over one axis of three take ten times as long as XLA's.
         options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     program = lowered.compile(compiler_options=options)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
-        libc.malloc_trim(0)
+    _give_back()
     return program
+
+
+def forget_traces(platform: str) -> None:
+    """Where devices compute in the host's memory, what JAX keeps of functions that it traced leaves it.
+
+    A tenth of a small step's memory. Compiled steps stay; what else is called again is traced again.
+    """
+    if platform == "cpu":
+        jax.clear_caches()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Memory that was freed goes back to the system, which glibc does not do by itself."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def abstract(tree: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 
 from ra_jax.config import from_flat_dict, to_flat_dict
 from ra_jax.training.checkpoints import named_leaves, restore
+from ra_jax.training.launch import forget_traces
 from ra_jax.training.setup import set_up
 
 PROGRAM = Path(__file__).with_name("fake_devices.py")
@@ -151,3 +152,15 @@ def test_replicas_on_one_device_have_the_same_base(make_config):
     jax.tree.map(np.testing.assert_array_equal, replicas.launch.whole(replicas.frozen), mesh.frozen)
     leaves = jax.tree.leaves(mesh.frozen["flux"], is_leaf=lambda x: isinstance(x, tuple))
     assert any(isinstance(leaf, tuple) for leaf in leaves)
+
+
+def test_traces_are_forgotten_where_they_take_memory_of_the_devices():
+    traced = []
+    double = jax.jit(lambda x: traced.append(x) or 2 * x)
+    double(1.0)
+    forget_traces("tpu")
+    double(1.0)
+    assert len(traced) == 1
+    forget_traces("cpu")
+    double(1.0)
+    assert len(traced) == 2
