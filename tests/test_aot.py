@@ -1,9 +1,12 @@
 """What is told of a step that is compiled for devices which run nothing: here for this CPU in a TPU's place."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from ra_jax import aot
 from ra_jax.compile import topology
@@ -141,6 +144,21 @@ def test_topologies_that_do_not_exist_are_told_with_some_that_do(monkeypatch, ca
         topology_devices("v5e:4x4")
     with pytest.raises(SystemExit, match="error: --topology v7:2x2: unknown"):
         aot.main(["--topology", "v7:2x2"])
+
+
+def test_a_chip_alone_is_told_to_libtpu(monkeypatch):
+    asked = []
+
+    def describe(**kwargs):
+        asked.append(kwargs)
+        return SimpleNamespace(devices=jax.devices())
+
+    monkeypatch.setattr(os, "environ", {})  # to which libtpu's settings are added
+    monkeypatch.setattr(topology, "find_spec", lambda name: "there")
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    for name in ("v6e:1x1", "v5p:1x1x1", "v6e:2x4"):
+        topology_devices(name)
+    assert [call.get("chips_per_host_bounds") for call in asked] == [(1, 1, 1), (1, 1, 1), None]
 
 
 def test_pmap_is_refused(flags, on_this_cpu):

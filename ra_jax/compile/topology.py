@@ -26,7 +26,7 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 600e9, dimensions=3),
     "v6e": Chip(918e12, 32e9, 448e9),
 }
-KNOWN = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
+KNOWN = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
 
 
 def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
@@ -46,8 +46,10 @@ def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-1")
     from jax.experimental import topologies
 
+    # A host has 2 x 2 chips, says libtpu, where it is not told of a chip alone.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"--topology {name}: libtpu does not know it ({error}); expected chips and their grid, such as "
