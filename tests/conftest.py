@@ -61,7 +61,7 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 def pytest_configure():
     """Fusions are compiled by XLA's older emitters, which take less time. It reads its flags once, which may be when
     tests are collected."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_collection_modifyitems(items):
@@ -94,7 +94,7 @@ def forget_programs():
 
 @pytest.fixture
 def optimised():
-    """For tests whose subject is what the compiler makes of a program: optimised as for users."""
+    """For tests whose subject is what the compiler makes of a program: with LLVM's optimisations."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -34,7 +34,10 @@ from ra_jax.training.settings import (
 )
 from ra_jax.training.step import StepSettings, make_train_step
 
-HUB = ("black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-Redux-dev")
+KNOWN = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
+    "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Fill-dev",
+    "pretrained_redux_model_name_or_path": "black-forest-labs/FLUX.1-Redux-dev",
+}
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,9 @@ def geometry_of(config: TrainConfig) -> FillGeometry:
 
     Raises ConfigError for a model on the hub whose sizes are not known here.
     """
-    names = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
-    fill, redux = (getattr(config.model, name) for name in names)
-    for name, model, known in zip(names, (fill, redux), HUB, strict=True):
-        if not Path(model).is_dir() and model != known:
+    fill, redux = (getattr(config.model, name) for name in KNOWN)
+    for name, model in zip(KNOWN, (fill, redux), strict=True):
+        if not Path(model).is_dir() and model != (known := KNOWN[name]):
             raise ConfigError(
                 f"{name} = {model}: no folder here, and only the sizes of {known} are known without its files; give a "
                 "folder in diffusers' layout"
@@ -92,7 +94,9 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     geometry = geometry_of(config)
     launch.check(geometry.flux)
     options = model_options(config)
-    attention = implementation_for(platform, dtype=options["dtype"], head_dim=geometry.flux.attention_head_dim)
+    attention = implementation_for(
+        platform, dtype=options["dtype"], head_dim=geometry.flux.attention_head_dim, devices=len(devices)
+    )
     model, trainable, frozen = abstract_fill_model(geometry, attention=attention, **options)
     check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)

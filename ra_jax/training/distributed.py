@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,11 +30,18 @@ def initialise(config: ParallelConfig) -> None:
 
     Raises ConfigError for an Open MPI that does not tell JAX where its first process is.
     """
+    gpus = own_gpus(os.environ, Path("/dev"))
     if config.coordinator_address is not None:
-        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id, gpus)
     elif launcher := launched_by(os.environ, Path("/").joinpath):
+        if launcher == "Open MPI" and OPEN_MPI_ADDRESS not in os.environ:
+            raise ConfigError(
+                f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which versions before 5 set and JAX reads: give "
+                "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
+                "--process_id $OMPI_COMM_WORLD_RANK"
+            )
         log.info("several processes, started by %s", launcher)
-        jax.distributed.initialize(local_device_ids=own_gpus(os.environ, Path("/dev")))
+        jax.distributed.initialize(local_device_ids=gpus)
     else:
         return
     if jax.process_index():
@@ -51,33 +58,47 @@ def launched_by(environment: dict[str, str], at: Callable[[str], Path]) -> str |
     return "a TPU machine" if wanted and any(at(device).exists() for device in TPU_DEVICES) else None
 
 
-def own_gpus(environment: dict[str, str], devices: Path) -> list[int] | None:
-    """Which of the GPUs that it sees a process of Slurm or Open MPI takes; None: as JAX decides, the one of its rank on
-    the machine. devices: the folder with the cards' device files.
+def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:
+    """Which of the GPUs that it sees a process of Slurm or Open MPI takes: an equal part of those that the processes of
+    its machine share, or all that are its own. devices: the folder with the cards' device files.
 
-    Raises ConfigError where JAX would not find the other processes.
+    None where there are no GPUs, or no launcher that tells how many processes share them.
     """
-    if "OMPI_COMM_WORLD_SIZE" in environment and OPEN_MPI_ADDRESS not in environment:
-        raise ConfigError(
-            f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which versions before 5 set and JAX reads: give "
-            "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE --process_id $OMPI_COMM_WORLD_RANK"
-        )
     if "CUDA_VISIBLE_DEVICES" in environment:
-        count = len(environment["CUDA_VISIBLE_DEVICES"].split(","))
+        count = len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name])
     else:
         count = len([path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
-    tasks = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    alone = re.split(r"\D", tasks)[0] == "1"  # Slurm: "1(x4)", "2(x3),1"
-    return list(range(count)) if count == 1 or (alone and count) else None
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        processes, rank = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("SIZE", "RANK"))
+    elif "SLURM_STEP_TASKS_PER_NODE" in environment:
+        nodes = tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
+        processes, rank = nodes[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
+    else:
+        return None
+    if not count:
+        return None
+    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # the others have others
+        return list(range(count))
+    part = count // processes
+    return list(range(rank * part, (rank + 1) * part))
 
 
-def refuse_other_data(digest: str, what: str) -> None:
-    """Raise ConfigError unless every process has the same `digest` of `what`, in words."""
+def tasks_of_nodes(told: str) -> list[int]:
+    """How many tasks each node has, of Slurm's way to say it: "2(x3),1" is [2, 2, 2, 1]."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in told.split(",")]
+    return [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
+
+
+def refuse_other_plans(plan: Mapping[str, object]) -> None:
+    """Raise ConfigError unless every process has the same plan: what steps depend on, by what it is in words."""
     if jax.process_count() == 1:
         return
-    numbers = multihost_utils.process_allgather(np.asarray(zlib.crc32(digest.encode()), np.uint32))
-    if len(set(numbers.tolist())) > 1:
-        raise ConfigError(f"the processes do not have the same {what}: give all of them the same flags and files")
+    digests = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
+    same = (multihost_utils.process_allgather(digests) == digests).all(axis=0)
+    if other := [name for name, agreed in zip(plan, same, strict=True) if not agreed]:
+        raise ConfigError(
+            f"the processes do not have the same {' and '.join(other)}: give all of them the same flags and files"
+        )
 
 
 def is_speaker() -> bool:

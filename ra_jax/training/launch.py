@@ -1,7 +1,7 @@
 """How a step is launched over devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas, with the same numbers.
 
-A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps
-(checkpoints, previews) sees one copy of the state, `whole`.
+A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps sees one
+copy of the state: checkpoints `whole`, previews and drift `local`.
 """
 
 import ctypes
@@ -166,7 +166,7 @@ class PmapLaunch:
         return jax.tree.map(one, tree)
 
     def local(self, tree: Any) -> Any:
-        # On one device: a TPU's kernels cannot be divided by the compiler, nor repeated on several.
+        # On one device: the compiler can neither divide a Pallas kernel over several nor repeat it on each.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
@@ -202,21 +202,21 @@ def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
         # JAX 0.10's YNNPACK is fast at products alone: its sums over one axis of three take ten times as long as XLA's.
         options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     program = lowered.compile(compiler_options=options)
-    _give_back()
+    trim_host_memory()
     return program
 
 
 def forget_traces(platform: str) -> None:
-    """Where devices compute in the host's memory, what JAX keeps of functions that it traced leaves it.
+    """Clear JAX's caches where the host's memory is the devices' own: a tenth of what a small step takes.
 
-    A tenth of a small step's memory. Compiled steps stay; what else is called again is traced again.
+    Compiled steps stay; any other function is traced and compiled again when it is called again.
     """
     if platform == "cpu":
         jax.clear_caches()
-        _give_back()
+        trim_host_memory()
 
 
-def _give_back() -> None:
+def trim_host_memory() -> None:
     """Memory that was freed goes back to the system, which glibc does not do by itself."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -17,7 +17,6 @@ from ra_jax.inference.sampling import Batch
 from ra_jax.training.checkpoints import BEST, Checkpoints
 from ra_jax.training.distributed import all_stop, is_speaker
 from ra_jax.training.fallbacks import RewardFallbacks
-from ra_jax.training.launch import forget_traces
 from ra_jax.training.metrics import FILE as METRICS
 from ra_jax.training.metrics import open_trackers, read_rows, summarise
 from ra_jax.training.programs import keep_compiled
@@ -77,8 +76,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
         for done, batch in zip(range(setup.first_step + 1, total + 1), batches, strict=False):
             state, metrics = step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
-            if done == setup.first_step + 1:
-                forget_traces(jax.default_backend())
+            step.forget_traces()
             stopping = all_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):

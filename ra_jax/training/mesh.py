@@ -5,6 +5,7 @@ reduces over its replicas too. Losses and metrics take every mean through here.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,17 +37,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
             f"{len(devices)}, of {', '.join(map(str, divisors))}, or --mesh_data -1 and a --mesh_fsdp that divides it"
         )
     shape = (len(devices) // inner, fsdp, tensor)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1 and shape[0] % slices == 0:
+    sizes = Counter(getattr(device, "slice_index", 0) for device in devices).values()
+    slices = len(sizes)
+    if slices > 1 and shape[0] % slices == 0 and len(set(sizes)) == 1:
         within = (shape[0] // slices, fsdp, tensor)
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
     elif slices == 1 or devices[0].platform != "tpu":  # nodes of GPUs are slices to JAX, and any axis may join them
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         each = len(devices) // slices
+        tensor = math.gcd(tensor, each)
         raise ConfigError(
             f"{asked}: {slices} slices of {each} chips are joined by --mesh_data, which has to be a multiple of "
-            f"{slices}, and is {shape[0]}; give --mesh_data {slices} with a --mesh_fsdp of {each}, or less"
+            f"{slices}, and is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {each // tensor} "
+            f"--mesh_tensor {tensor}"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

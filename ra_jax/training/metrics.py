@@ -151,7 +151,7 @@ def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, contex
 def step_flops(
     forward: float,
     *,
-    attention: float = 0.0,
+    attention: float,
     experts: float = 0.0,
     records: int,
     policy_points: int,
@@ -166,11 +166,13 @@ def step_flops(
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
 
     A forward pass costs `forward` for the base and `experts` for their products. A trained pass costs that, as much
-    again for the gradient with respect to activations, `attention` (a part of `forward`) once more, whose products have
-    two activations each, and the gradient of what is trained: `experts`, or what is not attention where that is the
-    whole transformer. Each update takes a trained pass a record for the base loss, and for each of
-    its `members` `policy_points` trained passes, with `kl` as many forward passes by the base, and in an
-    `old_policy_share` of the steps as many by the old policy. Rollouts take `rollout_steps` forward passes a member.
+    again for the gradient with respect to activations, and the gradient of what is trained: `experts`, or what is not
+    attention where that is the whole transformer. Both factors of attention's products are activations, so that their
+    gradient costs `attention` (a part of `forward`) once more.
+
+    Each update takes a trained pass a record for the base loss, and for each of its `members` `policy_points` trained
+    passes, with `kl` as many forward passes by the base, and in an `old_policy_share` of the steps as many by the old
+    policy. Rollouts take `rollout_steps` forward passes a member.
     """
     one = forward + experts
     trained = 2.0 * one + attention + (forward - attention if full_fine_tuning else experts)

@@ -17,7 +17,7 @@ from ra_jax.config import ConfigError
 from ra_jax.inference.sampling import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.training.fallbacks import FALLBACK
-from ra_jax.training.launch import Launch, Step, abstract, scalars
+from ra_jax.training.launch import Launch, Step, abstract, forget_traces, scalars
 from ra_jax.training.state import TrainState
 from ra_jax.training.step import StepSettings
 
@@ -58,6 +58,7 @@ class StepPrograms:
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._fallbacks = 0  # not yet told
+        self._traced = False  # something since `forget_traces`
 
     def prepare(self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0) -> None:
         """Have the program for batches of these shapes, now or soon. Only shapes and types are read."""
@@ -69,7 +70,7 @@ class StepPrograms:
                 compiling = self._compiler.submit(self._compile_with_rewards, arguments, device_memory())
             else:
                 compiling = self._compiler.submit(self._compile_plain, arguments)
-            self._programs[key] = compiling
+            self._programs[key], self._traced = compiling, True
 
     def __call__(
         self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0
@@ -82,6 +83,12 @@ class StepPrograms:
             metrics["reward_fallbacks"] = np.float32(self._fallbacks)
             self._fallbacks = 0
         return state, metrics
+
+    def forget_traces(self) -> None:
+        """`launch.forget_traces`, once programs have been compiled and none is being compiled."""
+        if self._traced and all(compiling.done() for compiling in self._programs.values()):
+            forget_traces(jax.default_backend())
+            self._traced = False
 
     def __len__(self) -> int:
         return len(self._programs)

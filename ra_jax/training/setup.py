@@ -33,7 +33,7 @@ from ra_jax.training.beginnings import (
     resumed,
 )
 from ra_jax.training.checkpoints import BEST, find_checkpoint
-from ra_jax.training.distributed import is_speaker, refuse_other_data, wait_for_all
+from ra_jax.training.distributed import is_speaker, refuse_other_plans, wait_for_all
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.launch import Launch, make_launch
 from ra_jax.training.metrics import FILE as METRICS
@@ -123,10 +123,12 @@ def set_up(config: TrainConfig) -> Setup:
     previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
     values = record_values(config, records)
+    refuse_other_plans(plan_of(config, records, previewed, resume_from))
     launch = make_launch(config.parallel)
     rows = rows_of_step(config, launch)
     rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
     loaded = load_model(config, launch)
+    refuse_other_plans({"base model": loaded.fingerprint})
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, buckets, schedule, loaded)
     loader = Loader(
@@ -152,8 +154,6 @@ def set_up(config: TrainConfig) -> Setup:
     previews = make_previews(config, output, previewed, loaded, schedule)
     objective = Objective(loaded.model, schedule, objective_settings(config))
     guard = make_guard(config, output, previewed, loaded, objective, first_step)
-    # Of other data the processes would take other rows, or wait for each other in another step.
-    refuse_other_data(plan_of(config, records), f"records ({config.data.train_json_path}) or settings")
     wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
     if is_speaker():
         claim_output_dir(config, output, keep=resume_from is not None)
@@ -184,12 +184,45 @@ def set_up(config: TrainConfig) -> Setup:
     )
 
 
-def plan_of(config: TrainConfig, records: Sequence[Record]) -> str:
-    """All that decides which rows a step takes and which program it is; not where files lie on a machine."""
-    known = [(record.size, record.scores, record.result is None) for record in records]
-    places = {"train_json_path", "val_json_path", "output_dir", "process_id", "coordinator_address"}
-    settings = {name: value for name, value in to_flat_dict(config).items() if name not in places}
-    return repr((known, scene_ids(records).tolist(), settings))
+# Settings that may differ between the processes of a run: where files lie on a machine, and which process it is.
+OWN_SETTINGS = {
+    "train_json_path",
+    "val_json_path",
+    "output_dir",
+    "pretrained_model_name_or_path",
+    "pretrained_redux_model_name_or_path",
+    "init_experts_from",
+    "resume_from_checkpoint",
+    "jax_compilation_cache_dir",
+    "data_workers",
+    "coordinator_address",
+    "process_id",
+}
+
+
+def plan_of(
+    config: TrainConfig, records: Sequence[Record], previewed: Sequence[Record], resume_from: Path | None
+) -> dict[str, object]:
+    """What decides which rows a step takes, which program it is and when something else is due, by what it is in words.
+
+    With other plans processes would wait for each other in different steps.
+    """
+    settings = to_flat_dict(config)
+    return {
+        f"records ({config.data.train_json_path})": told_of(records),
+        f"records to preview ({config.data.val_json_path})": told_of(previewed),
+        "checkpoint to resume from": None if resume_from is None else resume_from.name,
+        "settings": {name: value for name, value in settings.items() if name not in OWN_SETTINGS},
+    }
+
+
+def told_of(records: Sequence[Record]) -> list[tuple]:
+    """All that files of records say but where the pictures are."""
+    scenes = scene_ids(records).tolist()
+    return [
+        (record.id, scene, record.size, record.scores, record.result is None)
+        for record, scene in zip(records, scenes, strict=True)
+    ]
 
 
 def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:

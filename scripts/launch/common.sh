@@ -38,7 +38,9 @@ use_environment() {
     source "$1"
     set +a
     [ -z "$own" ] || export XLA_FLAGS="${XLA_FLAGS:-} $own"
-    [ -z "$dry_run" ] || sed -n 's/^\([A-Z]\)/export \1/p' "$1"
+    [ -z "$dry_run" ] || sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$1" | while read -r name; do
+        printf 'export %s=%q\n' "$name" "${!name}"
+    done
 }
 
 # Dies with the usage where a variable that the script needs is not set.

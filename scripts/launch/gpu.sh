@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: one, or several that share out the weights. This script
-# was never run itself.
+# Trains on the GPUs of this machine: one, or several that share out the weights. Never run: no GPU was
+# at hand for it.
 #
 #   scripts/launch/gpu.sh [--dry_run] [FLAGS of ra_jax.train]
 #   GPUS=0 scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json

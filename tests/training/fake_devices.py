@@ -10,6 +10,7 @@ launch then restores every other's checkpoint, and those. Prints a JSON line:
     places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
     restored  {"name in launch": the leaves whose values or places differ from what they should be}
     local     {launch: on how many devices the state's `Launch.local` is}
+    attention {launch: the implementation that was chosen}
     gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
               the shapes of the compiled step's all-gathers
 """
@@ -23,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 job = json.loads(Path(sys.argv[1]).read_text())
-os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={job['devices']}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={job['devices']}"
 
 import jax  # noqa: E402 (the flags come first)
 import numpy as np  # noqa: E402
@@ -35,6 +36,7 @@ if job["process"]:
 
 from ra_jax.config import from_flat_dict  # noqa: E402
 from ra_jax.models import blocks as block_loop  # noqa: E402
+from ra_jax.models import weights as weights_of  # noqa: E402
 from ra_jax.models.partitioning import STACKED  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
@@ -44,6 +46,15 @@ from ra_jax.training.step import make_train_step  # noqa: E402
 
 block_loop.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
 folder, make_launch = Path(job["folder"]), setting_up.make_launch
+implementation_for, chosen = weights_of.implementation_for, []
+
+
+def noted_implementation(*args, **kwargs) -> str:
+    chosen.append(implementation_for(*args, **kwargs))
+    return chosen[-1]
+
+
+weights_of.implementation_for = noted_implementation
 
 
 def values_of(tree) -> dict[str, np.ndarray]:
@@ -104,12 +115,13 @@ def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list
     return moved + [leaf for leaf in values if not np.array_equal(values[leaf], expected[leaf], equal_nan=True)]
 
 
-states, places, local, gathered = {}, {}, {}, {}
+states, places, local, gathered, attention = {}, {}, {}, {}, {}
 for name, flags in job["launches"].items():
     if flags.pop("one_device", False):
         setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
     states[name], places[name], local[name], gathered[name] = run(name, flags)
     setting_up.make_launch = make_launch
+    attention[name] = chosen[-1]
 found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
 for launch, state in states.items():
@@ -118,4 +130,5 @@ for launch, state in states.items():
             with np.load(at.with_suffix(".npz")) as saved:
                 checkpoint = at / "checkpoints" / str(job["steps"])
                 restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
-print(json.dumps({"places": places, "restored": restored, "local": local, "gathered": gathered}))
+told = {"places": places, "restored": restored, "local": local, "attention": attention, "gathered": gathered}
+print(json.dumps(told))

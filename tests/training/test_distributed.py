@@ -1,6 +1,7 @@
 """Which launchers are recognised, and what they must not be mistaken for."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.config import ConfigError, from_flat_dict, to_toml
+from ra_jax.config import ConfigError, ParallelConfig, from_flat_dict, to_toml
 from ra_jax.training import distributed
 from ra_jax.training.checkpoints import find_checkpoint, read_about
-from ra_jax.training.distributed import launched_by, own_gpus, refuse_other_data
+from ra_jax.training.distributed import launched_by, own_gpus, refuse_other_plans, tasks_of_nodes
 from ra_jax.training.metrics import read_rows
+from ra_jax.training.setup import load_training_records, plan_of, set_up
 
 
 @pytest.fixture
@@ -48,33 +50,86 @@ def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
     assert launched_by({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
 
 
-def test_a_process_alone_on_its_machine_takes_all_gpus_there_and_others_that_of_their_rank(tmp_path):
+def test_processes_of_a_machine_share_its_gpus(tmp_path):
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
-    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, tmp_path) == [0, 1]
-    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2"}, tmp_path) == [0, 1, 2]
-    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "8(x2),1", "CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path) is None
-    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, tmp_path) == [0]
-    assert own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1"}, tmp_path / "none") is None
-    mpi = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}
-    assert own_gpus(mpi, tmp_path) is None
-    assert own_gpus(mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, tmp_path) == [0, 1]
+
+    def slurm(tasks, **more):
+        return {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": "1", "SLURM_LOCALID": "1"} | more
+
+    def mpi(size, rank):
+        return {"OMPI_COMM_WORLD_LOCAL_SIZE": size, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+
+    eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0"), tmp_path) == [0, 1]
+    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0", **eight), tmp_path) == list(range(8))
+    assert own_gpus(slurm("8(x2)", **eight), tmp_path) == [1]
+    assert own_gpus(slurm("1,4", **eight), tmp_path) == [2, 3]
+    assert own_gpus(slurm("8", SLURM_NODEID="0", CUDA_VISIBLE_DEVICES="3"), tmp_path) == [0]  # the others have others
+    assert own_gpus(slurm("2(x2)", SLURM_GPUS_PER_TASK="2", CUDA_VISIBLE_DEVICES="0,1"), tmp_path) == [0, 1]
+    assert own_gpus(slurm("2(x2)", CUDA_VISIBLE_DEVICES=""), tmp_path) is None
+    assert own_gpus(slurm("1(x4)"), tmp_path / "none") is None
+    assert own_gpus(mpi("1", "0"), tmp_path) == [0, 1]
+    assert own_gpus(mpi("2", "1") | slurm("1(x2)"), tmp_path) == [1]  # mpirun, started by Slurm
+    assert own_gpus(eight, tmp_path) is None
 
 
-def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(tmp_path):
+def test_slurms_way_to_say_how_many_tasks_nodes_have():
+    assert tasks_of_nodes("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_of_nodes("16") == [16]
+
+
+def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(monkeypatch):
+    for name in (*distributed.LAUNCHERS, distributed.OPEN_MPI_ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"without OMPI_MCA_orte_hnp_uri.*--process_id \$OMPI_COMM_WORLD_RANK"):
-        own_gpus({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, tmp_path)
+        distributed.initialise(ParallelConfig())
 
 
-def test_processes_with_other_data_are_refused(monkeypatch):
-    """As of two processes, where the other has the digest of "b"."""
-    refuse_other_data("a", "records")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    other = np.uint32(zlib.crc32(b"b"))
-    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
-    refuse_other_data("b", "records")
-    with pytest.raises(ConfigError, match="the processes do not have the same records"):
-        refuse_other_data("a", "records")
+@pytest.fixture
+def beside(monkeypatch):
+    """beside(plan): from now on there is another process, which has this plan."""
+
+    def use(plan):
+        other = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
+
+    return use
+
+
+def test_processes_with_other_plans_are_refused(beside):
+    plan = {"records": [1, 2], "settings": {"a": 1}}
+    refuse_other_plans(plan | {"records": [2]})
+    beside(plan)
+    refuse_other_plans(plan)
+    with pytest.raises(ConfigError, match="the processes do not have the same records: give"):
+        refuse_other_plans(plan | {"records": [2, 1]})
+    with pytest.raises(ConfigError, match="the same records and settings: give"):
+        refuse_other_plans({"records": [], "settings": {}})
+
+
+def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, beside):
+    config = make_config()
+    records = load_training_records(config)
+    plan = plan_of(config, records, records, None)
+    elsewhere = shutil.copytree(scored_scenes, tmp_path / "elsewhere") / "labeled_dict.json"
+    moved = make_config(train_json_path=str(elsewhere), data_workers=2, output_dir=str(tmp_path / "other"))
+    same = plan_of(moved, load_training_records(moved), records, None)
+    assert list(same.values()) == list(plan.values())
+
+    def differs(config, records, previewed, resume_from):
+        other = plan_of(config, records, previewed, resume_from)
+        return [name.split(" (")[0] for name in plan if other[name] != plan[name]]
+
+    assert differs(config, records[::-1], records, None) == ["records"]
+    assert differs(config, records, records[:1], None) == ["records to preview"]
+    assert differs(config, records, records, tmp_path / "4") == ["checkpoint to resume from"]
+    assert differs(make_config(learning_rate=0.02), records, records, None) == ["settings"]
+    beside(plan | {next(iter(plan)): None})
+    with pytest.raises(ConfigError, match=r"the same records \(.*labeled_dict.json\): give"):
+        set_up(config)
 
 
 @pytest.mark.slow

@@ -95,6 +95,12 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
 
 
 @pytest.mark.slow
+def test_no_loop_over_heads_where_devices_may_share_them(human):
+    alone = {"one": "by_head", "pmap": "by_head"}
+    assert human[1]["attention"] == dict.fromkeys(LAUNCHES, "xla") | alone
+
+
+@pytest.mark.slow
 def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
     gathered = human[1]["gathered"]
     assert gathered["one"] == gathered["8x1"] == gathered["pmap"] == [0, 0]

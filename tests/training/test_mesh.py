@@ -80,13 +80,16 @@ class Chip:
 
 
 def test_slices_of_chips_are_joined_by_data_and_nodes_of_gpus_by_any_axis():
-    nodes = [Chip(i, i // 2, "gpu") for i in range(4)]
+    nodes = [Chip(i, i % 2, "gpu") for i in range(4)]
     assert make_mesh(fsdp=4, devices=nodes).shape == {"data": 1, "fsdp": 4, "tensor": 1}
     joined = make_mesh(fsdp=2, devices=nodes).devices[:, :, 0]
     assert [[chip.slice_index for chip in row] for row in joined] == [[0, 0], [1, 1]]
-    slices = [Chip(i, i // 2, "tpu") for i in range(4)]
-    with pytest.raises(ConfigError, match=r"2 slices of 2 chips .* is 1; give --mesh_data 2 with a --mesh_fsdp of 2"):
-        make_mesh(fsdp=4, devices=slices)
+    uneven = [Chip(i, i // 3, "gpu") for i in range(4)]
+    assert make_mesh(devices=uneven).shape == {"data": 4, "fsdp": 1, "tensor": 1}
+    slices = [Chip(i, i // 4, "tpu") for i in range(8)]
+    told = r"2 slices of 4 chips .* is 1; give --mesh_data 2 --mesh_fsdp 2 --mesh_tensor 2$"
+    with pytest.raises(ConfigError, match=told):
+        make_mesh(fsdp=4, tensor=2, devices=slices)
 
 
 def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():

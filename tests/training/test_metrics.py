@@ -27,14 +27,14 @@ def test_a_loss_that_is_not_finite_stays():
 
 def test_arithmetic_of_a_step():
     """By hand: 3 records; 1 + 4 trained passes of twice a forward, 4 old passes at 7 of 8 steps, 4 of the base."""
-    human = {"records": 3, "old_policy_share": 7 / 8}
+    human = {"records": 3, "attention": 0.0, "old_policy_share": 7 / 8}
     assert step_flops(10.0, policy_points=4, kl=True, full_fine_tuning=False, **human) == 30 * (5 * 2 + 3.5 + 4)
-    assert step_flops(10.0, policy_points=0, kl=False, full_fine_tuning=True, records=3) == 30 * 3
+    assert step_flops(10.0, policy_points=0, kl=False, full_fine_tuning=True, attention=0.0, records=3) == 30 * 3
 
 
 def test_arithmetic_of_an_automatic_step():
     """By hand: 3 conditions of 8 rollouts of 6 forward passes; 2 updates of a base pass and 4 passes a rollout."""
-    count = {"records": 3, "members": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
+    count = {"records": 3, "attention": 0.0, "members": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
     assert step_flops(10.0, kl=False, full_fine_tuning=False, **count) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
     without_base = step_flops(10.0, kl=True, full_fine_tuning=False, base_loss=False, **count)
     assert without_base == 30 * (8 * 6 + 2 * 8 * 4 * 3)
@@ -54,7 +54,7 @@ def test_arithmetic_of_attention():
 
 def test_arithmetic_of_experts():
     """By hand: their products in every forward pass, twice more in a trained one; none in the base's passes for KL."""
-    human = {"records": 3, "old_policy_share": 7 / 8, "experts": 1.0}
+    human = {"records": 3, "attention": 0.0, "old_policy_share": 7 / 8, "experts": 1.0}
     found = step_flops(10.0, policy_points=4, kl=True, full_fine_tuning=False, **human)
     assert found == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
     shapes = {
