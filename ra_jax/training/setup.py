@@ -20,6 +20,7 @@ from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import Batch, make_remover
 from ra_jax.models.blocks import blocks_apart
 from ra_jax.models.fill_model import Weights
+from ra_jax.models.geometry import FillGeometry, abstract_fill_model
 from ra_jax.models.loading import FILL_PARTS, LoadedModel, encoders_fingerprint, load_fill_model
 from ra_jax.models.weights import read_configs, resolve
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
@@ -41,7 +42,7 @@ from ra_jax.training.metrics import read_rows
 from ra_jax.training.objective import Objective
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
-from ra_jax.training.programs import StepPrograms
+from ra_jax.training.programs import StepPrograms, device_memory
 from ra_jax.training.settings import first_state, model_options, objective_settings, step_settings
 from ra_jax.training.state import TrainState
 from ra_jax.training.step import StepSettings, make_train_step
@@ -184,6 +185,17 @@ def set_up(config: TrainConfig) -> Setup:
     )
 
 
+def refuse_too_large(config: TrainConfig, geometry: FillGeometry) -> None:
+    """Raise ConfigError where a device has no room for all weights, of which each has a copy under pmap."""
+    _, *weights = abstract_fill_model(geometry, attention="xla", **model_options(config))
+    needed, room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
+    if needed > room:
+        raise ConfigError(
+            f"--parallelism pmap keeps all weights on each device, {needed / 1e9:.1f} GB, and a device has "
+            f"{room / 1e9:.1f} GB: leave it out, and share them out over a mesh with --mesh_fsdp {jax.device_count()}"
+        )
+
+
 # Settings that may differ between the processes of a run: where files lie on a machine, and which process it is.
 OWN_SETTINGS = {
     "train_json_path",
@@ -238,7 +250,10 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     Raises ConfigError, before any weights are read, where the launch does not suit a transformer of these sizes.
     """
     fill = config.model.pretrained_model_name_or_path
-    launch.check(read_configs(resolve(fill, FILL_PARTS), None)[0])
+    flux, vae, *_ = read_configs(resolve(fill, FILL_PARTS), None)
+    launch.check(flux)
+    if config.parallel.parallelism == "pmap":
+        refuse_too_large(config, FillGeometry(flux, vae, vision=None, embedder=None))
     return load_fill_model(
         fill,
         config.model.pretrained_redux_model_name_or_path,

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ra_jax.config import ConfigError, ParallelConfig
 from ra_jax.models.partitioning import partition_spec
+from ra_jax.training import setup as setting_up
 from ra_jax.training.launch import MeshLaunch, PmapLaunch, make_launch
 from ra_jax.training.mesh import check_batch, check_heads, check_width, make_mesh, map_microbatches
 from ra_jax.training.setup import set_up
@@ -122,3 +123,9 @@ def test_microbatches_are_of_the_largest_size_that_divides_the_rows(size, calls)
     x = jnp.arange(18.0).reshape(6, 3)
     np.testing.assert_array_equal(map_microbatches(double, x, size), 2 * x)
     assert set(seen) == {calls}
+
+
+def test_weights_that_do_not_fit_a_device_are_refused_under_pmap(make_config, monkeypatch):
+    monkeypatch.setattr(setting_up, "device_memory", lambda: 10**5)
+    with pytest.raises(ConfigError, match=r"on each device, 0\.\d GB, and a device has 0\.0 GB: .*--mesh_fsdp 1"):
+        set_up(make_config(parallelism="pmap"))
