@@ -75,8 +75,22 @@ def tell(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
             show(found)
             print(f"\nit fits with {changed}")
             return report | {"proposal": changed}
-    print("\nnothing that was tried fits: take more chips, fewer --num_policy_timesteps, or smaller buckets")
+    print(f"\nnothing that was tried fits: take more chips, {', '.join(savings(config))} or smaller buckets")
     return report
+
+
+def savings(config: TrainConfig) -> list[str]:
+    """What takes less memory at the price of another training."""
+    found = []
+    if config.model.base_precision != "int8" and config.experts.use_lora:
+        found.append("--base_precision int8")
+    if config.experts.use_lora:
+        found.append("a lower --lora_rank")
+    if config.optimization.optimizer != "adafactor":
+        found.append("--optimizer adafactor")
+    if config.uses_policy:
+        found.append("fewer --num_policy_timesteps")
+    return found
 
 
 def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:

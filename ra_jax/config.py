@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 class DataConfig:
     """What is trained on. Panel sizes are those of one panel of the diptych, in pixels."""
 
-    train_json_path: str  # records: JSON list, JSONL, {gt: [inputs]} JSON, or a folder with input/ mask/ gt/
+    train_json_path: str  # records: JSON or JSONL, a folder with input/ mask/ gt/, a pack, or tfds:NAME
     val_json_path: str | None = None  # records for previews (None: taken from the training data) and max_drift
     score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
     aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]

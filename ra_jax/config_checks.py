@@ -230,8 +230,13 @@ def _parallel(parallel: "ParallelConfig") -> Iterator[str]:
     elif given and not 0 <= parallel.process_id < parallel.num_processes:
         last = parallel.num_processes - 1
         yield f"process_id = {parallel.process_id}: expected 0 to {last} with num_processes = {parallel.num_processes}"
-    elif given and not re.fullmatch(r".+:\d+", parallel.coordinator_address):
-        yield f"coordinator_address = {parallel.coordinator_address}: expected HOST:PORT, such as 10.0.0.2:12345"
+    elif given:
+        told = re.fullmatch(r"(\[[^]/]+\]|[^:/]+):(\d+)", parallel.coordinator_address)
+        if not told or not 1 <= int(told[2]) <= 65535:
+            yield (
+                f"coordinator_address = {parallel.coordinator_address}: expected HOST:PORT with a port from 1 to "
+                "65535, such as 10.0.0.2:12345"
+            )
 
 
 def _places(config: "TrainConfig") -> Iterator[str]:

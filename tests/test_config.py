@@ -226,6 +226,14 @@ CONTRADICTIONS = [
         "coordinator_address = localhost: expected HOST:PORT",
     ),
     (
+        ["--coordinator_address", "http://localhost:1234", "--num_processes", "2", "--process_id", "0"],
+        "coordinator_address = http://localhost:1234: expected HOST:PORT",
+    ),
+    (
+        ["--coordinator_address", "localhost:99999", "--num_processes", "2", "--process_id", "0"],
+        "coordinator_address = localhost:99999: expected HOST:PORT with a port from 1 to 65535",
+    ),
+    (
         [f"--{score}_reward_weight=0" for score in ("removal", "background", "smoothness")],
         "all 0",
     ),

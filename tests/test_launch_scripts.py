@@ -33,6 +33,19 @@ def start(script: str, environment: dict, *arguments: str) -> subprocess.Complet
     )
 
 
+def test_a_dry_run_is_one_wherever_it_stands():
+    done = start("gpu.sh", {"GPUS": "2"}, *FLAGS)
+    last = subprocess.run(
+        ["bash", ROOT / "scripts" / "launch" / "gpu.sh", *FLAGS, "--dry_run"],
+        env={"PATH": os.environ["PATH"], "GPUS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert last.stdout == done.stdout
+    assert "export CUDA_VISIBLE_DEVICES=2\n" in done.stdout and "export JAX_PLATFORMS=cuda" in done.stdout
+
+
 @pytest.mark.parametrize(("script", "environment", "expected"), CASES, ids=[f"{c[0]}-{len(c[1])}" for c in CASES])
 def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment, expected):
     done = start(script, environment, *FLAGS)

@@ -5,6 +5,7 @@ on a leading axis and scanned; the embedder is diffusers' `ReduxImageEncoder`. P
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -281,7 +282,9 @@ def preprocess(folder: str | Path) -> Callable[[Image.Image], np.ndarray]:
     Raises:
         WeightError: if that file is missing.
     """
-    # Late: transformers takes seconds to import, and only this function needs it.
+    # Late: transformers takes seconds to import, and only this function needs it. It would warn that there is no
+    # PyTorch, which nothing here wants.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import SiglipImageProcessorPil
 
     config = Path(folder) / "feature_extractor" / "preprocessor_config.json"

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import zlib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -28,10 +29,13 @@ def initialise(config: ParallelConfig) -> None:
     To be called before anything else of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are recognised;
     elsewhere `--coordinator_address --num_processes --process_id` say it.
 
-    Raises ConfigError for an Open MPI that does not tell JAX where its first process is.
+    Raises ConfigError for a host that nobody knows, for a port of this machine that is taken, and for an Open MPI that
+    does not tell JAX where its first process is.
     """
     gpus = own_gpus(os.environ, Path("/dev"))
     if config.coordinator_address is not None:
+        check_address(config.coordinator_address, serves=config.process_id == 0)
+        log.info("waiting for %d processes at %s", config.num_processes, config.coordinator_address)
         jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id, gpus)
     elif launcher := launched_by(os.environ, Path("/").joinpath):
         if launcher == "Open MPI" and OPEN_MPI_ADDRESS not in os.environ:
@@ -56,6 +60,26 @@ def launched_by(environment: dict[str, str], at: Callable[[str], Path]) -> str |
             return launcher
     wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu") is not None
     return "a TPU machine" if wanted and any(at(device).exists() for device in TPU_DEVICES) else None
+
+
+def check_address(address: str, *, serves: bool) -> None:
+    """Raise ConfigError where HOST:PORT is of no host, or where this process `serves` it and the port is taken: JAX
+    waits five minutes for the one, and gRPC ends the process for both, with neither's name."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ConfigError(
+            f"coordinator_address = {address}: the host is not known here ({error}); give that of process 0"
+        ) from error
+    if serves:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ConfigError(
+                f"coordinator_address = {address}: process 0 cannot listen at port {port} of this machine ({error}); "
+                "give another one, to all processes"
+            ) from error
 
 
 def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:

@@ -31,11 +31,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     inner = fsdp * tensor
     count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
     if count != len(devices):
-        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-        raise ConfigError(
-            f"{asked}: these make {count} devices, and there are {len(devices)}; give sizes whose product is "
-            f"{len(devices)}, of {', '.join(map(str, divisors))}, or --mesh_data -1 and a --mesh_fsdp that divides it"
-        )
+        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        fix = f"give sizes of {divisors} whose product is {len(devices)}, or leave --mesh_data out"
+        if len(devices) == 1:
+            fix = "leave them out"
+        raise ConfigError(f"{asked}: these make {count} devices, and there are {len(devices)}; {fix}")
     shape = (len(devices) // inner, fsdp, tensor)
     sizes = Counter(getattr(device, "slice_index", 0) for device in devices).values()
     slices = len(sizes)

@@ -2,21 +2,21 @@
 
 # The comment at a script's head, without its first line.
 usage() {
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    sed -n '2,/^set /{/^set /d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"
 }
 
-# Reads --dry_run and --help off the front of the arguments; what remains is in "$@" of the caller by `set -- "${rest[@]}"`.
+# Takes --dry_run and --help out of the arguments, wherever they stand; what remains is in "$@" of the caller by
+# `set -- "${rest[@]}"`.
 read_options() {
     dry_run=
-    while [ $# -gt 0 ]; do
-        case $1 in
+    rest=()
+    for argument in "$@"; do
+        case $argument in
             --dry_run) dry_run=yes ;;
             -h | --help) usage && exit 0 ;;
-            *) break ;;
+            *) rest+=("$argument") ;;
         esac
-        shift
     done
-    rest=("$@")
 }
 
 # Runs a command, or with --dry_run prints it as one could type it.

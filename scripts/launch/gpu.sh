@@ -16,7 +16,10 @@ source scripts/launch/common.sh
 read_options "$@" && set -- "${rest[@]}"
 [ $# -gt 0 ] || { usage >&2 && exit 2; }
 use_environment scripts/launch/gpu.env
-[ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=$GPUS
+if [ -n "${GPUS:-}" ]; then
+    export CUDA_VISIBLE_DEVICES=$GPUS
+    [ -z "$dry_run" ] || printf 'export CUDA_VISIBLE_DEVICES=%q\n' "$GPUS"
+fi
 visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
 count=$(tr ',' '\n' <<<"${visible:-0}" | grep -c .)
 mesh=()

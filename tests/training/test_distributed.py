@@ -17,7 +17,7 @@ import pytest
 from ra_jax.config import ConfigError, ParallelConfig, from_flat_dict, to_toml
 from ra_jax.training import distributed
 from ra_jax.training.checkpoints import find_checkpoint, read_about
-from ra_jax.training.distributed import launched_by, own_gpus, refuse_other_plans, tasks_of_nodes
+from ra_jax.training.distributed import check_address, launched_by, own_gpus, refuse_other_plans, tasks_of_nodes
 from ra_jax.training.metrics import read_rows
 from ra_jax.training.setup import load_training_records, plan_of, set_up
 
@@ -85,6 +85,17 @@ def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(monkeypatch
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"without OMPI_MCA_orte_hnp_uri.*--process_id \$OMPI_COMM_WORLD_RANK"):
         distributed.initialise(ParallelConfig())
+
+
+def test_a_coordinator_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host is not known here"):
+        check_address("nobody.invalid:1234", serves=False)
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        check_address(address, serves=False)
+        with pytest.raises(ConfigError, match=r"process 0 cannot listen at port \d+ of this machine"):
+            check_address(address, serves=True)
+    check_address(address, serves=True)
 
 
 @pytest.fixture
