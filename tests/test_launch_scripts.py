@@ -46,6 +46,12 @@ def test_a_dry_run_is_one_wherever_it_stands():
     assert "export CUDA_VISIBLE_DEVICES=2\n" in done.stdout and "export JAX_PLATFORMS=cuda" in done.stdout
 
 
+def test_flags_of_the_users_own_come_last_and_win():
+    done = start("gpu.sh", {"GPUS": "2", "XLA_FLAGS": "--xla_own=1"}, *FLAGS)
+    (flags,) = [shlex.split(line)[1] for line in done.stdout.splitlines() if line.startswith("export XLA_FLAGS")]
+    assert flags.startswith("XLA_FLAGS=--xla_gpu") and flags.endswith(" --xla_own=1")
+
+
 @pytest.mark.parametrize(("script", "environment", "expected"), CASES, ids=[f"{c[0]}-{len(c[1])}" for c in CASES])
 def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment, expected):
     done = start(script, environment, *FLAGS)

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from ra_jax.config import ConfigError, RolloutConfig
@@ -97,6 +98,13 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
 
     (few, latents), (many, _) = temporaries(2), temporaries(8)
     assert many - few < 6 * 4 * latents
+
+
+def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
+    own = programs.device_memory()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(programs.multihost_utils, "process_allgather", lambda x: np.stack([x, x - 1000]))
+    assert programs.device_memory() == (own // 2**20 - 1000) * 2**20
 
 
 @pytest.fixture
