@@ -164,8 +164,9 @@ def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Except
         return reward.function(inputs)
     except passing:
         raise
-    except Exception as error:  # whatever the user's code raises ends the run as RewardError; nothing is swallowed
-        # Raised out of a compiled step as it is, XLA's error would name neither this reward nor its own words.
+    # Broad, since this is the user's own function, which may raise anything; it is raised again at once, never passed
+    # over: out of a compiled step XLA tells only the text of what a callback raises, which has to name the reward.
+    except Exception as error:
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 

@@ -31,8 +31,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     inner = fsdp * tensor
     count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
     if count != len(devices):
-        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        fix = f"give sizes of {divisors} whose product is {len(devices)}, or leave --mesh_data out"
+        fix = f"give sizes of {divisors(len(devices))} whose product is {len(devices)}, or leave --mesh_data out"
         if len(devices) == 1:
             fix = "leave them out"
         raise ConfigError(f"{asked}: these make {count} devices, and there are {len(devices)}; {fix}")
@@ -77,10 +76,9 @@ def check_heads(mesh: Mesh, heads: int) -> None:
     """Raise ConfigError where the tensor axis does not divide the attention heads."""
     tensor = mesh.shape["tensor"]
     if heads % tensor:
-        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and mesh.size % n == 0]
         raise ConfigError(
             f"--mesh_tensor {tensor} does not divide the transformer's {heads} attention heads; give one of "
-            f"{', '.join(map(str, fitting))}"
+            f"{divisors(heads, mesh.size)}"
         )
 
 
@@ -88,11 +86,16 @@ def check_width(mesh: Mesh, width: int) -> None:
     """Raise ConfigError where the fsdp axis does not divide the transformer's width: its weights would stay whole."""
     fsdp = mesh.shape["fsdp"]
     if width % fsdp:
-        fitting = [n for n in range(1, mesh.size + 1) if width % n == 0 and mesh.size % n == 0]
         raise ConfigError(
             f"--mesh_fsdp {fsdp} does not divide the transformer's width of {width}, and every device would hold all "
-            f"weights; give one of {', '.join(map(str, fitting))}"
+            f"weights; give one of {divisors(width, mesh.size)}"
         )
+
+
+def divisors(*numbers: int) -> str:
+    """What divides all of them, in words."""
+    common = math.gcd(*numbers)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
 
 
 def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:

@@ -250,10 +250,10 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     Raises ConfigError, before any weights are read, where the launch does not suit a transformer of these sizes.
     """
     fill = config.model.pretrained_model_name_or_path
-    flux, vae, *_ = read_configs(resolve(fill, FILL_PARTS), None)
-    launch.check(flux)
+    geometry = FillGeometry(*read_configs(resolve(fill, FILL_PARTS), None))
+    launch.check(geometry.flux)
     if config.parallel.parallelism == "pmap":
-        refuse_too_large(config, FillGeometry(flux, vae, vision=None, embedder=None))
+        refuse_too_large(config, geometry)
     return load_fill_model(
         fill,
         config.model.pretrained_redux_model_name_or_path,

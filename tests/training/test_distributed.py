@@ -143,6 +143,17 @@ def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, 
         set_up(config)
 
 
+def test_processes_with_another_base_are_refused(make_config, monkeypatch):
+    def gather(own):
+        """The other process has the same plan, and another base."""
+        return np.stack([own, own if own.size > 1 else own + 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    with pytest.raises(ConfigError, match="the processes do not have the same base model"):
+        set_up(make_config())
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
     """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""

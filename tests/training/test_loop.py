@@ -245,8 +245,12 @@ def test_human_scores_with_triplets_are_refused(make_config, scored_scenes):
         train(make_config(train_json_path=str(scored_scenes / "triplets.json")))
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(make_config):
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(make_config, monkeypatch):
+    """And until then what tracing left went back, once."""
+    forgotten = []
+    monkeypatch.setattr("ra_jax.training.programs.forget_traces", forgotten.append)
     config = make_config(learning_rate=1e30, max_train_steps=6, checkpointing_steps=1, ema_decay=0.9)
     with pytest.raises(FloatingPointError, match=r"train_loss is nan at step \d.*lower --learning_rate"):
         train(config)
+    assert forgotten == ["cpu"]
     assert find_checkpoint(config.run.output_dir).name == "1"

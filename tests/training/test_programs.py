@@ -1,6 +1,7 @@
 """Compiled steps: with rewards and without, and what happens where one does not fit the device."""
 
 import logging
+import threading
 from dataclasses import replace
 
 import jax
@@ -98,6 +99,26 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
 
     (few, latents), (many, _) = temporaries(2), temporaries(8)
     assert many - few < 6 * 4 * latents
+
+
+def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(automatic, monkeypatch):
+    setup, going_on, forgotten = set_up(automatic()), threading.Event(), []
+    monkeypatch.setattr(programs, "forget_traces", forgotten.append)
+
+    def compile_(self, *_):
+        return going_on.wait(60) and Compiled(setup.step_settings)
+
+    monkeypatch.setattr(programs.StepPrograms, "_compile_with_rewards", compile_)
+    step, batch = setup.step_programs(), next(setup.batches())
+    step.forget_traces()
+    step.prepare(setup.state, setup.frozen, batch)
+    step.forget_traces()
+    assert forgotten == []
+    going_on.set()
+    step(setup.state, setup.frozen, batch)
+    step.forget_traces()
+    step.forget_traces()
+    assert forgotten == ["cpu"]
 
 
 def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
