@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ra_jax.config import ConfigError, ParallelConfig
+from ra_jax.models.flux import FluxConfig
 from ra_jax.models.partitioning import partition_spec
 from ra_jax.training import setup as setting_up
 from ra_jax.training.launch import MeshLaunch, PmapLaunch, make_launch
@@ -67,6 +68,14 @@ def test_batches_and_heads_that_a_mesh_does_not_divide_are_refused():
     check_width(mesh, 3072)
     with pytest.raises(ConfigError, match=r"--mesh_fsdp 4 does not divide .* width of 30, .* give one of 1, 2$"):
         check_width(mesh, 30)
+
+
+@pytest.mark.parametrize(("heads", "told"), [(9, "--mesh_tensor 2 does not"), (2, "--mesh_fsdp 8 does not")])
+def test_a_launch_refuses_what_its_mesh_does_not_divide(heads, told):
+    launch = MeshLaunch(AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor")))
+    flux = FluxConfig(num_attention_heads=heads, attention_head_dim=14, axes_dims_rope=(4, 4, 6))
+    with pytest.raises(ConfigError, match=told):
+        launch.check(flux)
 
 
 @dataclass(frozen=True)
