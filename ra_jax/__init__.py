@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from ra_jax.version import __version__
+
 if TYPE_CHECKING:
     from ra_jax.pipeline import RemovalPipeline
 
-__all__ = ["RemovalPipeline"]
-__version__ = "0.1.0"
+__all__ = ["RemovalPipeline", "__version__"]
 
 
 def __getattr__(name: str):

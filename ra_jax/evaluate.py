@@ -13,13 +13,13 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ra_jax.data.errors import DataError
 from ra_jax.data.images import read_mask, read_photo
-from ra_jax.evaluation.contact_sheet import captioned, thumbnail
+from ra_jax.errors import DataError
 from ra_jax.evaluation.measure import Evaluation, Fid, Networks
 from ra_jax.evaluation.pairs import Pair, find_pairs
 from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
 from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarise, table_text, worst_first
+from ra_jax.reporting.contact_sheet import captioned, thumbnail
 
 METRICS, SUMMARY, SHEET = "metrics.csv", "summary.json", "contact_sheet.png"
 WITHOUT_TRUTH = ("removal_without_target", "background_without_target")

@@ -12,11 +12,10 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ra_jax.config import ConfigError, ModelConfig
-from ra_jax.data.errors import DataError
+from ra_jax.checkpoints import find_checkpoint, read_about
+from ra_jax.config.settings import ModelConfig
+from ra_jax.errors import CheckpointError, ConfigError, DataError, WeightError
 from ra_jax.inference.candidates import RECORDS, find_scenes, plan_candidates, write_candidates
-from ra_jax.models.weights import WeightError
-from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, read_about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def run(config: InferConfig) -> None:
     candidates = plan_candidates(scenes, seeds, config.output_dir, overwrite=config.overwrite)
     settings = model_settings(config)
 
-    from ra_jax import RemovalPipeline  # the inputs are known to be sound
+    from ra_jax.pipeline import RemovalPipeline  # late: the inputs are known to be sound
 
     pipe = RemovalPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"],

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ra_jax.config import from_checkpoint
+from ra_jax.checkpoints import About, find_checkpoint, read_about, restore
+from ra_jax.config.parse import from_checkpoint
 from ra_jax.data.images import soft_mask, upright_rgb
 from ra_jax.data.loader import parse_buckets
+from ra_jax.errors import CheckpointError
 from ra_jax.flow.samplers import euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.blend import paste
 from ra_jax.inference.crop import panel_sizes, plan_crop
 from ra_jax.inference.sampling import initial_noise, make_remover
+from ra_jax.interop.loading import LoadedModel, load_fill_model
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import Weights
-from ra_jax.models.loading import LoadedModel, load_fill_model
-from ra_jax.training.checkpoints import About, CheckpointError, find_checkpoint, read_about, restore
-from ra_jax.training.experts import expert_configs
+from ra_jax.models.options import expert_configs
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 TEXT_TOKENS = 512

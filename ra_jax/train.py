@@ -6,12 +6,8 @@ import sys
 
 from jax.errors import JaxRuntimeError
 
-from ra_jax.config import ConfigError, parse
-from ra_jax.data.records import DataError
-from ra_jax.models.lora import TargetError
-from ra_jax.models.weights import WeightError
-from ra_jax.rl.user_rewards import RewardError
-from ra_jax.training.checkpoints import CheckpointError
+from ra_jax.config.parse import parse
+from ra_jax.errors import CheckpointError, ConfigError, DataError, RewardError, TargetError, WeightError
 
 REFUSALS = (ConfigError, DataError, WeightError, CheckpointError, TargetError, RewardError, FloatingPointError)
 OUT_OF_MEMORY = (
@@ -30,7 +26,7 @@ def main() -> None:
     try:
         config = parse()
         # After parsing: --help and a mistaken flag answer at once.
-        from ra_jax.training.distributed import initialise
+        from ra_jax.parallel.processes import initialise
 
         initialise(config.parallel)
         from ra_jax.training.loop import train

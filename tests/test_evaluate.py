@@ -10,10 +10,10 @@ from PIL import Image
 
 from ra_jax import evaluate
 from ra_jax.data.synthetic import write_dataset
-from ra_jax.evaluation.contact_sheet import LINE, MARGIN
 from ra_jax.evaluation.measure import Evaluation, Networks, measure_arrays
 from ra_jax.evaluation.pairs import Pair
 from ra_jax.inference.candidates import find_scenes, plan_candidates, write_candidates
+from ra_jax.reporting.contact_sheet import LINE, MARGIN
 
 WEIGHTS = (0.4, 0.3, 0.3)
 

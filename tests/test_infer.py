@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ra_jax
-from ra_jax import infer
+from ra_jax import infer, pipeline
 from ra_jax.data.records import load_records
 
 
@@ -26,7 +25,7 @@ class RecordingPipeline:
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch):
-    monkeypatch.setattr(ra_jax, "RemovalPipeline", RecordingPipeline)
+    monkeypatch.setattr(pipeline, "RemovalPipeline", RecordingPipeline)
     Image.new("RGB", (20, 10), "red").save(tmp_path / "photo.png")
     Image.new("L", (20, 10), 200).save(tmp_path / "mask.png")
     names = {"source_image": "photo.png", "source_mask": "mask.png", "output_dir": "out"}

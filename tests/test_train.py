@@ -7,8 +7,8 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from ra_jax import train
-from ra_jax.config import ParallelConfig
-from ra_jax.rl.user_rewards import RewardError
+from ra_jax.config.settings import ParallelConfig
+from ra_jax.errors import RewardError
 from ra_jax.training import loop
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from ra_jax.config import DataConfig, ModelConfig
+from ra_jax.config.settings import DataConfig, ModelConfig
 from ra_jax.data.records import check_records, load_records
 from ra_jax.data.scores import ScoreFormat
 from ra_jax.data.summary import summary

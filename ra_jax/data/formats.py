@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ra_jax.data.errors import DataError, Fault
 from ra_jax.data.images import SUFFIXES
 from ra_jax.data.packs import Pack, pack_folder
+from ra_jax.errors import DataError, Fault
 
 DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
 SUPPORTED = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"

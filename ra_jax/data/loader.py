@@ -10,13 +10,13 @@ import grain
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.errors import DataError
 from ra_jax.data.images import UNREADABLE, Size
 from ra_jax.data.masks import augment_mask
 from ra_jax.data.packs import LATENTS, Encoding, PackedPicture
 from ra_jax.data.panels import PanelCache, Panels, load_mask, load_panels, nearest_bucket
 from ra_jax.data.plan import MASK_STREAM, batches_per_epoch, epoch_plan, random_generator
 from ra_jax.data.records import Record, scene_ids
+from ra_jax.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
 OWN_KEYS = frozenset(

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.errors import DataError
 from ra_jax.data.images import Picture, Size
 from ra_jax.data.loader import check_records
 from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, imported_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
+from ra_jax.errors import DataError
 
 SHARD_BYTES = 256 * 2**20
 AT_ONCE = 16  # examples between two updates of a set's metadata

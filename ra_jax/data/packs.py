@@ -20,8 +20,8 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 (numpy, and with it tensorflow-datasets, then knows bfloat16)
 
-from ra_jax.data.errors import DataError
 from ra_jax.data.images import Size
+from ra_jax.errors import DataError
 
 VERSION = "1.0.0"
 PARTS = ("conditions", "records")

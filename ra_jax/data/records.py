@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ra_jax.data.errors import DataError, Fault
 from ra_jax.data.formats import Entry, RawData, read_entries
 from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask
 from ra_jax.data.packs import PackedPicture
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
+from ra_jax.errors import DataError, Fault
 
 __all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_entries", "check_records", "load_records", "scene_ids"]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from ra_jax.config import from_flat_dict
+from ra_jax.checkpoints import find_checkpoint, restore
+from ra_jax.config.parse import from_flat_dict
 from ra_jax.data.synthetic import scenes, stack, write_dataset
 from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, train_vae
+from ra_jax.interop.diffusers import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
-from ra_jax.models.weights import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
-from ra_jax.training.checkpoints import find_checkpoint, restore
 from ra_jax.training.loop import train
 
 log = logging.getLogger(__name__)

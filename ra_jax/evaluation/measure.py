@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from ra_jax.data.images import read_mask, read_photo
-from ra_jax.evaluation.image_metrics import psnr, seam_band
 from ra_jax.evaluation.pairs import Pair
 from ra_jax.evaluation.perceptual import Embed, cosine_similarity, frechet_distance
 from ra_jax.evaluation.structural import mean_ssim, ssim_map
 from ra_jax.evaluation.table import Row
-from ra_jax.rl.rewards import REWARDS, RewardInputs, default_rewards, total_reward
+from ra_jax.rewards.image_metrics import psnr, seam_band
+from ra_jax.rewards.registry import REWARDS, RewardInputs, default_rewards, total_reward
 
 SEAM = 4  # pixels on each side of the mask's edge
 REGIONS = {"": "picture", "_mask": "mask", "_outside": "outside", "_seam": "seam"}  # suffix of the column: region

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ra_jax.data.errors import SHOWN_IN_FULL, DataError
 from ra_jax.data.formats import Entry, RawData
 from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask
 from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records
+from ra_jax.errors import SHOWN_IN_FULL, DataError
 from ra_jax.inference.candidates import RECORDS
 
 SAME_MASK = 0.5  # intersection over union of two files' masks from which they are taken for the same object's

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.errors import DataError
+from ra_jax.errors import DataError
 
 LpipsNet = Literal["alexnet", "vgg16"]
 LPIPS_SMALLEST = {"alexnet": 31, "vgg16": 16}  # pixels a side, below which the network's last layer is empty

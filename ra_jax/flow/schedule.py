@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ra_jax.models.weight_files import WeightError
+from ra_jax.errors import WeightError
 
 # What diffusers takes for a value that scheduler_config.json leaves out, where FLUX's own differs from it.
 ABSENT = {"shift": 1.0, "use_dynamic_shifting": False}

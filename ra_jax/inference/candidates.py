@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.errors import DataError
 from ra_jax.data.formats import Entry, RawData
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
 from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
+from ra_jax.errors import DataError
 
 RECORDS = "records.json"
 

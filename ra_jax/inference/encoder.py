@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ra_jax.data.batch import Batch
 from ra_jax.data.images import Size
 from ra_jax.data.loader import check_buckets, parse_buckets
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
-from ra_jax.inference.sampling import Batch, as_diptych, diptych_mask
+from ra_jax.inference.sampling import as_diptych, diptych_mask
+from ra_jax.interop.loading import load_encoders
 from ra_jax.models.fill_model import encode_image, masked
-from ra_jax.models.loading import load_encoders
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
 

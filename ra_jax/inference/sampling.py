@@ -5,13 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ra_jax.data.batch import Batch
 from ra_jax.data.diptych import join, join_mask, right_panel
 from ra_jax.flow.samplers import euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import FillModel, Weights
-
-Batch = dict[str, jax.Array]
 
 
 def as_diptych(batch: Batch, photo: str) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from ra_jax.models.partitioning import TENSOR, axis_sizes, batch_axes
+from ra_jax.parallel.partitioning import TENSOR, axis_sizes, batch_axes
 
 ROPE_THETA = 10_000
 

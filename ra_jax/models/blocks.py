@@ -11,7 +11,7 @@ from flax import nnx
 
 from ra_jax.models.attention import SAVED, Rope
 from ra_jax.models.lora import PRODUCT, Adapter
-from ra_jax.models.partitioning import STACKED, by_record, gathered, parameter_name
+from ra_jax.parallel.partitioning import STACKED, by_record, gathered, parameter_name
 
 
 def _saves(*names: str) -> Callable:

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ra_jax.errors import WeightError
 from ra_jax.models.conditioning import Condition, context_tokens, pack, pack_mask, token_mask, unpack
 from ra_jax.models.flux import Flux
 from ra_jax.models.lora import Adapter
-from ra_jax.models.partitioning import by_record, gathered
 from ra_jax.models.router import Router, router_features
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
-from ra_jax.models.weight_files import WeightError
+from ra_jax.parallel.partitioning import by_record, gathered
 
 Weights = dict[str, Any]
 

@@ -18,15 +18,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from ra_jax.errors import TargetError
 from ra_jax.models.initializers import lecun_normal
 
 # Every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
 PRODUCT = "product"  # names products with kernels and with experts, for `jax.checkpoint`
-
-
-class TargetError(ValueError):
-    """`target_modules` names no layer of this model."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
+from ra_jax.errors import WeightError
 from ra_jax.models.attention import attention
 from ra_jax.models.initializers import drawn_by_xla, lecun_normal
-from ra_jax.models.partitioning import by_record, gathered
-from ra_jax.models.weight_files import WeightError
+from ra_jax.parallel.partitioning import by_record, gathered
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),

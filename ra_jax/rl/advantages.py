@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ra_jax.rl.rewards import total_reward
+from ra_jax.rewards.registry import total_reward
 
 STD_FLOOR = 0.02
 ADVANTAGE_LIMIT = 5.0

@@ -14,11 +14,11 @@ import numpy as np
 
 from ra_jax.data.loader import Loader
 from ra_jax.models.fill_model import Weights
+from ra_jax.parallel.partitioner import fetch
 from ra_jax.rl.estimators import matching_cache, repeat
-from ra_jax.training.encoded import encode
-from ra_jax.training.launch import fetch
-from ra_jax.training.objective import Objective, norm_ratio
-from ra_jax.training.state import keys_for, stream
+from ra_jax.training.step.encode import encode
+from ra_jax.training.step.objective import Objective, norm_ratio
+from ra_jax.training.step.state import keys_for, stream
 
 log = logging.getLogger(__name__)
 

@@ -12,19 +12,20 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ra_jax.config import TrainConfig, to_flat_dict
-from ra_jax.inference.sampling import Batch
-from ra_jax.training.checkpoints import BEST, Checkpoints
-from ra_jax.training.distributed import all_stop, is_speaker
+from ra_jax.checkpoints import BEST, Checkpoints
+from ra_jax.config.parse import to_flat_dict
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.batch import Batch
+from ra_jax.parallel.compilation import keep_compiled
+from ra_jax.parallel.processes import all_stop, is_speaker
+from ra_jax.reporting.curves import plot_curves
+from ra_jax.reporting.page import write_report
+from ra_jax.reporting.trackers import FILE as METRICS
+from ra_jax.reporting.trackers import open_trackers, read_rows, summarise
 from ra_jax.training.fallbacks import RewardFallbacks
-from ra_jax.training.metrics import FILE as METRICS
-from ra_jax.training.metrics import open_trackers, read_rows, summarise
-from ra_jax.training.programs import keep_compiled
-from ra_jax.training.report import plot_curves
-from ra_jax.training.report_page import write_report
-from ra_jax.training.settings import flops_of_step
+from ra_jax.training.flops import flops_of_step
 from ra_jax.training.setup import Setup, set_up
-from ra_jax.training.state import TrainState
+from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
 

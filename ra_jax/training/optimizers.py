@@ -4,7 +4,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon, prodigy
 
-from ra_jax.config import OptimizationConfig
+from ra_jax.config.settings import OptimizationConfig
 
 MATRICES = ("kernel", "lora_a", "lora_b")
 

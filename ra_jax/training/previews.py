@@ -8,13 +8,13 @@ import numpy as np
 
 from ra_jax.data.loader import Loader
 from ra_jax.data.records import Record, scene_ids
-from ra_jax.evaluation.contact_sheet import contact_sheet
 from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
-from ra_jax.rl.rewards import total_reward
-from ra_jax.training.distributed import is_speaker
-from ra_jax.training.launch import fetch
-from ra_jax.training.state import keys_for, stream
+from ra_jax.parallel.partitioner import fetch
+from ra_jax.parallel.processes import is_speaker
+from ra_jax.reporting.contact_sheet import contact_sheet
+from ra_jax.rewards.registry import total_reward
+from ra_jax.training.step.state import keys_for, stream
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:

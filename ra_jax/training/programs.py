@@ -2,35 +2,24 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from ra_jax.config import ConfigError
-from ra_jax.inference.sampling import Batch
+from ra_jax.data.batch import Batch
+from ra_jax.errors import ConfigError
 from ra_jax.models.fill_model import Weights
+from ra_jax.parallel.compilation import device_memory, forget_traces, memory_needed
+from ra_jax.parallel.partitioner import Launch, Step, abstract, scalars
 from ra_jax.training.fallbacks import FALLBACK
-from ra_jax.training.launch import Launch, Step, abstract, forget_traces, scalars
-from ra_jax.training.state import TrainState
-from ra_jax.training.step import StepSettings
+from ra_jax.training.step.state import TrainState
+from ra_jax.training.step.train_step import StepSettings
 
 log = logging.getLogger(__name__)
-
-
-def keep_compiled(where: str) -> None:
-    """Have JAX keep compiled programs in a folder between runs: see `--jax_compilation_cache_dir`."""
-    if where == "auto" and jax.config.jax_compilation_cache_dir:
-        return
-    if where == "auto":
-        where = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ra_jax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", None if where == "none" else where)
 
 
 class StepPrograms:
@@ -143,25 +132,3 @@ class StepPrograms:
                 raise
             return None, math.inf
         return program, memory_needed(program)
-
-
-def memory_needed(program: jax.stages.Compiled) -> int:
-    """Bytes that a compiled program needs at its peak: arguments, results that are not arguments, temporaries."""
-    memory = program.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-
-
-def device_memory() -> int:
-    """Bytes that a program may use: the device's own limit, or the host's memory where it has none (CPU); of several
-    processes the least, since all have to compile the same program."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit
-    if jax.process_count() == 1:
-        return limit
-    return int(multihost_utils.process_allgather(np.asarray(limit // 2**20, np.int32)).min()) * 2**20

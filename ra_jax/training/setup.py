@@ -8,44 +8,43 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ra_jax.config import ConfigError, TrainConfig, to_flat_dict
+from ra_jax.checkpoints import BEST, find_checkpoint
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.batch import Batch
 from ra_jax.data.images import Size
-from ra_jax.data.loader import Loader, encoding_of, parse_buckets
-from ra_jax.data.records import DataError, Record, load_records, scene_ids
+from ra_jax.data.loader import Loader, parse_buckets
+from ra_jax.data.records import Record, load_records
+from ra_jax.errors import ConfigError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
-from ra_jax.inference.sampling import Batch, make_remover
+from ra_jax.inference.sampling import make_remover
+from ra_jax.interop.diffusers import read_configs
+from ra_jax.interop.hub import resolve
+from ra_jax.interop.loading import FILL_PARTS, LoadedModel, load_fill_model
 from ra_jax.models.blocks import blocks_apart
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import FillGeometry, abstract_fill_model
-from ra_jax.models.loading import FILL_PARTS, LoadedModel, encoders_fingerprint, load_fill_model
-from ra_jax.models.weights import read_configs, resolve
-from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
-from ra_jax.rl.rewards import RewardInputs, total_reward
-from ra_jax.rl.user_rewards import Reward, check_reward, parse_rewards
-from ra_jax.training.beginnings import (
-    checkpoint_to_resume,
-    claim_output_dir,
-    first_weights,
-    refuse_another_seed,
-    resumed,
-)
-from ra_jax.training.checkpoints import BEST, find_checkpoint
-from ra_jax.training.distributed import is_speaker, refuse_other_plans, wait_for_all
+from ra_jax.models.options import model_options
+from ra_jax.parallel.compilation import device_memory
+from ra_jax.parallel.partitioner import Launch, make_launch
+from ra_jax.parallel.processes import is_speaker, wait_for_all
+from ra_jax.reporting.trackers import FILE as METRICS
+from ra_jax.reporting.trackers import read_rows
+from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
+from ra_jax.rewards.registry import RewardInputs
+from ra_jax.training.agreement import plan_of, refuse_other_plans
+from ra_jax.training.build import first_state, objective_settings, step_settings
+from ra_jax.training.dataset import has_latents, load_training_records, plain_loader, record_values, rows_of_step
 from ra_jax.training.drift import DriftGuard
-from ra_jax.training.launch import Launch, make_launch
-from ra_jax.training.metrics import FILE as METRICS
-from ra_jax.training.metrics import read_rows
-from ra_jax.training.objective import Objective
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
-from ra_jax.training.programs import StepPrograms, device_memory
-from ra_jax.training.settings import first_state, model_options, objective_settings, step_settings
-from ra_jax.training.state import TrainState
-from ra_jax.training.step import StepSettings, make_train_step
+from ra_jax.training.programs import StepPrograms
+from ra_jax.training.resume import checkpoint_to_resume, claim_output_dir, first_weights, refuse_another_seed, resumed
+from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.state import TrainState
+from ra_jax.training.step.train_step import StepSettings, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -196,54 +195,6 @@ def refuse_too_large(config: TrainConfig, geometry: FillGeometry) -> None:
         )
 
 
-# Settings that may differ between the processes of a run: where files lie on a machine, and which process it is.
-OWN_SETTINGS = {
-    "train_json_path",
-    "val_json_path",
-    "output_dir",
-    "pretrained_model_name_or_path",
-    "pretrained_redux_model_name_or_path",
-    "init_experts_from",
-    "resume_from_checkpoint",
-    "jax_compilation_cache_dir",
-    "data_workers",
-    "coordinator_address",
-    "process_id",
-}
-
-
-def plan_of(
-    config: TrainConfig, records: Sequence[Record], previewed: Sequence[Record], resume_from: Path | None
-) -> dict[str, object]:
-    """What decides which rows a step takes, which program it is and when something else is due, by what it is in words.
-
-    With other plans processes would wait for each other in different steps.
-    """
-    settings = to_flat_dict(config)
-    return {
-        f"records ({config.data.train_json_path})": told_of(records),
-        f"records to preview ({config.data.val_json_path})": told_of(previewed),
-        "checkpoint to resume from": None if resume_from is None else resume_from.name,
-        "settings": {name: value for name, value in settings.items() if name not in OWN_SETTINGS},
-    }
-
-
-def told_of(records: Sequence[Record]) -> list[tuple]:
-    """All that files of records say but where the pictures are."""
-    scenes = scene_ids(records).tolist()
-    return [
-        (record.id, scene, record.size, record.scores, record.result is None)
-        for record, scene in zip(records, scenes, strict=True)
-    ]
-
-
-def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
-    """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
-    batch = config.run.train_batch_size
-    rows = launch.rows(batch)
-    return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
-
-
 def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     """The base with fresh experts and router, or without them where the whole transformer is trained.
 
@@ -251,7 +202,7 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     """
     fill = config.model.pretrained_model_name_or_path
     geometry = FillGeometry(*read_configs(resolve(fill, FILL_PARTS), None))
-    launch.check(geometry.flux)
+    launch.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
     if config.parallel.parallelism == "pmap":
         refuse_too_large(config, geometry)
     return load_fill_model(
@@ -261,47 +212,6 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
         seed=config.run.seed,
         placement=launch.placement,
     )
-
-
-def load_training_records(config: TrainConfig) -> list[Record]:
-    """The records of --train_json_path. Results are needed by the base loss, and by human scores, which judge them."""
-    automatic = config.mode == "automatic"
-    records = load_records(
-        config.data.train_json_path,
-        need_result=not automatic or config.losses.base_loss_weight > 0,
-        use_human_scores=config.mode == "human",
-        score_format=config.data.score_format,
-    )
-    scenes = len(np.unique(scene_ids(records)))
-    if automatic and scenes < len(records):
-        log.warning(
-            "%s has %d records of %d scenes: automatic rewards take each record's result for the ground truth of its "
-            "scene; give one record a scene, with the truth as its result",
-            config.data.train_json_path,
-            len(records),
-            scenes,
-        )
-    return records
-
-
-def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
-    """Whether the records are of a pack with latents. Raises ConfigError where training would make other ones."""
-    encoding = encoding_of(records)
-    if encoding is None:
-        return False
-    model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
-    for name, ours, read in (
-        ("aspect_ratio_buckets", config.data.aspect_ratio_buckets, lambda text: set(parse_buckets(text))),
-        ("mixed_precision", model.mixed_precision, str),
-    ):
-        if read(theirs := getattr(encoding, name)) != read(ours):
-            raise ConfigError(f'{wrong}{name} "{theirs}", got "{ours}": train with those, or pack again')
-    if config.data.mask_augmentation:
-        raise ConfigError(f"{wrong}the masks as they are: give --no_mask_augmentation, or pack without --latents")
-    fill, redux = model.pretrained_model_name_or_path, model.pretrained_redux_model_name_or_path
-    if encoders_fingerprint(fill, redux) != encoding.encoders:
-        raise ConfigError(f"{wrong}another VAE or Redux than {fill} and {redux} have: train with those, or pack again")
-    return True
 
 
 def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
@@ -334,37 +244,6 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
                 "that many noisy steps after step 0, in the noisier half and at t <= 0.9; raise --rollout_steps (8 is "
                 "usual) or lower --sde_window"
             )
-
-
-def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
-    if config.mode != "human":
-        return {"imitation_weight": np.ones(len(records), np.float32)}
-    scenes = scene_ids(records)
-    weights = config.grpo.reward_weights
-    scores = np.asarray([record.scores for record in records], np.float32)
-    rewards = total_reward(scores, weights).astype(np.float32)
-    try:
-        imitation = imitation_weights(
-            rewards,
-            scenes,
-            config.base_loss_weighting,
-            limit=sum(weights),
-            temperature=config.losses.base_loss_softmax_temperature,
-        )
-    except ValueError as error:
-        raise DataError(f"{config.data.train_json_path}: {error}") from None
-    values = {"imitation_weight": imitation}
-    if config.grpo.enable_grpo_rewards:
-        spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
-        values |= {
-            "scores": scores,
-            "reward": rewards,
-            "advantage": human_advantages(scores, scenes, weights),
-            "group_reward_std": spread.astype(np.float32),
-            "dead_group": dead_groups(rewards, scenes).astype(np.float32),
-        }
-    return values
 
 
 def make_previews(
@@ -407,18 +286,3 @@ def make_guard(
         rows = (row for row in read_rows(output / METRICS) if row["step"] <= first_step)
         guard.remember((row for row in rows if row["step"] in kept), config.mode)
     return guard
-
-
-def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
-    """Records one by one as they are, masks not augmented."""
-    return Loader(
-        records,
-        batch_size=1,
-        buckets=parse_buckets(config.data.aspect_ratio_buckets),
-        seed=config.run.seed,
-        multiple=loaded.model.multiple,
-        augment_masks=False,
-        preprocess_reference=loaded.preprocess,
-        extras={},
-        workers=0,
-    )

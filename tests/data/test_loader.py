@@ -7,7 +7,8 @@ from PIL import Image
 from ra_jax.data.loader import Loader, parse_buckets
 from ra_jax.data.masks import augment_mask
 from ra_jax.data.panels import load_panels
-from ra_jax.data.records import DataError, load_records
+from ra_jax.data.records import load_records
+from ra_jax.errors import DataError
 
 SIZES = [(24, 24), (16, 32), (20, 20), (32, 16), (24, 24), (17, 30), (48, 48)]
 BUCKETS = ((16, 16), (16, 32))

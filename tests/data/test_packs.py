@@ -16,7 +16,8 @@ from ra_jax.data.loader import Loader
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
-from ra_jax.data.records import DataError, check_records, load_records, scene_ids
+from ra_jax.data.records import check_records, load_records, scene_ids
+from ra_jax.errors import DataError
 
 SIZES = [(24, 24), (16, 32), (20, 20), (32, 16), (48, 48)]
 BUCKETS = ((16, 16), (16, 32))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.records import DataError, check_records, load_records, scene_ids
+from ra_jax.data.records import check_records, load_records, scene_ids
+from ra_jax.errors import DataError
 
 
 def refusal(path, **how):

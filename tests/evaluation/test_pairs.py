@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.errors import DataError
+from ra_jax.errors import DataError
 from ra_jax.evaluation.pairs import find_pairs
 
 NAMES = ("street", "beach")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ra_jax import evaluate
-from ra_jax.data.errors import DataError
 from ra_jax.data.synthetic import write_dataset
+from ra_jax.errors import DataError
 from ra_jax.evaluation.perceptual import (
     LPIPS_SMALLEST,
     cosine_similarity,

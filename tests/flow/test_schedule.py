@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 
 from ra_jax.flow.schedule import FlowSchedule, stratified_times
-from ra_jax.models.weights import FLUX_SCHEDULER
+from ra_jax.interop.diffusers import FLUX_SCHEDULER
 
 DYNAMIC = {key: value for key, value in FLUX_SCHEDULER.items() if not key.startswith("_")}
 STATIC = DYNAMIC | {"use_dynamic_shifting": False}

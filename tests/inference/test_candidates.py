@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.records import DataError, load_records
+from ra_jax.data.records import load_records
+from ra_jax.errors import DataError
 from ra_jax.inference.candidates import RECORDS, find_scenes, plan_candidates, scene_names, write_candidates
 
 SIZE = (40, 30)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ra_jax.interop.diffusers import load_flux, load_vae
+from ra_jax.interop.hub import fingerprint
+from ra_jax.interop.loading import load_fill_model
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import assemble
-from ra_jax.models.loading import load_fill_model
 from ra_jax.models.lora import LoRAConfig
 from ra_jax.models.router import RouterConfig
-from ra_jax.models.weights import fingerprint, load_flux, load_vae
 
 GRID = (4, 8)
 LORA = LoRAConfig(num_experts=2, rank=2)

@@ -12,10 +12,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
+from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.attention import rope_table
 from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, blocks_apart
 from ra_jax.models.flux import Flux, FluxConfig, RotaryNorm, gelu, modulate
-from ra_jax.models.weights import load_flux
 
 TINY = {
     "in_channels": 20,

@@ -11,10 +11,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
+from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.blocks import UNROLL_UP_TO, scan_blocks
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
-from ra_jax.models.weights import load_flux
 
 TINY = {
     "in_channels": 8,

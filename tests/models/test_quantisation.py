@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.lora import ExpertLinear
 from ra_jax.models.quantisation import quantise
-from ra_jax.models.weights import load_flux
 
 
 def test_no_value_is_off_by_more_than_half_a_level_and_the_error_is_that_of_rounding():

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from ra_jax.errors import WeightError
+from ra_jax.interop.diffusers import load_redux, save_redux
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig, SiglipVision, preprocess
-from ra_jax.models.weight_files import WeightError
-from ra_jax.models.weights import load_redux, save_redux
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ra_jax.interop.diffusers import load_vae
 from ra_jax.models import vae as vae_module
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
-from ra_jax.models.weights import load_vae
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.config import ConfigError
-from ra_jax.rl.rewards import REWARDS
-from ra_jax.rl.user_rewards import RewardError
-from ra_jax.training.beginnings import refuse_another_base
-from ra_jax.training.checkpoints import About, CheckpointError, find_checkpoint, named_leaves, restore
-from ra_jax.training.experience import collect
+from ra_jax.checkpoints import About, find_checkpoint, named_leaves, restore
+from ra_jax.errors import CheckpointError, ConfigError, RewardError
+from ra_jax.reporting.trackers import read_rows
+from ra_jax.rewards.registry import REWARDS
 from ra_jax.training.loop import RunCheckpoints, train
-from ra_jax.training.metrics import read_rows
+from ra_jax.training.resume import refuse_another_base
 from ra_jax.training.setup import set_up
-from ra_jax.training.step import learn, of_the_step
+from ra_jax.training.step.experience import collect
+from ra_jax.training.step.train_step import learn, of_the_step
 
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from ra_jax.reporting.trackers import read_rows
 from ra_jax.training.drift import Drift, DriftGuard
 from ra_jax.training.loop import train
-from ra_jax.training.metrics import read_rows
 from ra_jax.training.setup import set_up
 
 WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.config import ConfigError, from_flat_dict, load_toml
+from ra_jax.checkpoints import find_checkpoint, named_leaves, read_about, restore
+from ra_jax.config.parse import from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
-from ra_jax.data.records import DataError
+from ra_jax.errors import CheckpointError, ConfigError, DataError
 from ra_jax.pipeline import RemovalPipeline
-from ra_jax.training.beginnings import RUN_FILES, claim_output_dir
-from ra_jax.training.checkpoints import CheckpointError, find_checkpoint, named_leaves, read_about, restore
+from ra_jax.reporting.trackers import read_rows
 from ra_jax.training.loop import Recorder, train
-from ra_jax.training.metrics import read_rows
+from ra_jax.training.resume import RUN_FILES, claim_output_dir
 from ra_jax.training.setup import set_up
 
 CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}
@@ -135,7 +135,7 @@ def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_r
         return replace(about, config=about.config | {"report_to": ["wandb"]})
 
     monkeypatch.setattr("ra_jax.pipeline.read_about", tracked_by_wandb)
-    monkeypatch.setattr("ra_jax.config_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("ra_jax.config.checks.find_spec", lambda name: None)
     RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
 
 

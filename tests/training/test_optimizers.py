@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from ra_jax.config import OptimizationConfig
+from ra_jax.config.settings import OptimizationConfig
 from ra_jax.training.optimizers import build_optimizer, decayed, learning_rate, muon_dimensions
 
 CONFIG = OptimizationConfig(learning_rate=0.1, adam_weight_decay=0.01, max_grad_norm=1e9)

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.config import ConfigError
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.records import load_records
+from ra_jax.errors import ConfigError
 from ra_jax.inference.encoder import PanelEncoder
-from ra_jax.training.encoded import encode
-from ra_jax.training.launch import abstract
+from ra_jax.parallel.partitioner import abstract
 from ra_jax.training.programs import StepPrograms
 from ra_jax.training.setup import set_up
+from ra_jax.training.step.encode import encode
 
 HUMAN = {"mask_augmentation": False, "policy_sync_steps": 2}
 

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.config import ConfigError, RolloutConfig
+from ra_jax.config.settings import RolloutConfig
+from ra_jax.errors import ConfigError
 from ra_jax.training import programs
 from ra_jax.training.setup import set_up
-from ra_jax.training.step import make_train_step
+from ra_jax.training.step.train_step import make_train_step
 
 
 class Compiled:

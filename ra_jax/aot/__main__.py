@@ -1,0 +1,168 @@
+"""`python -m ra_jax.aot --topology v5e:4x4 --config FILE.toml`: compiles the train step for a TPU that is not there.
+
+It prints what a chip needs and moves, and how fast a step can be at best; nothing runs, no weights are read. Any flag
+of `python -m ra_jax.train` may follow; data and folders are not looked at. Exit status 1 where the step does not fit:
+then it tries what may, and names the first that does.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from ra_jax.config.parse import parse, to_flat_dict
+from ra_jax.config.settings import TrainConfig
+from ra_jax.errors import ConfigError, DataError, RewardError, TargetError, WeightError
+
+DESCRIPTION = (
+    "Compiles the train step of a configuration for a TPU that is not there, and tells what it needs of a chip. All "
+    "flags of python -m ra_jax.train may follow."
+)
+EFFORTS = {"quick": -1.0, "full": 0.0}  # XLA's exec_time_optimization_effort
+PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a training needs and this does not
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    parser = argparse.ArgumentParser(prog="python -m ra_jax.aot", description=DESCRIPTION)
+    parser.add_argument("--topology", required=True, help="chips and their grid, such as v5e:4x4, v5p:2x2x1, v6e:2x4")
+    parser.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        default="quick",
+        help="quick: the compiler does not look for the fastest program, in a fifth of the time; full: as in training",
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures here, as JSON")
+    own, rest = parser.parse_known_args(argv)
+    unset = [place for place in PLACES if not any(token.startswith(place) for token in rest)]
+    try:
+        config = parse([*(token for place in unset for token in (place, "unused")), *rest])
+        report = tell(own.topology, config, own.effort)
+    except (ConfigError, DataError, TargetError, WeightError, RewardError) as error:
+        sys.exit(f"error: {error}")
+    if own.json:
+        own.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not report["fits"]:
+        sys.exit(1)
+
+
+def tell(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
+    """Compile, print the table, and return its figures."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_exec_time_optimization_effort", EFFORTS[effort])
+    # After parsing: --help and a mistaken flag answer at once.
+    from ra_jax.aot.abstract_step import smaller
+    from ra_jax.aot.topology import topology_devices
+
+    devices, chip = topology_devices(topology)
+    report = {"effort": effort} | measured(topology, config, devices, chip)
+    show(report)
+    if report["fits"]:
+        return report
+    for other in smaller(config, len(devices)):
+        changed = changes(config, other)
+        print(f"\ntrying {changed} …", flush=True)
+        found = {"effort": effort} | measured(topology, other, devices, chip)
+        if found["fits"]:
+            show(found)
+            print(f"\nit fits with {changed}")
+            return report | {"proposal": changed}
+    print(f"\nnothing that was tried fits: take more chips, {', '.join(savings(config))} or smaller buckets")
+    return report
+
+
+def savings(config: TrainConfig) -> list[str]:
+    """What takes less memory at the price of another training."""
+    found = []
+    if config.model.base_precision != "int8" and config.experts.use_lora:
+        found.append("--base_precision int8")
+    if config.experts.use_lora:
+        found.append("a lower --lora_rank")
+    if config.optimization.optimizer != "adafactor":
+        found.append("--optimizer adafactor")
+    if config.uses_policy:
+        found.append("fewer --num_policy_timesteps")
+    return found
+
+
+def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:
+    """Trace and compile; what that tells."""
+    from ra_jax.aot.abstract_step import trace
+    from ra_jax.aot.roofline import Footprint, Roofline
+
+    step = trace(config, devices)
+    report = {
+        "topology": topology,
+        "chips": len(devices),
+        "mode": config.mode,
+        "mesh": dict(step.launch.mesh.shape),
+        "bucket": step.arguments[2]["mask"].shape[-2:],
+        "train_batch_size": config.run.train_batch_size,
+        "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+    }
+    since = time.perf_counter()
+    try:
+        program = step.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return report | {"fits": False, "refusal": str(error).splitlines()[0]}
+    report["compile_seconds"] = time.perf_counter() - since
+    footprint, roofline = Footprint.of(program, chip), Roofline.of(program, step, chip)
+    report |= {
+        "argument_bytes": footprint.arguments,
+        "temporary_bytes": footprint.temporaries,
+        "total_bytes": footprint.total,
+        "chip_bytes": footprint.available,
+        "base_weight_bytes": step.weights,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "fits": footprint.fits,
+    }
+    return report | roofline.to_dict()
+
+
+def show(report: dict) -> None:
+    """The table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    print(f"{report['mode']} step on {report['topology']}, {report['chips']} chips, mesh {mesh}")
+    print("panels of {} x {}, ".format(*report["bucket"]), end="")
+    print(f"batch {report['train_batch_size']} x {report['gradient_accumulation_steps']}, ", end="")
+    print(f"gradient_checkpointing {report['gradient_checkpointing']}\n")
+    if "refusal" in report:
+        print(f"does not fit: the compiler found no place for it\n  {report['refusal']}")
+        return
+    gigabytes = {name: report[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
+    rows = [
+        ("arguments a chip", f"{gigabytes['argument']:.2f} GB"),
+        ("temporaries a chip", f"{gigabytes['temporary']:.2f} GB"),
+        ("total of the chip's memory", f"{gigabytes['total']:.2f} of {gigabytes['chip']:.0f} GB"),
+        ("model FLOPs a step", f"{report['flops'] / 1e12:.1f} TFLOP"),
+        ("compute at peak", f"{report['compute_seconds']:.3f} s"),
+        *((f"{kind}, sent by a chip", f"{sent / 1e9:.2f} GB") for kind, sent in report["collective_bytes"].items()),
+        ("communication at all links", f"{report['collective_seconds']:.3f} s"),
+        ("roofline time of a step", f"{report['seconds']:.3f} s"),
+        ("MFU at most", f"{report['mfu_bound']:.0%}"),
+        (f"compile time, {report['effort']} effort", f"{report['compile_seconds']:.0f} s"),
+        ("host memory, peak", f"{report['host_peak_bytes'] / 1e9:.1f} GB"),
+    ]
+    print("| | |\n| --- | --- |")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+    print("\nit fits" if report["fits"] else "\ndoes not fit")
+
+
+def changes(config: TrainConfig, other: TrainConfig) -> str:
+    """The flags that lead from one configuration to the other."""
+    before, after = to_flat_dict(config), to_flat_dict(other)
+    return " ".join(f"--{name} {value}" for name, value in after.items() if value != before[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""TPUs that are not there: their devices, to compile for, and what their makers say of a chip."""
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+
+from ra_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak of dense bf16 products [FLOP/s], memory [bytes], bandwidth of all links to other chips in one direction
+    [bytes/s], and dimensions of their grid; by Google's "TPU system architecture" pages."""
+
+    peak: float
+    memory: float
+    link_bandwidth: float
+    dimensions: int = 2
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 600e9, dimensions=3),
+    "v6e": Chip(918e12, 32e9, 448e9),
+}
+KNOWN = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
+
+
+def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
+    """The devices of a topology such as "v5e:4x4", and what its chips can do. Needs the package libtpu, and no TPU.
+
+    Raises ConfigError for a topology that libtpu does not know, and where libtpu is missing.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[kind].dimensions - 1), shape):
+        raise ConfigError(f"--topology {name}: unknown; expected chips and their grid, such as {', '.join(KNOWN)}")
+    if find_spec("libtpu") is None:
+        raise ConfigError(f"--topology {name}: compiling for a TPU needs libtpu: pip install 'ra_jax[tpu]'")
+    # libtpu asks the machine it is on for a TPU, and would wait for an answer; several processes may use it at once.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-1")
+    from jax.experimental import topologies
+
+    # A host has 2 x 2 chips, says libtpu, where it is not told of a chip alone.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"--topology {name}: libtpu does not know it ({error}); expected chips and their grid, such as "
+            f"{', '.join(KNOWN)}"
+        ) from error
+    return list(described.devices), CHIPS[kind]

@@ -1,0 +1,158 @@
+"""Orbax checkpoints of a run: the whole state, the data position, the configuration and the base's fingerprint.
+
+A checkpoint `checkpoints/<step>` holds `state` (one array a leaf, named by its path in the TrainState; never the frozen
+base) and `about` (JSON). Saving is asynchronous; a folder appears under its final name only when it is complete.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ra_jax.errors import CheckpointError
+
+FOLDER = "checkpoints"
+BEST = "best"  # the best one of a run with `--max_drift`, in the same form
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of itself. position: the next global batch; base: fingerprint of the frozen base."""
+
+    position: int
+    base: str
+    config: dict[str, Any]
+    geometry: dict[str, list]
+
+
+def named_leaves(tree: Any) -> dict[str, jax.Array]:
+    """The leaves of a pytree by their path, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Flax ends a variable's path in an attribute of its own choosing, which is none of a checkpoint's business.
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+
+
+def geometry(tree: Any) -> dict[str, list]:
+    """Shape and dtype of every leaf, as JSON."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. `limit`: how many are kept (None: all)."""
+
+    def __init__(self, output_dir: str | Path, *, folder: str = FOLDER, limit: int | None = None):
+        self.folder = Path(output_dir).resolve() / folder
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=limit, cleanup_tmp_directories=True),
+            item_names=("state", "about"),
+        )
+
+    def save(self, step: int, state: Any, *, position: int, config: dict, base: str) -> None:
+        """Start saving the state after `step` steps; returns once the arrays are copied off the device.
+
+        Saving a step that is saved already does nothing.
+        """
+        if step in self._manager.all_steps():
+            return
+        about = {"position": position, "base": base, "config": config, "geometry": geometry(state)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_orbax_names(named_leaves(state))), about=ocp.args.JsonSave(about)
+            ),
+        )
+
+    def latest(self) -> Path | None:
+        """The folder of the newest, once it is complete."""
+        self._manager.wait_until_finished()
+        step = self._manager.latest_step()
+        return None if step is None else self.folder / str(step)
+
+    def forget_after(self, step: int) -> None:
+        """Delete what was saved after `step`: a run that resumes from there comes by again."""
+        for later in (found for found in self._manager.all_steps() if found > step):
+            self._manager.delete(later)
+
+    def close(self) -> None:
+        """Wait for saves in flight, then release the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaf names as Orbax can store them: it gives "/" a meaning of its own."""
+    return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
+
+
+def find_checkpoint(where: str | Path) -> Path:
+    """The checkpoint meant by a checkpoint's folder, or by a run's folder: its latest, or its best if it has no other.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(where).resolve()
+    if (path / "about").is_dir() and (path / "state").is_dir():
+        return path
+    places = [path] if path.name in (FOLDER, BEST) else [path / FOLDER, path / BEST]
+    found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
+    steps = next(filter(None, found), [])
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {where}: expected a run's output folder (with {FOLDER}/<step> in it) or one such "
+            "checkpoint folder"
+        )
+    return max(steps, key=lambda folder: int(folder.name))
+
+
+def read_about(checkpoint: Path) -> About:
+    """What the checkpoint folder says of itself."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return About(**reader.restore(checkpoint / "about"))
+
+
+def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
+    """The arrays of a checkpoint in the structure, shapes, dtypes and shardings of `like`.
+
+    like: a pytree of arrays (or ShapeDtypeStructs), such as a TrainState; with `prefix`, that part of the state, e.g.
+    "trainable". Raises CheckpointError that lists what differs where the checkpoint is of another geometry.
+    """
+    prefix = prefix and prefix + "/"
+    saved = read_about(checkpoint).geometry
+    wanted = {prefix + name: spec for name, spec in geometry(like).items()}
+    found = {name: spec for name, spec in saved.items() if name.startswith(prefix)}
+    if wanted != found:
+        raise CheckpointError(_difference(checkpoint, wanted, found))
+    checkpoint = checkpoint.resolve()  # Orbax wants it so
+    leaves, structure = jax.tree.flatten(like)
+    targets = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+        for name, leaf in zip(wanted, leaves, strict=True)
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            checkpoint / "state",
+            args=ocp.args.PyTreeRestore(
+                item=_orbax_names(targets),
+                restore_args=_orbax_names(ocp.checkpoint_utils.construct_restore_args(targets)),
+                partial_restore=True,
+            ),
+        )
+    return jax.tree.unflatten(structure, [restored[name.replace("/", ".")] for name in wanted])
+
+
+def _difference(checkpoint: Path, wanted: dict, found: dict, limit: int = 10) -> str:
+    lines = [f"{name}: this model has {wanted[name]}, the checkpoint none" for name in wanted.keys() - found.keys()]
+    lines += [f"{name}: only in the checkpoint" for name in found.keys() - wanted.keys()]
+    lines += [
+        f"{name}: this model has {wanted[name]}, the checkpoint {found[name]}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    listed = "\n  ".join(sorted(lines)[:limit])
+    more = f"\n  and {len(lines) - limit} more" if len(lines) > limit else ""
+    return (
+        f"checkpoint {checkpoint} is of another geometry ({len(lines)} arrays differ):\n  {listed}{more}\n"
+        "Use the model, --num_experts, --lora_rank, --target_modules, --optimizer and mode it was trained with."
+    )

@@ -1,0 +1,5 @@
+"""The schema of a batch."""
+
+import jax
+
+Batch = dict[str, jax.Array]

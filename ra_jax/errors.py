@@ -1,0 +1,65 @@
+"""What is wrong with a data set, collected so that one look at a report mends everything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SHOWN_IN_FULL = 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to mend. `record` counts from 0, `line` (of a JSONL or broken JSON file) from 1."""
+
+    message: str
+    record: int | None = None
+    line: int | None = None
+    field: str | None = None
+
+    def __str__(self) -> str:
+        where = []
+        if self.record is not None:
+            where.append(f"record {self.record}")
+        if self.line is not None:
+            where.append(f"line {self.line}")
+        if self.field is not None:
+            where.append(f"field '{self.field}'")
+        return f"{', '.join(where)}: {self.message}" if where else self.message
+
+
+class DataError(ValueError):
+    """A data set, or a wish for one, that cannot be served; `faults` holds every one that was found."""
+
+    def __init__(self, message: str, faults: Sequence[Fault] = ()):
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+    @classmethod
+    def from_faults(cls, path: str | Path, faults: Sequence[Fault]) -> "DataError":
+        """The report of a data file: 20 faults in full, the rest counted."""
+        lines = [f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)} (records count from 0, lines from 1)"]
+        lines += [f"  {fault}" for fault in faults[:SHOWN_IN_FULL]]
+        hidden = len(faults) - SHOWN_IN_FULL
+        if hidden > 0:
+            lines.append(f"  … and {hidden} more: `python -m ra_jax.data validate {path}` lists them all")
+        return cls("\n".join(lines), faults)
+
+
+class ConfigError(ValueError):
+    """A flag or TOML key that is unknown, of the wrong type, or contradicts another."""
+
+
+class WeightError(ValueError):
+    """Weights that cannot be found, read, or fitted to the model; the message is the whole report."""
+
+
+class TargetError(ValueError):
+    """`target_modules` names no layer of this model."""
+
+
+class RewardError(ValueError):
+    """A reward that is not known, cannot be had, or does not do what a reward must."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or does not belong to this model."""

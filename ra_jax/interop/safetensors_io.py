@@ -1,0 +1,112 @@
+"""Folders of safetensors as diffusers and transformers write them: one file, or shards and an index."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 (safetensors asks NumPy for bfloat16, which this import gives it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ra_jax.errors import WeightError
+
+STEMS = ("diffusion_pytorch_model", "model")  # diffusers', transformers'
+FLOATS = ("BF16", "F16", "F32", "F64")
+SHARD_BYTES = 5 * 10**9  # also what is held in host memory while writing
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it; `kind` is safetensors' name of its type, such as "BF16"."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    def read(self) -> np.ndarray:
+        """The values, in the file's type, one of `FLOATS`."""
+        # Opened for this tensor alone: a file that stays mapped counts as memory page by page as it is read.
+        with safe_open(self.file, framework="np") as tensors:
+            return tensors.get_tensor(self.name)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors files by name; only headers are read.
+
+    Args:
+        folder: holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, or shards and their
+            `….safetensors.index.json`.
+
+    Raises:
+        WeightError: if there is no such file, a file is missing or damaged, or two shards hold the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="np") as header:
+                slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 (not a dict)
+                stored = [StoredTensor(file, n, tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()]
+        except SafetensorError as error:
+            raise WeightError(f"{file} cannot be read ({error}): download or write it again.") from error
+        for tensor in stored:
+            if (earlier := tensors.setdefault(tensor.name, tensor)) is not tensor:
+                raise WeightError(f"{file} holds {tensor.name}, as {earlier.file.name} does: expected it once.")
+    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError) as error:
+                raise WeightError(f"{index} cannot be read ({error!r}): expected JSON with weight_map.") from error
+            if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise WeightError(
+                    f"{index} names shards that are not there: {', '.join(absent)}; the download is not complete."
+                )
+            return [folder / shard for shard in shards]
+        if (single := folder / f"{stem}.safetensors").is_file():
+            return [single]
+    raise WeightError(
+        f"{folder} has no safetensors: expected one of {', '.join(f'{stem}.safetensors' for stem in STEMS)}, "
+        "or shards with an index beside them."
+    )
+
+
+def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Callable[[str], np.ndarray]) -> None:
+    """Write tensors as `stem`.safetensors, or as shards of at most `SHARD_BYTES` and an index.
+
+    Args:
+        folder: made if it is not there; files of an earlier write with this stem are replaced.
+        stem: one of `STEMS`.
+        sizes: bytes of each tensor by name.
+        read: a tensor by name; called once each, a shard's tensors at a time.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{stem}*.safetensors*"):
+        stale.unlink()
+    if len(shards) == 1:
+        files = [f"{stem}.safetensors"]
+    else:
+        files = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        # transformers refuses files that do not name a framework.
+        save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,189 @@
+"""Between a module's parameters and a folder's tensors, one parameter at a time, by a table of `weight_tables.py`."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ra_jax.errors import WeightError
+from ra_jax.interop.diffusers_tables import Table
+from ra_jax.interop.safetensors_io import FLOATS, StoredTensor, stored_tensors, write_tensors
+from ra_jax.models.quantisation import quantise
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+# Puts a parameter, given its name (such as "transformer_blocks/attn/to_q/kernel") and value, where it is to live.
+Place = Callable[[str, np.ndarray], jax.Array]
+
+SCALE = "kernel_scale"
+REPORT_LINES = 20  # of each kind of problem; the rest is counted
+STRIP = 32  # rows
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter and the tensors of the file that make it up: one, or one a block. scale: of an int8 kernel, the
+    variable beside it, which the same tensors fill."""
+
+    path: tuple
+    variable: nnx.Variable
+    tensors: tuple[str, ...]
+    stacked: bool
+    axes: tuple[int, ...]
+    scale: nnx.Variable | None = None
+
+    def variables(self) -> list[tuple[tuple, nnx.Variable]]:
+        """Path and variable of all that the tensors fill."""
+        own = [(self.path, self.variable)]
+        return own if self.scale is None else [*own, ((*self.path[:-1], SCALE), self.scale)]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of `tensors`."""
+        shape = self.variable.shape[self.stacked :]
+        return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
+
+    def in_file(self, block: np.ndarray) -> np.ndarray:
+        """A view of the parameter, or of one of its blocks, with the file's order of axes."""
+        return block.transpose(np.argsort(self.axes)) if self.axes else block
+
+
+def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
+    """The module with the weights of `folder`, in the types of its parameters; kernels of int8 are quantised.
+
+    Args:
+        module: abstract (`nnx.eval_shape`), so that no first values are made.
+        folder: of safetensors.
+        table: the rules of this kind of module.
+        place: None: on the default device. Host memory holds one parameter at a time.
+
+    Raises:
+        WeightError: if the files cannot be read, or tensors and parameters do not match one to one in name and shape;
+            the report has all that are missing, left over or misshapen.
+    """
+    graphdef, state = nnx.split(module)
+    source = stored_tensors(folder)
+    prefix = table.prefix if any(name.startswith(table.prefix) for name in source) else ""
+    parameters = _parameters(state, table, prefix)
+    _check(folder, parameters, source, prefix, table)
+    place = place or (lambda path, value: jnp.asarray(value))
+
+    filled = []
+    for parameter in parameters:
+        for (path, variable), value in zip(parameter.variables(), _read(parameter, source), strict=True):
+            filled.append((path, variable.replace(place("/".join(map(str, path)), value))))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.ndarray]:
+    """The values of `parameter.variables()`."""
+    values = [np.empty(variable.shape, variable.dtype) for _, variable in parameter.variables()]
+    for number, tensor in enumerate(parameter.tensors):
+        blocks = [value[number] if parameter.stacked else value for value in values]
+        if parameter.scale is None:
+            _copy(source[tensor].read(), parameter.in_file(blocks[0]))
+            continue
+        kernel = np.empty(blocks[0].shape, np.float32)
+        _copy(source[tensor].read(), parameter.in_file(kernel))
+        blocks[0][...], blocks[1][...] = quantise(kernel)
+    return values
+
+
+def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
+    """Write `config` to `folder`/config.json and all parameters but experts, in their own types, beside it.
+
+    Args:
+        module, table: as in `fill`, the module with weights.
+        config: content of config.json.
+        folder: made if it is not there.
+        stem: see `weight_files.write_tensors`.
+    """
+    state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    sources = {
+        tensor: (parameter, block)
+        for parameter in _parameters(state, table, table.prefix)
+        for block, tensor in enumerate(parameter.tensors)
+    }
+
+    def read(tensor: str) -> np.ndarray:
+        parameter, block = sources[tensor]
+        value = np.asarray(parameter.variable[block] if parameter.stacked else parameter.variable[...])
+        out = np.empty(parameter.tensor_shape, value.dtype)
+        _copy(parameter.in_file(value), out)
+        return out
+
+    sizes = {
+        tensor: math.prod(parameter.tensor_shape) * parameter.variable.dtype.itemsize
+        for tensor, (parameter, _) in sources.items()
+    }
+    write_tensors(folder, stem, sizes, read)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
+    parameters, variables = [], dict(nnx.to_flat_state(state))
+    for path, variable in variables.items():
+        if path[-1] == SCALE:
+            continue  # filled with its kernel
+        tensor, axes = table.tensor(".".join(map(str, path)))
+        stacked = "{block}" in tensor
+        blocks = range(variable.shape[0] if stacked else 1)
+        tensors = tuple(prefix + tensor.format(block=block) for block in blocks)
+        scale = variables.get((*path[:-1], SCALE)) if path[-1] == "kernel" else None
+        parameters.append(Parameter(path, variable, tensors, stacked, axes, scale))
+    return parameters
+
+
+def _copy(values: np.ndarray, out: np.ndarray) -> None:
+    """Copy and cast, where either may be a transposed view."""
+    # A strip at a time, which stays in the cache: three times faster than a large matrix transposed at once.
+    for start in range(0, values.shape[0], STRIP):
+        out[start : start + STRIP] = values[start : start + STRIP]
+
+
+def _check(
+    folder: Path, parameters: Sequence[Parameter], source: Mapping[str, StoredTensor], prefix: str, table: Table
+) -> None:
+    """Raise WeightError unless parameters and tensors match one to one."""
+    wanted = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
+    claims = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
+    problems = {
+        "missing (the model needs them)": [
+            f"{tensor} {list(shape)}" for tensor, shape in wanted.items() if tensor not in source
+        ],
+        "left over (the model has no place for them)": [
+            f"{tensor} {list(stored.shape)}"
+            for tensor, stored in source.items()
+            if tensor not in wanted and not table.is_unused(tensor.removeprefix(prefix))
+        ],
+        "misshapen": [
+            f"{tensor} {list(source[tensor].shape)}, expected {list(shape)}"
+            for tensor, shape in wanted.items()
+            if tensor in source and source[tensor].shape != shape
+        ],
+        f"of a type other than {', '.join(FLOATS)} (quantised files are not read)": [
+            f"{tensor} {source[tensor].kind}"
+            for tensor in wanted
+            if tensor in source and source[tensor].kind not in FLOATS
+        ],
+        "claimed by more than one parameter": [tensor for tensor, count in claims.items() if count > 1],
+    }
+    if not any(problems.values()):
+        return
+    report = [f"the tensors in {folder} are not those that its config.json asks for:"]
+    for kind, lines in problems.items():
+        if lines:
+            report.append(f"{len(lines)} {kind}:")
+            report += [f"  {line}" for line in lines[:REPORT_LINES]]
+        if len(lines) > REPORT_LINES:
+            report.append(f"  and {len(lines) - REPORT_LINES} more")
+    report.append("Take config.json and weights from one model in diffusers' layout.")
+    raise WeightError("\n".join(report))

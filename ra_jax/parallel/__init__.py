@@ -1,0 +1,1 @@
+"""Everything about devices: meshes, where arrays live, collectives, processes, compiled programs."""

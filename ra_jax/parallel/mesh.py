@@ -1,0 +1,97 @@
+"""Devices as a mesh, and means and sums over the global batch that are the same in every way a step is launched.
+
+Under `jax.jit` the batch in a step *is* the global one and `all_mean` is a plain reduction; under a mapped axis it
+reduces over its replicas too. Losses and metrics take every mean through here.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ra_jax.errors import ConfigError
+from ra_jax.parallel.partitioning import AXES, BATCH
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices; `data` = -1 takes what the others leave.
+
+    Raises ConfigError where the axes' sizes do not make up the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    asked = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+        raise ConfigError(f"{asked}: expected sizes of 1 or more, or --mesh_data -1 for all that the others leave")
+    inner = fsdp * tensor
+    count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
+    if count != len(devices):
+        fix = f"give sizes of {divisors(len(devices))} whose product is {len(devices)}, or leave --mesh_data out"
+        if len(devices) == 1:
+            fix = "leave them out"
+        raise ConfigError(f"{asked}: these make {count} devices, and there are {len(devices)}; {fix}")
+    shape = (len(devices) // inner, fsdp, tensor)
+    sizes = Counter(getattr(device, "slice_index", 0) for device in devices).values()
+    slices = len(sizes)
+    if slices > 1 and shape[0] % slices == 0 and len(set(sizes)) == 1:
+        within = (shape[0] // slices, fsdp, tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    elif slices == 1 or devices[0].platform != "tpu":  # nodes of GPUs are slices to JAX, and any axis may join them
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        each = len(devices) // slices
+        tensor = math.gcd(tensor, each)
+        raise ConfigError(
+            f"{asked}: {slices} slices of {each} chips are joined by --mesh_data, which has to be a multiple of "
+            f"{slices}, and is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {each // tensor} "
+            f"--mesh_tensor {tensor}"
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, in order."""
+    check_batch(mesh, batch)
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
+
+
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raise ConfigError where the mesh does not divide a global batch."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch % shards:
+        raise ConfigError(
+            f"train_batch_size = {batch} cannot be shared out over data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
+            "another multiple"
+        )
+
+
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Raise ConfigError where the tensor axis does not divide the attention heads."""
+    tensor = mesh.shape["tensor"]
+    if heads % tensor:
+        raise ConfigError(
+            f"--mesh_tensor {tensor} does not divide the transformer's {heads} attention heads; give one of "
+            f"{divisors(heads, mesh.size)}"
+        )
+
+
+def check_width(mesh: Mesh, width: int) -> None:
+    """Raise ConfigError where the fsdp axis does not divide the transformer's width: its weights would stay whole."""
+    fsdp = mesh.shape["fsdp"]
+    if width % fsdp:
+        raise ConfigError(
+            f"--mesh_fsdp {fsdp} does not divide the transformer's width of {width}, and every device would hold all "
+            f"weights; give one of {divisors(width, mesh.size)}"
+        )
+
+
+def divisors(*numbers: int) -> str:
+    """What divides all of them, in words."""
+    common = math.gcd(*numbers)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

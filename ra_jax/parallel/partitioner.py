@@ -1,0 +1,209 @@
+"""How a step is launched over devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas, with the same numbers.
+
+A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps sees one
+copy of the state: checkpoints `whole`, previews and drift `local`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ra_jax.config.settings import ParallelConfig
+from ra_jax.errors import ConfigError
+from ra_jax.parallel.compilation import compiled
+from ra_jax.parallel.mesh import check_heads, check_width, make_mesh, rows_of_process
+from ra_jax.parallel.partitioning import BATCH, Placement
+
+Step = Callable[..., tuple[Any, dict[str, jax.Array]]]  # (state, frozen, batch, *, axis_name) -> (state, metrics)
+
+REPLICA = "replica"
+
+
+class Launch(Protocol):
+    """placement: where weights are put as they are loaded; shards: parts into which a batch is divided."""
+
+    placement: Placement | None
+    shards: int
+
+    def check(self, *, heads: int, width: int) -> None:
+        """Raise ConfigError where a transformer of so many attention heads and features cannot be launched so."""
+
+    def rows(self, batch: int) -> np.ndarray:
+        """Which rows of a global microbatch this process loads. Raises ConfigError where it cannot be shared out."""
+
+    def scope(self) -> AbstractContextManager:
+        """Within, functions that are compiled outside of steps (previews, drift) know of the mesh."""
+
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        """What `function` makes of weights, one copy of it, on the devices where it is to live; takes the weights."""
+
+    def spread(self, tree: Any) -> Any:
+        """State or weights of which there is one copy, to where steps want them."""
+
+    def whole(self, tree: Any) -> Any:
+        """One copy of a state or of weights from where steps left them, over all devices: what a checkpoint holds."""
+
+    def local(self, tree: Any) -> Any:
+        """Weights for what this process computes outside of steps, within `scope`."""
+
+    def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
+        """This process's rows [A·B_local, ...], microbatch after microbatch, as the step's [A, B, ...]."""
+
+    def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
+        """The step as a program whose state is donated. Of the arguments only shapes and places are read."""
+
+
+@dataclass(frozen=True)
+class MeshLaunch:
+    """`jax.jit`: weights and optimizer divided by `models.partitioning`'s table, batches over data and fsdp."""
+
+    mesh: Mesh
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.mesh)
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def check(self, *, heads: int, width: int) -> None:
+        check_heads(self.mesh, heads)
+        check_width(self.mesh, width)
+
+    def rows(self, batch: int) -> np.ndarray:
+        return rows_of_process(self.mesh, batch)
+
+    def scope(self) -> AbstractContextManager:
+        return jax.set_mesh(self.mesh)
+
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        places = self.placement.shardings(jax.eval_shape(function, *weights))
+        every = tuple(range(len(weights)))
+        return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
+
+    def spread(self, tree: Any) -> Any:
+        return jax.device_put(tree, self.placement.shardings(tree))
+
+    def whole(self, tree: Any) -> Any:
+        return tree
+
+    def local(self, tree: Any) -> Any:
+        return tree
+
+    def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
+        sharding = NamedSharding(self.mesh, P(None, BATCH))
+
+        def put(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x.reshape(microbatches, -1, *x.shape[1:]))
+
+        return jax.tree.map(put, batch)
+
+    def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
+        arguments = abstract((state, frozen, batch))
+        results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
+        with self.scope():
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
+        return compiled(lowered, self.mesh.devices.flat[0].platform)
+
+
+@dataclass(frozen=True)
+class PmapLaunch:
+    """`jax.pmap`: every device has a copy of all weights, placed once on a leading replica axis, and a part of the
+    batch's conditions."""
+
+    mesh: Mesh  # of the one axis `replica`
+    placement: None = None
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.size
+
+    def check(self, *, heads: int, width: int) -> None:
+        pass
+
+    def rows(self, batch: int) -> np.ndarray:
+        if batch % self.shards:
+            raise ConfigError(
+                f"train_batch_size = {batch} cannot be shared out over {self.shards} replicas; give --train_batch_size "
+                f"{-(-batch // self.shards) * self.shards}, or another multiple of {self.shards}"
+            )
+        each = batch // jax.process_count()
+        return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def scope(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        return function(*weights)
+
+    def spread(self, tree: Any) -> Any:
+        devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
+
+        def copies(x: jax.Array) -> jax.Array:
+            value = np.asarray(x)[None]  # on the host: one device may not have the room for all copies
+            shards = [jax.device_put(value, device) for device in devices]
+            return jax.make_array_from_single_device_arrays((self.shards, *x.shape), sharding, shards)
+
+        return jax.tree.map(copies, tree)
+
+    def whole(self, tree: Any) -> Any:
+        everywhere = NamedSharding(self.mesh, P())
+
+        def one(x: jax.Array) -> jax.Array:
+            shards = [shard.data[0] for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape[1:], everywhere, shards)
+
+        return jax.tree.map(one, tree)
+
+    def local(self, tree: Any) -> Any:
+        # On one device: the compiler can neither divide a Pallas kernel over several nor repeat it on each.
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
+
+    def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
+        sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)
+
+        def put(x: np.ndarray) -> jax.Array:
+            parts = x.reshape(microbatches, local, -1, *x.shape[1:]).swapaxes(0, 1)
+            return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(parts))
+
+        return jax.tree.map(put, batch)
+
+    def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
+        mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
+        return compiled(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
+
+
+def make_launch(config: ParallelConfig) -> Launch:
+    """The launch that the settings ask for, over all devices. Raises ConfigError where they do not fit them."""
+    if config.parallelism == "mesh":
+        return MeshLaunch(make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor))
+    if (config.mesh_fsdp, config.mesh_tensor) != (1, 1) or config.mesh_data not in (-1, jax.device_count()):
+        raise ConfigError(
+            f"--parallelism pmap keeps a copy of the weights on each of the {jax.device_count()} devices and knows no "
+            "mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out, or give --parallelism mesh"
+        )
+    return PmapLaunch(Mesh(np.asarray(jax.devices()), (REPLICA,)))
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, types and places of a pytree's arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def scalars(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A step's metrics, of which replicas have one each."""
+    return {name: x if np.ndim(x) == 0 else x.addressable_data(0)[0] for name, x in metrics.items()}
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """An array's values, wherever its parts are; every process has to ask for them."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

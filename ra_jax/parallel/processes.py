@@ -1,0 +1,128 @@
+"""Several processes as one run: they find each other before JAX looks at its devices, and one speaks for all."""
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from ra_jax.config.settings import ParallelConfig
+from ra_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# How many processes a launcher started, by its variable.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+OPEN_MPI_ADDRESS = "OMPI_MCA_orte_hnp_uri"
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def initialise(config: ParallelConfig) -> None:
+    """`jax.distributed.initialize`, where the settings or the environment say that there are several processes.
+
+    To be called before anything else of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are recognised;
+    elsewhere `--coordinator_address --num_processes --process_id` say it.
+
+    Raises ConfigError for a host that nobody knows, for a port of this machine that is taken, and for an Open MPI that
+    does not tell JAX where its first process is.
+    """
+    gpus = own_gpus(os.environ, Path("/dev"))
+    if config.coordinator_address is not None:
+        check_address(config.coordinator_address, serves=config.process_id == 0)
+        log.info("waiting for %d processes at %s", config.num_processes, config.coordinator_address)
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id, gpus)
+    elif launcher := launched_by(os.environ, Path("/").joinpath):
+        if launcher == "Open MPI" and OPEN_MPI_ADDRESS not in os.environ:
+            raise ConfigError(
+                f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which versions before 5 set and JAX reads: give "
+                "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
+                "--process_id $OMPI_COMM_WORLD_RANK"
+            )
+        log.info("several processes, started by %s", launcher)
+        jax.distributed.initialize(local_device_ids=gpus)
+    else:
+        return
+    if jax.process_index():
+        logging.getLogger("ra_jax").setLevel(logging.WARNING)  # process 0 tells what there is to tell
+    log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def launched_by(environment: dict[str, str], at: Callable[[str], Path]) -> str | None:
+    """The launcher of a run of several processes, or None; at: a path of the file system."""
+    for variable, launcher in LAUNCHERS.items():
+        if int(environment.get(variable, "1")) > 1:
+            return launcher
+    wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu") is not None
+    return "a TPU machine" if wanted and any(at(device).exists() for device in TPU_DEVICES) else None
+
+
+def check_address(address: str, *, serves: bool) -> None:
+    """Raise ConfigError where HOST:PORT is of no host, or where this process `serves` it and the port is taken: JAX
+    waits five minutes for the one, and gRPC ends the process for both, with neither's name."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ConfigError(
+            f"coordinator_address = {address}: the host is not known here ({error}); give that of process 0"
+        ) from error
+    if serves:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ConfigError(
+                f"coordinator_address = {address}: process 0 cannot listen at port {port} of this machine ({error}); "
+                "give another one, to all processes"
+            ) from error
+
+
+def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:
+    """Which of the GPUs that it sees a process of Slurm or Open MPI takes: an equal part of those that the processes of
+    its machine share, or all that are its own. devices: the folder with the cards' device files.
+
+    None where there are no GPUs, or no launcher that tells how many processes share them.
+    """
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        count = len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name])
+    else:
+        count = len([path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        processes, rank = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("SIZE", "RANK"))
+    elif "SLURM_STEP_TASKS_PER_NODE" in environment:
+        nodes = tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
+        processes, rank = nodes[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
+    else:
+        return None
+    if not count:
+        return None
+    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # the others have others
+        return list(range(count))
+    part = count // processes
+    return list(range(rank * part, (rank + 1) * part))
+
+
+def tasks_of_nodes(told: str) -> list[int]:
+    """How many tasks each node has, of Slurm's way to say it: "2(x3),1" is [2, 2, 2, 1]."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in told.split(",")]
+    return [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
+
+
+def is_speaker() -> bool:
+    """Whether this process writes what is written once: metrics, previews, reports, the output folder's files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Go on when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def all_stop(here: bool, step: int) -> bool:
+    """Whether the run ends after `step`: this process was told to, `here`; of several any was, and all have heard."""
+    return here if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,74 @@
+"""Which of a run's metrics are drawn together, and the figure of its curves."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from ra_jax.reporting.trackers import FILE, read_rows
+
+DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
+# One panel each: metrics by name or pattern. Left out where none was recorded; two more show the experts.
+PANELS = {
+    "Loss": ("train_loss", "base_loss"),
+    "Policy loss": ("policy_loss",),
+    "KL loss": ("kl_loss",),
+    "Diversity loss": ("diversity_loss",),
+    "Ratio": ("mean_ratio",),
+    "Clipping and KL": ("clip_fraction", "clip_fraction_at_sync", "approx_kl"),
+    "Policy temperature": ("policy_temperature",),
+    "Reward": ("mean_reward", "reward_std"),
+    "Scores": ("removal_score", "background_score", "smoothness_score", "*_score"),
+    "Scenes without spread": ("frac_reward_zero_std",),
+    "Reward fallbacks": ("reward_fallbacks",),
+    "Velocity norm, to the base": ("velocity_norm_ratio", "held_out_velocity_norm_ratio"),
+    "KL to the base": ("kl_to_base",),
+    "Held-out flow loss": ("held_out_flow_loss",),
+    DRIFT: ("held_out_flow_drift",),
+    "Gradient norm": ("grad_norm",),
+    "Learning rate": ("lr",),
+    "Seconds a step": ("step_time",),
+}
+COLUMNS = 3
+
+
+def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """What to draw of a run's rows, {panel: {metric: its label}}: `PANELS`, then the experts' `USAGE` and `GATES`."""
+    recorded = sorted(set().union(*rows))
+    panels = {
+        title: {name: name for pattern in patterns for name in fnmatch.filter(recorded, pattern)}
+        for title, patterns in PANELS.items()
+    }
+    for title, kind in ((USAGE, "usage"), (GATES, "weight")):
+        names = {f"routing_expert_{i}_{kind}": name for i, name in enumerate(expert_names)}
+        panels[title] = {metric: name for metric, name in names.items() if metric in recorded}
+    return {title: names for title, names in panels.items() if names}
+
+
+def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
+    """Draw the run's metrics.jsonl as `curves.png` in its folder; returns the picture's path."""
+    rows = read_rows(output_dir / FILE)
+    panels = recorded_panels(rows, expert_names)
+    height = max(1, -(-len(panels) // COLUMNS))
+    figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.6 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name, label in names.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="." if len(points) < 20 else None)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    path = output_dir / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

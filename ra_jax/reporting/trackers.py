@@ -1,0 +1,111 @@
+"""Where metrics go: metrics.jsonl, TensorBoard and Weights & Biases; and the arithmetic of speed."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ra_jax.errors import ConfigError
+
+FILE = "metrics.jsonl"
+# Measured at single steps: the latest value is reported; everything else is a mean over the steps since the last row.
+LATEST = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
+ALWAYS = ("train_loss", "grad_norm")
+
+
+class Tracker(Protocol):
+    """Something that takes a row of scalars a step."""
+
+    def write(self, step: int, row: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one flat JSON object a row, with `step`. On resume, rows after `first_step` are dropped."""
+
+    def __init__(self, output_dir: Path, first_step: int):
+        path = output_dir / FILE
+        kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() and first_step else []
+        self._file = path.open("w", encoding="utf-8")
+        for row in kept:
+            self.write(row.pop("step"), row)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        # JSON has no NaN: what is not finite is left out.
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`; on resume, points after `first_step` are purged."""
+
+    def __init__(self, output_dir: Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the `wandb` package, which has to be installed."""
+
+    def __init__(self, output_dir: Path, first_step: int):
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise ConfigError(
+                "--report_to wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
+            ) from None
+        self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self._run.log(row, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -> list[Tracker]:
+    """metrics.jsonl, and what `--report_to` names."""
+    named = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
+    return [JsonLines(output_dir, first_step), *named]
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """One row for several steps' metrics: the mean of each over the steps that measured it, or its latest value.
+
+    What is not finite counts as not measured, but in `ALWAYS`, the metrics that every step has: there it is passed on.
+    """
+    row = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = np.asarray([step[name] for step in steps if name in step], np.float64)
+        measured = values if name in ALWAYS else values[np.isfinite(values)]
+        if measured.size:
+            row[name] = float(measured[-1] if name in LATEST else measured.mean())
+    return row

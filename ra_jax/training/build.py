@@ -1,0 +1,86 @@
+"""From the configuration to the static settings of objective, rollouts and step, and to a step's arithmetic."""
+
+import optax
+
+from ra_jax.config.settings import TrainConfig
+from ra_jax.models.fill_model import Weights
+from ra_jax.rewards.custom import Reward
+from ra_jax.rl.policy import PolicySettings
+from ra_jax.training.step.generation import RolloutSettings
+from ra_jax.training.step.objective import ObjectiveSettings
+from ra_jax.training.step.state import TrainState, init_state
+from ra_jax.training.step.train_step import StepSettings
+
+INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
+
+
+def objective_settings(config: TrainConfig) -> ObjectiveSettings:
+    losses = config.losses
+    return ObjectiveSettings(
+        guidance_scale=config.model.guidance_scale,
+        loss_region=losses.loss_region,
+        base_loss_weight=losses.base_loss_weight,
+        policy_loss_weight=losses.policy_loss_weight,
+        diversity_loss_weight=losses.diversity_loss_weight,
+        kl_weight=config.grpo.kl_weight,
+        policy=policy_settings(config) if config.uses_policy else None,
+        points_apart=config.model.gradient_checkpointing == "points",
+        dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
+        routing_decay=config.experts.routing_mean_decay,
+        routing_specialisation=config.experts.routing_specialisation,
+    )
+
+
+def policy_settings(config: TrainConfig) -> PolicySettings:
+    grpo = config.grpo
+    return PolicySettings(
+        estimator=grpo.policy_estimator,
+        clip_range=grpo.clip_range,
+        pairs=grpo.num_policy_timesteps,
+        fraction=grpo.policy_timestep_fraction,
+        noise_level=config.rollouts.sde_noise_level,
+        sde_clip_range=grpo.sde_clip_range,
+        nft_beta=grpo.nft_beta,
+    )
+
+
+def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> RolloutSettings | None:
+    """None where nothing is generated."""
+    if config.mode != "automatic":
+        return None
+    rollouts = config.rollouts
+    return RolloutSettings(
+        rewards=rewards,
+        generations=rollouts.num_generations,
+        steps=rollouts.rollout_steps,
+        decode_batch_size=rollouts.decode_batch_size,
+        noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
+        noise_level=rollouts.sde_noise_level,
+        drop_negative=rollouts.drops_negative(config.grpo.policy_estimator),
+        sample_experts=config.experts.routing == "sample",
+    )
+
+
+def step_settings(config: TrainConfig, rewards: tuple[Reward, ...] = ()) -> StepSettings:
+    return StepSettings(
+        updates=config.updates,
+        sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
+        adapt_temperature=config.grpo.policy_temperature == "auto",
+        ema_decay=config.optimization.ema_decay,
+        drift_interval=config.logging.log_freq,
+        rollouts=rollout_settings(config, rewards),
+    )
+
+
+def first_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
+    """The state before step 0 of training these weights."""
+    temperature = config.grpo.policy_temperature
+    return init_state(
+        trainable,
+        optimizer,
+        seed=config.run.seed,
+        num_experts=config.experts.num_experts if config.experts.use_lora else 0,
+        temperature=INITIAL_TEMPERATURE if temperature == "auto" else temperature,
+        with_snapshot=config.uses_policy and config.mode == "human",
+        with_ema=config.optimization.ema_decay > 0,
+    )

@@ -1,0 +1,112 @@
+"""The data of a run: its records, what each brings to a step, and which rows a process loads."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.loader import Loader, encoding_of, parse_buckets
+from ra_jax.data.records import Record, load_records, scene_ids
+from ra_jax.errors import ConfigError, DataError
+from ra_jax.interop.loading import LoadedModel, encoders_fingerprint
+from ra_jax.parallel.partitioner import Launch
+from ra_jax.rewards.registry import total_reward
+from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
+
+
+def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
+    """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
+    batch = config.run.train_batch_size
+    rows = launch.rows(batch)
+    return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
+
+
+log = logging.getLogger(__name__)
+
+
+def load_training_records(config: TrainConfig) -> list[Record]:
+    """The records of --train_json_path. Results are needed by the base loss, and by human scores, which judge them."""
+    automatic = config.mode == "automatic"
+    records = load_records(
+        config.data.train_json_path,
+        need_result=not automatic or config.losses.base_loss_weight > 0,
+        use_human_scores=config.mode == "human",
+        score_format=config.data.score_format,
+    )
+    scenes = len(np.unique(scene_ids(records)))
+    if automatic and scenes < len(records):
+        log.warning(
+            "%s has %d records of %d scenes: automatic rewards take each record's result for the ground truth of its "
+            "scene; give one record a scene, with the truth as its result",
+            config.data.train_json_path,
+            len(records),
+            scenes,
+        )
+    return records
+
+
+def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
+    """Whether the records are of a pack with latents. Raises ConfigError where training would make other ones."""
+    encoding = encoding_of(records)
+    if encoding is None:
+        return False
+    model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
+    for name, ours, read in (
+        ("aspect_ratio_buckets", config.data.aspect_ratio_buckets, lambda text: set(parse_buckets(text))),
+        ("mixed_precision", model.mixed_precision, str),
+    ):
+        if read(theirs := getattr(encoding, name)) != read(ours):
+            raise ConfigError(f'{wrong}{name} "{theirs}", got "{ours}": train with those, or pack again')
+    if config.data.mask_augmentation:
+        raise ConfigError(f"{wrong}the masks as they are: give --no_mask_augmentation, or pack without --latents")
+    fill, redux = model.pretrained_model_name_or_path, model.pretrained_redux_model_name_or_path
+    if encoders_fingerprint(fill, redux) != encoding.encoders:
+        raise ConfigError(f"{wrong}another VAE or Redux than {fill} and {redux} have: train with those, or pack again")
+    return True
+
+
+def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
+    if config.mode != "human":
+        return {"imitation_weight": np.ones(len(records), np.float32)}
+    scenes = scene_ids(records)
+    weights = config.grpo.reward_weights
+    scores = np.asarray([record.scores for record in records], np.float32)
+    rewards = total_reward(scores, weights).astype(np.float32)
+    try:
+        imitation = imitation_weights(
+            rewards,
+            scenes,
+            config.base_loss_weighting,
+            limit=sum(weights),
+            temperature=config.losses.base_loss_softmax_temperature,
+        )
+    except ValueError as error:
+        raise DataError(f"{config.data.train_json_path}: {error}") from None
+    values = {"imitation_weight": imitation}
+    if config.grpo.enable_grpo_rewards:
+        spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
+        values |= {
+            "scores": scores,
+            "reward": rewards,
+            "advantage": human_advantages(scores, scenes, weights),
+            "group_reward_std": spread.astype(np.float32),
+            "dead_group": dead_groups(rewards, scenes).astype(np.float32),
+        }
+    return values
+
+
+def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
+    """Records one by one as they are, masks not augmented."""
+    return Loader(
+        records,
+        batch_size=1,
+        buckets=parse_buckets(config.data.aspect_ratio_buckets),
+        seed=config.run.seed,
+        multiple=loaded.model.multiple,
+        augment_masks=False,
+        preprocess_reference=loaded.preprocess,
+        extras={},
+        workers=0,
+    )

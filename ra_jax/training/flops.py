@@ -1,0 +1,115 @@
+"""Model FLOPs of a training step, by which speed is reported."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from ra_jax.checkpoints import named_leaves
+from ra_jax.config.settings import TrainConfig
+from ra_jax.models.fill_model import Weights
+from ra_jax.models.flux import FluxConfig
+
+
+def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
+    """FLOPs of q kᵀ and of the weights by v in one forward pass of one image: 4·S²·D a block."""
+    blocks = config.num_layers + config.num_single_layers
+    return 4.0 * (image_tokens + context_tokens) ** 2 * config.inner_dim * blocks
+
+
+def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
+    """FLOPs of the transformer's matmuls in one forward pass of one image (2 a multiply-add).
+
+    Per token and block: double 2·(4 + 8)·D² (4D² attention, 8D² MLP), single 2·12·D²; and `attention_flops`.
+    """
+    d, s = config.inner_dim, image_tokens + context_tokens
+    blocks = config.num_layers + config.num_single_layers
+    embed = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
+        config.joint_attention_dim
+    )
+    return 2.0 * (12.0 * d * d * s * blocks + embed) + attention_flops(config, image_tokens, context_tokens)
+
+
+def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
+    """FLOPs of the experts' products in one forward pass of one image: 2 · tokens · in · out a matrix.
+
+    experts: shapes [L, in, out] of their parameters by name ("transformer_blocks/attn/to_q/lora_a"), or nothing.
+    """
+    total = 0.0
+    for name, shape in experts.items():
+        if "norm" in name or "time_text_embed" in name:  # of the time's embedding
+            tokens = 1
+        elif "single" in name:
+            tokens = image_tokens + context_tokens
+        else:
+            tokens = context_tokens if "context" in name or "add_" in name else image_tokens
+        total += 2.0 * tokens * math.prod(shape)
+    return total
+
+
+def step_flops(
+    forward: float,
+    *,
+    attention: float,
+    experts: float = 0.0,
+    records: int,
+    policy_points: int,
+    kl: bool,
+    full_fine_tuning: bool,
+    old_policy_share: float = 0.0,
+    updates: int = 1,
+    members: int = 1,
+    rollout_steps: int = 0,
+    base_loss: bool = True,
+) -> float:
+    """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
+
+    A forward pass costs `forward` for the base and `experts` for their products. A trained pass costs that, as much
+    again for the gradient with respect to activations, and the gradient of what is trained: `experts`, or what is not
+    attention where that is the whole transformer. Both factors of attention's products are activations, so that their
+    gradient costs `attention` (a part of `forward`) once more.
+
+    Each update takes a trained pass a record for the base loss, and for each of its `members` `policy_points` trained
+    passes, with `kl` as many forward passes by the base, and in an `old_policy_share` of the steps as many by the old
+    policy. Rollouts take `rollout_steps` forward passes a member.
+    """
+    one = forward + experts
+    trained = 2.0 * one + attention + (forward - attention if full_fine_tuning else experts)
+    policy = (trained + kl * forward + old_policy_share * one) * policy_points * members
+    return records * (updates * (trained * base_loss + policy) + rollout_steps * members * one)
+
+
+def flops_of_step(
+    config: TrainConfig,
+    flux: FluxConfig,
+    trainable: Weights,
+    multiple: int,
+    image_tokens: int,
+    batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
+    step: int,
+) -> float:
+    """Model FLOPs (`metrics.step_flops`) over all devices of step number `step` (from 0) on such a batch.
+
+    trainable: its shapes; multiple: pixels a side of a token; image_tokens: of the reference; batch: arrays [..., h, w]
+    of global batches.
+    """
+    height, width = batch["mask"].shape[-2:]
+    automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
+    points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
+    learns = config.uses_policy and (not automatic or config.rollouts.due(step))
+    tokens = 2 * height * width // multiple**2, config.model.max_sequence_length + image_tokens
+    experts = {name: x.shape for name, x in named_leaves(trainable["flux"]).items() if config.experts.use_lora}
+    return step_flops(
+        forward_flops(flux, *tokens),
+        attention=attention_flops(flux, *tokens),
+        experts=expert_flops(experts, *tokens),
+        records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
+        updates=config.updates,
+        members=config.rollouts.num_generations if automatic else 1,
+        rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,
+        policy_points=points if learns else 0,
+        old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
+        base_loss="result" in batch or "result_latents" in batch,
+        kl=config.grpo.kl_weight > 0.0,
+        full_fine_tuning=not config.experts.use_lora,
+    )

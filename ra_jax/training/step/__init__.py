@@ -1,0 +1,1 @@
+"""The compiled train step: pure functions of state, frozen weights and batch."""

@@ -1,0 +1,161 @@
+"""What a step learns from: conditions and results as latents, and for each condition the results that are compared.
+
+A condition's results are its *members*: in human mode the record's own result (the rest of the scene stands beside it
+in the batch), in automatic mode `num_generations` rollouts of the current weights.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ra_jax.data.batch import Batch
+from ra_jax.models.fill_model import Weights
+from ra_jax.parallel.collectives import all_mean, all_sum
+from ra_jax.rewards.registry import total_reward
+from ra_jax.rl.advantages import DEAD_GROUP_STD, group_advantages
+from ra_jax.rl.policy import Record
+from ra_jax.rl.rollouts import Member
+from ra_jax.training.step.encode import Encoded, encode
+from ra_jax.training.step.generation import RolloutSettings, roll_out_members
+from ra_jax.training.step.objective import Metrics, Objective
+from ra_jax.training.step.state import TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience:
+    """A microbatch to learn from. Without a policy or rewards what belongs to them is None.
+
+    features: what the router sees [B, F], None without a router; members: [G, B, ...]; advantages: [G, B]; old: the old
+    policy's record of each member [G, ...]. All have microbatches as their first axis once `collect` returns them.
+    sound: whether all rewards of the step are finite, a scalar; where not, advantages are 0 and members blank.
+    """
+
+    encoded: Encoded
+    features: jax.Array | None
+    members: Member | None = None
+    advantages: jax.Array | None = None
+    old: Record | None = None
+    sound: jax.Array | None = None
+
+
+def collect(
+    objective: Objective,
+    rollouts: RolloutSettings | None,
+    state: TrainState,
+    frozen: Weights,
+    microbatches: Batch,
+    *,
+    renewed: jax.Array,
+    drift_interval: int,
+    axis_name: str | None = None,
+) -> tuple[Experience, Metrics]:
+    """The experience of a step's microbatches [A, B, ...], and the metrics of rewards and drift.
+
+    rollouts: None where nothing is generated; renewed: the old policy *is* the current weights, so that its passes are
+    skipped (ρ is 1 by construction); drift_interval: as in `StepSettings`.
+    """
+
+    def microbatch(batch: Batch):
+        encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
+        experience, scores = Experience(encoded, objective.features(encoded)), None
+        if rollouts is not None:
+            members, scores = roll_out_members(objective, rollouts, state, frozen, batch, encoded)
+            experience = replace(experience, members=members)
+        elif objective.settings.policy is not None:
+            members, advantages = Member(encoded.clean[None]), batch["advantage"][None]
+            experience = replace(experience, members=members, advantages=advantages)
+        if objective.settings.policy is not None:
+            experience = replace(experience, old=old_records(objective, state, frozen, batch, experience, renewed))
+        return experience, scores, drift_metrics(objective, state, frozen, batch, experience, drift_interval, axis_name)
+
+    experience, scores, measured = jax.lax.map(microbatch, microbatches)
+    measured = jax.tree.map(jnp.mean, measured)
+    if rollouts is None:
+        return experience, measured | recorded_rewards(microbatches, axis_name)
+    experience, rewards = with_rewards(experience, scores, rollouts, axis_name)
+    if objective.settings.policy is None:  # rewards were only to be looked at
+        experience = replace(experience, members=None, advantages=None)
+    return experience, measured | rewards
+
+
+def old_records(objective: Objective, state: TrainState, frozen, batch, experience: Experience, renewed) -> Record:
+    """What the old policy makes of every member [G, ...]; blank where it is the current weights anyway."""
+
+    def records(weights):
+        def member(_, member):
+            return None, objective.judge(weights, frozen, batch, experience.encoded, member, state).record
+
+        return jax.lax.scan(member, None, experience.members)[1]
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(records, state.trainable))
+    if state.snapshot is None:
+        return blank
+    return jax.lax.cond(renewed, lambda: blank, lambda: records(state.snapshot))
+
+
+def with_rewards(
+    experience: Experience, scores: jax.Array, settings: RolloutSettings, axis_name: str | None
+) -> tuple[Experience, Metrics]:
+    """The experience with advantages from the rollouts' scores [A, G, B, S], and the rewards' metrics.
+
+    Where a score of the step is not finite the whole step has no policy term (`reward_fallbacks`), and no reward; the
+    mean scores tell which it was.
+    """
+    weights = settings.reward_weights
+    sound = all_sum((~jnp.isfinite(scores)).sum(), axis_name) == 0
+    raw = all_mean(scores.reshape(-1, scores.shape[-1]), axis_name)
+    scores = jnp.where(sound, scores, 0.5)
+    judge = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
+    advantages, spread = jax.vmap(judge)(scores)
+    # Pictures that have no reward may not be finite either, and the base loss's gradient has to be.
+    blank = jax.tree.map(
+        lambda x: jnp.where(sound, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.members
+    )
+    members = replace(blank, times=experience.members.times)
+    metrics = {
+        "mean_reward": total_reward(raw, weights),
+        "reward_std": all_mean(spread.reshape(-1), axis_name),
+        "frac_reward_zero_std": all_mean((spread < DEAD_GROUP_STD).reshape(-1), axis_name),
+    }
+    metrics = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics) | {"reward_fallbacks": 1.0 - sound}
+    metrics |= {f"{reward.name}_score": raw[i] for i, reward in enumerate(settings.rewards)}
+    return replace(experience, members=members, advantages=advantages, sound=sound), metrics
+
+
+def recorded_rewards(batch: Batch, axis_name: str | None) -> Metrics:
+    """Human mode's metrics: means over the records [A, B] of reward and each score; over distinct scenes: within-group
+    std, share of dead groups."""
+    if "reward" not in batch:
+        return {}
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    removal, background, smoothness = all_mean(batch["scores"], axis_name)
+    scenes = batch["condition_weight"]
+    return {
+        "mean_reward": all_mean(batch["reward"], axis_name),
+        "reward_std": all_mean(batch["group_reward_std"], axis_name, scenes),
+        "frac_reward_zero_std": all_mean(batch["dead_group"], axis_name, scenes),
+        "removal_score": removal,
+        "background_score": background,
+        "smoothness_score": smoothness,
+    }
+
+
+def drift_metrics(objective, state, frozen, batch, experience: Experience, interval: int, axis_name) -> Metrics:
+    """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others.
+
+    Over the microbatch's results, or where there are none over the first rollout of each condition.
+    """
+    clean, members = experience.encoded.clean, experience.members
+    if clean is None and members is not None:
+        clean = members.clean[0]
+    if not interval or objective.model.router is None or clean is None:
+        return {}
+
+    def measure():
+        return objective.drift(frozen, batch, experience.encoded, clean, state, axis_name=axis_name)
+
+    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
+    return jax.lax.cond((state.step + 1) % interval == 0, measure, lambda: unmeasured)

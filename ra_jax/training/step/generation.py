@@ -1,0 +1,132 @@
+"""Automatic mode's members: rollouts of the current weights, decoded and scored, inside the compiled step.
+
+Members are visited one after another, one of every condition at a time, so that memory does not grow with their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ra_jax.data.batch import Batch
+from ra_jax.data.diptych import right_panel
+from ra_jax.flow.samplers import window_starts
+from ra_jax.models.fill_model import Weights
+from ra_jax.parallel.collectives import map_microbatches
+from ra_jax.rewards.custom import Reward
+from ra_jax.rewards.registry import RewardInputs
+from ra_jax.rl.rollouts import Member, NoisySteps, panel_noise, roll_out
+from ra_jax.training.step.encode import Encoded
+from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.state import TrainState, keys_for, stream
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """generations: G, of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at once
+    on a device; noisy_steps: in a rollout (0: an ODE's); noise_level: η; drop_negative: members below their
+    group's mean have no advantage; sample_experts: each rollout draws one expert."""
+
+    rewards: tuple[Reward, ...]
+    generations: int = 8
+    steps: int = 8
+    decode_batch_size: int = 4
+    noisy_steps: int = 0
+    noise_level: float = 0.7
+    drop_negative: bool = False
+    sample_experts: bool = False
+
+    @property
+    def reward_weights(self) -> np.ndarray:
+        return np.asarray([reward.weight for reward in self.rewards], np.float32)
+
+
+def roll_out_members(
+    objective: Objective, settings: RolloutSettings, state: TrainState, frozen: Weights, batch: Batch, encoded: Encoded
+) -> tuple[Member, jax.Array]:
+    """G rollouts of every condition by the current weights, and their scores [G, B, S].
+
+    Draws derive from (seed, step, record, member); of the initial noise all members share the left panel's.
+    """
+    model, condition = objective.model, encoded.condition
+    times = objective.schedule.sampling_times(settings.steps, condition.fill.shape[1])
+    group_keys = keys_for(jax.random.fold_in(stream(state.seed, "rollouts"), state.step), batch["record_id"])
+    gates_of_all, _ = model.gates(state.trainable, condition)
+    noisy = noisy_steps(settings, times, state)
+    inputs = reward_inputs(objective, settings, frozen, batch, encoded)
+
+    def member(_, number):
+        shared_keys = keys_for(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
+        member_keys = keys_for(group_keys, jnp.broadcast_to(number + 1, group_keys.shape))
+        gates, experts = drawn_experts(settings, gates_of_all, member_keys)
+
+        def noise(draw):
+            keys = [keys_for(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (shared_keys, member_keys)]
+            return panel_noise(*keys, condition.grid, model.latent_features)
+
+        def velocity(x, t):
+            return objective.velocity(state.trainable, frozen, x, t, condition, gates)
+
+        made = replace(roll_out(velocity, noise, times, noisy), experts=experts)
+        image = decode_panels(objective, settings, frozen, made.clean, condition.grid)
+        return None, (made, scores_of(settings.rewards, replace(inputs, image=image)))
+
+    _, (members, scores) = jax.lax.scan(member, None, jnp.arange(settings.generations))
+    return members, scores
+
+
+def scores_of(rewards: Sequence[Reward], inputs: RewardInputs) -> jax.Array:
+    """Every reward of a batch of images, [B, S]."""
+    scores = [reward.function(inputs)[:, None] for reward in rewards]
+    return jnp.concatenate(scores, axis=1) if scores else jnp.zeros((len(inputs.image), 0))
+
+
+def noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState) -> NoisySteps | None:
+    """This step's window of noisy steps, the same for all rollouts."""
+    if not settings.noisy_steps:
+        return None
+    starts = jnp.asarray(window_starts(times, settings.noisy_steps))
+    key = jax.random.fold_in(stream(state.seed, "window"), state.step)
+    return NoisySteps(jax.random.choice(key, starts), settings.noisy_steps, settings.noise_level)
+
+
+def drawn_experts(
+    settings: RolloutSettings, gates: jax.Array | None, keys: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Gates [B, E] of a member and, with `sample` routing, the expert [B] that each rollout drew from the router's."""
+    if not settings.sample_experts:
+        return gates, None
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 1))(keys)
+    experts = jax.vmap(jax.random.categorical)(keys, jnp.log(gates))
+    return jax.nn.one_hot(experts, gates.shape[-1]), experts
+
+
+def reward_inputs(
+    objective: Objective, settings: RolloutSettings, frozen: Weights, batch: Batch, encoded: Encoded
+) -> RewardInputs:
+    """All that rewards are told but the image: the photo, its mask and, where there is one, the truth as it is and as
+    the VAE gives it back."""
+    source, mask = (batch[name].astype(jnp.float32) for name in ("source", "mask"))
+    if encoded.clean is None:
+        return RewardInputs(image=source / 255.0, source=source / 255.0, mask=mask)
+    return RewardInputs(
+        image=source / 255.0,
+        source=source / 255.0,
+        mask=mask,
+        target=batch["result"].astype(jnp.float32) / 255.0,
+        target_decoded=decode_panels(objective, settings, frozen, encoded.clean, encoded.condition.grid),
+    )
+
+
+def decode_panels(
+    objective: Objective, settings: RolloutSettings, frozen: Weights, latents: jax.Array, grid
+) -> jax.Array:
+    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C]; each device decodes `decode_batch_size`
+    at a time."""
+
+    def decode(latents):
+        return jnp.clip(right_panel(objective.model.decode(frozen, latents, grid)), 0.0, 1.0)
+
+    return map_microbatches(decode, latents, settings.decode_batch_size)

@@ -1,0 +1,83 @@
+"""Times the demo and its memory: the figures of README's "Measured".
+
+    python scripts/benchmarks/demo.py [--root output/measured]
+
+Prepares scenes and base from nothing, trains configs/tiny.toml, removes objects from the held-out scenes; prints the
+seconds of each, the seconds from the training's start to its first row of metrics, the largest peak memory of the
+three processes, and clip_fraction before each renewal of the old policy. Everything runs on the CPU.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from ra_jax.config.parse import load_toml
+from ra_jax.reporting.trackers import FILE, read_rows
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """root: a folder for everything the demo makes, emptied first; config: the training's, with its paths replaced."""
+
+    root: Path = Path("output/measured")
+    config: Path = Path("configs/tiny.toml")
+
+
+def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[float, float, float | None]:
+    """Run `python -m module`: (seconds, peak memory [GB], seconds until the file `watched` had its first line)."""
+    since, first = time.monotonic(), None
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if first is None and watched is not None and watched.exists() and watched.stat().st_size:
+            first = time.monotonic() - since
+        if pid:
+            break
+        time.sleep(0.1)
+    if status:
+        sys.exit(f"{' '.join(command)} failed with exit status {os.waitstatus_to_exitcode(status)}")
+    return time.monotonic() - since, usage.ru_maxrss * 1024 / 1e9, first
+
+
+def main(measurement: Measurement) -> None:
+    root, run = measurement.root, measurement.root / "run"
+    shutil.rmtree(root, ignore_errors=True)
+    prepared, prepare_memory, _ = timed("ra_jax.demo", "--output_dir", str(root))
+    held_out = str(root / "data" / "held_out" / "triplets.json")
+    paths = {
+        "train_json_path": root / "data" / "train" / Path(load_toml(measurement.config)["train_json_path"]).name,
+        "val_json_path": held_out,
+        "pretrained_model_name_or_path": root / "tiny_flux_fill",
+        "pretrained_redux_model_name_or_path": root / "tiny_redux",
+        "output_dir": run,
+    }
+    flags = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    trained, train_memory, first = timed(
+        "ra_jax.train", "--config", str(measurement.config), *flags, watched=run / FILE
+    )
+    removal = ("--source_image", held_out, "--experts", str(run), "--output_dir", str(root / "removals"))
+    removed, remove_memory, _ = timed("ra_jax.infer", *removal, "--num_inference_steps", "12")
+
+    rows = read_rows(run / FILE)
+    renewal = load_toml(measurement.config)["policy_sync_steps"]
+    clip = [row["clip_fraction_at_sync"] for row in rows if row["step"] % renewal == 0]
+    total = prepared + trained + removed
+    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
+    print(f"prepare {prepared:.0f} s, train {trained:.0f} s, remove {removed:.0f} s, together {total:.0f} s")
+    print(f"first metric {first:.0f} s after the training's start")
+    print(f"peak memory {max(prepare_memory, train_memory, remove_memory):.2f} GB")
+    print(f"mean_ratio {np.mean([row['mean_ratio'] for row in rows[1:]]):.3f}, steps {rows[-1]['step']}")
+    print(f"clip_fraction before a renewal, mean {np.mean(clip):.3f} ({np.round(clip, 2).tolist()})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement, use_underscores=True))

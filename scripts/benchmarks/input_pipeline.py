@@ -1,0 +1,131 @@
+"""How fast one core makes batches: from files, from a pack of them, and from a pack with latents.
+
+    python scripts/benchmarks/input_pipeline.py DATA [--bucket 512 512] [--rounds 5] [--seconds 10]
+
+DATA: any data set with results. The process is bound to one core, one thread loads, nothing is kept between batches.
+Latents and image tokens have the sizes that FLUX.1-Fill and FLUX.1-Redux give them, but are random: only reading is
+timed. The three are loaded in turn; medians of the rounds are printed.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import ml_dtypes
+import numpy as np
+import tyro
+from PIL import Image
+
+from ra_jax.data.images import Size
+from ra_jax.data.loader import Loader
+from ra_jax.data.pack_writer import write_pack
+from ra_jax.data.packs import Encoding
+from ra_jax.data.panels import Panels
+from ra_jax.data.records import Record, load_records
+
+BATCH = 4
+MULTIPLE, FEATURES = 16, 64  # pixels a side of a token, and its latents' features
+IMAGE_TOKENS, JOINT_DIM, SIGLIP_SIZE = 729, 4096, 384
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """data: a data set; bucket: panel size; rounds: of each form; seconds: of each round."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    bucket: Size = (512, 512)
+    rounds: int = 5
+    seconds: float = 10.0
+
+
+class RandomEncoder:
+    """Arrays of the right sizes."""
+
+    def __init__(self, bucket: Size):
+        self.buckets = (bucket,)
+        self.encoding = Encoding("random", f"{bucket[0]},{bucket[1]}", "bf16")
+        self._tokens = 2 * bucket[0] * bucket[1] // MULTIPLE**2
+        self._rng = np.random.default_rng(0)
+
+    def condition(self, panels: Panels) -> dict[str, np.ndarray]:
+        tokens = self._rng.normal(size=(IMAGE_TOKENS, JOINT_DIM)).astype(ml_dtypes.bfloat16)
+        return {"masked_latents": self._latents(), "image_tokens": tokens}
+
+    def result(self, panels: Panels) -> dict[str, np.ndarray]:
+        return {"result_latents": self._latents()}
+
+    def _latents(self) -> np.ndarray:
+        return self._rng.normal(size=(self._tokens, FEATURES)).astype(np.float32)
+
+
+def siglip_pixels(image: Image.Image) -> np.ndarray:
+    """Redux' preprocessing."""
+    resized = image.resize((SIGLIP_SIZE, SIGLIP_SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(resized, np.float32) / 127.5 - 1.0
+
+
+def endless(records: Sequence[Record], measurement: Measurement, **how: object) -> Iterator:
+    loader = Loader(
+        records,
+        batch_size=BATCH,
+        buckets=(measurement.bucket,),
+        seed=0,
+        multiple=MULTIPLE,
+        preprocess_reference=siglip_pixels,
+        extras={},
+        workers=0,
+        cache_bytes=0,
+        **how,
+    )
+    return loader.iterate()
+
+
+def rate(batches: Iterator, seconds: float) -> float:
+    """Records a second."""
+    next(batches)
+    since, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - since) < seconds:
+        next(batches)
+        count += BATCH
+    return count / passed
+
+
+def forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iterator]]:
+    """Each form's batches; packs are written first."""
+    records = load_records(measurement.data)
+    write_pack(records, folder / "pack")
+    write_pack(records, folder / "latents", encoder=RandomEncoder(measurement.bucket))
+    packed, encoded = load_records(folder / "pack"), load_records(folder / "latents")
+    plain = {"augment_masks": False, "latents": True}
+    return {
+        "files": lambda: endless(records, measurement, augment_masks=True),
+        "pack": lambda: endless(packed, measurement, augment_masks=True),
+        "pack with latents, photos too (automatic rewards)": lambda: endless(encoded, measurement, **plain),
+        "pack with latents": lambda: endless(encoded, measurement, **plain, photos=False),
+    }
+
+
+def main(measurement: Measurement) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        choices = forms(measurement, Path(folder))
+        rates = {name: [] for name in choices}
+        for _ in range(measurement.rounds):
+            for name, batches in choices.items():
+                rates[name].append(rate(batches(), measurement.seconds))
+    height, width = measurement.bucket
+    print(f"records a second on one core, diptychs of {height} x {2 * width}; median (least, most) of the rounds\n")
+    print("| | records/s | times files |\n| --- | --- | --- |")
+    files = np.median(rates["files"])
+    for name, found in rates.items():
+        middle = np.median(found)
+        print(f"| {name} | {middle:.1f} ({min(found):.1f}, {max(found):.1f}) | {middle / files:.1f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement, description=__doc__))

@@ -1,0 +1,108 @@
+"""How much host memory loading a model takes, when one process loads it and when several share it out.
+
+    python scripts/benchmarks/loading.py [--processes 1 2 4]
+
+Writes a transformer of random weights to a temporary folder, and loads it in so many processes at once, each with one
+CPU device of a mesh whose fsdp axis is all of them. Prints the most that a process held beyond what it held before, as
+a share of the weights.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HEADS, DOUBLE, SINGLE = 8, 4, 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """processes: how many load it, one number after another; hidden: width of the transformer, a multiple of 1024."""
+
+    processes: tuple[int, ...] = (1, 2, 4)
+    hidden: int = 1024
+
+
+def write_model(folder: Path, hidden: int) -> int:
+    """A FLUX-Fill model of random weights in float32; returns the bytes of its transformer."""
+    import jax
+    from flax import nnx
+
+    from ra_jax.interop.diffusers import save_fill_pipeline_config, save_flux, save_vae
+    from ra_jax.models.flux import Flux, FluxConfig
+    from ra_jax.models.vae import AutoencoderKL, VAEConfig
+
+    rngs = nnx.Rngs(0)
+    sizes = {"num_layers": DOUBLE, "num_single_layers": SINGLE, "num_attention_heads": HEADS}
+    head_dim = hidden // HEADS
+    axes = (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
+    config = FluxConfig(
+        in_channels=8 * 16 + 4 * 64, out_channels=64, attention_head_dim=head_dim, axes_dims_rope=axes, **sizes
+    )
+    flux = Flux(config, rngs=rngs)
+    save_flux(flux, folder)
+    save_vae(
+        AutoencoderKL(VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4), rngs=rngs), folder
+    )
+    save_fill_pipeline_config(folder)
+    return sum(x.nbytes for x in jax.tree.leaves(nnx.state(flux)))
+
+
+def load(folder: str, address: str, count: int, number: int) -> None:
+    """A process: joins the others, loads its share, prints how much it held."""
+    import jax
+
+    if count > 1:
+        jax.distributed.initialize(address, count, number)
+    from ra_jax.interop.loading import load_fill_model
+    from ra_jax.parallel.mesh import make_mesh
+    from ra_jax.parallel.partitioner import MeshLaunch
+
+    launch = MeshLaunch(make_mesh(fsdp=count))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = held("VmRSS")
+    loaded = load_fill_model(folder, None, lora=None, router=None, placement=launch.placement)
+    jax.block_until_ready(loaded.frozen)
+    print(json.dumps({"peak": held("VmHWM") - before, "kept": held("VmRSS") - before}), flush=True)
+    if count > 1:
+        jax.distributed.shutdown()
+
+
+def held(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+def main(measurement: Measurement) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        total = write_model(Path(folder), measurement.hidden)
+        print(f"transformer: {total / 1e9:.2f} GB in float32\n")
+        print("| processes | most that one held | of the weights | kept |\n| --- | --- | --- | --- |")
+        for count in measurement.processes:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                address = f"127.0.0.1:{free.getsockname()[1]}"
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "load", folder, address, str(count), str(number)],
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                    text=True,
+                )
+                for number in range(count)
+            ]
+            found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+            most, kept = (max(one[name] for one in found) for name in ("peak", "kept"))
+            print(f"| {count} | {most / 1e9:.2f} GB | {most / total:.2f} | {kept / 1e9:.2f} GB |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["load"]:
+        load(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        main(tyro.cli(Measurement, description=__doc__, use_underscores=True))

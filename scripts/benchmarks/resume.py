@@ -1,0 +1,72 @@
+"""Is a killed and resumed run the run that was never killed? Parameters bit for bit, and every metric but the clock.
+
+    python scripts/benchmarks/resume.py [--config configs/tiny.toml] [--steps 30]
+
+Trains `steps` steps straight; then again, killed (SIGKILL) some steps after the checkpoint half way, and resumed.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tyro
+
+from ra_jax.checkpoints import find_checkpoint
+from ra_jax.reporting.trackers import FILE, read_rows
+
+CLOCK = ("step_time", "data_wait", "images_per_second", "tflops_per_second_per_device")
+
+
+@dataclass(frozen=True)
+class Check:
+    """config: the run; root: where both go; steps: of each, with one checkpoint half way."""
+
+    config: Path = Path("configs/tiny.toml")
+    root: Path = Path("output/resume")
+    steps: int = 30
+
+    def command(self, name: str, *more: str) -> list[str]:
+        flags = (
+            f"--max_train_steps {self.steps} --checkpointing_steps {self.steps // 2} --validation_steps 0 --log_freq 1"
+        )
+        output = ("--output_dir", str(self.root / name))
+        return [sys.executable, "-m", "ra_jax.train", "--config", str(self.config), *flags.split(), *output, *more]
+
+
+def main(check: Check) -> None:
+    subprocess.run(check.command("straight", "--overwrite_output_dir"), check=True)
+    killed = subprocess.Popen(check.command("killed", "--overwrite_output_dir"))
+    run, half = check.root / "killed", check.steps // 2
+    while not ((run / "checkpoints" / str(half)).exists() and len(read_rows(run / FILE)) >= half + 3):
+        if killed.poll() is not None:
+            sys.exit("the run that was to be killed ended by itself: give more --steps")
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    if (found := find_checkpoint(run).name) != str(half):
+        sys.exit(f"killed too late: the newest checkpoint is {found}, not {half}; give more --steps")
+    print(f"killed after step {read_rows(run / FILE)[-1]['step']}, checkpoint {half}", flush=True)
+    subprocess.run(check.command("killed", "--resume_from_checkpoint", "latest"), check=True)
+
+    states = []
+    for name in ("straight", "killed"):
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            states.append(reader.restore(find_checkpoint(check.root / name) / "state"))
+    ours, theirs = states
+    differing = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(check.root / name / FILE)]
+        for name in ("straight", "killed")
+    ]
+    print(f"arrays of the state that differ: {len(differing)} of {len(ours)} {differing[:5]}")
+    print(f"metric rows equal: {rows[0] == rows[1]} ({len(rows[0])} and {len(rows[1])})")
+    sys.exit(bool(differing) or rows[0] != rows[1])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Check, use_underscores=True))

@@ -1,0 +1,222 @@
+"""What a step of automatic GRPO costs, part by part, and how its memory grows with the group.
+
+    python scripts/benchmarks/step.py [--config configs/tiny_auto.toml] [--rounds 12] [--groups 2 4 8 16]
+    python scripts/benchmarks/step.py --config configs/flux_fill_auto.toml --random_weights --rounds 2 --groups \\
+        --gradient_accumulation_steps 1         on a GPU of 140 GB: the same of FLUX.1-Fill's own sizes
+
+Compiles encoding, rollout, decoding, rewards and update apart, runs them in turn, and prints each one's median time and
+its share; then the compiled whole step's temporary memory for several --num_generations, beside what the latents of the
+rollouts themselves take. Needs what the configuration names (`python -m ra_jax.demo` makes it for the default); with
+--random_weights nothing: weights and photos are drawn, the whole step is not compiled, and --groups has to be empty.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from ra_jax.aot.abstract_step import trace
+from ra_jax.config.parse import from_flat_dict, load_toml
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.batch import Batch
+from ra_jax.models.fill_model import Weights
+from ra_jax.models.geometry import random_weights
+from ra_jax.parallel.compilation import memory_needed
+from ra_jax.training.build import first_state
+from ra_jax.training.setup import Setup, set_up
+from ra_jax.training.step.encode import encode
+from ra_jax.training.step.experience import Experience, collect
+from ra_jax.training.step.generation import decode_panels, reward_inputs, roll_out_members, scores_of
+from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.state import TrainState
+from ra_jax.training.step.train_step import StepSettings, learn, make_train_step
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """config: of automatic mode; rounds: runs of each part, the first not counted; groups: --num_generations for the
+    memory table; gradient_accumulation_steps: instead of the configuration's."""
+
+    config: Path = Path("configs/tiny_auto.toml")
+    rounds: int = 12
+    groups: tuple[int, ...] = (2, 4, 8, 16)
+    random_weights: bool = False
+    gradient_accumulation_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of and reads."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    settings: StepSettings
+    state: TrainState
+    frozen: Weights
+    batch: Batch
+
+    @classmethod
+    def of(cls, setup: Setup) -> "Step":
+        batch = next(setup.batches())
+        return cls(setup.objective, setup.optimizer, setup.step_settings, setup.state, setup.frozen, batch)
+
+    @classmethod
+    def random(cls, config: TrainConfig) -> "Step":
+        traced = trace(config, jax.devices()[:1])
+        state, frozen, batch = traced.arguments
+        trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
+        batch = {name: drawn(name, x) for name, x in batch.items()}
+        state = jax.jit(partial(first_state, config, traced.optimizer))(trainable)
+        return cls(traced.objective, traced.optimizer, traced.settings, state, frozen, batch)
+
+
+def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+    """A field of a batch: photos of noise, the upper half to be removed, records that count 1 and are all different."""
+    rng = np.random.default_rng(len(name))
+    if name == "mask":
+        return jnp.zeros(x.shape, x.dtype).at[..., : x.shape[-2] // 2, :].set(1)
+    if x.dtype == np.uint8:
+        return jnp.asarray(rng.integers(256, size=x.shape), x.dtype)
+    if x.dtype == np.int32:
+        return jnp.arange(np.prod(x.shape), dtype=x.dtype).reshape(x.shape)
+    return jnp.asarray(rng.normal(size=x.shape) if len(x.shape) > 2 else np.ones(x.shape), x.dtype)
+
+
+def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
+    settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
+    if measurement.gradient_accumulation_steps:
+        settings["gradient_accumulation_steps"] = measurement.gradient_accumulation_steps
+    if measurement.random_weights:
+        settings |= dict.fromkeys(("train_json_path", "val_json_path"), "none is read")
+    return from_flat_dict(load_toml(measurement.config) | settings | changes)
+
+
+def prepared(measurement: Measurement, folder: str, **changes) -> Setup:
+    return set_up(configured(measurement, folder, **changes))
+
+
+def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
+    """Compiled functions of no arguments, in the order of a step, and the `whole` of it."""
+    objective, settings, optimizer = step.objective, step.settings, step.optimizer
+    state, frozen, batch, rollouts = step.state, step.frozen, step.batch, step.settings.rollouts
+    region, fresh = objective.settings.loss_region, jnp.asarray(True)
+    first = jax.tree.map(lambda x: x[0], batch)
+
+    encode_ = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
+    encoded = encode_(frozen, first)
+    roll_out = jax.jit(
+        lambda state, frozen: roll_out_members(objective, replace(rollouts, rewards=()), state, frozen, first, encoded)[
+            0
+        ]
+    )
+    members = roll_out(state, frozen)
+    clean = members.clean
+    grid = encoded.condition.grid
+    decode = jax.jit(
+        lambda frozen, clean: jax.lax.map(lambda x: decode_panels(objective, rollouts, frozen, x, grid), clean)
+    )
+    images = decode(frozen, clean)
+    inputs = jax.jit(lambda frozen: reward_inputs(objective, rollouts, frozen, first, encoded))(frozen)
+    score = jax.jit(
+        lambda inputs, images: jax.lax.map(
+            lambda image: scores_of(rollouts.rewards, replace(inputs, image=image)), images
+        )
+    )
+
+    def gather(state, frozen):
+        return collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)[0]
+
+    # What `gather` would bring, without compiling rollouts and decoding once more; advantages do not change the time.
+    old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
+    advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
+    of_first = Experience(encoded, objective.features(encoded), members, advantages, old)
+    experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), of_first)
+    experience = replace(experience, sound=jnp.asarray(True))
+    update = jax.jit(
+        lambda state, frozen, experience: learn(
+            objective, optimizer, settings, state, frozen, batch, experience, fresh=fresh
+        )
+    )
+    found = {
+        "encode": lambda: encode_(frozen, first),
+        "rollout": lambda: roll_out(state, frozen),
+        "decode": lambda: decode(frozen, clean),
+        "rewards": lambda: score(inputs, images),
+        "update": lambda: update(state, frozen, experience),
+    }
+    if whole:  # not donated: every round starts from the same state
+        all_of_it = jax.jit(make_train_step(objective, optimizer, replace(settings, drift_interval=0)))
+        found["whole step"] = lambda: all_of_it(state, frozen, batch)
+    return found
+
+
+def tell_times(measurement: Measurement, step: Step) -> None:
+    calls, seconds = parts(step, whole=not measurement.random_weights), {}
+    for _ in range(measurement.rounds):
+        for name, call in calls.items():
+            since = time.perf_counter()
+            found = jax.block_until_ready(call())
+            seconds.setdefault(name, []).append(time.perf_counter() - since)
+            if name == "update":
+                loss = found[1]["train_loss"]
+    if not np.isfinite(loss).all():  # products of what is not finite take less time
+        sys.exit(f"the losses of the updates are {loss}")
+    medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
+    whole = medians.pop("whole step", None)
+    # The others but the update work on one microbatch of the step's.
+    accumulation = len(step.batch["mask"])
+    medians = {name: value * (1 if name == "update" else accumulation) for name, value in medians.items()}
+    total = sum(medians.values())
+    print("\n| part | seconds | share |\n| --- | --- | --- |")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.4f} | {value / total:.1%} |")
+    print(f"| together | {total:.4f} | |")
+    if whole is not None:
+        print(f"| whole step, one program | {whole:.4f} | |")
+    print(f"\ndecode and rewards: {(medians['decode'] + medians['rewards']) / total:.1%} of a step")
+    if memory := jax.devices()[0].memory_stats():
+        print(f"most memory of the device in use: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
+
+
+def tell_memory(measurement: Measurement, folder: str) -> None:
+    print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
+    print("| --- " * 4 + "|")
+    for generations in measurement.groups:
+        setup = prepared(measurement, folder, num_generations=generations)
+        batch = next(setup.batches())
+        step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
+        program = setup.launch.compile(step, setup.state, setup.frozen, batch)
+        microbatches, rows, height, width, _ = batch["source"].shape
+        tokens = 2 * height * width // setup.loaded.model.multiple**2
+        latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
+        temporary = program.memory_analysis().temp_size_in_bytes
+        print(f"| {generations} | {temporary / 1e6:.2f} | {memory_needed(program) / 1e6:.2f} | {latents / 1e6:.3f} |")
+
+
+def main(measurement: Measurement) -> None:
+    if measurement.rounds < 2 or (measurement.random_weights and measurement.groups):
+        sys.exit("--rounds has to be 2 or more, and --groups empty with --random_weights")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")
+    with tempfile.TemporaryDirectory() as folder:
+        if measurement.random_weights:
+            step = Step.random(configured(measurement, folder))
+        else:
+            step = Step.of(prepared(measurement, folder))
+        tell_times(measurement, step)
+        if measurement.groups:
+            tell_memory(measurement, folder)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement, use_underscores=True))

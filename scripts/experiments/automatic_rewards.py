@@ -1,0 +1,341 @@
+"""Does GRPO on automatic rewards learn more than standard training in the same time, and by which estimator?
+
+    python scripts/experiments/automatic_rewards.py run   [--root output/automatic]   trains and measures every cell
+    python scripts/experiments/automatic_rewards.py table [--root output/automatic]   prints tables, draws the figure
+
+From the demo's base (`python -m ra_jax.demo`), on its training scenes. Two sets of pairs: `flawed`, one result a scene
+with casts, ghosts, seams and blur, of which nobody has said how good it is (rewards without ground truth), and `truth`,
+the ground truth as result (rewards with it). GRPO by each estimator, `chance`, the default estimator with rewards that
+know nothing of the pictures, and standard training for as long as the default estimator takes by the clock. At several
+points on the way each model removes the objects of held-out scenes that no training and no choice of settings has seen;
+the pictures are judged against their ground truth, by the rewards and by PSNR. Drift is measured beside: how far
+velocities are from the base's.
+"""
+
+import json
+import sys
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from human_scores import Experiment, Measure, interval
+from matplotlib import pyplot as plt
+
+from ra_jax.checkpoints import restore
+from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.settings import TrainConfig
+from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.reporting.trackers import read_rows
+from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, total_reward
+from ra_jax.training.loop import train
+
+WEIGHTS = (0.4, 0.3, 0.3)
+PROBE_STEPS = 120  # that tell how long a step of standard training takes
+AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
+METHODS = {
+    "standard": dict.fromkeys(AUTOMATIC, False) | {"policy_estimator": "matching", "reward_functions": []},
+    "matching": AUTOMATIC | {"policy_estimator": "matching"},
+    "sde": AUTOMATIC | {"policy_estimator": "sde", "policy_loss_weight": 20.0, "rollout_steps": 8},
+    "nft": AUTOMATIC
+    | {
+        "policy_estimator": "nft",
+        "policy_loss_weight": 30.0,
+        "kl_weight": 0.01,
+        "negative_advantages": "drop",  # kept, it leaves the data within 30 steps
+    },
+    "chance": AUTOMATIC | {"policy_estimator": "matching", "reward_functions": ["automatic_rewards:chance"]},
+}
+PAIRS = {
+    "flawed": {"train_json_path": "unscored.json"},
+    "truth": {"train_json_path": "triplets.json", "reward_functions": []},
+}
+
+
+def chance(inputs: RewardInputs) -> jax.Array:
+    """A reward in [0, 1] that tells pictures apart and nothing about them, [B]: the last digits of their sums."""
+    total = 1e3 * inputs.image.sum((1, 2, 3))
+    return total - jnp.floor(total)
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """root: where everything goes; demo: the demo's folder, made if need be; pairs: flawed or truth; steps: of GRPO;
+    points: at which models are measured; settings: "name=value" for all trainings (TOML values), for tuning."""
+
+    root: Path = Path("output/automatic")
+    demo: Path = Path("output/demo")
+    config: Path = Path("configs/tiny_auto.toml")
+    pairs: str = "flawed"
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 96
+    points: int = 6
+    held_out: int = 64
+    first_scene: int = HELD_OUT + 40_000
+    num_inference_steps: int = 12
+    settings: tuple[str, ...] = ()
+
+    def cell(self, method: str, seed: int) -> Path:
+        return self.root / "cells" / f"{self.pairs}-{method}-{seed}.json"
+
+    def run_dir(self, method: str, seed: int) -> Path:
+        return self.root / "runs" / f"{self.pairs}-{method}-{seed}"
+
+
+def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
+    settings = load_toml(experiment.config) | {
+        "val_json_path": str(paths.held_out / "triplets.json"),
+        "output_dir": str(experiment.run_dir(method, seed)),
+        "overwrite_output_dir": True,
+        "pretrained_model_name_or_path": str(paths.fill),
+        "pretrained_redux_model_name_or_path": str(paths.redux),
+        "max_train_steps": steps,
+        "validation_steps": 0,
+        "checkpointing_steps": max(1, steps // experiment.points),
+        "report_to": ["none"],
+        "log_freq": max(1, steps // (2 * experiment.points)),
+        "seed": seed,
+    }
+    settings |= PAIRS[experiment.pairs]
+    settings["train_json_path"] = str(paths.train / settings["train_json_path"])
+    tuned = tomllib.loads("\n".join(experiment.settings))
+    return from_flat_dict(settings | METHODS[method] | tuned)
+
+
+class Judge:
+    """What a model generates for held-out scenes, in the eyes of the rewards."""
+
+    def __init__(self, experiment: Automatic, paths: DemoPaths):
+        common = {
+            name: getattr(experiment, name) for name in ("config", "held_out", "first_scene", "num_inference_steps")
+        }
+        self.measure = Measure(Experiment(**common), paths)
+        scenes = self.measure.scenes
+        as_float = {name: jnp.asarray(getattr(scenes, name), jnp.float32) for name in ("source", "truth", "mask")}
+        decoded = jnp.asarray(self.measure.round_trip())
+        self._inputs = RewardInputs(decoded, as_float["source"], as_float["mask"], as_float["truth"], decoded)
+        self._score = jax.jit(lambda inputs: jnp.stack([REWARDS[name].function(inputs) for name in SCORES], -1))
+
+    def __call__(self, images: np.ndarray) -> dict[str, list]:
+        """Per scene: the three scores, PSNR against the truth [dB] and the strengths of the defects."""
+        scores = np.asarray(self._score(replace(self._inputs, image=jnp.asarray(images))), np.float64)
+        error = ((images - self.measure.scenes.truth) ** 2).mean((1, 2, 3))
+        return {
+            "scores": scores.tolist(),
+            "psnr": (-10.0 * np.log10(np.maximum(error, 1e-10))).tolist(),
+            "defects": self.measure(images)["defects"].tolist(),
+        }
+
+
+def evaluations(config: TrainConfig, steps: int) -> float:
+    """Network evaluations of one image in so many steps: forward passes, a trained pass counting as three."""
+    conditions, set_ = config.run.train_batch_size, config.rollouts
+    base = 3.0 * conditions * config.updates * steps
+    if config.mode != "automatic":
+        return base
+    points = set_.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
+    member = set_.rollout_steps + set_.num_iterations * points * (3.0 + (config.grpo.kl_weight > 0))
+    return base + sum(map(set_.due, range(steps))) * conditions * set_.num_generations * member
+
+
+def run(experiment: Automatic) -> None:
+    """Train and measure every cell that has no result yet; standard training last, whose length follows from GRPO's."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    paths = prepare(experiment.demo, DemoSettings())
+    judge = Judge(experiment, paths)
+    limits = experiment.cell("limits", 0)
+    if not limits.exists():
+        write(limits, {"base": judge(judge.measure.generate(None)), "roundtrip": judge(judge.measure.round_trip())})
+    for seed in experiment.seeds:
+        for method in sorted(experiment.methods, key=lambda name: name == "standard"):
+            if not experiment.cell(method, seed).exists():
+                run_cell(experiment, paths, judge, method, seed)
+
+
+def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str, seed: int) -> None:
+    steps = experiment.steps
+    if method == "standard":
+        timed = experiment.cell("matching", seed)
+        if not timed.exists():
+            sys.exit(f"standard training takes as long as matching: {timed} is missing, add matching to --methods")
+        grpo = json.loads(timed.read_text())
+        probe = training_config(experiment, paths, method, seed, PROBE_STEPS)
+        probe = replace(probe, run=replace(probe.run, output_dir=f"{probe.run.output_dir}-probe"))
+        rows = read_rows(train(probe) / "metrics.jsonl")[1:]
+        steps = round(grpo["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
+        steps -= steps % (2 * experiment.points)  # rows and checkpoints end with it
+    config = training_config(experiment, paths, method, seed, steps)
+    output, points = Path(config.run.output_dir), []
+    if not (output / "checkpoints" / str(steps)).exists():
+        train(config)
+    rows = read_rows(output / "metrics.jsonl")
+    for checkpoint in sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name)):
+        done = int(checkpoint.name)
+        weights = restore(checkpoint, judge.measure.loaded.trainable, prefix="trainable")
+        row = [row for row in rows if row["step"] <= done][-1]
+        points.append(
+            {
+                "step": done,
+                "seconds": seconds_until(config, done),
+                "evaluations": evaluations(config, done),
+                "drift": {name: row.get(name) for name in ("velocity_norm_ratio", "kl_to_base", "base_loss")},
+                **judge(judge.measure.generate_with(weights)),
+            }
+        )
+    means = {
+        name: float(np.mean([r[name] for r in rows if name in r]))
+        for name in ("mean_ratio", "clip_fraction_at_sync")
+        if name in rows[-1]
+    }
+    write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "points": points, **means})
+    last = points[-1]
+    print(
+        f"{method} {seed}: {steps} steps, {last['seconds']:.0f} s, reward "
+        f"{[round(float(total_reward(np.asarray(p['scores']), WEIGHTS).mean()), 3) for p in points]}, psnr "
+        f"{[round(float(np.mean(p['psnr'])), 2) for p in points]}, scores {np.mean(last['scores'], 0).round(3)}, "
+        f"defects {np.mean(last['defects'], 0).round(2)}, {last['drift']}, {means}",
+        flush=True,
+    )
+
+
+def seconds_until(config: TrainConfig, step: int) -> float:
+    """Training time up to a step, from the rows' mean step times but the first's, which holds the compilation."""
+    rows = [row for row in read_rows(Path(config.run.output_dir) / "metrics.jsonl") if row["step"] <= step]
+    seconds, before = 0.0, rows[0]["step"]
+    for row in rows[1:]:
+        seconds += row["step_time"] * (row["step"] - before)
+        before = row["step"]
+    return seconds * before / (before - rows[0]["step"])
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def load_cells(experiment: Automatic) -> dict[str, dict]:
+    """By method: reward and PSNR [seeds, points, scenes], scores [..., 3], what they took [seeds, points]; drift."""
+    cells = {}
+    for method in METHODS:
+        files = [experiment.cell(method, seed) for seed in experiment.seeds]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not found:
+            continue
+
+        def gathered(name: str, found=found) -> np.ndarray:
+            return np.asarray([[point[name] for point in cell["points"]] for cell in found])
+
+        cells[method] = {name: gathered(name) for name in ("step", "seconds", "evaluations", "scores", "psnr")}
+        cells[method]["reward"] = total_reward(cells[method]["scores"], WEIGHTS)
+        drift = [[point["drift"] for point in cell["points"]] for cell in found]
+        for name in ("velocity_norm_ratio", "kl_to_base"):
+            known = [row[-1][name] for row in drift if row[-1][name] is not None]
+            cells[method][name] = float(np.mean(known)) if known else float("nan")
+        cells[method]["about"] = found
+    return cells
+
+
+def table(experiment: Automatic) -> None:
+    """Print what each training generates in the end, its difference to standard training, and what it took."""
+    cells = load_cells(experiment)
+    limits = json.loads(experiment.cell("limits", 0).read_text())
+    print(f"{experiment.held_out} held-out scenes\n")
+    heads = ["training", "seeds", "steps", "seconds", "reward", *SCORES, "PSNR", "velocity_norm_ratio", "kl_to_base"]
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    for name, title in (("base", "floor: the base"), ("roundtrip", "ceiling: the truth through the VAE")):
+        scores = np.asarray(limits[name]["scores"])
+        means = " | ".join(f"{value:.3f}" for value in (total_reward(scores, WEIGHTS).mean(), *scores.mean(0)))
+        print(f"| {title} | | | | {means} | {np.mean(limits[name]['psnr']):.2f} | | |")
+    for method, cell in cells.items():
+        scores = cell["scores"][:, -1].mean((0, 1))
+        means = " | ".join(f"{value:.3f}" for value in (cell["reward"][:, -1].mean(), *scores))
+        took = " | ".join(f"{cell[name][:, -1].mean():.0f}" for name in ("step", "seconds"))
+        drift = " | ".join(f"{cell[name]:.3f}" for name in ("velocity_norm_ratio", "kl_to_base"))
+        psnr = cell["psnr"][:, -1].mean()
+        print(f"| {method} | {len(cell['about'])} | {took} | {means} | {psnr:.2f} | {drift} |")
+    for opponent, title in (("standard", "standard training"), ("chance", "chance")):
+        print_differences(cells, opponent, title)
+    print_evaluations(cells)
+    print(f"\nfigure: {draw(experiment, cells)}")
+
+
+def print_differences(cells: dict[str, dict], opponent: str, title: str) -> None:
+    """Every other training minus this one at the end: paired over seeds and scenes."""
+    if opponent not in cells:
+        return
+    print(f"\n| minus {title} | reward [95 %] | PSNR [95 %] |\n| --- | --- | --- |")
+    for method in (name for name in cells if name not in ("standard", opponent)):
+        columns = []
+        for name in ("reward", "psnr"):
+            difference = cells[method][name][:, -1] - cells[opponent][name][:, -1]
+            low, high = interval(difference)
+            columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"| {method} | {columns[0]} | {columns[1]} |")
+
+
+def print_evaluations(cells: dict[str, dict]) -> None:
+    """How many network evaluations (and seconds) each estimator takes to the reward that `sde` ends with."""
+    if "sde" not in cells:
+        return
+    goal = cells["sde"]["reward"][:, -1].mean()
+    whole = {name: cells["sde"][name][:, -1].mean() for name in ("evaluations", "seconds")}
+    print(f"\nTo sde's final reward, {goal:.3f}, and what share of sde's cost that is:\n")
+    print("| estimator | evaluations | seconds | share of evaluations | share of seconds |\n" + "| --- " * 5 + "|")
+    for method in ("matching", "sde", "nft"):
+        if method not in cells:
+            continue
+        rewards = cells[method]["reward"].mean((0, 2))
+        reached = np.flatnonzero(rewards >= goal)
+        if not len(reached):
+            print(f"| {method} | not reached: {rewards.max():.3f} at most | | | |")
+            continue
+        took = {}
+        for name in whole:
+            costs = cells[method][name].mean(0)
+            at, before = reached[0], reached[0] - 1
+            if before < 0:
+                took[name] = costs[0]
+            else:
+                share = (goal - rewards[before]) / (rewards[at] - rewards[before])
+                took[name] = costs[before] + share * (costs[at] - costs[before])
+        print(
+            f"| {method} | {took['evaluations']:.0f} | {took['seconds']:.0f} | "
+            f"{took['evaluations'] / whole['evaluations']:.2f} | {took['seconds'] / whole['seconds']:.2f} |"
+        )
+
+
+def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
+    """Reward against network evaluations, and against time: the mean of the seeds, and each of them."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), sharey=True)
+    for axis, name, label in zip(
+        axes, ("evaluations", "seconds"), ("network evaluations of an image", "seconds of training"), strict=True
+    ):
+        for i, (method, cell) in enumerate(cells.items()):
+            rewards = cell["reward"].mean(2)
+            axis.plot(cell[name].mean(0), rewards.mean(0), color=f"C{i}", marker=".", label=method)
+            for seed in range(len(rewards)):
+                axis.plot(cell[name][seed], rewards[seed], color=f"C{i}", alpha=0.25, linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mean total reward, held-out scenes")
+    axes[0].set_xscale("log")
+    axes[0].legend(loc="center left", fontsize=8)
+    figure.tight_layout()
+    path = experiment.root / f"{experiment.pairs}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"run": run, "table": table}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+if __name__ == "__main__":
+    main()

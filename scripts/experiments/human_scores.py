@@ -1,0 +1,418 @@
+"""Does human-scored GRPO learn more from scores than imitation does? The experiment behind README's "Learning".
+
+    python scripts/experiments/human_scores.py run   [--root output/learning]  trains and measures every cell
+    python scripts/experiments/human_scores.py measure [--root output/learning]  measures them anew, on --first_scene
+    python scripts/experiments/human_scores.py table [--root output/learning]  prints tables, draws contact sheets
+    python scripts/experiments/human_scores.py curve --steps 240 [--methods grpo] trains longer, measures on the way
+
+Two synthetic data sets (one candidate in five clean; none clean), one tiny base each, trained uniformly on all
+candidates. From each base, with equal data, steps and seeds: standard training, three ways to weigh the base loss by
+the scores, human-scored GRPO; a ceiling (trained on the truth only); and the best-of-group run again, as long as GRPO
+takes by the clock. Each model then removes the objects of held-out scenes, and the pictures are measured.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+
+from ra_jax.checkpoints import find_checkpoint, restore
+from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
+from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.flow.schedule import FlowSchedule
+from ra_jax.inference.sampling import initial_noise, make_remover
+from ra_jax.interop.loading import load_fill_model
+from ra_jax.models.options import expert_configs
+from ra_jax.reporting.contact_sheet import contact_sheet
+from ra_jax.reporting.trackers import read_rows
+from ra_jax.rewards.registry import total_reward
+from ra_jax.training.loop import train
+from ra_jax.training.setup import set_up
+from ra_jax.training.step.state import keys_for, stream
+
+REWARD_WEIGHTS = (0.4, 0.3, 0.3)
+SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
+UNSCORED = dict.fromkeys(SCORED, False) | {
+    "enable_grpo_loss": False,
+    "base_loss_weighting": "none",
+    "policy_estimator": "matching",
+}
+METHODS = {
+    "standard": UNSCORED,
+    "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
+    "softmax": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "softmax"},
+    "best": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
+    "grpo": SCORED | {"enable_grpo_loss": True},
+    "best_equal_time": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
+    "clean": UNSCORED,
+}
+TITLES = {
+    "base": "floor: the base",
+    "standard": "standard",
+    "score": "score-weighted base loss",
+    "softmax": "softmax(R/0.05)-weighted",
+    "best": "best-of-group",
+    "best_equal_time": "best-of-group, GRPO's wall time",
+    "grpo": "human-scored GRPO",
+    "clean": "ceiling: trained on the truth",
+    "roundtrip": "ceiling: VAE round trip of the truth",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """root: where everything goes; vae_steps, base_steps: of the bases; steps: of every training; held_out: scenes
+    measured on, from number first_scene on: neither trained on nor used to choose settings."""
+
+    root: Path = Path("output/learning")
+    config: Path = Path("configs/tiny.toml")
+    mixes: tuple[str, ...] = MIXES
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    vae_steps: int = 900
+    base_steps: int = 2000
+    steps: int = 40
+    held_out: int = 128
+    first_scene: int = HELD_OUT + 20_000
+    num_inference_steps: int = 12
+
+    def demo_settings(self, mix: str) -> DemoSettings:
+        return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
+
+    def measured_on(self) -> dict[str, int]:
+        """What two cells must have in common to be compared scene by scene."""
+        return {name: getattr(self, name) for name in ("first_scene", "held_out", "num_inference_steps")}
+
+    def run_dir(self, mix: str, method: str, seed: int) -> Path:
+        return self.root / "runs" / f"{mix}-{method}-{seed}"
+
+    def cell(self, mix: str, method: str, seed: int) -> Path:
+        return self.root / "cells" / f"{mix}-{method}-{seed}.json"
+
+
+def run(experiment: Experiment) -> None:
+    """Train and measure every cell that has no result yet, cheapest comparisons first."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    for mix in experiment.mixes:
+        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
+        measure = Measure(experiment, paths)
+        if not experiment.cell(mix, "base", 0).exists():
+            measure_limits(experiment, measure, mix)
+        for seed in experiment.seeds:
+            for method in (name for name in METHODS if name in experiment.methods):
+                steps = experiment.steps
+                if method == "best_equal_time":
+                    steps = round(steps * wall_time_ratio(experiment, paths, mix))
+                output = experiment.run_dir(mix, method, seed)
+                config = training_config(experiment, paths, method, output, steps=steps, seed=seed)
+                run_cell(config, measure, experiment.cell(mix, method, seed))
+
+
+def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
+    """One training from the base, and what its model generates; nothing if the cell has it."""
+    settings = json.loads(json.dumps(to_flat_dict(config)))
+    if cell.exists():
+        found = read_cell(measure.experiment, cell)["settings"]
+        changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
+        if changed:
+            raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
+        return
+    output = Path(config.run.output_dir)
+    train(config)
+    rows = read_rows(output / "metrics.jsonl")
+    about = {
+        "settings": settings,
+        "steps": config.run.max_train_steps,
+        "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
+        "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row],
+        "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
+    }
+    measure_run(measure, output, cell, about)
+
+
+def training_config(
+    experiment: Experiment, paths: DemoPaths, method: str, output: Path, *, steps: int, seed: int
+) -> TrainConfig:
+    """The experiment's configuration file, with what makes the method and where its data and base are."""
+    file = "triplets.json" if method == "clean" else "labeled_dict.json"
+    settings = load_toml(experiment.config) | {
+        "train_json_path": str(paths.train / file),
+        "val_json_path": str(paths.held_out / "triplets.json"),
+        "output_dir": str(output),
+        "overwrite_output_dir": True,
+        "pretrained_model_name_or_path": str(paths.fill),
+        "pretrained_redux_model_name_or_path": str(paths.redux),
+        "max_train_steps": steps,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+        "report_to": ["none"],
+        "log_freq": 8,
+        "seed": seed,
+    }
+    return from_flat_dict(settings | METHODS[method])
+
+
+def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: int = 12) -> float:
+    """How many best-of-group steps one GRPO step takes the time of: medians of both, step by step in turn.
+
+    One measurement serves all seeds of a data set: two runs at different times would compare the machine's load.
+    """
+    file = experiment.root / "cells" / f"{mix}-time.json"
+    if file.exists():
+        return json.loads(file.read_text())["grpo"] / json.loads(file.read_text())["best"]
+    seconds: dict[str, list[float]] = {"grpo": [], "best": []}
+    runs = {}
+    for name in seconds:
+        output = experiment.root / "runs" / f"{mix}-time-{name}"
+        setup = set_up(training_config(experiment, paths, name, output, steps=steps, seed=0))
+        runs[name] = [setup, setup.step_programs(), setup.state, setup.batches()]
+    for _ in range(steps):
+        for name, (setup, step, state, batches) in runs.items():
+            batch = next(batches)
+            since = time.perf_counter()
+            runs[name][2], _ = jax.block_until_ready(step(state, setup.frozen, batch))
+            seconds[name].append(time.perf_counter() - since)
+    medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}  # without compilation
+    file.write_text(json.dumps(medians))
+    return medians["grpo"] / medians["best"]
+
+
+def measure_limits(experiment: Experiment, measure: "Measure", mix: str) -> None:
+    """The floor, the base alone, and a ceiling, the truth through the VAE."""
+    for name, images in {"base": measure.generate(None), "roundtrip": measure.round_trip()}.items():
+        write_cell(experiment, experiment.cell(mix, name, 0), measure(images), {})
+
+
+def measure_run(measure: "Measure", output: Path, cell: Path, about: dict) -> None:
+    """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
+    images = measure.generate(output)
+    np.savez_compressed(output / "generated.npz", images=quantise(images[:8]))
+    write_cell(measure.experiment, cell, measure(images), about)
+
+
+def measure_again(experiment: Experiment) -> None:
+    """Measure every trained cell anew, on the scenes of `--first_scene`."""
+    for mix in experiment.mixes:
+        measure = Measure(experiment, prepare(experiment.root / mix, experiment.demo_settings(mix)))
+        measure_limits(experiment, measure, mix)
+        for method in METHODS:
+            for seed in experiment.seeds:
+                cell = experiment.cell(mix, method, seed)
+                if cell.exists():
+                    measured = ("scores", "defects", "psnr_inside")
+                    about = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
+                    measure_run(measure, experiment.run_dir(mix, method, seed), cell, about)
+
+
+def curve(experiment: Experiment) -> None:
+    """What a model generates as its training goes on: a row for every tenth of `--steps`, by the first of `--seeds`."""
+    jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
+    for mix in experiment.mixes:
+        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
+        measure = Measure(experiment, paths)
+        for method in experiment.methods:
+            output = experiment.root / "curves" / f"{mix}-{method}"
+            config = training_config(
+                experiment, paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
+            )
+            every = max(1, experiment.steps // 10)
+            often = {"checkpointing_steps": every, "checkpoints_total_limit": None, "log_freq": every}
+            train(from_flat_dict(to_flat_dict(config) | often))
+            print(f"\n{mix}, {TITLES[method]}, {experiment.held_out} held-out scenes\n")
+            print("| step | reward | mean \\|defect\\| | PSNR in mask | base loss | gradient norm |")
+            print("| --- " * 6 + "|")
+            for row in read_rows(output / "metrics.jsonl"):
+                if row["step"] % every == 0:
+                    measured = measure(measure.generate(output / "checkpoints" / str(row["step"])))
+                    reward = total_reward(measured["scores"], REWARD_WEIGHTS).mean()
+                    print(
+                        f"| {row['step']} | {reward:.3f} | {np.abs(measured['defects']).mean():.3f} | "
+                        f"{measured['psnr_inside'].mean():.2f} | {row['base_loss']:.3f} | {row['grad_norm']:.3f} |",
+                        flush=True,
+                    )
+
+
+def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) -> None:
+    """A cell appears when it is complete, so that a kill leaves none that cannot be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(about | experiment.measured_on() | rounded))
+    partial.rename(path)
+    print(path.stem, {name: np.round(np.mean(values, 0), 3).tolist() for name, values in measured.items()}, flush=True)
+
+
+def read_cell(experiment: Experiment, path: Path) -> dict:
+    """A cell's contents; ends the program where it was measured on other scenes than this experiment's."""
+    found, expected = json.loads(path.read_text()), experiment.measured_on()
+    if on := {name: found.get(name) for name in expected if found.get(name) != expected[name]}:
+        raise SystemExit(f"{path} was measured on {on}, not {expected}: `measure` does it anew, or give another --root")
+    return found
+
+
+class Measure:
+    """Generates the held-out scenes with a model and measures the pictures, before any blending with the source."""
+
+    def __init__(self, experiment: Experiment, paths: DemoPaths):
+        self.experiment, self.paths = experiment, paths
+        size = DemoSettings().size
+        self.scenes = stack(scenes(DemoSettings().seed, experiment.first_scene, experiment.held_out, size))
+        self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"] | {"reward_functions": []})
+        lora, router = expert_configs(self.config.experts)
+        self.loaded = load_fill_model(
+            str(paths.fill),
+            str(paths.redux),
+            lora=lora,
+            router=router,
+            text_tokens=self.config.model.max_sequence_length,
+        )
+        self.remove = make_remover(
+            self.loaded.model,
+            FlowSchedule.from_folder(paths.fill),
+            num_inference_steps=experiment.num_inference_steps,
+            guidance_scale=self.config.model.guidance_scale,
+        )
+
+    def panels(self) -> dict[str, np.ndarray]:
+        """The held-out scenes as the loader would give them."""
+        as_bytes = {name: quantise(getattr(self.scenes, name)) for name in ("source", "reference")}
+        pixels = np.stack([self.loaded.preprocess(Image.fromarray(panel)) for panel in as_bytes["reference"]])
+        return as_bytes | {"mask": self.scenes.mask.astype(np.uint8), "redux_pixels": pixels}
+
+    def generate(self, run_dir: Path | None) -> np.ndarray:
+        """Right panels [S, h, w, 3] in [0, 1] by the experts of a run (None: fresh ones, which change nothing)."""
+        weights = self.loaded.trainable
+        if run_dir is not None:
+            weights = restore(find_checkpoint(run_dir), weights, prefix="trainable")
+        return self.generate_with(weights)
+
+    def generate_with(self, weights: dict) -> np.ndarray:
+        """The same by these experts and router."""
+        panels, count = self.panels(), self.experiment.held_out
+        keys = keys_for(stream(0, "held-out"), jnp.arange(count))
+        noise = initial_noise(self.loaded.model, keys, *panels["mask"].shape[1:])
+        batches = [slice(i, i + 32) for i in range(0, count, 32)]
+        images = [
+            self.remove(weights, self.loaded.frozen, {k: v[rows] for k, v in panels.items()}, noise[rows])[0]
+            for rows in batches
+        ]
+        return np.concatenate([np.asarray(image) for image in images])
+
+    def round_trip(self) -> np.ndarray:
+        """The truth through the VAE, beside its reference as in training."""
+        model, frozen = self.loaded.model, self.loaded.frozen
+        diptych = np.concatenate([self.scenes.reference, self.scenes.truth], axis=2).astype(np.float32)
+        grid = (diptych.shape[1] // model.multiple, diptych.shape[2] // model.multiple)
+        decoded = jax.jit(lambda frozen, x: model.decode(frozen, model.encode(frozen, x), grid))(frozen, diptych)
+        return np.clip(np.asarray(decoded)[:, :, diptych.shape[2] // 2 :], 0.0, 1.0)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Per scene: the three rule scores, the signed strength of each defect, and PSNR inside the mask [dB]."""
+        inside = self.scenes.mask[..., None]
+        error = ((images - self.scenes.truth) ** 2 * inside).sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
+        return {
+            "scores": rule_scores(images, self.scenes),
+            "defects": measure_defects(images, self.scenes),
+            "psnr_inside": -10.0 * np.log10(np.maximum(error, 1e-10)),
+        }
+
+
+def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarray]]:
+    """By method: reward, |defect| and PSNR [seeds, scenes], defects [seeds, scenes, 4], and what the runs say."""
+    cells = {}
+    for method in TITLES:
+        files = {seed: experiment.cell(mix, method, seed) for seed in experiment.seeds}
+        seeds = [seed for seed, file in files.items() if file.exists()]
+        found = [read_cell(experiment, files[seed]) for seed in seeds]
+        if not found:
+            continue
+        defects = np.asarray([cell["defects"] for cell in found])
+        cells[method] = {
+            "reward": np.asarray([total_reward(np.asarray(cell["scores"]), REWARD_WEIGHTS) for cell in found]),
+            "defects": defects,
+            "mean_abs": np.abs(defects).mean(-1),
+            "psnr": np.asarray([cell["psnr_inside"] for cell in found]),
+            "about": found,
+            "seeds": seeds,
+        }
+    return cells
+
+
+def interval(values: np.ndarray, samples: int = 4000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of [seeds, scenes], both resampled."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(values.shape[0], size=(samples, values.shape[0]))
+    rows = rng.integers(values.shape[1], size=(samples, values.shape[1]))
+    means = values[seeds[:, :, None], rows[:, None, :]].mean((1, 2))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def table(experiment: Experiment) -> None:
+    """Print one table a data set, with paired differences to GRPO, and write a contact sheet of each."""
+    for mix in experiment.mixes:
+        cells = load_cells(experiment, mix)
+        print(f"\n### {mix}, {experiment.held_out} held-out scenes\n")
+        print("| training | seeds | steps | reward | mean \\|defect\\| | " + " | ".join(DEFECTS) + " | PSNR in mask |")
+        print("| --- " * (6 + len(DEFECTS)) + "|")
+        for method, cell in cells.items():
+            about = cell["about"]
+            steps = f"{np.mean([c['steps'] for c in about]):.0f}" if "steps" in about[0] else ""
+            signed = " | ".join(f"{value:+.3f}" for value in cell["defects"].mean((0, 1)))
+            print(
+                f"| {TITLES[method]} | {len(about)} | {steps} | {cell['reward'].mean():.3f} | "
+                f"{cell['mean_abs'].mean():.3f} | {signed} | {cell['psnr'].mean():.2f} |"
+            )
+        if "grpo" in cells:
+            print_differences(cells)
+            draw_sheet(experiment, mix)
+
+
+def print_differences(cells: dict) -> None:
+    """GRPO minus each other training, paired by scene and seed, with 95 % bootstrap intervals."""
+    grpo = cells["grpo"]
+    print("\n| GRPO minus | reward [95 %] | mean \\|defect\\| [95 %] | ratio of mean \\|defect\\| |")
+    print("| --- | --- | --- | --- |")
+    for method in ("standard", "score", "softmax", "best", "best_equal_time"):
+        if method not in cells or cells[method]["seeds"] != grpo["seeds"]:
+            continue  # not yet trained with every seed
+        other, columns = cells[method], []
+        for key in ("reward", "mean_abs"):
+            difference = grpo[key] - other[key]
+            low, high = interval(difference)
+            columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        ratio = grpo["mean_abs"].mean() / other["mean_abs"].mean()
+        print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
+    clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["about"]])
+    ratio = np.mean([cell["mean_ratio"] for cell in grpo["about"]])
+    drift = np.mean([cell["velocity_norm_ratio"] for cell in grpo["about"]])
+    print(f"\nGRPO: clip_fraction before a sync {clip:.3f}, mean_ratio {ratio:.4f}, velocity_norm_ratio {drift:.3f}")
+
+
+def draw_sheet(experiment: Experiment, mix: str) -> None:
+    """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
+    held_out = stack(scenes(DemoSettings().seed, experiment.first_scene, 8, DemoSettings().size))
+    columns = [quantise(panel) for panel in (held_out.source, held_out.truth)]
+    for method in METHODS:
+        file = experiment.run_dir(mix, method, experiment.seeds[0]) / "generated.npz"
+        if file.exists():
+            columns.append(np.load(file)["images"])
+    path = experiment.root / f"{mix}.png"
+    contact_sheet(list(zip(*columns, strict=True))).save(path)
+    print(f"contact sheet (source, truth, {', '.join(METHODS)}): {path}")
+
+
+def main() -> None:
+    commands = {"run": run, "measure": measure_again, "table": table, "curve": curve}
+    tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Are all experts in use after training, and do small masks get other experts than large ones?
+
+    python scripts/experiments/routing.py output/tiny_grpo output/tiny_auto output/tiny_standard
+
+For each run (of the demo's base): the fraction of held-out scenes whose largest gate is each expert's (usage), and the
+mean gates of the third of the scenes with the smallest masks and of the third with the largest. Exit status 1 where an
+expert's usage is below 5 %, or where those gates do not differ.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from human_scores import Experiment, Measure
+
+from ra_jax.checkpoints import find_checkpoint, restore
+from ra_jax.demo.prepare import HELD_OUT, DemoPaths
+from ra_jax.inference.sampling import diptych_condition
+
+LEAST_USAGE = 0.05
+LEAST_DIFFERENCE = 0.02  # of a gate between small and large masks
+
+
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], demo: Path = Path("output/demo"), scenes: int = 400
+) -> None:
+    """Print a row a run; `scenes` held-out ones are looked at."""
+    measure = Measure(Experiment(held_out=scenes, first_scene=HELD_OUT + 60_000), DemoPaths(demo))
+    model, panels = measure.loaded.model, measure.panels()
+    gates_of = jax.jit(
+        lambda weights, frozen, panels: model.gates(weights, diptych_condition(model, frozen, panels))[0]
+    )
+    order = np.argsort(measure.scenes.mask.mean((1, 2)), kind="stable")
+    small, large = order[: scenes // 3], order[-(scenes // 3) :]
+    failed = False
+    print("| run | usage | gates, small masks | gates, large masks | gates, all |\n" + "| --- " * 5 + "|")
+    for run in runs:
+        weights = restore(find_checkpoint(run), measure.loaded.trainable, prefix="trainable")
+        gates = np.asarray(gates_of(weights, measure.loaded.frozen, panels))
+        usage = np.bincount(gates.argmax(1), minlength=gates.shape[1]) / scenes
+        differs = np.abs(gates[small].mean(0) - gates[large].mean(0)).max() > LEAST_DIFFERENCE
+        columns = (usage, gates[small].mean(0), gates[large].mean(0), gates.mean(0))
+        print(f"| {run} | " + " | ".join(" ".join(f"{value:.2f}" for value in column) for column in columns) + " |")
+        failed |= usage.min() < LEAST_USAGE or not differs
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, use_underscores=True)

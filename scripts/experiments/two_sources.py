@@ -1,0 +1,92 @@
+"""Do people's scores and automatic rewards want the same, and does learning from one go on with the other?
+
+    python scripts/experiments/two_sources.py agree PHOTOS   rank correlation of scores and rewards
+    python scripts/experiments/two_sources.py train [--root output/two_sources]
+        human-scored GRPO, then automatic from its experts
+
+PHOTOS: a folder with labeled_dict.json (scored results) and triplets.json (the ground truths). `train` needs what
+`python -m ra_jax.demo` makes; it prints what base, human-scored and automatic experts generate for held-out scenes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from automatic_rewards import WEIGHTS, Automatic, Judge
+from scipy.stats import spearmanr
+
+from ra_jax.config.parse import from_flat_dict, load_toml
+from ra_jax.data.records import load_records, scene_ids
+from ra_jax.demo.prepare import DemoPaths, DemoSettings, prepare
+from ra_jax.evaluation.measure import Evaluation, Networks
+from ra_jax.evaluation.pairs import find_pairs
+from ra_jax.rewards.registry import SCORES, total_reward
+from ra_jax.training.loop import train as train_experts
+
+
+@dataclass(frozen=True)
+class Training:
+    """root: of both runs; steps: of each, as their configurations have them where None."""
+
+    root: Path = Path("output/two_sources")
+    demo: Path = Path("output/demo")
+    steps: int | None = None
+
+
+def agree(photos: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Spearman's correlation of people's scores with the rewards, over all results and within scenes."""
+    records = load_records(photos / "labeled_dict.json", use_human_scores=True)
+    pairs = {pair.result: pair for pair in find_pairs(photos / "labeled_dict.json", photos / "triplets.json")}
+    evaluation = Evaluation([pairs[record.result] for record in records], WEIGHTS, Networks())
+    list(evaluation.measure())
+    human = np.asarray([record.scores for record in records])
+    rewards = np.asarray([[row[name] for name in SCORES] for row in evaluation.rows])
+    human = np.column_stack([human, total_reward(human, WEIGHTS)])
+    rewards = np.column_stack([rewards, total_reward(rewards, WEIGHTS)])
+    scenes = scene_ids(records)
+    print(f"{len(records)} scored results of {scenes.max() + 1} scenes\n")
+    print("| score | rank correlation, all results | median within a scene |\n| --- | --- | --- |")
+    for i, name in enumerate((*SCORES, "total reward")):
+        within = [spearmanr(human[scenes == s, i], rewards[scenes == s, i]).statistic for s in range(scenes.max() + 1)]
+        print(f"| {name} | {spearmanr(human[:, i], rewards[:, i]).statistic:.2f} | {np.nanmedian(within):.2f} |")
+
+
+def train(training: Training) -> None:
+    """Human-scored GRPO by configs/tiny.toml, then automatic by configs/tiny_auto.toml from its experts."""
+    paths, runs = prepare(training.demo, DemoSettings()), {}
+    for name, file, data in (
+        ("human", "configs/tiny.toml", "labeled_dict.json"),
+        ("automatic", "configs/tiny_auto.toml", "triplets.json"),  # with the truth as result, and rewards that use it
+    ):
+        settings = load_toml(file) | {
+            "train_json_path": str(paths.train / data),
+            "val_json_path": str(paths.held_out / "triplets.json"),
+            "pretrained_model_name_or_path": str(paths.fill),
+            "pretrained_redux_model_name_or_path": str(paths.redux),
+            "output_dir": str(training.root / name),
+            "overwrite_output_dir": True,
+        }
+        if runs:
+            settings |= {"init_experts_from": str(runs["human"]), "reward_functions": []}
+        if training.steps is not None:
+            settings |= {"max_train_steps": training.steps}
+        runs[name] = train_experts(from_flat_dict(settings))
+    judge = Judge(Automatic(demo=training.demo), DemoPaths(training.demo))
+    print("\n| experts | reward | " + " | ".join(SCORES) + " | PSNR |\n" + "| --- " * 6 + "|")
+    for name, run in {"none: the base": None, **runs}.items():
+        found = judge(judge.measure.generate(run))
+        scores = np.asarray(found["scores"])
+        means = " | ".join(f"{value:.3f}" for value in scores.mean(0))
+        print(f"| {name} | {total_reward(scores, WEIGHTS).mean():.3f} | {means} | {np.mean(found['psnr']):.2f} |")
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"agree": agree, "train": train}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What is told of a step that is compiled for devices which run nothing: here for this CPU in a TPU's place."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from ra_jax.aot import __main__ as aot
+from ra_jax.aot import topology
+from ra_jax.aot.abstract_step import geometry_of, smaller, trace
+from ra_jax.aot.topology import Chip, topology_devices
+from ra_jax.checkpoints import named_leaves
+from ra_jax.config.parse import parse
+from ra_jax.errors import ConfigError
+from ra_jax.models.geometry import FLUX_FILL_DEV
+from ra_jax.parallel.partitioner import MeshLaunch
+from ra_jax.training.flops import attention_flops, expert_flops, forward_flops
+
+CHIP = Chip(peak=1e9, memory=1e9, link_bandwidth=1e9)
+
+
+@pytest.fixture
+def flags(tiny_fill, tiny_redux):
+    settings = {
+        "pretrained_model_name_or_path": tiny_fill,
+        "pretrained_redux_model_name_or_path": tiny_redux,
+        "aspect_ratio_buckets": "32,32",
+        "mixed_precision": "no",
+        "gradient_checkpointing": "none",
+        "max_sequence_length": 8,
+        "num_experts": 3,
+        "lora_rank": 2,
+        "train_batch_size": 4,
+    }
+    return ["--use_lora", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    """on_this_cpu(chip): any topology is this CPU, taken for such a chip."""
+
+    def use(chip: Chip):
+        monkeypatch.setattr(topology, "topology_devices", lambda name: (jax.devices(), chip))
+
+    return use
+
+
+def size(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsys):
+    on_this_cpu(CHIP)
+    aot.main(["--topology", "v5e:1x1", "--json", str(tmp_path / "out.json"), *flags])
+    told = json.loads((tmp_path / "out.json").read_text())
+    config = parse([*flags, "--train_json_path", "none", "--output_dir", "none"])
+    step = trace(config, jax.devices())
+    state, frozen, batch = step.arguments
+    whole = size((state, frozen, batch))
+    # What a standard step does not look at, such as the VAE's decoder, takes no room.
+    assert whole - size(frozen["vae"]) <= told["argument_bytes"] * 1.001 <= whole * 1.001
+    forward = forward_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    shapes = {name: x.shape for name, x in named_leaves(state.trainable["flux"]).items()}
+    experts = expert_flops(shapes, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    attention = attention_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    # 4 records; forward, the gradient of activations, of which attention's products have two, the experts' own.
+    assert told["flops"] == pytest.approx(4 * (2 * forward + attention + 3 * experts))
+    assert told["compute_seconds"] == pytest.approx(told["flops"] / CHIP.peak)
+    assert told["collective_bytes"] == {} and told["mfu_bound"] == 1.0 and told["fits"]
+    assert told["total_bytes"] == told["argument_bytes"] + told["temporary_bytes"]
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, monkeypatch, capsys):
+    """Every compilation is refused for want of room."""
+    tried = []
+
+    def compile_(self, step, state, frozen, batch):
+        tried.append(batch["mask"].shape[:2])
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
+
+    monkeypatch.setattr(MeshLaunch, "compile", compile_)
+    on_this_cpu(CHIP)
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--topology", "v5e:1x1", *flags])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and tried == [(1, 4), (1, 4), (4, 1)]
+    assert "does not fit: the compiler found no place" in said and "trying --gradient_checkpointing full" in said
+    assert "--train_batch_size 1 --gradient_accumulation_steps 4" in said
+    assert "nothing that was tried fits: take more chips" in said
+
+
+def test_with_a_policy_its_points_may_be_taken_one_by_one(flags):
+    human = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
+    config = parse([*flags, *human, "--train_json_path", "none", "--output_dir", "none"])
+    assert [one.model.gradient_checkpointing for one in smaller(config, 1)[:2]] == ["full", "points"]
+
+
+def test_without_a_folder_only_flux_fills_sizes_are_known():
+    places = ["--train_json_path", "none", "--output_dir", "none"]
+    assert geometry_of(parse(places)) == FLUX_FILL_DEV
+    with pytest.raises(ConfigError, match="someone/other: no folder here, and only the sizes of"):
+        geometry_of(parse([*places, "--pretrained_model_name_or_path", "someone/other"]))
+
+
+def test_each_model_is_read_from_its_folder_or_known(flags, tiny_fill, tiny_redux):
+    places = ["--train_json_path", "none", "--output_dir", "none"]
+    fill = geometry_of(parse([*places, "--pretrained_model_name_or_path", str(tiny_fill)]))
+    redux = geometry_of(parse([*places, "--pretrained_redux_model_name_or_path", str(tiny_redux)]))
+    both = geometry_of(parse([*places, *flags]))
+    assert (fill.flux, fill.vae, fill.vision) == (both.flux, both.vae, FLUX_FILL_DEV.vision)
+    assert (redux.flux, redux.vision, redux.embedder) == (FLUX_FILL_DEV.flux, both.vision, both.embedder)
+
+
+def test_the_largest_bucket_is_compiled(flags):
+    buckets = ["--aspect_ratio_buckets", "32,32;32,64;48,32"]
+    config = parse([*flags, *buckets, "--train_json_path", "none", "--output_dir", "none"])
+    assert trace(config, jax.devices()).arguments[2]["mask"].shape == (1, 4, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--aspect_ratio_buckets", "foo"], "error: aspect_ratio_buckets .foo."),
+        (["--aspect_ratio_buckets", "30,32"], "error: .*30"),
+        (["--target_modules", "nothing"], "error: target_modules 'nothing' matches none"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(flags, on_this_cpu, wrong, told):
+    on_this_cpu(CHIP)
+    with pytest.raises(SystemExit, match=told):
+        aot.main(["--topology", "v5e:1x1", *flags, *wrong])
+
+
+def test_topologies_that_do_not_exist_are_told_with_some_that_do(monkeypatch, capsys):
+    with pytest.raises(ConfigError, match=r"--topology v7:2x2: unknown; expected .* v5e:4x4.* v6e:2x4"):
+        topology_devices("v7:2x2")
+    with pytest.raises(ConfigError, match="--topology v5e:4x4x4: unknown"):
+        topology_devices("v5e:4x4x4")
+    monkeypatch.setattr(topology, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'ra_jax\[tpu\]'"):
+        topology_devices("v5e:4x4")
+    with pytest.raises(SystemExit, match="error: --topology v7:2x2: unknown"):
+        aot.main(["--topology", "v7:2x2"])
+
+
+def test_a_chip_alone_is_told_to_libtpu(monkeypatch):
+    asked = []
+
+    def describe(**kwargs):
+        asked.append(kwargs)
+        return SimpleNamespace(devices=jax.devices())
+
+    monkeypatch.setattr(os, "environ", {})  # to which libtpu's settings are added
+    monkeypatch.setattr(topology, "find_spec", lambda name: "there")
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    for name in ("v6e:1x1", "v5p:1x1x1", "v6e:2x4"):
+        topology_devices(name)
+    assert [call.get("chips_per_host_bounds") for call in asked] == [(1, 1, 1), (1, 1, 1), None]
+
+
+def test_pmap_is_refused(flags, on_this_cpu):
+    on_this_cpu(CHIP)
+    with pytest.raises(SystemExit, match="aot compiles for a mesh"):
+        aot.main(["--topology", "v5e:1x1", *flags, "--parallelism", "pmap"])

@@ -1,0 +1,134 @@
+"""A program that tests start: the first steps of a run on fake CPU devices, launched in one way after another.
+
+    python fake_devices.py JOB.json
+
+JOB: {"devices": of this process, "config": flat settings, "steps": n, "launches": {name: flags}, "folder": where
+`<name>.npz` (losses [steps], every leaf of the state after them) and the checkpoint `<name>/checkpoints/<steps>` go,
+"process": [address, processes, this one's number] or null, "checkpoints": {name: folder} of other programs}. Every
+launch then restores every other's checkpoint, and those. Prints a JSON line:
+
+    places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
+    restored  {"name in launch": the leaves whose values or places differ from what they should be}
+    local     {launch: on how many devices the state's `Launch.local` is}
+    attention {launch: the implementation that was chosen}
+    gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
+              the shapes of the compiled step's all-gathers
+"""
+
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+job = json.loads(Path(sys.argv[1]).read_text())
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={job['devices']}"
+
+import jax  # noqa: E402 (the flags come first)
+import numpy as np  # noqa: E402
+
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
+if job["process"]:
+    address, count, number = job["process"]
+    jax.distributed.initialize(address, count, number)
+
+from ra_jax.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
+from ra_jax.config.parse import from_flat_dict  # noqa: E402
+from ra_jax.interop import diffusers as weights_of  # noqa: E402
+from ra_jax.models import blocks as block_loop  # noqa: E402
+from ra_jax.parallel.mesh import make_mesh  # noqa: E402
+from ra_jax.parallel.partitioner import MeshLaunch, fetch, scalars  # noqa: E402
+from ra_jax.parallel.partitioning import STACKED  # noqa: E402
+from ra_jax.training import setup as setting_up  # noqa: E402
+from ra_jax.training.step.train_step import make_train_step  # noqa: E402
+
+block_loop.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
+folder, make_launch = Path(job["folder"]), setting_up.make_launch
+implementation_for, chosen = weights_of.implementation_for, []
+
+
+def noted_implementation(*args, **kwargs) -> str:
+    chosen.append(implementation_for(*args, **kwargs))
+    return chosen[-1]
+
+
+weights_of.implementation_for = noted_implementation
+
+
+def values_of(tree) -> dict[str, np.ndarray]:
+    return {leaf: fetch(x) for leaf, x in named_leaves(tree).items()}
+
+
+def spec_of(x: jax.Array) -> list:
+    """The axes that divide each dimension, without what is None at the end."""
+    spec = [list(axes) if isinstance(axes, tuple) else axes for axes in x.sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return spec
+
+
+def run(name: str, flags: dict):
+    """(one copy of the state after the steps, places, devices of `local`, `gathered_blocks`) with files written."""
+    config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
+    setup = setting_up.set_up(config)
+    state, launch, losses, program = setup.state, setup.launch, [], None
+    for batch in islice(setup.batches(), job["steps"]):
+        if program is None:
+            settings = replace(setup.step_settings, drift_interval=0)  # a smaller program
+            step = make_train_step(setup.objective, setup.optimizer, settings)
+            program = launch.compile(step, state, setup.frozen, batch)
+        state, metrics = program(state, setup.frozen, batch)
+        losses.append(float(scalars(metrics)["train_loss"]))
+    places = {leaf: spec_of(x) for leaf, x in named_leaves((state, setup.frozen, batch)).items()}
+    whole = launch.whole(state)
+    checkpoints = Checkpoints(config.run.output_dir)
+    checkpoints.save(job["steps"], whole, position=job["steps"], config={}, base=setup.loaded.fingerprint)
+    checkpoints.close()
+    values = values_of(whole)
+    if jax.process_index() == 0:
+        np.savez(folder / f"{name}.npz", losses=losses, **values)
+    local = len(jax.tree.leaves(launch.local(state))[0].devices())
+    return whole, places, local, gathered_blocks((state.trainable, setup.frozen), program.as_text())
+
+
+def gathered_blocks(weights, hlo: str) -> list[int]:
+    """How many parameters are divided so, and of how many one block is the result of an all-gather."""
+    results = {shape.removeprefix("1,") for shape in re.findall(r"= f32\[([0-9,]*)\][^ ]* all-gather\(", hlo)}
+    blocks = [
+        ",".join(map(str, x.shape[1:]))
+        for leaf, x in named_leaves(weights).items()
+        if re.search(STACKED, leaf) and "fsdp" in spec_of(x) and "tensor" not in spec_of(x)
+    ]
+    return [len(blocks), sum(block in results for block in blocks)]
+
+
+def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list[str]:
+    """Leaves that are not restored as they were saved, or not to the places of `like`."""
+    restored = restore(checkpoint, like)
+    places = {leaf: x.sharding for leaf, x in named_leaves(like).items()}
+    values = values_of(restored)
+    moved = [
+        leaf for leaf, x in named_leaves(restored).items() if not x.sharding.is_equivalent_to(places[leaf], x.ndim)
+    ]
+    return moved + [leaf for leaf in values if not np.array_equal(values[leaf], expected[leaf], equal_nan=True)]
+
+
+states, places, local, gathered, attention = {}, {}, {}, {}, {}
+for name, flags in job["launches"].items():
+    if flags.pop("one_device", False):
+        setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
+    states[name], places[name], local[name], gathered[name] = run(name, flags)
+    setting_up.make_launch = make_launch
+    attention[name] = chosen[-1]
+found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
+restored = {}
+for launch, state in states.items():
+    for name, at in found.items():
+        if name != launch:
+            with np.load(at.with_suffix(".npz")) as saved:
+                checkpoint = at / "checkpoints" / str(job["steps"])
+                restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
+told = {"places": places, "restored": restored, "local": local, "attention": attention, "gathered": gathered}
+print(json.dumps(told))

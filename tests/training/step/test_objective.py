@@ -1,0 +1,54 @@
+"""The loss, where no step is needed to look at it."""
+
+from dataclasses import replace
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ra_jax.checkpoints import named_leaves
+from ra_jax.rl.rollouts import Member
+from ra_jax.training.setup import set_up
+from ra_jax.training.step.encode import encode
+from ra_jax.training.step.objective import one_by_one
+
+
+def test_points_one_by_one_are_the_same_rows():
+    x, t = jnp.arange(24.0).reshape(6, 4, 1), jnp.arange(6.0)
+    seen = []
+
+    def velocity(x, t):
+        seen.append(x.shape)
+        return x * t[:, None, None]
+
+    np.testing.assert_array_equal(one_by_one(velocity, x, t, points=3), velocity(x, t))
+    assert seen == [(2, 4, 1), (6, 4, 1)]
+
+
+def test_points_one_by_one_have_the_same_gradient(make_config):
+    setup = set_up(make_config(gradient_checkpointing="points", num_policy_timesteps=3, kl_weight=0.1))
+    state, batch = setup.state, jax.tree.map(lambda x: x[0], next(islice(setup.batches(), 1)))
+    encoded = jax.jit(lambda frozen: encode(setup.objective.model, frozen, batch, "balanced"))(setup.frozen)
+    member = Member(encoded.clean)
+
+    def gradient(objective):
+        def loss(trainable):
+            old = objective.judge(state.trainable, setup.frozen, batch, encoded, member, state).record
+            given = setup.frozen, batch, encoded, member, jnp.ones(len(batch["mask"])), old, state
+            return objective.policy(trainable, *given, fresh=jnp.asarray(False))
+
+        (value, (_, record)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            jax.tree.map(lambda x: x + 0.01, state.trainable)
+        )
+        return {"loss": value, **record, **named_leaves(gradient)}
+
+    apart, together = (
+        gradient(replace(setup.objective, settings=replace(setup.objective.settings, points_apart=apart)))
+        for apart in (setup.objective.settings.points_apart, False)
+    )
+    assert setup.objective.settings.points_apart
+    largest = max(float(jnp.abs(value).max()) for name, value in together.items() if "lora" in name)
+    assert largest > 1e-4
+    for name, value in together.items():
+        np.testing.assert_allclose(apart[name], value, rtol=1e-4, atol=1e-5 * largest, err_msg=name)
