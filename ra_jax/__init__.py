@@ -2,12 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+from ra_jax.moved import install_old_paths
 from ra_jax.version import __version__
+from ra_jax.xla_flags import compile_exact_products
 
 if TYPE_CHECKING:
     from ra_jax.pipeline import RemovalPipeline
 
 __all__ = ["RemovalPipeline", "__version__"]
+
+compile_exact_products()
+install_old_paths()
 
 
 def __getattr__(name: str):

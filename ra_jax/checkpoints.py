@@ -1,9 +1,10 @@
 """Orbax checkpoints of a run: the whole state, the data position, the configuration and the base's fingerprint.
 
-A checkpoint `checkpoints/<step>` holds `state` (one array a leaf, named by its path in the TrainState; never the frozen
+A checkpoint `checkpoints/<step>` holds `state` (one array a leaf, named by its path in the state; never the frozen
 base) and `about` (JSON). Saving is asynchronous; a folder appears under its final name only when it is complete.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from ra_jax.errors import CheckpointError
+from ra_jax.parallel.partitioning import named_leaves
 
 FOLDER = "checkpoints"
 BEST = "best"  # the best one of a run with `--max_drift`, in the same form
+
+# Parts of a state whose name on disk is not their name in code: releases read each other's checkpoints.
+NAMES_ON_DISK = {"old_params": "snapshot"}
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,24 @@ class About:
     geometry: dict[str, list]
 
 
-def named_leaves(tree: Any) -> dict[str, jax.Array]:
-    """The leaves of a pytree by their path, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Flax ends a variable's path in an attribute of its own choosing, which is none of a checkpoint's business.
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+def leaves_on_disk(tree: Any, prefix: str = "") -> dict[str, jax.Array]:
+    """The leaves of a state by their names on disk, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
+
+    prefix: of which part of the state `tree` is, such as "trainable" or "ema/flux"; "" for all of it.
+    """
+    within = prefix and prefix + "/"
+    return {name_on_disk(within + name): leaf for name, leaf in named_leaves(tree).items()}
 
 
-def geometry(tree: Any) -> dict[str, list]:
+def name_on_disk(name: str) -> str:
+    """The name on disk of a leaf, or of a part of a state, such as "snapshot/router" for "old_params/router"."""
+    part, separator, rest = name.partition("/")
+    return NAMES_ON_DISK.get(part, part) + separator + rest
+
+
+def geometry(leaves: Mapping[str, Any]) -> dict[str, list]:
     """Shape and dtype of every leaf, as JSON."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
 class Checkpoints:
@@ -57,12 +70,11 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        about = {"position": position, "base": base, "config": config, "geometry": geometry(state)}
+        leaves = leaves_on_disk(state)
+        about = {"position": position, "base": base, "config": config, "geometry": geometry(leaves)}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_orbax_names(named_leaves(state))), about=ocp.args.JsonSave(about)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_orbax_names(leaves)), about=ocp.args.JsonSave(about)),
         )
 
     def latest(self) -> Path | None:
@@ -112,16 +124,29 @@ def read_about(checkpoint: Path) -> About:
         return About(**reader.restore(checkpoint / "about"))
 
 
+def check_base(checkpoint: Path, metadata: About, fingerprint: str) -> None:
+    """Raise CheckpointError where a checkpoint's weights were trained on another base than the one of `fingerprint`.
+
+    metadata: what the checkpoint says of itself (`read_about`).
+    """
+    if metadata.base != fingerprint:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was trained on another base (fingerprint {metadata.base}, this one has "
+            f"{fingerprint}): give the Fill and Redux models that its run's config.toml names "
+            "(--pretrained_model_name_or_path, --pretrained_redux_model_name_or_path)"
+        )
+
+
 def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     """The arrays of a checkpoint in the structure, shapes, dtypes and shardings of `like`.
 
-    like: a pytree of arrays (or ShapeDtypeStructs), such as a TrainState; with `prefix`, that part of the state, e.g.
+    like: a pytree of arrays (or ShapeDtypeStructs), such as a run's state; with `prefix`, that part of the state, e.g.
     "trainable". Raises CheckpointError that lists what differs where the checkpoint is of another geometry.
     """
-    prefix = prefix and prefix + "/"
-    saved = read_about(checkpoint).geometry
-    wanted = {prefix + name: spec for name, spec in geometry(like).items()}
-    found = {name: spec for name, spec in saved.items() if name.startswith(prefix)}
+    on_disk = leaves_on_disk(like, prefix)
+    wanted, saved = geometry(on_disk), read_about(checkpoint).geometry
+    within = prefix and name_on_disk(prefix) + "/"
+    found = {name: spec for name, spec in saved.items() if name.startswith(within)}
     if wanted != found:
         raise CheckpointError(_difference(checkpoint, wanted, found))
     checkpoint = checkpoint.resolve()  # Orbax wants it so

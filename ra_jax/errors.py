@@ -1,4 +1,4 @@
-"""What is wrong with a data set, collected so that one look at a report mends everything."""
+"""Errors that a user can mend: every command prints the message of a `UserError` and exits with status 1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,11 @@ class Fault:
         return f"{', '.join(where)}: {self.message}" if where else self.message
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """A flag, file or folder that a command cannot work with; the message says what to do."""
+
+
+class DataError(UserError):
     """A data set, or a wish for one, that cannot be served; `faults` holds every one that was found."""
 
     def __init__(self, message: str, faults: Sequence[Fault] = ()):
@@ -45,21 +49,25 @@ class DataError(ValueError):
         return cls("\n".join(lines), faults)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A flag or TOML key that is unknown, of the wrong type, or contradicts another."""
 
 
-class WeightError(ValueError):
+class WeightError(UserError):
     """Weights that cannot be found, read, or fitted to the model; the message is the whole report."""
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """`target_modules` names no layer of this model."""
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that is not known, cannot be had, or does not do what a reward must."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is not there, or does not belong to this model."""
+
+
+class OutputError(UserError):
+    """An output that is, holds or lies in what the command reads, or that would replace what no such command wrote."""

@@ -7,18 +7,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from ra_jax.config.ranges import at_least, finite, out_of_range
+from ra_jax.config.settings import GRPOConfig
+from ra_jax.data.formats import RECORDS
 from ra_jax.data.images import read_mask, read_photo
-from ra_jax.errors import DataError
+from ra_jax.data.inputs import flag_inputs
+from ra_jax.errors import DataError, UserError
 from ra_jax.evaluation.measure import Evaluation, Fid, Networks
 from ra_jax.evaluation.pairs import Pair, find_pairs
 from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
 from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarise, table_text, worst_first
+from ra_jax.outputs import Outputs, check_outputs, replace_file, write_file
 from ra_jax.reporting.contact_sheet import captioned, thumbnail
 
 METRICS, SUMMARY, SHEET = "metrics.csv", "summary.json", "contact_sheet.png"
@@ -39,16 +45,16 @@ class EvaluateConfig:
     truth: str | None = None  # triplets, or folder of pictures named as the photos (None: records of source gt)
     only: str | None = None  # glob on the results' file names, such as "*_model*"; others are left out
     output_dir: str  # metrics.csv, summary.json and contact_sheet.png are written here
-    removal_reward_weight: float = 0.4  # in total_reward
-    background_reward_weight: float = 0.3  # in total_reward
-    smoothness_reward_weight: float = 0.3  # in total_reward
+    removal_reward_weight: Annotated[float, finite()] = GRPOConfig.removal_reward_weight  # in total_reward
+    background_reward_weight: Annotated[float, finite()] = GRPOConfig.background_reward_weight  # in total_reward
+    smoothness_reward_weight: Annotated[float, finite()] = GRPOConfig.smoothness_reward_weight  # in total_reward
     lpips: LpipsNet | None = None  # compute LPIPS by this network (extra: metrics)
     inception_weights: str | None = None  # compute FID by this TorchScript file (extra: torch)
     clip_model: str | None = None  # compute CLIP similarity by this transformers folder (extra: torch)
     dino_model: str | None = None  # compute DINO similarity by this transformers folder (extra: torch)
     sort_by: str = "total_reward"  # the metric by which the contact sheet shows the worst first
-    sheet_rows: int = 24  # results on the contact sheet (0: no sheet)
-    thumbnail: int = 192  # largest side of a picture on the contact sheet, in pixels
+    sheet_rows: Annotated[int, at_least(0)] = 24  # results on the contact sheet (0: no sheet)
+    thumbnail: Annotated[int, at_least(16)] = 192  # largest side of a picture on the contact sheet, in pixels
     overwrite: bool = False  # replace the three files that an earlier evaluation wrote
 
 
@@ -58,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(EvaluateConfig, args=argv, prog="python -m ra_jax.evaluate", use_underscores=True)
     try:
         run(config)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 
@@ -89,12 +95,12 @@ def run(config: EvaluateConfig) -> None:
         "warnings": _warnings(fid),
     }
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / METRICS, csv_text(rows).encode())
-    _write(output / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_file(output / METRICS, csv_text(rows))
+    write_file(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if config.sheet_rows:
-        draft = output / f"{SHEET}.tmp"
-        draw_sheet(pairs, rows, config).save(draft, "PNG")
-        draft.replace(output / SHEET)
+        sheet = draw_sheet(pairs, rows, config)
+        with replace_file(output / SHEET) as draft:
+            sheet.save(draft, "PNG")
     else:
         (output / SHEET).unlink(missing_ok=True)  # an earlier evaluation's, which would pass for this one's
     for warning in summary["warnings"]:
@@ -144,23 +150,26 @@ def _caption(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def _check_values(config: EvaluateConfig) -> None:
-    for name, least in (("sheet_rows", 0), ("thumbnail", 16)):
-        if getattr(config, name) < least:
-            raise DataError(f"{name} = {getattr(config, name)}: expected a value at least {least}")
-    for name in ("removal_reward_weight", "background_reward_weight", "smoothness_reward_weight"):
-        if not np.isfinite(getattr(config, name)):
-            raise DataError(f"{name} = {getattr(config, name)}: expected a finite number")
+    if lines := list(out_of_range(config)):
+        raise DataError("\n".join(lines))
 
 
 def _output_folder(config: EvaluateConfig) -> Path:
-    """The output folder, in which nothing of the user's stands in the way."""
+    """The output folder, in which nothing stands that is read, or that an earlier evaluation wrote."""
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output_dir {output}: is a file; expected a folder")
-    for flag, folder in (("--results", config.results), ("--truth", config.truth)):
-        if folder is not None and Path(folder).resolve() == output.resolve():
-            raise DataError(f"--output_dir {output}: is the folder of {flag}; choose one that is not measured")
-    there = [output / name for name in (METRICS, SUMMARY, SHEET) if (output / name).exists()]
+    files = [output / name for name in (METRICS, SUMMARY, SHEET)]
+    records = Path(config.results) / RECORDS  # of a folder that ra_jax.infer wrote
+    weights = {name: getattr(config, name) for name in ("inception_weights", "clip_model", "dino_model")}
+    inputs, nested = flag_inputs(
+        {
+            "--results": config.results,
+            f"--results ({RECORDS})": records if records.is_file() else None,
+            "--truth": config.truth,
+        }
+    )
+    inputs |= {f"--{name}": [Path(path)] for name, path in weights.items() if path is not None}
+    check_outputs(Outputs("--output_dir", output, files), inputs, nested)
+    there = [file for file in files if file.exists()]
     if there and not config.overwrite:
         raise DataError(f"{there[0]}: is there already; choose another --output_dir, or add --overwrite")
     return output
@@ -204,13 +213,6 @@ def _warnings(fid: Fid | None) -> list[str]:
         f"fid: {fid.results} results and {fid.truths} ground truths, but {fid.dimensions} feature dimensions: such an "
         "FID is biased, and comparable only with one of as many pictures"
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace the file at once: a reader, or a run that is killed, never meets half of it."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def _print(summary: Mapping, fid: Fid | None, left_out: Mapping[str, str], count: int, has_truth: bool) -> None:

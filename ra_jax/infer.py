@@ -3,9 +3,10 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -13,9 +14,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ra_jax.checkpoints import find_checkpoint, read_about
+from ra_jax.config.ranges import at_least, out_of_range
 from ra_jax.config.settings import ModelConfig
-from ra_jax.errors import CheckpointError, ConfigError, DataError, WeightError
-from ra_jax.inference.candidates import RECORDS, find_scenes, plan_candidates, write_candidates
+from ra_jax.data.formats import RECORDS
+from ra_jax.data.inputs import flag_inputs
+from ra_jax.errors import DataError, UserError
+from ra_jax.inference.candidates import (
+    Candidate,
+    check_replaced,
+    find_scenes,
+    plan_candidates,
+    write_candidates,
+)
+from ra_jax.outputs import Outputs, check_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +45,10 @@ class InferConfig:
     pretrained_redux_model_name_or_path: str | None = None  # Redux, folder or hub id
     mixed_precision: Literal["no", "bf16"] | None = None  # compute dtype (None: as trained, else bf16)
     guidance_scale: float | None = None  # embedded guidance (None: as trained, else 30)
-    num_inference_steps: int = 28  # sampling steps; more are slower and finer
+    num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps; more are slower and finer
     seed: int = 0  # of the first candidate of each scene
-    repeat: int = 1  # candidates a scene, with the seeds from --seed on
-    overwrite: bool = False  # replace pictures that are there already
+    repeat: Annotated[int, at_least(1)] = 1  # candidates a scene, with the seeds from --seed on
+    overwrite: bool = False  # replace earlier results; what is read is never replaced
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,19 +57,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(InferConfig, args=argv, prog="python -m ra_jax.infer", use_underscores=True)
     try:
         run(config)
-    except (ConfigError, DataError, WeightError, CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 
 def run(config: InferConfig) -> None:
     """Make every candidate that `config` asks for; scenes and output folder are checked before a model is loaded."""
-    for name in ("num_inference_steps", "repeat"):
-        if getattr(config, name) < 1:
-            raise DataError(f"{name} = {getattr(config, name)}: expected a value at least 1")
+    if lines := list(out_of_range(config)):
+        raise DataError("\n".join(lines))
     scenes = find_scenes(config.source_image, config.source_mask, config.ref_image)
     seeds = range(config.seed, config.seed + config.repeat)
-    candidates = plan_candidates(scenes, seeds, config.output_dir, overwrite=config.overwrite)
+    candidates = plan_candidates(scenes, seeds, config.output_dir)
     settings = model_settings(config)
+    check_inputs_kept(config, settings, candidates)
+    check_replaced(candidates, overwrite=config.overwrite)
 
     from ra_jax.pipeline import RemovalPipeline  # late: the inputs are known to be sound
 
@@ -83,6 +95,20 @@ def run(config: InferConfig) -> None:
     for path in tqdm(write_candidates(candidates, remove), total=len(candidates), unit="image"):
         tqdm.write(str(path))
     print(f"records, ready to be scored: {candidates[0].path.parent / RECORDS}")
+
+
+def check_inputs_kept(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
+    """Raise OutputError where a picture or records.json would be, or lie among, what this command reads."""
+    folder = Path(config.output_dir)
+    inputs, nested = flag_inputs(
+        {f"--{name}": getattr(config, name) for name in ("source_image", "source_mask", "ref_image")}
+    )
+    models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
+    inputs |= {f"--{name}": [Path(settings[name]).expanduser()] for name in models}
+    if config.experts is not None:
+        nested |= {"--experts": [find_checkpoint(config.experts)]}
+    files = [*(candidate.path for candidate in candidates), folder / RECORDS]
+    check_outputs(Outputs("--output_dir", folder, files), inputs, nested)
 
 
 def model_settings(config: InferConfig) -> dict[str, Any]:

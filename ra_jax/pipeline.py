@@ -9,23 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ra_jax.checkpoints import About, find_checkpoint, read_about, restore
+from ra_jax.checkpoints import check_base, find_checkpoint, read_about, restore
 from ra_jax.config.parse import from_checkpoint
+from ra_jax.config.settings import ModelConfig
 from ra_jax.data.images import soft_mask, upright_rgb
 from ra_jax.data.loader import parse_buckets
-from ra_jax.errors import CheckpointError
 from ra_jax.flow.samplers import euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.blend import paste
 from ra_jax.inference.crop import panel_sizes, plan_crop
 from ra_jax.inference.sampling import initial_noise, make_remover
-from ra_jax.interop.loading import LoadedModel, load_fill_model
+from ra_jax.interop.diffusers import LoadedModel, load_fill_model
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import Weights
-from ra_jax.models.options import expert_configs
+from ra_jax.models.lora import Adapter
+from ra_jax.models.options import ModelOptions, expert_configs
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-TEXT_TOKENS = 512
 PANEL_AREA = 512 * 512  # pixels of the panel a photo is edited in, unless the experts were trained on larger ones
 
 
@@ -81,20 +81,19 @@ class RemovalPipeline:
         config = None if about is None else from_checkpoint(about.config)
         lora, router = (None, None) if config is None else expert_configs(config.experts)
         if max_sequence_length is None:
-            max_sequence_length = TEXT_TOKENS if config is None else config.model.max_sequence_length
-        loaded = load_fill_model(
-            str(fill),
-            None if redux is None else str(redux),
-            lora=lora,
-            router=router,
+            max_sequence_length = (ModelConfig if config is None else config.model).max_sequence_length
+        options = ModelOptions(
             dtype=DTYPES[dtype],
             text_tokens=max_sequence_length,
+            lora=lora,
+            router=router,
             train_base=config is not None and not config.experts.use_lora,
         )
+        loaded = load_fill_model(str(fill), None if redux is None else str(redux), options)
         schedule = FlowSchedule.from_folder(loaded.folder)
         if config is None:
             return cls(loaded, schedule, loaded.trainable)
-        _refuse_other_base(checkpoint, about, loaded)
+        check_base(checkpoint, about, loaded.fingerprint)
         prefix = "ema" if config.optimization.ema_decay else "trainable"
         weights = restore(checkpoint, loaded.trainable, prefix=prefix)
         area = max(height * width for height, width in parse_buckets(config.data.aspect_ratio_buckets))
@@ -201,17 +200,11 @@ class RemovalPipeline:
 
     def _panel_velocity(self, weights, frozen, latents, t, cond, *, guidance_scale):
         gates, _ = self.model.gates(weights, cond, panel=slice(None))
-        return self.model.velocity(weights, frozen, latents, t, cond, gates=gates, guidance_scale=guidance_scale)
+        return self.model.velocity(
+            weights, frozen, latents, t, cond, adapter=Adapter(gates), guidance_scale=guidance_scale
+        )
 
     def _panel_denoise(self, weights, frozen, latents, cond, *, num_inference_steps, guidance_scale):
         times = self.schedule.sampling_times(num_inference_steps, latents.shape[1])
         velocity = partial(self._panel_velocity, weights, frozen, guidance_scale=guidance_scale)
         return euler(lambda x, t: velocity(x, t, cond), latents, times)
-
-
-def _refuse_other_base(checkpoint: Path, about: About, loaded: LoadedModel) -> None:
-    if about.base != loaded.fingerprint:
-        raise CheckpointError(
-            f"experts {checkpoint} were trained on another base (fingerprint {about.base}, this one has "
-            f"{loaded.fingerprint}): give the Fill and Redux folders that its run's config.toml names"
-        )

@@ -3,13 +3,14 @@
 import logging
 import re
 import sys
+from collections.abc import Sequence
 
 from jax.errors import JaxRuntimeError
 
-from ra_jax.config.parse import parse
-from ra_jax.errors import CheckpointError, ConfigError, DataError, RewardError, TargetError, WeightError
+from ra_jax.config.parse import config_file, parse
+from ra_jax.errors import UserError
 
-REFUSALS = (ConfigError, DataError, WeightError, CheckpointError, TargetError, RewardError, FloatingPointError)
+REFUSALS = (UserError, FloatingPointError)
 OUT_OF_MEMORY = (
     "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full (with a "
     "policy points), fewer --num_policy_timesteps, a smaller --decode_batch_size, smaller --aspect_ratio_buckets, a "
@@ -17,20 +18,23 @@ OUT_OF_MEMORY = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, train; what a user can mend is told without a traceback, with exit status 1."""
     # force: Orbax brings a handler of its own, beside which this would do nothing.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "orbax", "jax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        config = parse()
+        config, file = parse(argv), config_file(argv)
         # After parsing: --help and a mistaken flag answer at once.
         from ra_jax.parallel.processes import initialise
 
         initialise(config.parallel)
         from ra_jax.training.loop import train
+        from ra_jax.training.resume import check_config_kept
 
+        if file is not None:
+            check_config_kept(config, file)
         output = train(config)
     except REFUSALS as error:
         sys.exit(f"error: {error}")

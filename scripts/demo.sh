@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, meant to take less than 10 minutes on 2 cores: makes .venv if need be, then
-# synthetic scored scenes and a tiny FLUX-Fill (both once), trains experts on the scores, and removes objects from
-# scenes that no training has seen. Arguments go to the training; its folder stays output/tiny_grpo, and an earlier run
-# there is replaced:
+# The main job on the embedded default, meant to take less than 10 minutes on 2 cores: makes an environment if need be
+# (with the newest Python that constraints.txt pins), then synthetic scored scenes and a tiny FLUX-Fill (both once),
+# trains experts on the scores, and removes objects from scenes that no training has seen. Arguments go to the training;
+# its folder stays output/tiny_grpo, and an earlier run there is replaced:
 #     bash scripts/demo.sh
 #     bash scripts/demo.sh --learning_rate 1e-3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-environment
+python=$(find_python 3.13 3.12 3.11 python3 python)
+environment "$python"
 
 held_out=output/demo/data/held_out
 run=output/tiny_grpo
 removals=output/tiny_removals
 
 echo "1/3 scenes and base"
-.venv/bin/python -m ra_jax.demo
+"$venv/bin/python" -m ra_jax.demo
 echo "2/3 training"
-.venv/bin/python -m ra_jax.train --config configs/tiny.toml --overwrite_output_dir "$@" --output_dir "$run"
+"$venv/bin/python" -m ra_jax.train --config configs/tiny.toml --overwrite_output_dir "$@" --output_dir "$run"
 echo "3/3 removal"
-.venv/bin/python -m ra_jax.infer --source_image "$held_out/triplets.json" --experts "$run" \
+"$venv/bin/python" -m ra_jax.infer --source_image "$held_out/triplets.json" --experts "$run" \
     --num_inference_steps 12 --overwrite --output_dir "$removals"
 
 cat <<END
@@ -28,4 +29,6 @@ Done. Look at
   $run/previews/    source | mask | result | ground truth, at step 0 (the base alone) and as training went on
   $run/curves.png   losses, ratio, clipping, experts, drift; the numbers are in metrics.jsonl beside it
   $removals/        the object removed from held-out scenes (originals: $held_out/input, truth: $held_out/gt)
+
+Every other command wants the environment active: source $venv/bin/activate
 END

@@ -1,34 +1,72 @@
-# Sourced by the other scripts, from the project's folder. `environment EXTRA...` makes .venv and installs the package
-# with these extras at the versions of constraints.txt; it does nothing where that was already done.
+# Sourced by the other scripts, from the project's folder: finds a Python, makes an environment with it, and installs the
+# package there at the versions of constraints.txt.
 
-environment() {
-    local extras stamp wanted python
-    extras=$(IFS=,; echo "$*")
-    stamp=".venv/installed-${extras:-base}"
-    wanted=$(cat pyproject.toml constraints.txt | cksum)
-    if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        return
-    fi
-    if [ ! -x .venv/bin/pip ]; then
-        python=$(suitable_python) || return
-        echo "Making .venv with $("$python" --version)"
-        "$python" -m venv .venv
-    fi
-    echo "Installing ra_jax${extras:+[$extras]} into .venv (the first time takes some minutes)"
-    .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
-    echo "$wanted" >"$stamp"
-}
-
-# The interpreter that .venv is made with: $PYTHON, else 3.11, for which the pins are tested, else a later one.
-suitable_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+# find_python NAME... prints the first that runs and is Python 3.11 or later. NAME is a command, or a version such as
+# 3.13, which is looked for on PATH and in pyenv's folder; a shim of pyenv may be there and not run. With $PYTHON set that
+# is the only NAME.
+find_python() {
+    local name candidate
+    [ -z "${PYTHON:-}" ] || set -- "$PYTHON"
+    for name in "$@"; do
+        while read -r candidate; do
+            case $(version_of "$candidate") in
+            3.1[1-9] | 3.[2-9][0-9])
+                echo "$candidate"
+                return
+                ;;
+            esac
+        done < <(candidates "$name")
     done
-    echo "No Python 3.11 or later was found (looked for ${PYTHON:-python3.11 python3.12 python3.13 python3}):" \
+    echo "No Python 3.11 or later runs as $(sed 's/ /, /g' <<<"$*"):" \
         "install one, or name it: PYTHON=/path/to/python bash $0" >&2
     return 1
+}
+
+candidates() {
+    local root
+    if [[ ! $1 =~ ^[0-9]+\.[0-9]+$ ]]; then
+        echo "$1"
+        return
+    fi
+    echo "python$1"
+    if root=$(pyenv root 2>/dev/null); then
+        printf '%s\n' "$root/versions/$1".*/bin/python | grep -E "/$1\.[0-9]+/bin/python$" | sort -rV
+    fi
+}
+
+# version_of PYTHON prints 3.11, say, or nothing where it does not run.
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
+}
+
+# environment PYTHON EXTRA... sets `venv` to the folder of an environment of this Python with the package and these
+# extras: .venv, or where .venv has another Python, .venv-X.Y. It is made where it is absent, and installed into where
+# that was not yet done.
+environment() {
+    local python=$1 version extra extras= stamp wanted
+    version=$(version_of "$python")
+    venv=.venv
+    if [ -e .venv ] && [ "$(version_of .venv/bin/python)" != "$version" ]; then
+        venv=.venv-$version
+    fi
+    echo "Environment: $venv, Python $version"
+    for extra in "${@:2}"; do
+        # constraints.txt pins torch for Python 3.11 alone. Tests leave out what needs it elsewhere, which spares the
+        # gigabytes of CUDA packages that the newest torch brings.
+        if [ "$extra" != torch ] || [ "$version" = 3.11 ]; then
+            extras+=,$extra
+        fi
+    done
+    extras=${extras#,}
+    stamp="$venv/installed-${extras:-base}"
+    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    if [ ! -x "$venv/bin/pip" ]; then
+        "$python" -m venv "$venv"
+    fi
+    echo "Installing ra_jax${extras:+[$extras]} (the first time takes some minutes)"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
+    echo "$wanted" >"$stamp"
 }

@@ -26,26 +26,28 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import pytest
 from flax import nnx
 
-from ra_jax.checkpoints import named_leaves
 from ra_jax.config.parse import from_flat_dict
 from ra_jax.data.loader import Loader
-from ra_jax.data.synthetic import write_dataset
-from ra_jax.interop.diffusers import save_fill_pipeline_config, save_flux, save_redux, save_vae
-from ra_jax.interop.loading import load_fill_model
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
+from ra_jax.interop.diffusers import load_fill_model, save_fill_pipeline_config, save_flux, save_redux, save_vae
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.options import ModelOptions
 from ra_jax.models.router import RouterConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.pipeline import RemovalPipeline
 
 LATENT_CHANNELS = 4
@@ -73,14 +75,22 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 def pytest_configure():
-    """Fusions are compiled by XLA's older emitters, which take less time. It reads its flags once, which may be when
-    tests are collected."""
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+    """Fusions are compiled by XLA's older emitters, which take less time, where there are some: jaxlib 0.11.1 has none,
+    and a flag that it does not know aborts the process. XLA reads its flags once, which may be when tests are
+    collected."""
+    if jaxlib.version.__version_info__ < (0, 11, 1):
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, then those that compile steps, so that no worker ends up alone with one
+    """Tests marked `torch` are skipped where it is not installed.
+
+    Files with slow tests come first, then those that compile steps, so that no worker ends up alone with one
     (scripts/test.sh keeps the order)."""
+    if find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason="torch is not installed: pip install -e '.[torch]'"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "training"))
 
@@ -177,10 +187,14 @@ def load_tiny_experts(tiny_fill, tiny_redux):
         loaded = load_fill_model(
             str(tiny_fill),
             str(tiny_redux),
-            lora=LoRAConfig(num_experts=2, rank=2, alpha=2.0),
-            router=RouterConfig(num_experts=2, hidden=8, fixed_weights=(0.6, 0.4)),
-            dtype=dtype,
-            text_tokens=TEXT_TOKENS,
+            ModelOptions(
+                dtype=dtype,
+                text_tokens=TEXT_TOKENS,
+                lora=LoRAConfig(num_experts=2, rank=2, alpha=2.0),
+                router=RouterConfig(
+                    num_experts=2, floor=0.05, temperature=1.0, routing="soft", fixed_weights=(0.6, 0.4), hidden=8
+                ),
+            ),
         )
         rng = np.random.default_rng(4)
 
@@ -200,7 +214,7 @@ def tiny_experts(load_tiny_experts):
 @pytest.fixture(scope="session")
 def scored_scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "scored"
-    return write_dataset(folder, scenes=6, size=32, mix="no_clean", seed=0)
+    return write_dataset(folder, DatasetSettings(scenes=6, size=32, mix="no_clean", seed=0))
 
 
 FEW_LAYERS = r".*\.(to_q|to_add_out|proj_mlp)"  # of both kinds of blocks: a smaller program than with all of them

@@ -1,9 +1,15 @@
-"""Checkpoints on disk: which are kept, found and forgotten."""
+"""Checkpoints on disk: which are kept, found and forgotten, what they are read into, and the names in them."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ra_jax.checkpoints import BEST, Checkpoints, find_checkpoint
+from ra_jax.checkpoints import BEST, About, Checkpoints, check_base, find_checkpoint, read_about, restore
 from ra_jax.errors import CheckpointError
 
 ABOUT = {"config": {}, "base": "b"}
@@ -47,3 +53,82 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoints.latest().name == "3"
     checkpoints.close()
     assert names(tmp_path / "checkpoints") == [3]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """A state with the field whose name on disk is another."""
+
+    trainable: Any
+    old_params: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StateOf01:
+    """The same as releases before 0.2 call it."""
+
+    trainable: Any
+    snapshot: Any
+
+
+def weights(value):
+    return {"flux": {"kernel": jnp.full((2, 3), value)}, "router": {"bias": jnp.full(2, value + 0.5)}}
+
+
+def save_state(folder, state) -> Path:
+    """Save a state as step 1; the checkpoint's folder."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, state, position=1, **ABOUT)
+    checkpoints.close()
+    return find_checkpoint(folder)
+
+
+def assert_equal_trees(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_old_params_have_on_disk_the_name_that_older_releases_know(tmp_path):
+    checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
+    names = {"flux/kernel", "router/bias"}
+    assert set(read_about(checkpoint).geometry) == {f"{part}/{n}" for part in ("trainable", "snapshot") for n in names}
+    assert_equal_trees(
+        restore(checkpoint, StateOf01(weights(0.0), weights(0.0))), StateOf01(weights(1.0), weights(2.0))
+    )
+
+
+def test_a_checkpoint_of_an_older_release_is_read(tmp_path):
+    checkpoint = save_state(tmp_path, StateOf01(weights(1.0), weights(2.0)))
+    assert_equal_trees(restore(checkpoint, State(weights(0.0), weights(0.0))), State(weights(1.0), weights(2.0)))
+
+
+@pytest.mark.parametrize("part", ["old_params", "snapshot"])
+def test_a_part_of_a_state_is_read_by_its_name_in_code_or_on_disk(tmp_path, part):
+    checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
+    assert_equal_trees(restore(checkpoint, weights(0.0), prefix=part), weights(2.0))
+    router = restore(checkpoint, weights(0.0)["router"], prefix=f"{part}/router")
+    assert_equal_trees(router, weights(2.0)["router"])
+
+
+def test_a_name_on_disk_is_that_of_a_part_alone(tmp_path):
+    """A leaf of this name further down keeps it."""
+    checkpoint = save_state(tmp_path, {"trainable": {"old_params": jnp.ones(2)}})
+    assert set(read_about(checkpoint).geometry) == {"trainable/old_params"}
+
+
+def test_a_state_of_another_geometry_is_refused_by_names_on_disk(tmp_path):
+    checkpoint = save_state(tmp_path, State(weights(1.0), None))
+    with pytest.raises(
+        CheckpointError, match=r"another geometry \(2 arrays differ\):\n  snapshot/flux/kernel: this model"
+    ):
+        restore(checkpoint, State(weights(0.0), weights(0.0)))
+
+
+def test_weights_of_another_base_are_refused():
+    metadata = About(position=0, base="one", config={}, geometry={})
+    check_base(Path("there"), metadata, "one")
+    message = r"checkpoint there was trained on another base \(fingerprint one, this one has two\): give the Fill and"
+    with pytest.raises(CheckpointError, match=message):
+        check_base(Path("there"), metadata, "two")

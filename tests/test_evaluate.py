@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ra_jax import evaluate
-from ra_jax.data.synthetic import write_dataset
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.evaluation.measure import Evaluation, Networks, measure_arrays
 from ra_jax.evaluation.pairs import Pair
 from ra_jax.inference.candidates import find_scenes, plan_candidates, write_candidates
@@ -21,7 +21,7 @@ WEIGHTS = (0.4, 0.3, 0.3)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "scored"
-    return write_dataset(folder, scenes=3, size=64, mix="one_clean", seed=0)
+    return write_dataset(folder, DatasetSettings(scenes=3, size=64, mix="one_clean", seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_what_a_user_can_mend_is_told(data, tmp_path):
         "removal_reward_weight = nan: expected a finite number": {"removal_reward_weight": "nan"},
         "no such file": {"inception_weights": tmp_path / "none.pt"},
         "--clip_model": {"clip_model": tmp_path},
-        "is the folder of --results": {"results": data, "output_dir": data},
+        "which is an input of --results": {"results": data, "output_dir": data},
         "is a file; expected a folder": {"output_dir": data / "triplets.json"},
         "matches none of 15 results": {"only": "*_model*"},
     }

@@ -40,6 +40,15 @@ def test_candidates_with_consecutive_seeds(scene):
     assert [record.id for record in load_records(folder / "out/records.json")] == ["photo_5", "photo_6"]
 
 
+def test_candidates_may_lie_beside_the_photo(scene):
+    folder, flags = scene
+    before = {name: (folder / name).read_bytes() for name in ("photo.png", "mask.png")}
+    for more in ([], ["--overwrite"]):
+        infer.main([*flags[:2], f"--output_dir={folder}", *more])
+    assert {path.name for path in folder.iterdir()} == {*before, "photo_0.png", "records.json"}
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_the_model_defaults_to_the_hubs(scene):
     infer.main(scene[1])
     fill, redux = "black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-Redux-dev"

@@ -5,16 +5,19 @@ sample is drawn and handed to both.
 """
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, FluxFillPipeline, FluxPriorReduxPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from ra_jax.models.siglip import preprocess
 from ra_jax.pipeline import RemovalPipeline
+
+if find_spec("torch"):
+    import torch
+    from diffusers import AutoencoderKL, FluxFillPipeline, FluxPriorReduxPipeline
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 STEPS, GUIDANCE = 5, 30.0
@@ -46,7 +49,7 @@ def make_case(height: int, width: int, factor: int) -> Case:
     return Case(1 / (1 + np.exp(-image)), mask, context, noise)
 
 
-def channels_first(x: np.ndarray) -> torch.Tensor:
+def channels_first(x: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
@@ -103,6 +106,7 @@ def mean_latents(monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("factor", [4, 8])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)], ids=["square", "oblong"])
 def test_the_whole_pipeline_is_diffusers(make_tiny_fill, tiny_pipeline, mean_latents, size, factor):
@@ -115,6 +119,7 @@ def test_the_whole_pipeline_is_diffusers(make_tiny_fill, tiny_pipeline, mean_lat
     assert relative_change(ours[0], case.noise) > 0.5
 
 
+@pytest.mark.torch
 def test_a_sampled_encoding_of_the_masked_image_can_be_given(tiny_fill, tiny_pipeline):
     case = make_case(32, 32, 4)
     theirs = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
@@ -131,6 +136,7 @@ def test_a_sampled_encoding_of_the_masked_image_can_be_given(tiny_fill, tiny_pip
     assert relative_change(run_ours(tiny_pipeline, case)[0], ours[0]) > 10 * LATENTS_LIMIT  # the mean is another
 
 
+@pytest.mark.torch
 def test_redux_tokens_behind_the_empty_prompt(tiny_fill, tiny_redux, tiny_pipeline, mean_latents):
     reference = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8))
     prior = FluxPriorReduxPipeline.from_pretrained(tiny_redux, **NO_TEXT)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ra_jax"
 
 # Rooms from the ground up. A room imports from floors below its own, and from itself.
 FLOORS = (
-    {"version", "errors"},
+    {"version", "xla_flags", "errors", "moved"},
     {"outputs"},
     {"config", "data", "rewards"},
     {"parallel"},

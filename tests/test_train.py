@@ -26,10 +26,10 @@ def test_what_a_user_can_mend_is_told_in_words(monkeypatch, error, told):
         raise error
 
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
-    monkeypatch.setattr(train, "parse", lambda: SimpleNamespace(parallel=ParallelConfig()))
+    monkeypatch.setattr(train, "parse", lambda argv: SimpleNamespace(parallel=ParallelConfig()))
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(SystemExit) as ended:
-        train.main()
+        train.main([])
     assert told in ended.value.code
 
 
@@ -38,7 +38,7 @@ def test_another_fault_keeps_its_traceback(monkeypatch):
         raise JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
-    monkeypatch.setattr(train, "parse", lambda: SimpleNamespace(parallel=ParallelConfig()))
+    monkeypatch.setattr(train, "parse", lambda argv: SimpleNamespace(parallel=ParallelConfig()))
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(JaxRuntimeError, match="something else"):
-        train.main()
+        train.main([])

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import jax
 
-from ra_jax.config.parse import parse, to_flat_dict
+from ra_jax.config.parse import config_file, parse, to_flat_dict
 from ra_jax.config.settings import TrainConfig
-from ra_jax.errors import ConfigError, DataError, RewardError, TargetError, WeightError
+from ra_jax.errors import OutputError, UserError
+from ra_jax.outputs import Outputs, check_outputs, write_file
 
 DESCRIPTION = (
     "Compiles the train step of a configuration for a TPU that is not there, and tells what it needs of a chip. All "
@@ -29,6 +30,7 @@ PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a trai
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, compile, print; exit status 1 where the step does not fit, and for what a user can mend."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     parser = argparse.ArgumentParser(prog="python -m ra_jax.aot", description=DESCRIPTION)
     parser.add_argument("--topology", required=True, help="chips and their grid, such as v5e:4x4, v5p:2x2x1, v6e:2x4")
@@ -43,13 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     unset = [place for place in PLACES if not any(token.startswith(place) for token in rest)]
     try:
         config = parse([*(token for place in unset for token in (place, "unused")), *rest])
+        if own.json:
+            check_json(own.json, config, config_file(rest))
         report = tell(own.topology, config, own.effort)
-    except (ConfigError, DataError, TargetError, WeightError, RewardError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     if own.json:
-        own.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(own.json, json.dumps(report, indent=1) + "\n")
     if not report["fits"]:
         sys.exit(1)
+
+
+def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> None:
+    """Raise OutputError where `file` is what is read, or lies in the base's folders, or its own folder is missing."""
+    models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
+    inputs = {f"--{name}": [Path(getattr(config.model, name)).expanduser()] for name in models}
+    inputs["--config"] = [] if config_path is None else [config_path]
+    check_outputs(Outputs("--json", files=[file]), inputs)
+    if not file.parent.is_dir():
+        raise OutputError(f"--json {file}: there is no folder {file.parent}; make it, or choose another --json")
 
 
 def tell(topology: str, config: TrainConfig, effort: str = "quick") -> dict:

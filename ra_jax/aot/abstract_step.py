@@ -6,19 +6,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ra_jax.config.settings import TrainConfig
+from ra_jax.data.batch import batch_fields
 from ra_jax.data.images import Size
 from ra_jax.data.loader import check_buckets, parse_buckets
 from ra_jax.errors import ConfigError
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.interop.diffusers import read_configs, read_redux_configs
 from ra_jax.models.attention import implementation_for
-from ra_jax.models.fill_model import FillModel
 from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
 from ra_jax.models.options import model_options
 from ra_jax.parallel.mesh import check_batch, make_mesh
@@ -26,10 +25,12 @@ from ra_jax.parallel.partitioner import MeshLaunch
 from ra_jax.parallel.partitioning import BATCH
 from ra_jax.rewards.custom import parse_rewards
 from ra_jax.training.build import first_state, objective_settings, step_settings
-from ra_jax.training.flops import flops_of_step
+from ra_jax.training.dataset import batch_parts
+from ra_jax.training.flops import ModelSizes, flops_of_step
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.step.objective import Objective
-from ra_jax.training.step.train_step import StepSettings, make_train_step
+from ra_jax.training.step.settings import StepSettings
+from ra_jax.training.step.train_step import make_train_step
 
 KNOWN = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
     "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Fill-dev",
@@ -40,7 +41,7 @@ KNOWN = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
 @dataclass(frozen=True)
 class TracedStep:
     """A step, and its arguments' shapes on a mesh: state, frozen weights, batch. flops: that its mathematics needs,
-    over all chips (`metrics.step_flops`); weights: bytes of the base."""
+    over all chips (`training.flops.step_flops`); weights: bytes of the base."""
 
     launch: MeshLaunch
     objective: Objective
@@ -51,6 +52,7 @@ class TracedStep:
     weights: int
 
     def compile(self) -> jax.stages.Compiled:
+        """The program of the step on this mesh."""
         step = make_train_step(self.objective, self.optimizer, self.settings)
         return self.launch.compile(step, *self.arguments)
 
@@ -92,9 +94,9 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     launch.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
     options = model_options(config)
     attention = implementation_for(
-        platform, dtype=options["dtype"], head_dim=geometry.flux.attention_head_dim, devices=len(devices)
+        platform, dtype=options.dtype, head_dim=geometry.flux.attention_head_dim, devices=len(devices)
     )
-    model, trainable, frozen = abstract_fill_model(geometry, attention=attention, **options)
+    model, trainable, frozen = abstract_fill_model(geometry, options, attention=attention)
     check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
     state = jax.eval_shape(partial(first_state, config, optimizer), trainable)
@@ -103,7 +105,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_result(config))
     settings = step_settings(config, rewards)
     objective = Objective(model, FlowSchedule(), objective_settings(config))
-    batch = batch_shapes(config, model, geometry)
+    batch = batch_shapes(config, geometry)
 
     def placed(tree):
         return jax.tree.map(
@@ -113,13 +115,14 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         )
 
     by_record = NamedSharding(launch.mesh, P(None, BATCH))
+    sizes = ModelSizes(geometry.flux, trainable["flux"], model.multiple, geometry.image_tokens)
     return TracedStep(
         launch,
         objective,
         optimizer,
         settings,
         (placed(state), placed(frozen), {name: x.update(sharding=by_record) for name, x in batch.items()}),
-        flops=flops_of_step(config, geometry.flux, trainable, model.multiple, geometry.image_tokens, batch, step=0),
+        flops=flops_of_step(config, sizes, batch, step=0),
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
     )
 
@@ -134,27 +137,15 @@ def has_result(config: TrainConfig) -> bool:
     return config.mode != "automatic" or config.losses.base_loss_weight > 0
 
 
-def batch_shapes(config: TrainConfig, model: FillModel, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
     """What the loader brings to a step, [A, B, ...], in the largest bucket."""
     height, width = largest_bucket(config)
-    rows = (config.run.gradient_accumulation_steps, config.run.train_batch_size)
-
-    def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*rows, *shape), dtype)
-
-    batch = {name: of(np.uint8, height, width, 3) for name in ("source", "reference")}
-    batch |= {"mask": of(np.uint8, height, width)}
-    if has_result(config):
-        batch["result"] = of(np.uint8, height, width, 3)
-    if geometry.vision is not None:
-        size = geometry.vision.image_size
-        batch["redux_pixels"] = of(np.float32, size, size, 3)
-    batch |= {name: of(np.int32) for name in ("group_id", "record_id", "epoch")}
-    batch |= {name: of(np.float32) for name in ("condition_weight", "imitation_weight")}
-    if config.mode == "human" and config.grpo.enable_grpo_rewards:
-        batch |= {"scores": of(np.float32, 3)}
-        batch |= {name: of(np.float32) for name in ("reward", "advantage", "group_reward_std", "dead_group")}
-    return batch
+    sizes = {"B": config.run.train_batch_size, "h": height, "w": width, "s": geometry.vision.image_size}
+    parts = batch_parts(config, results=has_result(config), latents=False)
+    return {
+        name: jax.ShapeDtypeStruct((config.run.gradient_accumulation_steps, *field.sized(sizes)), field.dtypes[0])
+        for name, field in batch_fields(parts).items()
+    }
 
 
 def smaller(config: TrainConfig, devices: int) -> list[TrainConfig]:

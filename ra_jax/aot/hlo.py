@@ -55,12 +55,14 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
+        """Names of the computations that it calls."""
         names = []
         for single, several in _CALLED.findall(self.text):
             names += [single] if single else [name.strip(" %") for name in several.split(",")]
         return names
 
     def attribute(self, name: str) -> str | None:
+        """The value of an attribute, such as `channel_id`, without a name's leading %; None without it."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
         return found and found[1]
 

@@ -1,50 +1,23 @@
-"""What the settings of a training must satisfy, alone and together, told before anything is loaded."""
+"""Contradictions between the settings of a training, each with what was given, what is expected and what to do.
+
+They are found before anything is loaded. The range of a single setting stands on its field.
+"""
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # config.py imports this module
-    from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, ParallelConfig, RunConfig, TrainConfig
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 1": (
-        lambda value: value >= 1,
-        "num_experts lora_rank train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
-        "checkpoints_total_limit policy_sync_steps num_policy_timesteps log_freq num_validation_images "
-        "num_inference_steps rollout_steps num_iterations reward_interval decode_batch_size sde_window drift_steps "
-        "num_generations mesh_fsdp mesh_tensor num_processes",
-    ),
-    "-1 or at least 1": (lambda value: value == -1 or value >= 1, "mesh_data"),
-    "at least 0": (
-        lambda value: value >= 0,
-        "seed data_workers max_sequence_length guidance_scale kl_weight removal_reward_weight "
-        "background_reward_weight smoothness_reward_weight base_loss_weight policy_loss_weight "
-        "diversity_loss_weight routing_specialisation router_floor lr_warmup_steps lr_power "
-        "adam_weight_decay checkpointing_steps validation_steps",
-    ),
-    "greater than 0": (
-        lambda value: value > 0,
-        "lora_alpha routing_temperature policy_temperature base_loss_softmax_temperature learning_rate "
-        "router_learning_rate adam_epsilon max_grad_norm sde_noise_level nft_beta max_drift",
-    ),
-    "at least 0 and below 1": (
-        lambda value: 0 <= value < 1,
-        "lora_dropout routing_mean_decay adam_beta1 adam_beta2 ema_decay",
-    ),
-    "between 0 and 1, both excluded": (lambda value: 0 < value < 1, "clip_range sde_clip_range"),
-    "greater than 0 and at most 1": (lambda value: 0 < value <= 1, "policy_timestep_fraction"),
-}
+from ra_jax.config.ranges import out_of_range
+from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, ParallelConfig, RunConfig, TrainConfig
 
 
-def problems(config: "TrainConfig") -> Iterator[str]:
+def problems(config: TrainConfig) -> Iterator[str]:
     """Yields a line for each setting out of range and each contradiction: given, expected, what to do."""
-    if out_of_range := list(_out_of_range(config)):
-        yield from out_of_range
-        return  # how settings go together is only defined within their ranges
+    if lines := list(out_of_range(config)):
+        yield from lines
+        return  # contradictions are defined for settings within their ranges only
     yield from _not_available(config)
     yield from _mode(config.grpo, config.losses, config.rollouts.reward_functions)
     yield from _automatic(config)
@@ -64,24 +37,14 @@ def problems(config: "TrainConfig") -> Iterator[str]:
         yield "report_to = wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
 
 
-def _out_of_range(config: "TrainConfig") -> Iterator[str]:
-    groups = [getattr(config, group.name) for group in fields(config)]
-    settings = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
-    for expected, (holds, names) in _RANGES.items():
-        for name in names.split():
-            value = settings[name]
-            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
-                yield f"{name} = {value}: expected a value {expected}"
-
-
-def _not_available(config: "TrainConfig") -> Iterator[str]:
+def _not_available(config: TrainConfig) -> Iterator[str]:
     if config.model.base_precision == "int8" and not config.experts.use_lora:
         yield "base_precision = int8 without use_lora: the base is trained then, and 8 bits cannot be; use auto"
     if config.model.mixed_precision == "fp16":
         yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
 
 
-def _mode(grpo: "GRPOConfig", losses: "LossConfig", reward_functions: tuple[str, ...]) -> Iterator[str]:
+def _mode(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple[str, ...]) -> Iterator[str]:
     if grpo.use_human_scores and not grpo.use_grpo:
         yield "use_human_scores without use_grpo: scores are GRPO's rewards; add --use_grpo, or leave it out"
     for name in ("enable_grpo_rewards", "enable_grpo_loss"):
@@ -101,7 +64,7 @@ def _mode(grpo: "GRPOConfig", losses: "LossConfig", reward_functions: tuple[str,
         yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"
 
 
-def _automatic(config: "TrainConfig") -> Iterator[str]:
+def _automatic(config: TrainConfig) -> Iterator[str]:
     """What rewards of generated images need, and what needs them."""
     grpo, automatic = config.grpo, config.mode == "automatic"
     if automatic and config.rollouts.num_generations == 1:
@@ -160,7 +123,7 @@ def _automatic(config: "TrainConfig") -> Iterator[str]:
         yield "max_drift without val_json_path: drift is measured on held-out clean results; name some, or leave it out"
 
 
-def _experts(experts: "ExpertsConfig") -> Iterator[str]:
+def _experts(experts: ExpertsConfig) -> Iterator[str]:
     if not experts.use_lora:
         given = [field.name for field in fields(experts) if getattr(experts, field.name) != field.default]
         if given:
@@ -182,7 +145,7 @@ def _experts(experts: "ExpertsConfig") -> Iterator[str]:
         yield f"target_modules = {experts.target_modules}: not a regular expression: {error}"
 
 
-def _gates(experts: "ExpertsConfig") -> Iterator[str]:
+def _gates(experts: ExpertsConfig) -> Iterator[str]:
     count, floor = experts.num_experts, experts.router_floor
     listed = " ".join(map(str, experts.weights))
     if not math.isclose(sum(experts.weights), 1, abs_tol=1e-6):
@@ -197,11 +160,9 @@ def _gates(experts: "ExpertsConfig") -> Iterator[str]:
             f"fixed_expert_weights = {listed}: {experts.routing} routing starts from them and keeps gates "
             f"above router_floor = {floor}; raise the smallest weight, or lower the floor"
         )
-    elif min(experts.weights) < 0:
-        yield f"fixed_expert_weights = {listed}: expected weights of at least 0"
 
 
-def _schedule(config: "TrainConfig") -> Iterator[str]:
+def _schedule(config: TrainConfig) -> Iterator[str]:
     warmup, steps = config.optimization.lr_warmup_steps, config.run.max_train_steps
     if steps is not None and warmup > steps:
         yield f"lr_warmup_steps = {warmup}: longer than max_train_steps = {steps}; lower it, or train longer"
@@ -209,12 +170,12 @@ def _schedule(config: "TrainConfig") -> Iterator[str]:
         yield f"lr_warmup_steps = {warmup}: lr_scheduler constant has no warm-up; use constant_with_warmup"
 
 
-def _parallel(parallel: "ParallelConfig") -> Iterator[str]:
+def _parallel(parallel: ParallelConfig) -> Iterator[str]:
     together = ("coordinator_address", "num_processes", "process_id")
     given = [name for name in together if getattr(parallel, name) is not None]
     if given and len(given) < len(together):
         yield f"{' and '.join(given)} without the rest: give --coordinator_address, --num_processes and --process_id"
-    elif given and not 0 <= parallel.process_id < parallel.num_processes:
+    elif given and parallel.process_id >= parallel.num_processes:
         last = parallel.num_processes - 1
         yield f"process_id = {parallel.process_id}: expected 0 to {last} with num_processes = {parallel.num_processes}"
     elif given:
@@ -226,7 +187,7 @@ def _parallel(parallel: "ParallelConfig") -> Iterator[str]:
             )
 
 
-def _places(config: "TrainConfig") -> Iterator[str]:
+def _places(config: TrainConfig) -> Iterator[str]:
     places = {name: getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
     places |= {
         name: getattr(config.run, name) for name in ("output_dir", "resume_from_checkpoint", "init_experts_from")
@@ -239,7 +200,7 @@ def _places(config: "TrainConfig") -> Iterator[str]:
             )
 
 
-def _run(run: "RunConfig") -> Iterator[str]:
+def _run(run: RunConfig) -> Iterator[str]:
     if run.resume_from_checkpoint and run.init_experts_from:
         yield (
             "resume_from_checkpoint with init_experts_from: one goes on with a run, the other begins a new one; give "

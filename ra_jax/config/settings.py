@@ -5,11 +5,15 @@ here. Groups sort the settings in code and in `--help`; flags and TOML keys are 
 
     config = parse(["--config", "configs/tiny.toml", "--learning_rate", "3e-4"])
     config.optimization.learning_rate
+
+A numeric field carries its range (`ra_jax.config.ranges`); its comment, or the string below it, is its help text. The
+field is all that a new flag needs here; checks, TOML, `--help` and checkpoints read it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ra_jax.config.ranges import above, above_and_at_most, at_least, at_least_and_below, between
 from ra_jax.errors import ConfigError
 
 
@@ -22,7 +26,7 @@ class DataConfig:
     score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
     aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]
     mask_augmentation: bool = True  # enlarge masks at random in training: outlines, boxes, dilation
-    data_workers: int = 2  # threads that read and decode images ahead (0: none, when asked for)
+    data_workers: Annotated[int, at_least(0)] = 2  # threads that read and decode images ahead (0: none, when asked for)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,9 @@ class ModelConfig:
     gradient_checkpointing: Literal["none", "products", "blocks", "full", "points"] = "blocks"
     """What the backward pass finds kept beside each block's input: none everything, products all products and
     attention, blocks attention, full nothing; points: as full, and a log-probability's points in time one by one."""
-    max_sequence_length: int = 512  # prompt tokens (zeros) before the reference image's [tokens]
-    guidance_scale: float = 30.0  # embedded guidance, the same in training and in previews
+    max_sequence_length: Annotated[int, at_least(0)] = 512
+    """prompt tokens (zeros) before the reference image's [tokens]"""
+    guidance_scale: Annotated[float, at_least(0)] = 30.0  # embedded guidance, the same in training and in previews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +50,22 @@ class ExpertsConfig:
     """LoRA experts and the router that mixes them. Without --use_lora the whole transformer is trained."""
 
     use_lora: bool = False  # train LoRA experts on the frozen base
-    num_experts: int = 3  # E, experts in the mixture
+    num_experts: Annotated[int, at_least(1)] = 3  # E, experts in the mixture
     expert_names: tuple[str, ...] = ()  # one for each (E = 3: removal background smoothness)
-    lora_rank: int = 64  # r, rank of each expert
-    lora_alpha: float = 64.0  # alpha; experts are scaled by alpha / r
-    lora_dropout: float = 0.0  # dropout on the experts' input in the base loss [probability]
+    lora_rank: Annotated[int, at_least(1)] = 64  # r, rank of each expert
+    lora_alpha: Annotated[float, above(0)] = 64.0  # alpha; experts are scaled by alpha / r
+    lora_dropout: Annotated[float, at_least_and_below(0, 1)] = 0.0
+    """dropout on the experts' input in the base loss [probability]"""
     target_modules: str | None = None  # regex on layer names (None: every linear layer of the blocks)
     routing: Literal["uniform", "fixed", "soft", "topk", "sample"] = "soft"  # sample: automatic rewards only
-    routing_temperature: float = 1.0  # the router's logits are divided by it
-    router_floor: float = 0.05  # f, smallest gate of an expert; E * f < 1
-    fixed_expert_weights: tuple[float, ...] = ()  # where routing starts (E = 3: 0.4 0.3 0.3; else 1/E)
-    routing_specialisation: float = 0.5  # lambda, weight of the gates' own entropy in the diversity loss
-    routing_mean_decay: float = 0.9  # beta, decay of the gates' running mean in the diversity loss
+    routing_temperature: Annotated[float, above(0)] = 1.0  # the router's logits are divided by it
+    router_floor: Annotated[float, at_least(0)] = 0.05  # f, smallest gate of an expert; E * f < 1
+    fixed_expert_weights: Annotated[tuple[float, ...], at_least(0)] = ()
+    """where routing starts (E = 3: 0.4 0.3 0.3; else 1/E)"""
+    routing_specialisation: Annotated[float, at_least(0)] = 0.5
+    """lambda, weight of the gates' own entropy in the diversity loss"""
+    routing_mean_decay: Annotated[float, at_least_and_below(0, 1)] = 0.9
+    """beta, decay of the gates' running mean in the diversity loss"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +81,7 @@ class ExpertsConfig:
         """The gates [E] that `fixed` routing uses and `soft` and `topk` start from, given or default."""
         if self.fixed_expert_weights:
             return self.fixed_expert_weights
-        return (0.4, 0.3, 0.3) if self.num_experts == 3 else (1 / self.num_experts,) * self.num_experts
+        return DEFAULT_REWARD_WEIGHTS if self.num_experts == 3 else (1 / self.num_experts,) * self.num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +93,19 @@ class GRPOConfig:
     enable_grpo_rewards: bool = False  # without it rewards and the policy loss are 0
     enable_grpo_loss: bool = False  # without it the loss is base + diversity
     policy_estimator: Literal["matching", "sde", "nft"] = "matching"  # sde: automatic rewards only
-    clip_range: float = 0.2  # epsilon, the ratio is clipped to 1 +- epsilon
-    sde_clip_range: float = 0.02  # the same for the estimator sde, whose ratio has another scale
-    nft_beta: float = 1.0  # beta of the estimator nft, how firmly the old policy is held on to
-    policy_temperature: float | Literal["auto"] = 0.1  # tau; auto adapts it to the clip fraction
-    policy_sync_steps: int = 8  # the old policy is renewed every so many steps
-    num_policy_timesteps: int = 4  # K, pairs of time and noise in a log-probability
-    policy_timestep_fraction: float = 0.7  # they are drawn from this noisiest part of the schedule
-    kl_weight: float = 0.0  # weight of the distance to the base's velocity
-    removal_reward_weight: float = 0.4  # weight of the removal score
-    background_reward_weight: float = 0.3  # weight of the background score
-    smoothness_reward_weight: float = 0.3  # weight of the smoothness score
+    clip_range: Annotated[float, between(0, 1)] = 0.2  # epsilon, the ratio is clipped to 1 +- epsilon
+    sde_clip_range: Annotated[float, between(0, 1)] = 0.02
+    """the same for the estimator sde, whose ratio has another scale"""
+    nft_beta: Annotated[float, above(0)] = 1.0  # beta of the estimator nft, how firmly the old policy is held on to
+    policy_temperature: Annotated[float | Literal["auto"], above(0)] = 0.1  # tau; auto adapts it to the clip fraction
+    policy_sync_steps: Annotated[int, at_least(1)] = 8  # the old policy is renewed every so many steps
+    num_policy_timesteps: Annotated[int, at_least(1)] = 4  # K, pairs of time and noise in a log-probability
+    policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
+    """they are drawn from this noisiest part of the schedule"""
+    kl_weight: Annotated[float, at_least(0)] = 0.0  # weight of the distance to the base's velocity
+    removal_reward_weight: Annotated[float, at_least(0)] = 0.4  # weight of the removal score
+    background_reward_weight: Annotated[float, at_least(0)] = 0.3  # weight of the background score
+    smoothness_reward_weight: Annotated[float, at_least(0)] = 0.3  # weight of the smoothness score
 
     @property
     def reward_weights(self) -> tuple[float, float, float]:
@@ -102,20 +113,25 @@ class GRPOConfig:
         return (self.removal_reward_weight, self.background_reward_weight, self.smoothness_reward_weight)
 
 
+# Of the scores removal, background, smoothness; the gates of three experts, one for each, start from the same.
+DEFAULT_REWARD_WEIGHTS = GRPOConfig().reward_weights
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Automatic rewards (--use_grpo without human scores): what is generated for each condition, how it is judged."""
 
-    num_generations: int = 8  # G, rollouts a condition, which are compared with each other
-    rollout_steps: int = 8  # sampling steps of a rollout
-    num_iterations: int = 2  # updates from the same rollouts
+    num_generations: Annotated[int, at_least(1)] = 8  # G, rollouts a condition, which are compared with each other
+    rollout_steps: Annotated[int, at_least(1)] = 8  # sampling steps of a rollout
+    num_iterations: Annotated[int, at_least(1)] = 2  # updates from the same rollouts
     reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
     negative_advantages: Literal["auto", "keep", "drop"] = "auto"
     """drop: only rollouts better than their group's mean teach anything (auto: the estimator matching drops)."""
-    reward_interval: int = 1  # rollouts and rewards every so many steps, base loss alone between
-    decode_batch_size: int = 4  # images the VAE decodes at once
-    sde_window: int = 2  # noisy steps in a rollout for the estimator sde
-    sde_noise_level: float = 0.7  # eta, the noise of those steps
+    reward_interval: Annotated[int, at_least(1)] = 1
+    """rollouts and rewards every so many steps, base loss alone between"""
+    decode_batch_size: Annotated[int, at_least(1)] = 4  # images the VAE decodes at once
+    sde_window: Annotated[int, at_least(1)] = 2  # noisy steps in a rollout for the estimator sde
+    sde_noise_level: Annotated[float, above(0)] = 0.7  # eta, the noise of those steps
 
     def drops_negative(self, estimator: str) -> bool:
         """Whether rollouts that are worse than their group's mean are left out of the policy's loss."""
@@ -130,13 +146,14 @@ class RolloutConfig:
 class LossConfig:
     """total = base_loss_weight * base + policy_loss_weight * policy + diversity_loss_weight * diversity."""
 
-    base_loss_weight: float = 1.0  # weight of the flow-matching loss
-    policy_loss_weight: float = 0.1  # weight of the clipped policy loss
-    diversity_loss_weight: float = 0.05  # weight of the loss that keeps experts in use
+    base_loss_weight: Annotated[float, at_least(0)] = 1.0  # weight of the flow-matching loss
+    policy_loss_weight: Annotated[float, at_least(0)] = 0.1  # weight of the clipped policy loss
+    diversity_loss_weight: Annotated[float, at_least(0)] = 0.05  # weight of the loss that keeps experts in use
     loss_region: Literal["balanced", "panel", "mask", "all"] = "balanced"  # balanced: half mask, half rest
     base_loss_weighting: Literal["auto", "none", "score", "softmax", "best"] = "auto"
     """How records count in the base loss; auto: score with human scores, else none."""
-    base_loss_softmax_temperature: float = 0.05  # softmax: weights softmax(reward / temperature) in a group
+    base_loss_softmax_temperature: Annotated[float, above(0)] = 0.05
+    """softmax: weights softmax(reward / temperature) in a group"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +161,20 @@ class OptimizationConfig:
     """The optimizer and its schedule. All counts steps, of one update each (num_iterations in automatic mode)."""
 
     optimizer: Literal["adamw", "adafactor", "muon", "prodigy"] = "adamw"  # from optax
-    learning_rate: float = 1e-4  # peak; for prodigy 1.0 is usual
-    router_learning_rate: float | None = None  # peak for the router (None: learning_rate)
+    learning_rate: Annotated[float, above(0)] = 1e-4  # peak; for prodigy 1.0 is usual
+    router_learning_rate: Annotated[float | None, above(0)] = None  # peak for the router (None: learning_rate)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
     """Shape of the learning rate over the run; all but constant begin with a linear warm-up."""
-    lr_warmup_steps: int = 0  # length of the warm-up [steps]
-    lr_power: float = 1.0  # exponent of the polynomial schedule
-    adam_beta1: float = 0.9  # decay of the gradient's mean (adamw, muon, prodigy)
-    adam_beta2: float = 0.999  # decay of the gradient's square
-    adam_weight_decay: float = 1e-2  # decoupled weight decay, of matrices (prodigy: of every weight)
-    adam_epsilon: float = 1e-8  # added to the root of the gradient's square
-    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    ema_decay: float = 0.0  # decay of the averaged weights that previews and removal use (0: off)
+    lr_warmup_steps: Annotated[int, at_least(0)] = 0  # length of the warm-up [steps]
+    lr_power: Annotated[float, at_least(0)] = 1.0  # exponent of the polynomial schedule
+    adam_beta1: Annotated[float, at_least_and_below(0, 1)] = 0.9  # decay of the gradient's mean (adamw, muon, prodigy)
+    adam_beta2: Annotated[float, at_least_and_below(0, 1)] = 0.999  # decay of the gradient's square
+    adam_weight_decay: Annotated[float, at_least(0)] = 1e-2
+    """decoupled weight decay, of matrices (prodigy: of every weight)"""
+    adam_epsilon: Annotated[float, above(0)] = 1e-8  # added to the root of the gradient's square
+    max_grad_norm: Annotated[float, above(0)] = 1.0  # gradients are scaled down to this global norm
+    ema_decay: Annotated[float, at_least_and_below(0, 1)] = 0.0
+    """decay of the averaged weights that previews and removal use (0: off)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +182,21 @@ class RunConfig:
     """Length, place and reproducibility of the run."""
 
     output_dir: str  # checkpoints, metrics.jsonl, previews and config.toml are written here
-    seed: int = 0  # of everything random; the same seed gives the same run
-    train_batch_size: int = 4  # records (automatic mode: conditions) a microbatch, over all devices
-    gradient_accumulation_steps: int = 1  # microbatches a step
-    num_train_epochs: int = 1  # passes over the data, unless max_train_steps is given
-    max_train_steps: int | None = None  # length of the run [steps]; wins over num_train_epochs
-    checkpointing_steps: int = 500  # a checkpoint every so many steps (0: only at the end)
-    checkpoints_total_limit: int | None = None  # oldest checkpoints beyond it are deleted (None: keep all)
+    seed: Annotated[int, at_least(0)] = 0  # of everything random; the same seed gives the same run
+    train_batch_size: Annotated[int, at_least(1)] = 4
+    """records (automatic mode: conditions) a microbatch, over all devices"""
+    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1  # microbatches a step
+    num_train_epochs: Annotated[int, at_least(1)] = 1  # passes over the data, unless max_train_steps is given
+    max_train_steps: Annotated[int | None, at_least(1)] = None  # length of the run [steps]; wins over num_train_epochs
+    checkpointing_steps: Annotated[int, at_least(0)] = 500  # a checkpoint every so many steps (0: only at the end)
+    checkpoints_total_limit: Annotated[int | None, at_least(1)] = None
+    """oldest checkpoints beyond it are deleted (None: keep all)"""
     resume_from_checkpoint: str | None = None  # "latest", or a checkpoint's folder
     init_experts_from: str | None = None  # begin with another run's experts: its output_dir, or a checkpoint's folder
     overwrite_output_dir: bool = False  # delete the run that output_dir already holds
-    max_drift: float | None = None  # stop when the flow loss on val_json_path, or the velocity, grew by this fraction
-    drift_steps: int = 10  # with max_drift, look every so many steps
+    max_drift: Annotated[float | None, above(0)] = None
+    """stop when the flow loss on val_json_path, or the velocity, grew by this fraction"""
+    drift_steps: Annotated[int, at_least(1)] = 10  # with max_drift, look every so many steps
     jax_compilation_cache_dir: str = "auto"
     """Folder of compiled programs; auto: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ra_jax/compiled; none: not kept."""
 
@@ -184,12 +206,13 @@ class ParallelConfig:
     """How the work is shared out over devices and processes."""
 
     parallelism: Literal["mesh", "pmap"] = "mesh"  # mesh: jax.jit, weights shared out; pmap: a copy on every device
-    mesh_data: int = -1  # devices that share out the batch and repeat the weights (-1: all that are left)
-    mesh_fsdp: int = 1  # devices that share out the batch and the weights
-    mesh_tensor: int = 1  # devices that share out attention heads and MLP features
+    mesh_data: Annotated[int, at_least(1, or_exactly=-1)] = -1
+    """devices that share out the batch and repeat the weights (-1: all that are left)"""
+    mesh_fsdp: Annotated[int, at_least(1)] = 1  # devices that share out the batch and the weights
+    mesh_tensor: Annotated[int, at_least(1)] = 1  # devices that share out attention heads and MLP features
     coordinator_address: str | None = None  # "host:port" of process 0 (None: from the environment, if it says)
-    num_processes: int | None = None  # of the whole run; with coordinator_address
-    process_id: int | None = None  # this one's number, from 0; with coordinator_address
+    num_processes: Annotated[int | None, at_least(1)] = None  # of the whole run; with coordinator_address
+    process_id: Annotated[int | None, at_least(0)] = None  # this one's number, from 0; with coordinator_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +221,10 @@ class LoggingConfig:
 
     report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
     """Trackers beside metrics.jsonl and the progress bar, separated by spaces."""
-    log_freq: int = 10  # metrics every so many steps
-    validation_steps: int = 500  # previews at step 0 and every so many steps (0: no previews)
-    num_validation_images: int = 4  # scenes in a preview
-    num_inference_steps: int = 28  # sampling steps of a preview
+    log_freq: Annotated[int, at_least(1)] = 10  # metrics every so many steps
+    validation_steps: Annotated[int, at_least(0)] = 500  # previews at step 0 and every so many steps (0: no previews)
+    num_validation_images: Annotated[int, at_least(1)] = 4  # scenes in a preview
+    num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps of a preview
 
 
 @dataclass(frozen=True, kw_only=True)

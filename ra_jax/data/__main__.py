@@ -11,10 +11,11 @@ import tyro
 from tqdm import tqdm
 
 from ra_jax.config.settings import DataConfig, ModelConfig
+from ra_jax.data.inputs import flag_inputs
 from ra_jax.data.records import check_records, load_records
 from ra_jax.data.scores import ScoreFormat
 from ra_jax.data.summary import summary
-from ra_jax.data.synthetic import write_dataset
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
 
 
 def validate(
@@ -67,7 +68,13 @@ def pack(
     """
     from ra_jax.data.pack_writer import check_target, write_pack
 
-    check_target(folder)
+    inputs, nested = flag_inputs({"FILE": file})
+    if latents:
+        inputs |= {
+            "--pretrained_model_name_or_path": [Path(pretrained_model_name_or_path).expanduser()],
+            "--pretrained_redux_model_name_or_path": [Path(pretrained_redux_model_name_or_path).expanduser()],
+        }
+    check_target(folder, inputs, nested)
     records = load_records(file, need_result=False)
     encoder = None
     if latents:
@@ -105,15 +112,10 @@ def synth(
         seed: of everything random.
         first_scene: number of the first scene; other numbers are other scenes of the same seed.
     """
-    written = write_dataset(
-        folder,
-        scenes=scenes,
-        size=size,
-        mix=mix,
-        seed=seed,
-        first_scene=first_scene,
-        candidates=candidates,
+    settings = DatasetSettings(
+        scenes=scenes, size=size, mix=mix, seed=seed, first_scene=first_scene, candidates=candidates
     )
+    written = write_dataset(folder, settings)
     print(f"{scenes} scenes written to {written}")
     return 0
 
@@ -125,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m ra_jax.data", args=args, use_underscores=True
         )
-    except (FileExistsError, ValueError) as error:
+    except ValueError as error:  # a UserError, or settings of synth that contradict one another
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -11,7 +11,7 @@ ending if need be.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ra_jax.data.images import SUFFIXES
 from ra_jax.data.packs import Pack, pack_folder
 from ra_jax.errors import DataError, Fault
 
+RECORDS = "records.json"  # the data set in a folder of results that `python -m ra_jax.infer` wrote
 DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
 SUPPORTED = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
 
@@ -111,41 +112,42 @@ def _read_folder(folder: Path) -> RawData:
     missing = [name for name in ("input", "mask") if not (folder / name).is_dir()]
     if missing:
         raise DataError(f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}")
-    inputs = sorted(name for names in _pictures(folder / "input").values() for name in names)
-    truths = _pictures(folder / "gt")
-    return _triplets(folder, [(name, _named_alike(name, truths)) for name in inputs])
+    inputs = sorted(path.name for paths in pictures_by_stem(folder / "input").values() for path in paths)
+    truths = pictures_by_stem(folder / "gt")
+    pairs = ((name, named_alike(name, truths)) for name in inputs)
+    return _triplets(folder, [(name, None if truth is None else truth.name) for name, truth in pairs])
 
 
 def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
     """Entries of (input, gt) names, the masks and references looked up by the input's name."""
-    masks, references = _pictures(base / "mask"), _pictures(base / "ref")
+    masks, references = pictures_by_stem(base / "mask"), pictures_by_stem(base / "ref")
     entries, faults = [], []
     for record, (name, gt) in enumerate(pairs):
-        mask, ref = _named_alike(name, masks), _named_alike(name, references)
+        mask, ref = named_alike(name, masks), named_alike(name, references)
         if mask is None:
             message = f"no mask for input/{name}: expected mask/{name}, or that name with another ending"
             faults.append(Fault(message, record, field="mask"))
             continue
         fields = {
             "src": f"input/{name}",
-            "mask": f"mask/{mask}",
+            "mask": f"mask/{mask.name}",
             "result": None if gt is None else f"gt/{gt}",
-            "ref": None if ref is None else f"ref/{ref}",
+            "ref": None if ref is None else f"ref/{ref.name}",
         }
         entries.append(Entry(record, fields))
     return RawData(base, entries, faults)
 
 
-def _pictures(folder: Path) -> dict[str, list[str]]:
-    """The folder's picture names by stem; nothing of a folder that is not there."""
-    found: dict[str, list[str]] = {}
+def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The folder's pictures by their names without ending, each list sorted; nothing where there is no such folder."""
+    pictures: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in SUFFIXES:
-            found.setdefault(path.stem, []).append(path.name)
-    return found
+            pictures.setdefault(path.stem, []).append(path)
+    return pictures
 
 
-def _named_alike(name: str, pictures: dict[str, list[str]]) -> str | None:
-    """The picture of that name, else the first of that stem."""
-    names = pictures.get(Path(name).stem, [])
-    return name if name in names else next(iter(names), None)
+def named_alike(name: str, pictures: Mapping[str, Sequence[Path]]) -> Path | None:
+    """Of `pictures_by_stem`, the one of that file name, else the first of that stem, else None."""
+    candidates = pictures.get(Path(name).stem, ())
+    return next((path for path in candidates if path.name == name), next(iter(candidates), None))

@@ -19,12 +19,15 @@ class Picture(Protocol):
     """An encoded picture: a Path is one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The file's name."""
 
     @property
-    def stem(self) -> str: ...
+    def stem(self) -> str:
+        """The file's name without its ending."""
 
-    def read_bytes(self) -> bytes: ...
+    def read_bytes(self) -> bytes:
+        """The encoded picture."""
 
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -49,7 +52,13 @@ def open_image(path: Picture) -> Image.Image:
     return image
 
 
+def width_by_height(size: Size) -> str:
+    """A size in words, for messages."""
+    return f"{size[1]} × {size[0]}"
+
+
 def orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened picture: 1 upright, 2 to 8 turned or mirrored; 1 where none is noted."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 

@@ -33,7 +33,7 @@ def augment_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     elif kind == BOX:
         grown = box(inside)
     else:
-        grown = dilate(inside, DILATION_SIZE, DILATION_TIMES)
+        grown = square_dilation(inside, DILATION_SIZE, DILATION_TIMES)
     return grown.astype(mask.dtype)
 
 
@@ -51,7 +51,7 @@ def box(mask: np.ndarray) -> np.ndarray:
     return filled
 
 
-def dilate(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
+def square_dilation(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
     """[h, w] bool dilated by a size×size square (odd), `times` over: one square of times·(size − 1) + 1."""
     reach = times * (size // 2)
     for axis in (0, 1):

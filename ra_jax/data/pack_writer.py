@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -13,11 +12,13 @@ import numpy as np
 from PIL import Image
 
 from ra_jax.data.images import Picture, Size
-from ra_jax.data.loader import check_records
+from ra_jax.data.inputs import record_paths
+from ra_jax.data.loader import check_results
 from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, imported_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
-from ra_jax.errors import DataError
+from ra_jax.errors import DataError, OutputError
+from ra_jax.outputs import Inputs, Outputs, check_outputs, check_staging, replace_folder, staging_folder
 
 SHARD_BYTES = 256 * 2**20
 AT_ONCE = 16  # examples between two updates of a set's metadata
@@ -29,19 +30,28 @@ class Encoder(Protocol):
     encoding: Encoding
     buckets: Sequence[Size]
 
-    def condition(self, panels: Panels) -> Mapping[str, np.ndarray]: ...
+    def condition(self, panels: Panels) -> Mapping[str, np.ndarray]:
+        """Arrays of a photo, its mask and reference."""
 
-    def result(self, panels: Panels) -> Mapping[str, np.ndarray]: ...
+    def result(self, panels: Panels) -> Mapping[str, np.ndarray]:
+        """Arrays of a result."""
 
 
-def check_target(folder: Path) -> None:
-    """Raises DataError for a name that tensorflow-datasets does not find again or where it is not installed,
-    FileExistsError where `folder` is there already."""
-    imported_tfds()
+def check_target(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> None:
+    """Check that a pack of what `inputs` and `nested` name (as in `check_outputs`) can be written to `folder`.
+
+    Raises:
+        DataError: a name that tensorflow-datasets does not find again, or the library is not installed.
+        OutputError: `folder`, or the one that is written until it is whole, is or holds what is read or lies in it, or
+            is there already.
+    """
     if not re.fullmatch("[a-z][a-z0-9_]*", folder.name):
         raise DataError(f"{folder}: {folder.name!r} is no name for a pack; expected small letters, digits and _")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: choose another folder, or delete it")
+    check_outputs(Outputs("FOLDER", folder, owned=[folder, staging_folder(folder)]), inputs, nested)
+    if folder.exists() or folder.is_symlink():
+        raise OutputError(f"{folder} is there already: choose another folder")
+    check_staging(folder)
+    imported_tfds()
 
 
 def write_pack(
@@ -54,12 +64,12 @@ def write_pack(
     """Write records, their pictures and, with an encoder, its latents. A few examples are in memory at a time.
 
     watch: passes on what it iterates over, such as a progress bar. What is being written is called
-    FOLDER.incomplete until it is whole. Raises what `check_target` raises, and DataError for latents of results in
+    FOLDER.partial until it is whole. Raises what `check_target` raises, and DataError for latents of results in
     some records only.
     """
-    check_target(folder)
+    check_target(folder, {"the data set": record_paths(records)})
     if encoder is not None:
-        check_records(records)
+        check_results(records)
     first: dict[tuple, int] = {}  # of each condition, its first record
     scenes: dict[tuple, int] = {}
     for number, record in enumerate(records):
@@ -82,13 +92,11 @@ def write_pack(
             for record in records
         ],
     }
-    staging = folder.with_name(f"{folder.name}.incomplete")
-    if staging.exists():
-        shutil.rmtree(staging)  # of a run that was stopped
-    _write_set(staging, folder.name, "conditions", (_condition(record, encoder) for record in watch(conditions)), {})
-    examples = (_record(record, numbers[_condition_of(record)], encoder) for record in watch(records))
-    _write_set(staging, folder.name, "records", examples, about)
-    staging.rename(folder)
+    with replace_folder(folder) as staging:
+        pictures = (_condition(record, encoder) for record in watch(conditions))
+        _write_set(staging, folder.name, "conditions", pictures, {})
+        examples = (_record(record, numbers[_condition_of(record)], encoder) for record in watch(records))
+        _write_set(staging, folder.name, "records", examples, about)
 
 
 def _condition_of(record: Record) -> tuple[Picture, Picture, Picture | None]:

@@ -27,7 +27,6 @@ VERSION = "1.0.0"
 PARTS = ("conditions", "records")
 SPLIT = "train"
 PREFIX = "tfds:"
-LATENTS = ("masked_latents", "image_tokens", "result_latents")
 LABELS = ("id", "scores", "split", "annotator", "source")
 KEPT = 8  # examples: source, mask and reference are asked for one after another
 
@@ -107,6 +106,7 @@ class PackedPicture:
 
     @property
     def stem(self) -> str:
+        """In the place of a file's name: what the picture is, and the number of its example."""
         return f"{self.name}{self.number:06d}"
 
     def example(self) -> Example:
@@ -114,6 +114,7 @@ class PackedPicture:
         return (self.pack.record if self.name == "result" else self.pack.condition)(self.number)
 
     def read_bytes(self) -> bytes:
+        """The encoded picture."""
         return self.example()[self.name]
 
     def __str__(self) -> str:

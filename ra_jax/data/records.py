@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ra_jax.data.formats import Entry, RawData, read_entries
-from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask
+from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask, width_by_height
 from ra_jax.data.packs import PackedPicture
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
 from ra_jax.errors import DataError, Fault
@@ -240,12 +240,9 @@ def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
         if expected and given and given != expected:
             draft.blame(
                 name,
-                f"size {_across(given)}, but src is {_across(expected)}: expected the same (width × height)",
+                f"size {width_by_height(given)}, but src is {width_by_height(expected)}: "
+                "expected the same (width × height)",
             )
-
-
-def _across(size: Size) -> str:
-    return f"{size[1]} × {size[0]}"
 
 
 def _look_at(wanted: tuple[bool, Picture]) -> tuple[Size | None, str | None]:

@@ -9,8 +9,8 @@ Every function takes one scene or a stack of them (`stack`); leading axes of ima
 """
 
 import json
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +18,14 @@ import numpy as np
 from PIL import Image
 
 from ra_jax.data.scenes import Scene, check_size, make_scene, scenes, stack
+from ra_jax.data.scores import SCORE_NAMES
+from ra_jax.errors import OutputError
+from ra_jax.outputs import replace_folder
 
 __all__ = [
     "DEFECTS",
     "MIXES",
+    "DatasetSettings",
     "Scene",
     "apply_defects",
     "candidate_strengths",
@@ -37,7 +41,6 @@ __all__ = [
 
 DEFECTS = ("ghost", "cast", "seam", "blur")
 MIXES = ("one_clean", "no_clean")
-SCORES = ("removal_score", "background_score", "smoothness_score")
 ROOMS = ("input", "mask", "gt", "ref")
 DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "unscored.json", "defects.json")
 
@@ -201,17 +204,46 @@ def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -
     return np.where(present, rng.uniform(*NO_CLEAN_RANGE, (candidates, 4)), 0.0)
 
 
-def write_dataset(
-    folder: str | Path,
-    *,
-    scenes: int,
-    size: int,
-    mix: str,
-    seed: int,
-    first_scene: int = 0,
-    candidates: int = 4,
-) -> Path:
-    """Write scored candidates of scenes first_scene … first_scene + scenes − 1 of `seed`; returns the folder.
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings:
+    """What decides every byte of a data set: scenes first_scene … first_scene + scenes − 1 of `seed`, of one `mix`.
+
+    scenes: how many; size: side of a picture, in pixels; candidates: results a scene, for the mix "no_clean" alone.
+    """
+
+    scenes: int
+    size: int
+    mix: str
+    seed: int
+    first_scene: int = 0
+    candidates: int = 4
+
+    @property
+    def numbers(self) -> range:
+        """The scenes' numbers [S]."""
+        return range(self.first_scene, self.first_scene + self.scenes)
+
+    @property
+    def names(self) -> list[str]:
+        """The scenes' names [S], which their files begin with."""
+        return [f"scene_{number:05d}" for number in self.numbers]
+
+    @property
+    def results(self) -> list[list[str]]:
+        """The results' files [S][K]."""
+        kinds = ("clean", *DEFECTS) if self.mix == "one_clean" else range(self.candidates)
+        return [[f"result/{name}_{kind}.png" for kind in kinds] for name in self.names]
+
+    def strengths(self) -> np.ndarray:
+        """Strengths of the defects in every result, [S, K, 4]. Raises ValueError for values out of range."""
+        if self.scenes < 1:
+            raise ValueError(f"scenes={self.scenes}: expected at least 1")
+        check_size(self.size)
+        return np.stack([candidate_strengths(self.mix, self.seed, number, self.candidates) for number in self.numbers])
+
+
+def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
+    """Write scored candidates of the scenes; returns the folder.
 
         input/ mask/ gt/ ref/  result/           PNG: one each a scene, one a candidate
         labeled_dict.json, labeled_tensor.json   scored records, in the guide's two formats
@@ -219,53 +251,55 @@ def write_dataset(
         unscored.json                            one of its candidates a scene, without scores: flawed pairs
         defects.json                             settings, and the true strengths of every result
 
-    Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images.
-    `candidates` counts for the mix "no_clean" alone. The bytes depend on the arguments alone. The folder
-    appears when it is complete; one that the same settings wrote before is replaced.
+    Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images. The bytes depend on
+    the settings alone. The folder appears when it is complete; one that the same settings wrote before is replaced.
 
     Raises:
-        FileExistsError: the folder holds anything else.
+        OutputError: the folder holds anything else, or FOLDER.partial, which is written first, does.
         ValueError: an unknown mix; too few candidates or scenes, or too small a size.
     """
-    if scenes < 1:
-        raise ValueError(f"scenes={scenes}: expected at least 1")
-    check_size(size)
-    numbers = range(first_scene, first_scene + scenes)
-    strengths = np.stack([candidate_strengths(mix, seed, number, candidates) for number in numbers])
-    names = [f"scene_{number:05d}" for number in numbers]
-    kinds = ("clean", *DEFECTS) if mix == "one_clean" else range(candidates)
-    results = [[f"result/{name}_{kind}.png" for kind in kinds] for name in names]
-    known = {
-        "settings": {"mix": mix, "seed": seed, "size": size, "scenes": scenes, "first_scene": first_scene},
+    strengths = settings.strengths()
+    known = _json(_known(settings, strengths))
+    folder = Path(folder).resolve()
+    _refuse_foreign(folder, known, settings)
+    records = []
+    with replace_folder(folder) as partial:
+        for room in (*ROOMS, "result"):
+            (partial / room).mkdir()
+        rows = zip(settings.numbers, settings.names, settings.results, strengths, strict=True)
+        for number, name, files, values in rows:
+            scene = make_scene(np.random.SeedSequence((settings.seed, number)), settings.size)
+            scores = _write_scene(partial, name, scene, files, values)
+            paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
+            records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
+        for file, text in zip(DOCUMENTS, (*_documents(settings, records), known), strict=True):
+            (partial / file).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _known(settings: DatasetSettings, strengths: np.ndarray) -> dict:
+    """The content of defects.json: settings, and the true strengths [S, K, 4] of every result."""
+    told = ("mix", "seed", "size", "scenes", "first_scene")
+    files = np.ravel(settings.results).tolist()
+    return {
+        "settings": {name: getattr(settings, name) for name in told},
         "mean_strength": dict(zip(DEFECTS, strengths.mean((0, 1)).tolist(), strict=True)),
         "records": [
             {"result": file, **dict(zip(DEFECTS, values.tolist(), strict=True))}
-            for file, values in zip(np.ravel(results).tolist(), strengths.reshape(-1, len(DEFECTS)), strict=True)
+            for file, values in zip(files, strengths.reshape(-1, len(DEFECTS)), strict=True)
         ],
     }
-    folder = Path(folder).resolve()
-    _refuse_foreign(folder, _json(known), {f"{room}/{name}.png" for room in ROOMS for name in names}.union(*results))
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for room in (*ROOMS, "result"):
-        (partial / room).mkdir(parents=True)
-    records = []
-    for number, name, files, values in zip(numbers, names, results, strengths, strict=True):
-        scene = make_scene(np.random.SeedSequence((seed, number)), size)
-        scores = _write_scene(partial, name, scene, files, values)
-        paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
-        records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
-    named = [{**record, "scores": dict(zip(SCORES, record["scores"], strict=True))} for record in records]
-    mapping = {f"{name}.png": [f"{name}.png"] for name in names}
-    unscored = [{**records[len(kinds) * i + i % len(kinds)]} for i in range(scenes)]  # of every kind alike
+
+def _documents(settings: DatasetSettings, records: list[dict]) -> list[str]:
+    """The texts of `DOCUMENTS` but the last, from the scored records in the order of the results."""
+    named = [{**record, "scores": dict(zip(SCORE_NAMES, record["scores"], strict=True))} for record in records]
+    mapping = {f"{name}.png": [f"{name}.png"] for name in settings.names}
+    kinds = len(records) // settings.scenes
+    unscored = [{**records[kinds * i + i % kinds]} for i in range(settings.scenes)]  # of every kind alike
     for record in unscored:
         del record["scores"]
-    for file, content in zip(DOCUMENTS, (named, records, {"mapping": mapping}, unscored, known), strict=True):
-        (partial / file).write_text(_json(content), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    return partial.rename(folder)
+    return [_json(content) for content in (named, records, {"mapping": mapping}, unscored)]
 
 
 def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], strengths: np.ndarray) -> np.ndarray:
@@ -284,13 +318,18 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def _refuse_foreign(folder: Path, known: str, pictures: set[str]) -> None:
-    """Raise FileExistsError unless `folder` is absent, empty or an earlier copy of the very data set to write."""
-    advice = "choose another folder, or delete this one first"
+def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None:
+    """Raise OutputError unless `folder` is absent, empty or an earlier copy of the very data set to write."""
+    advice = "choose another folder"
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: expected a folder, found a file; {advice}")
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if foreign := sorted(found - pictures - set(DOCUMENTS)):
-        raise FileExistsError(f"{folder}: holds {len(foreign)} other files, {foreign[0]} for one; {advice}")
-    if found and ("defects.json" not in found or (folder / "defects.json").read_text(encoding="utf-8") != known):
-        raise FileExistsError(f"{folder}: holds a data set of other settings; {advice}")
+        raise OutputError(f"{folder}: expected a folder, found a file; {advice}")
+    pictures = {f"{room}/{name}.png" for room in ROOMS for name in settings.names}.union(*settings.results)
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    found = {name for name, path in paths.items() if path.is_symlink() or not path.is_dir()}
+    links = {name for name, path in paths.items() if path.is_symlink()}  # this command writes none
+    if foreign := sorted(links | found - pictures - set(DOCUMENTS)):
+        raise OutputError(f"{folder}: holds {len(foreign)} other files, {foreign[0]} for one; {advice}")
+    if found and "defects.json" not in found:
+        raise OutputError(f"{folder}: holds a data set without defects.json, which no run of this wrote; {advice}")
+    if found and (folder / "defects.json").read_text(encoding="utf-8") != known:
+        raise OutputError(f"{folder}: holds a data set of other settings; {advice}, or delete this one first")

@@ -2,11 +2,13 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import tyro
 
 from ra_jax.demo.prepare import DemoPaths, DemoSettings, prepare
+from ra_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,13 @@ class DemoCommand:
     settings: tyro.conf.OmitArgPrefixes[DemoSettings] = field(default_factory=DemoSettings)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, prepare, and say what comes next."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    command = tyro.cli(DemoCommand, prog="python -m ra_jax.demo", use_underscores=True)
+    command = tyro.cli(DemoCommand, args=argv, prog="python -m ra_jax.demo", use_underscores=True)
     try:
         paths = prepare(command.output_dir, command.settings)
-    except FileExistsError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     print(f"scenes: {paths.train} and {paths.held_out}\nbase:   {paths.fill} and {paths.redux}")
     print(f"next:   {next_command(command, paths)}")

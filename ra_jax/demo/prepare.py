@@ -5,8 +5,6 @@ what results look like, good and bad alike, and there is something for scores to
 """
 
 import json
-import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +13,14 @@ from flax import nnx
 
 from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict
-from ra_jax.data.synthetic import scenes, stack, write_dataset
+from ra_jax.data.synthetic import DatasetSettings, scenes, stack, write_dataset
 from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, train_vae
+from ra_jax.errors import OutputError
 from ra_jax.interop.diffusers import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.outputs import check_staging, replace_folder, write_file
 from ra_jax.training.loop import train
-
-log = logging.getLogger(__name__)
 
 TINY_FLUX = FluxConfig(
     in_channels=8 * TINY_VAE.latent_channels + 4 * TINY_VAE.factor**2,
@@ -64,58 +62,81 @@ class DemoPaths:
 
     @property
     def train(self) -> Path:
+        """Scenes to train on, with scores."""
         return self.root / "data" / "train"
 
     @property
     def held_out(self) -> Path:
+        """Scenes that no training has seen."""
         return self.root / "data" / "held_out"
 
     @property
     def fill(self) -> Path:
+        """The tiny FLUX-Fill, in diffusers' layout."""
         return self.root / "tiny_flux_fill"
 
     @property
     def redux(self) -> Path:
+        """The tiny FLUX-Redux, in diffusers' layout."""
         return self.root / "tiny_redux"
 
 
 def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
     """Make whatever is not there yet; a part that these settings made before is kept.
 
-    Raises FileExistsError where `root` holds the parts of other settings.
+    Raises:
+        OutputError: `root` holds the parts of other settings, or anything that no demo wrote.
     """
     paths = DemoPaths(Path(root))
-    _claim(paths.root, settings)
+    _claim(paths, settings)
     common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
     if not paths.train.exists():
-        write_dataset(paths.train, scenes=settings.scenes, **common)
+        write_dataset(paths.train, DatasetSettings(scenes=settings.scenes, **common))
     if not paths.held_out.exists():
-        write_dataset(paths.held_out, scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
+        held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
+        write_dataset(paths.held_out, held_out)
     if not paths.redux.exists():
-        _finished(paths.redux, lambda folder: save_redux(_random_redux(settings.seed), folder))
+        with replace_folder(paths.redux) as folder:
+            save_redux(_random_redux(settings.seed), folder)
     if not paths.fill.exists():
-        _finished(paths.fill, lambda folder: _make_fill(paths, folder, settings))
+        with replace_folder(paths.fill) as folder:
+            _make_fill(paths, folder, settings)
     return paths
 
 
-def _claim(root: Path, settings: DemoSettings) -> None:
-    """Note the settings in the folder, or compare with those noted."""
-    note = root / "settings.json"
-    if note.exists() and (found := json.loads(note.read_text())) != asdict(settings):
-        raise FileExistsError(
-            f"{root} was prepared with other settings ({found}, now {asdict(settings)}): delete it, or give another "
-            "--output_dir"
-        )
+def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
+    """Note the settings in a folder that is new or empty, or compare with those that a demo noted in it.
+
+    A folder that holds something, but no such note, is none of a demo's: a data set, say, or a link to one.
+    """
+    root, note = paths.root, paths.root / "settings.json"
+    advice = "give another --output_dir, one that is new or empty"
+    if root.exists() and not root.is_dir():
+        raise OutputError(f"{root}: is a file; expected a folder: {advice}")
+    if root.exists() and any(root.iterdir()):
+        noted = _noted_settings(note)
+        if noted is None:
+            raise OutputError(f"{root}: holds {min(root.iterdir()).name}, and no settings.json of a demo: {advice}")
+        if noted != asdict(settings):
+            raise OutputError(
+                f"{root} was prepared with other settings ({noted}, now {asdict(settings)}): delete it, or {advice}"
+            )
+        for folder in (paths.train, paths.held_out, paths.redux, paths.fill):
+            check_staging(folder)
+        return
     root.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asdict(settings), indent=1))
+    write_file(note, json.dumps(asdict(settings), indent=1))
 
 
-def _finished(folder: Path, make) -> None:
-    """Call make(temporary folder); it gets its name when it is complete, so that a kill leaves no half of it."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
-    partial.rename(folder)
+def _noted_settings(note: Path) -> dict | None:
+    """The settings that a demo noted; None where the file is missing, or something else."""
+    if not note.is_file():
+        return None
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # not JSON, or not text
+    return noted if isinstance(noted, dict) and noted.keys() == asdict(DemoSettings()).keys() else None
 
 
 def _random_redux(seed: int) -> Redux:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ra_jax.data.formats import Entry, RawData
-from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask
+from ra_jax.data.formats import RECORDS, Entry, RawData, pictures_by_stem
+from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask, width_by_height
 from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records
 from ra_jax.errors import SHOWN_IN_FULL, DataError
-from ra_jax.inference.candidates import RECORDS
 
 SAME_MASK = 0.5  # intersection over union of two files' masks from which they are taken for the same object's
 
@@ -119,7 +118,7 @@ def _read_truths(path: Path) -> _Truths | _NamedPictures:
     refuse_pack(path, "truths and results are matched by")
     if not path.is_dir() or (path / "input").is_dir():
         return _Truths(path, load_records(path))
-    pictures = _pictures(path)
+    pictures = pictures_by_stem(path)
     if not pictures:
         raise DataError(
             f"{path}: neither input/ mask/ gt/ nor pictures in it: expected the ground truth of the results"
@@ -134,7 +133,7 @@ def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str
         return load_records(path / RECORDS)
     if not path.is_dir() or (path / "input").is_dir():
         return load_records(path)
-    pictures = _pictures(path)
+    pictures = pictures_by_stem(path)
     if not pictures:
         raise DataError(f"{path}: no {RECORDS}, no input/ and no pictures in it: expected results of removing objects")
     if not isinstance(truths, _Truths):
@@ -190,8 +189,8 @@ def _check_sizes(judged: Sequence[Record], found: Sequence[Path]) -> None:
         size = sizes[path]
         if not isinstance(size, str) and size != record.size:
             faults.append(
-                f"{record.result} is {_across(record.size)}, but its ground truth {path} is {_across(size)}: "
-                "expected the same size (width × height)"
+                f"{record.result} is {width_by_height(record.size)}, but its ground truth {path} is "
+                f"{width_by_height(size)}: expected the same size (width × height)"
             )
     if faults:
         raise DataError(_listing("ground truth that cannot be compared with", faults))
@@ -217,10 +216,6 @@ def _same_mask(first: Path, second: Path) -> bool:
     return one.shape != other.shape or (one & other).sum() >= SAME_MASK * np.logical_or(one, other).sum()
 
 
-def _pictures(folder: Path) -> dict[str, list[Path]]:
-    return _grouped((path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES), lambda p: p.stem)
-
-
 def _refuse_picture(path: Path, flag: str) -> None:
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
         raise DataError(f"{flag} {path}: a picture; expected a data set or a folder of pictures")
@@ -229,10 +224,6 @@ def _refuse_picture(path: Path, flag: str) -> None:
 def _names(paths: Iterable[Path]) -> str:
     names = [path.name for path in paths]
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _across(size: Size) -> str:
-    return f"{size[1]} × {size[0]}"
 
 
 def _listing(head: str, lines: Sequence[str]) -> str:

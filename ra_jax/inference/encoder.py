@@ -11,7 +11,7 @@ from ra_jax.data.loader import check_buckets, parse_buckets
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
 from ra_jax.inference.sampling import as_diptych, diptych_mask
-from ra_jax.interop.loading import load_encoders
+from ra_jax.interop.diffusers import load_encoders
 from ra_jax.models.fill_model import encode_image, masked
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL

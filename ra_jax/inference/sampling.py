@@ -11,6 +11,7 @@ from ra_jax.flow.samplers import euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import FillModel, Weights
+from ra_jax.models.lora import Adapter
 
 
 def as_diptych(batch: Batch, photo: str) -> jax.Array:
@@ -62,7 +63,9 @@ def make_remover(
         gates, _ = model.gates(trainable, condition)
 
         def velocity(x, t):
-            return model.velocity(trainable, frozen, x, t, condition, gates=gates, guidance_scale=guidance_scale)
+            return model.velocity(
+                trainable, frozen, x, t, condition, adapter=Adapter(gates), guidance_scale=guidance_scale
+            )
 
         latents = euler(velocity, noise, schedule.sampling_times(num_inference_steps, noise.shape[1]))
         images = right_panel(model.decode(frozen, latents, condition.grid))

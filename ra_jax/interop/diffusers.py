@@ -1,31 +1,43 @@
-"""Models in and out of diffusers' folders, tensor by tensor.
+"""Models in and out of diffusers' folders: a whole Fill model with fresh experts, or module by module.
 
-Folders are whole pipelines: FLUX.1-Fill (`transformer/`, `vae/`) or FLUX.1-Redux (`image_encoder/`,
+Folders are whole pipelines: FLUX.1-Fill (`transformer/`, `vae/`, `scheduler/`) or FLUX.1-Redux (`image_encoder/`,
 `image_embedder/`, `feature_extractor/`), on disk or on the Hugging Face hub.
 """
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from PIL import Image
 
 from ra_jax.errors import WeightError
 from ra_jax.interop.diffusers_tables import FLUX, REDUX, SIGLIP, VAE
+from ra_jax.interop.hub import fingerprint, resolve
 from ra_jax.interop.transfer import Place, fill, store
 from ra_jax.models.attention import implementation_for
-from ra_jax.models.flux import Flux, FluxConfig
+from ra_jax.models.fill_model import FillModel, Weights, assemble
+from ra_jax.models.flux import FLOAT32, Flux, FluxConfig, FluxOptions
 from ra_jax.models.lora import LoRAConfig, attach_experts
-from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
+from ra_jax.models.options import ModelOptions
+from ra_jax.models.router import Router
+from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig, preprocess
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
+from ra_jax.outputs import write_file
 from ra_jax.parallel.partitioning import Placement
 
 log = logging.getLogger(__name__)
+
+FILL_PARTS = ("transformer", "vae", "scheduler")
+ENCODER_PARTS = ("vae",)
+REDUX_PARTS = ("image_encoder", "image_embedder", "feature_extractor")
 
 FLUX_SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -53,15 +65,90 @@ FLUX_PREPROCESSOR = {
 SIGLIP_KINDS = ("siglip_vision_model", "siglip")
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its weights. folder: the Fill folder on disk; preprocess: a reference picture -> Redux pixels
+    [s, s, 3], None without Redux; image_tokens: Redux tokens an image; fingerprint: of the base's files."""
+
+    model: FillModel
+    trainable: Weights
+    frozen: Weights
+    flux_config: FluxConfig
+    folder: Path
+    preprocess: Callable[[Image.Image], np.ndarray] | None
+    image_tokens: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LoadedEncoders:
+    """VAE and Redux alone; `preprocess` as in `LoadedModel`; their fingerprint."""
+
+    vae: AutoencoderKL
+    redux: Redux
+    preprocess: Callable[[Image.Image], np.ndarray]
+    fingerprint: str
+
+
+def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
+    """The encoders of `load_fill_model`, without the transformer. Raises WeightError as it does."""
+    redux_folder = resolve(redux, REDUX_PARTS)
+    return LoadedEncoders(
+        vae=load_vae(resolve(fill, ENCODER_PARTS)),
+        redux=load_redux(redux_folder, dtype=dtype, param_dtype=dtype),
+        preprocess=preprocess(redux_folder),
+        fingerprint=encoders_fingerprint(fill, redux),
+    )
+
+
+def encoders_fingerprint(fill: str, redux: str) -> str:
+    """Changes when the weights of VAE or Redux do. Raises WeightError for weights that cannot be had."""
+    return fingerprint(resolve(fill, ENCODER_PARTS), ENCODER_PARTS) + fingerprint(resolve(redux, REDUX_PARTS))
+
+
+def load_fill_model(
+    fill: str, redux: str | None, options: ModelOptions, *, seed: int = 0, placement: Placement | None = None
+) -> LoadedModel:
+    """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
+
+    The VAE stays float32. All live where `placement` says (None: on the default device). First values of experts and
+    router derive from `seed`. Raises WeightError for weights that cannot be had or do not fit.
+    """
+    folder = resolve(fill, FILL_PARTS)
+    rngs = nnx.Rngs(seed)
+    flux = load_flux(folder, options.flux, lora=options.lora, rngs=rngs, placement=placement)
+    vae = load_vae(folder, placement=placement)
+    base, embedder, redux_folder = fingerprint(folder), None, None
+    if redux is not None:
+        redux_folder = resolve(redux, REDUX_PARTS)
+        embedder = load_redux(redux_folder, dtype=options.dtype, param_dtype=options.dtype, placement=placement)
+        base += fingerprint(redux_folder)
+    router = None if options.router is None else Router(options.router, 4 * vae.config.latent_channels, rngs)
+    model, trainable, frozen = assemble(
+        flux, vae, embedder, router, text_tokens=options.text_tokens, train_base=options.train_base
+    )
+    if placement is None:
+        frozen = jax.device_put(frozen)
+    else:  # the router was made on the default device
+        trainable, frozen = jax.device_put((trainable, frozen), placement.shardings((trainable, frozen)))
+    return LoadedModel(
+        model=model,
+        trainable=trainable,
+        frozen=frozen,
+        flux_config=flux.config,
+        folder=folder,
+        preprocess=None if redux_folder is None else preprocess(redux_folder),
+        image_tokens=0 if embedder is None else embedder.vision.config.num_tokens,
+        fingerprint=base,
+    )
+
+
 def load_flux(
     folder: str | Path,
+    options: FluxOptions = FLOAT32,
     *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    lora: LoRAConfig | None = None,
-    int8: bool = False,
-    remat: str = "none",
     attention: str | None = None,
+    lora: LoRAConfig | None = None,
     rngs: nnx.Rngs | None = None,
     placement: Placement | None = None,
 ) -> Flux:
@@ -69,8 +156,8 @@ def load_flux(
 
     Args:
         folder: of the pipeline.
-        dtype, param_dtype, lora, int8, remat, attention: as in `Flux`; the files may be of any float type. Without
-            `attention` it is that of the devices here (`attention.implementation_for`).
+        options, lora: as in `Flux`; the files may be of any float type.
+        attention: as in `Flux`; None: that of the devices here (`attention.implementation_for`).
         rngs: first values of the experts; needed with `lora` only.
         placement: where parameters are to live; None: on the default device. Files are read one parameter after
             another, and host memory never holds more than one of them.
@@ -82,17 +169,16 @@ def load_flux(
     if attention is None:
         devices = 1 if placement is None else placement.mesh.size
         attention = implementation_for(
-            jax.default_backend(), dtype=dtype, head_dim=config.attention_head_dim, devices=devices
+            jax.default_backend(), dtype=options.dtype, head_dim=config.attention_head_dim, devices=devices
         )
         log.info("attention: %s", attention)
-    options = {"dtype": dtype, "param_dtype": param_dtype, "int8": int8, "remat": remat, "attention": attention}
     if lora is not None and rngs is None:
         raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
-    base = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), **options))
+    base = nnx.eval_shape(lambda: Flux(config, options, attention=attention, rngs=nnx.Rngs(0)))
     flux = fill(base, path, FLUX, _place("flux", placement))
     if lora is None:
         return flux
-    mixture = nnx.eval_shape(lambda: Flux(config, lora=lora, rngs=nnx.Rngs(0), **options))
+    mixture = nnx.eval_shape(lambda: Flux(config, options, attention=attention, lora=lora, rngs=nnx.Rngs(0)))
     experts = _first_experts(base, lora, rngs.params(), placement)
     return nnx.merge(nnx.graphdef(mixture), experts, nnx.state(flux))
 
@@ -231,7 +317,7 @@ def _write_pipeline(folder: Path, name: str, **components: tuple[str, str]) -> N
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def _read_config(folder: str | Path, component: str, config_type: Any, *kinds: str) -> tuple[Path, Any]:

@@ -51,7 +51,7 @@ class Table:
         for rule in self.rules:
             if match := re.fullmatch(rule.pattern, path):
                 return match.expand(rule.tensor), rule.axes
-        raise KeyError(f"no rule for the parameter {path}: expected one in ra_jax/models/weight_tables.py.")
+        raise KeyError(f"no rule for the parameter {path}: expected one in ra_jax/interop/diffusers_tables.py.")
 
     def is_unused(self, tensor: str) -> bool:
         """Whether a tensor of the file is knowingly left out."""

@@ -1,7 +1,9 @@
 """Folders of safetensors as diffusers and transformers write them: one file, or shards and an index."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ra_jax.errors import WeightError
+from ra_jax.outputs import replace_file
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers', transformers'
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -96,17 +99,28 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
         shards[-1].append(name)
         used += size
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{stem}*.safetensors*"):
-        stale.unlink()
+    index = f"{stem}.safetensors.index.json"
     if len(shards) == 1:
         files = [f"{stem}.safetensors"]
     else:
         files = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        # transformers refuses files that do not name a framework.
-        save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as drafts:  # take their names at its end, in reverse: the index last, once its shards are there
+        if len(files) > 1:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            drafts.enter_context(replace_file(folder / index)).write_text(json.dumps(content, indent=2))
+        for file, names in zip(files, shards, strict=True):
+            draft = drafts.enter_context(replace_file(folder / file))
+            # transformers refuses files that do not name a framework.
+            save_file({name: read(name) for name in names}, draft, metadata={"format": "pt"})
+    written = {*files, index} if len(files) > 1 else set(files)
+    stale = [file for file in (index, *_shards(folder, stem)) if file not in written]  # the index before its shards
+    for file in stale:
+        (folder / file).unlink(missing_ok=True)
+
+
+def _shards(folder: Path, stem: str) -> list[str]:
+    """Names of the files that a write with this stem may have left in the folder: a single one, and shards."""
+    shard = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return [path.name for path in folder.iterdir() if shard.fullmatch(path.name)]

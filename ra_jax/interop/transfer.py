@@ -1,4 +1,4 @@
-"""Between a module's parameters and a folder's tensors, one parameter at a time, by a table of `weight_tables.py`."""
+"""Between a module's parameters and a folder's tensors, one parameter at a time, by a table of `diffusers_tables`."""
 
 import json
 import math
@@ -17,6 +17,8 @@ from ra_jax.errors import WeightError
 from ra_jax.interop.diffusers_tables import Table
 from ra_jax.interop.safetensors_io import FLOATS, StoredTensor, stored_tensors, write_tensors
 from ra_jax.models.quantisation import quantise
+from ra_jax.outputs import write_file
+from ra_jax.parallel.partitioning import parameter_name
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -79,7 +81,7 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
     filled = []
     for parameter in parameters:
         for (path, variable), value in zip(parameter.variables(), _read(parameter, source), strict=True):
-            filled.append((path, variable.replace(place("/".join(map(str, path)), value))))
+            filled.append((path, variable.replace(place(parameter_name(path), value))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -104,7 +106,7 @@ def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str
         module, table: as in `fill`, the module with weights.
         config: content of config.json.
         folder: made if it is not there.
-        stem: see `weight_files.write_tensors`.
+        stem: see `safetensors_io.write_tensors`.
     """
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     sources = {
@@ -125,7 +127,7 @@ def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str
         for tensor, (parameter, _) in sources.items()
     }
     write_tensors(folder, stem, sizes, read)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
@@ -133,7 +135,7 @@ def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
     for path, variable in variables.items():
         if path[-1] == SCALE:
             continue  # filled with its kernel
-        tensor, axes = table.tensor(".".join(map(str, path)))
+        tensor, axes = table.tensor(parameter_name(path, "."))
         stacked = "{block}" in tensor
         blocks = range(variable.shape[0] if stacked else 1)
         tensors = tuple(prefix + tensor.format(block=block) for block in blocks)

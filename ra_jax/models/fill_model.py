@@ -126,22 +126,14 @@ class FillModel:
         t: jax.Array,
         condition: Condition,
         *,
-        gates: jax.Array | None,
+        adapter: Adapter,
         guidance_scale: float,
-        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """v_θ(x_t, t, c) [B, N, 4C] in float32; t [B] in (0, 1]. Without gates the experts are off."""
         flux = nnx.merge(self.flux, *gathered((trainable["flux"], frozen["flux"])))
         latents, condition = by_record((latents, condition))
-        return flux(
-            jnp.concatenate([latents, condition.fill], axis=-1),
-            condition.context,
-            condition.pooled,
-            t,
-            jnp.full(t.shape, guidance_scale, jnp.float32),
-            grid=condition.grid,
-            adapter=None if gates is None else Adapter(gates, dropout_key),
-        ).astype(jnp.float32)
+        guidance = jnp.full(t.shape, guidance_scale, jnp.float32)
+        return flux(latents, t, condition, guidance, adapter=adapter).astype(jnp.float32)
 
 
 def encode_image(vae: AutoencoderKL, image: jax.Array) -> jax.Array:

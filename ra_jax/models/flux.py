@@ -5,7 +5,6 @@ are stacked on a leading axis and run by one `jax.lax.scan`, so that compile tim
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +17,8 @@ from jax.typing import DTypeLike
 
 from ra_jax.models.attention import MULTIPLES, Rope, attention, check_implementation, rope_table, rotate
 from ra_jax.models.blocks import REMAT_POLICIES, scan_blocks, stack_blocks
+from ra_jax.models.conditioning import Condition
+from ra_jax.models.config_json import known_values
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
 
 TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
@@ -68,16 +69,12 @@ class FluxConfig:
         Raises:
             ValueError: for a key that is not known, or a `patch_size` other than 1.
         """
-        values = {key: value for key, value in config_json.items() if not key.startswith("_")}
+        known = [field.name for field in dataclasses.fields(cls)]
+        values = known_values(config_json, [*known, "patch_size"], "transformer")
         if (patch_size := values.pop("patch_size", 1)) != 1:
             raise ValueError(
                 f"transformer config: patch_size is {patch_size}, only 1 (latents packed outside) is known."
             )
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0) or known
-                raise ValueError(f"transformer config: unknown key {key!r} (nearest known: {nearest[0]!r}).")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,10 +142,12 @@ class Layers:
     int8: bool = False
 
     def linear(self, in_dim: int, out_dim: int, rngs: nnx.Rngs, **init: Any) -> ExpertLinear:
+        """A linear layer [in] -> [out] that can be given experts; `init`: more arguments of `ExpertLinear`."""
         param_dtype = jnp.int8 if self.int8 else self.param_dtype
         return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
     def norm(self, dim: int) -> RotaryNorm:
+        """The norm and rotation of queries or keys whose heads have `dim` features."""
         return RotaryNorm(dim, self.param_dtype)
 
 
@@ -317,47 +316,66 @@ class SingleBlock(nnx.Module):
         return x + gate[:, None] * self.proj_out(joined, adapter)
 
 
-class Flux(nnx.Module):
-    """FLUX.1 transformer: the velocity of packed latents.
+@dataclasses.dataclass(frozen=True)
+class FluxOptions:
+    """How a transformer is stored, computed and differentiated; its geometry is `FluxConfig`'s.
 
-    Args:
-        config: geometry.
-        lora: experts on the linear layers that it names; None for none.
+    Attributes:
         dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
         param_dtype: of the stored base parameters; experts are float32.
         int8: the blocks' kernels are stored in 8 bits (`quantisation.quantise`).
         remat: what is saved for the backward pass: "none" all; "products" each block's input, its products with
             kernels and experts, and attention's output; "blocks" each block's input and attention's output; "full"
             each block's input.
+
+    Raises:
+        ValueError: for an unknown `remat`.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    int8: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
+
+
+FLOAT32 = FluxOptions()  # and everything saved for the backward pass
+
+
+class Flux(nnx.Module):
+    """FLUX.1 transformer: the velocity of packed latents.
+
+    Args:
+        config: geometry.
+        options: how it is stored and computed.
         attention: implementation, see `ra_jax.models.attention`.
+        lora: experts on the linear layers that it names; None for none.
         rngs: first values; modulations and `proj_out` begin at zero, so a fresh model returns zeros.
 
     Raises:
-        ValueError: for an unknown `remat` or `attention`, or a `lora.target_modules` that matches nothing.
+        ValueError: for an unknown `attention`, or a `lora.target_modules` that matches nothing.
     """
 
     def __init__(
         self,
         config: FluxConfig,
+        options: FluxOptions = FLOAT32,
         *,
-        lora: LoRAConfig | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        int8: bool = False,
-        remat: str = "none",
         attention: str = "xla",
+        lora: LoRAConfig | None = None,
         rngs: nnx.Rngs,
     ):
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
-        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.config, self.remat, self.dtype = config, options.remat, jnp.dtype(options.dtype)
         self.sequence_multiple, self.on_gpu = MULTIPLES.get(attention, 1), attention == "cudnn"
-        layers = Layers(dtype, param_dtype, check_implementation(attention))
+        layers = Layers(options.dtype, options.param_dtype, check_implementation(attention))
         # float32: the embedding of time is small work, and everything is modulated by it.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
         self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
-        blocks = dataclasses.replace(layers, int8=int8)
+        blocks = dataclasses.replace(layers, int8=options.int8)
         self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, blocks), config.num_layers, rngs)
         self.single_transformer_blocks = stack_blocks(
             partial(SingleBlock, config, blocks), config.num_single_layers, rngs
@@ -369,24 +387,21 @@ class Flux(nnx.Module):
 
     def __call__(
         self,
-        hidden: jax.Array,
-        context: jax.Array,
-        pooled: jax.Array,
+        latents: jax.Array,
         t: jax.Array,
+        condition: Condition,
         guidance: jax.Array | None,
         *,
-        grid: tuple[int, int],
         adapter: Adapter | None = None,
     ) -> jax.Array:
         """Predict the velocity.
 
         Args:
-            hidden: [B, N, in_channels] packed latents and conditioning channels, tokens row-major on `grid`.
-            context: [B, S, joint_attention_dim].
-            pooled: [B, pooled_projection_dim].
+            latents: [B, N, C] noisy packed latents, tokens row-major on the condition's grid.
             t: [B] in (0, 1], 1 = noise.
+            condition: `fill` [B, N, in_channels - C] beside the latents, `context` [B, S, joint_attention_dim],
+                `pooled` [B, pooled_projection_dim], `grid` of N tokens.
             guidance: [B] guidance scale (such as 30); not read, and may be None, if the model embeds none.
-            grid: rows and columns of tokens, rows·cols = N.
             adapter: gates and dropout of the experts; None switches them off.
 
         Returns:
@@ -395,14 +410,15 @@ class Flux(nnx.Module):
         Raises:
             ValueError: if shapes and geometry disagree.
         """
-        self._check(hidden, context, pooled, grid)
+        hidden, grid = jnp.concatenate([latents, condition.fill], axis=-1), condition.grid
+        self._check(hidden, condition)
         adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
-        embedding = self.time_text_embed(t, guidance, pooled, adapter)
-        rope = rope_table(grid, context.shape[1], self.config.axes_dims_rope, multiple=self.sequence_multiple)
+        embedding = self.time_text_embed(t, guidance, condition.pooled, adapter)
+        rope = rope_table(grid, condition.context.shape[1], self.config.axes_dims_rope, multiple=self.sequence_multiple)
         rope = dataclasses.replace(rope, in_one_pass=self.on_gpu)
         scan = partial(scan_blocks, embedding=embedding, rope=rope, adapter=adapter, remat=self.remat)
 
-        x, context = self.x_embedder(hidden, adapter), self.context_embedder(context, adapter)
+        x, context = self.x_embedder(hidden, adapter), self.context_embedder(condition.context, adapter)
         context = jnp.pad(context, ((0, 0), (0, len(rope.cos) - rope.tokens), (0, 0)))
         x, context = scan(self.transformer_blocks, (x, context))
         # The image comes first, unlike diffusers' order: what pads the context is then at the sequence's end.
@@ -410,12 +426,12 @@ class Flux(nnx.Module):
         scale, shift = self.norm_out(embedding, adapter)
         return self.proj_out(modulate(x, shift, scale), adapter).astype(jnp.float32)
 
-    def _check(self, hidden: jax.Array, context: jax.Array, pooled: jax.Array, grid: tuple[int, int]) -> None:
-        config, batch, tokens = self.config, hidden.shape[0], grid[0] * grid[1]
+    def _check(self, hidden: jax.Array, condition: Condition) -> None:
+        config, batch, grid = self.config, hidden.shape[0], condition.grid
         expected = {
-            "hidden": (hidden, (batch, tokens, config.in_channels)),
-            "context": (context, (batch, context.shape[1], config.joint_attention_dim)),
-            "pooled": (pooled, (batch, config.pooled_projection_dim)),
+            "hidden": (hidden, (batch, grid[0] * grid[1], config.in_channels)),
+            "context": (condition.context, (batch, condition.context.shape[1], config.joint_attention_dim)),
+            "pooled": (condition.pooled, (batch, config.pooled_projection_dim)),
         }
         for name, (array, shape) in expected.items():
             if array.shape != shape:

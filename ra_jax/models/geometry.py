@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ra_jax.models.fill_model import FillModel, Weights, assemble
 from ra_jax.models.flux import Flux, FluxConfig
-from ra_jax.models.lora import LoRAConfig
-from ra_jax.models.router import Router, RouterConfig
+from ra_jax.models.options import ModelOptions
+from ra_jax.models.router import Router
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -28,6 +27,7 @@ class FillGeometry:
 
     @property
     def image_tokens(self) -> int:
+        """Redux tokens of a reference image; 0 without Redux."""
         return 0 if self.vision is None else self.vision.num_tokens
 
 
@@ -56,35 +56,27 @@ FLUX_FILL_DEV = FillGeometry(
 
 
 def abstract_fill_model(
-    geometry: FillGeometry,
-    *,
-    lora: LoRAConfig | None,
-    router: RouterConfig | None,
-    dtype: DTypeLike,
-    attention: str,
-    remat: str,
-    text_tokens: int,
-    int8: bool = False,
-    train_base: bool = False,
+    geometry: FillGeometry, options: ModelOptions, *, attention: str
 ) -> tuple[FillModel, Weights, Weights]:
-    """(model, trainable, frozen) as `load_fill_model` gives them, with shapes in place of arrays."""
-    base = jnp.float32 if train_base else dtype
-    flux = partial(
-        Flux, geometry.flux, lora=lora, dtype=dtype, param_dtype=base, int8=int8, remat=remat, attention=attention
-    )
+    """(model, trainable, frozen) as `interop.diffusers.load_fill_model` gives them, with shapes in place of arrays.
+
+    attention: the implementation (`attention.implementation_for`) of the devices that it is compiled for.
+    """
+    dtype = options.dtype
+    flux = partial(Flux, geometry.flux, options.flux, attention=attention, lora=options.lora)
 
     def modules() -> dict[str, nnx.Module]:
         made = {"flux": flux(rngs=nnx.Rngs(0)), "vae": AutoencoderKL(geometry.vae, rngs=nnx.Rngs(0))}
         if geometry.vision is not None:
             redux = partial(Redux, geometry.vision, geometry.embedder, dtype=dtype, param_dtype=dtype)
             made["redux"] = redux(rngs=nnx.Rngs(0))
-        if router is not None:
-            made["router"] = Router(router, 4 * geometry.vae.latent_channels, nnx.Rngs(0))
+        if options.router is not None:
+            made["router"] = Router(options.router, 4 * geometry.vae.latent_channels, nnx.Rngs(0))
         return made
 
     made = nnx.eval_shape(modules)
     parts = [made.get(name) for name in ("flux", "vae", "redux", "router")]
-    return assemble(*parts, text_tokens=text_tokens, train_base=train_base)
+    return assemble(*parts, text_tokens=options.text_tokens, train_base=options.train_base)
 
 
 def random_weights(shapes: Any, key: jax.Array) -> Any:

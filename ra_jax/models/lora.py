@@ -10,7 +10,6 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ from jax.typing import DTypeLike
 
 from ra_jax.errors import TargetError
 from ra_jax.models.initializers import lecun_normal
+from ra_jax.models.products import expert_product, kept_for_gradient
+from ra_jax.parallel.partitioning import parameter_name
 
 # Every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
@@ -42,9 +43,9 @@ class LoRAConfig:
         ValueError: if a value is out of its range, or `target_modules` is not a regular expression.
     """
 
-    num_experts: int = 3
-    rank: int = 64
-    alpha: float = 64.0
+    num_experts: int
+    rank: int
+    alpha: float
     dropout: float = 0.0
     target_modules: str = BLOCK_LINEARS
 
@@ -157,45 +158,10 @@ class ExpertLinear(nnx.Module):
             x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-        # The gradient of A wants x transposed: behind a barrier that is a copy, without which XLA's CPU compiler
-        # computes x anew for it, from the first block's residual stream on. On a GPU x is read as it is.
-        x = jax.lax.platform_dependent(x, cuda=lambda x: x, default=jax.lax.optimization_barrier)
-        h = checkpoint_name(_times(x, self.lora_a[...]), PRODUCT)
+        h = checkpoint_name(expert_product(kept_for_gradient(x), self.lora_a[...]), PRODUCT)
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
-        return _times(h, self.lora_b[...])
-
-
-@jax.custom_vjp
-def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out] in x's dtype; the weight's gradient is a float32 sum over tokens and devices."""
-    # On a GPU one product of it and the base's would be made, and the bias and their sum be added apart.
-    x = jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
-    return x @ weight.astype(x.dtype)
-
-
-def _times_forward(x: jax.Array, weight: jax.Array):
-    return _times(x, weight), (x, weight)
-
-
-def _times_backward(saved, gradient: jax.Array):
-    x, weight = saved
-    tokens = tuple(range(x.ndim - 1))
-    summed = partial(
-        jax.lax.dot_general, dimension_numbers=((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
-    )
-
-    def narrow_first(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier(summed(gradient, x)).T
-
-    by_weight = summed
-    if weight.shape[0] > weight.shape[1]:
-        # XLA's CPU compiler transposes the first factor in memory: that had better be the narrow one.
-        by_weight = partial(jax.lax.platform_dependent, cpu=narrow_first, default=summed)
-    return gradient @ weight.astype(x.dtype).T, by_weight(x, gradient).astype(weight.dtype)
-
-
-_times.defvjp(_times_forward, _times_backward)
+        return expert_product(h, self.lora_b[...])
 
 
 def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
@@ -206,7 +172,9 @@ def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
 def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
     """Every `ExpertLinear` of `model` by its module name, such as "transformer_blocks.attn.to_q"."""
     return {
-        ".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, ExpertLinear)
+        parameter_name(path, "."): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, ExpertLinear)
     }
 
 

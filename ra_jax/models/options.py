@@ -1,12 +1,52 @@
-"""From the configuration's experts to the model's."""
+"""The options that a model is loaded with, and those that a configuration asks for."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ra_jax.config.settings import ExpertsConfig, TrainConfig
+from ra_jax.models.flux import FluxOptions
 from ra_jax.models.lora import LoRAConfig
 from ra_jax.models.router import RouterConfig
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a FLUX.1-Fill model is stored, run and extended by experts.
+
+    Attributes:
+        dtype: of matmuls, and of the stored base where it is frozen; the VAE is float32.
+        text_tokens: length of the empty prompt, zeros before the image tokens.
+        lora: experts on the transformer's layers; None for none.
+        router: mixes the experts; None without experts.
+        remat: what the backward pass finds saved, a key of `blocks.REMAT_POLICIES`.
+        train_base: the whole transformer is trained, and stored in float32.
+        int8: the kernels of the blocks are stored in 8 bits (`quantisation.quantise`).
+
+    Raises:
+        ValueError: one of `lora` and `router` without the other.
+    """
+
+    dtype: DTypeLike
+    text_tokens: int
+    lora: LoRAConfig | None = None
+    router: RouterConfig | None = None
+    remat: str = "none"
+    train_base: bool = False
+    int8: bool = False
+
+    def __post_init__(self):
+        if (self.lora is None) != (self.router is None):
+            raise ValueError(
+                f"lora is {self.lora} and router {self.router}: expected both, or None twice for no experts"
+            )
+
+    @property
+    def flux(self) -> FluxOptions:
+        """The transformer's part of them."""
+        stored = jnp.float32 if self.train_base else self.dtype
+        return FluxOptions(dtype=self.dtype, param_dtype=stored, int8=self.int8, remat=self.remat)
 
 
 def expert_configs(experts: ExpertsConfig) -> tuple[LoRAConfig, RouterConfig] | tuple[None, None]:
@@ -25,15 +65,16 @@ def expert_configs(experts: ExpertsConfig) -> tuple[LoRAConfig, RouterConfig] | 
     return lora, router
 
 
-def model_options(config: TrainConfig) -> dict[str, Any]:
-    """What `load_fill_model`, and `abstract_fill_model` for shapes, are told beside the model's place or sizes."""
+def model_options(config: TrainConfig) -> ModelOptions:
+    """The options of the model that a configuration trains."""
     lora, router = expert_configs(config.experts)
-    return {
-        "lora": lora,
-        "router": router,
-        "dtype": jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
-        "text_tokens": config.model.max_sequence_length,
-        "remat": "full" if config.model.gradient_checkpointing == "points" else config.model.gradient_checkpointing,
-        "train_base": not config.experts.use_lora,
-        "int8": config.model.base_precision == "int8",
-    }
+    remat = config.model.gradient_checkpointing
+    return ModelOptions(
+        dtype=jnp.bfloat16 if config.model.mixed_precision == "bf16" else jnp.float32,
+        text_tokens=config.model.max_sequence_length,
+        lora=lora,
+        router=router,
+        remat="full" if remat == "points" else remat,
+        train_base=not config.experts.use_lora,
+        int8=config.model.base_precision == "int8",
+    )

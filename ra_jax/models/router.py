@@ -23,7 +23,6 @@ class RouterConfig:
 
     Attributes:
         num_experts: E >= 1.
-        hidden: width of the hidden layer.
         floor: f in [0, 1/E), the least weight that `soft` leaves to an expert.
         temperature: > 0; the logits are divided by it.
         routing: "uniform", 1/E each; "fixed", the `fixed_weights`; "soft", f + (1 - E·f)·softmax(logits /
@@ -31,18 +30,19 @@ class RouterConfig:
             (straight through); "sample", the probabilities that rollouts draw one expert with, equal to "soft" wherever
             nothing is drawn.
         fixed_weights: E weights that sum to 1; all but "uniform" start from them, and exceed f but for "fixed".
+        hidden: width of the hidden layer.
         top_k: experts that "topk" keeps, 1 to E.
 
     Raises:
         ValueError: if a value is out of its range.
     """
 
-    num_experts: int = 3
+    num_experts: int
+    floor: float
+    temperature: float
+    routing: str
+    fixed_weights: tuple[float, ...]
     hidden: int = 64
-    floor: float = 0.05
-    temperature: float = 1.0
-    routing: str = "soft"
-    fixed_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
     top_k: int = 1
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ra_jax.errors import WeightError
 from ra_jax.models.attention import attention
+from ra_jax.models.config_json import known_values
 from ra_jax.models.initializers import drawn_by_xla, lecun_normal
 from ra_jax.parallel.partitioning import by_record, gathered
 
@@ -100,11 +101,7 @@ class ReduxConfig:
         Raises:
             ValueError: for a key that is not known.
         """
-        values = {key: value for key, value in config_json.items() if not key.startswith("_")}
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"image_embedder config: unknown keys {unknown} (known: {', '.join(known)}).")
-        return cls(**values)
+        return cls(**known_values(config_json, [field.name for field in dataclasses.fields(cls)], "image_embedder"))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of diffusers' config.json."""

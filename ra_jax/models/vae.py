@@ -5,7 +5,6 @@ diffusion's KL autoencoder (arXiv:2112.10752, appendix G).
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ra_jax.models.config_json import known_values
 from ra_jax.models.initializers import lecun_normal
 
 NORM_EPS = 1e-6
@@ -70,15 +70,12 @@ class VAEConfig:
         Raises:
             ValueError: for a key that is not known, or a block or activation that FLUX's VAE does not have.
         """
-        values = {key: value for key, value in config_json.items() if not key.startswith("_")}
-        fixed = _fixed_values(len(values.get("block_out_channels", cls.block_out_channels)))
+        fixed = _fixed_values(len(config_json.get("block_out_channels", cls.block_out_channels)))
         known = [field.name for field in dataclasses.fields(cls)]
-        for key, value in values.items():
-            if key in fixed and value != fixed[key]:
-                raise ValueError(f"vae config: {key} is {value!r}, only {fixed[key]!r} is known.")
-            if key not in known and key not in fixed:
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0) or known
-                raise ValueError(f"vae config: unknown key {key!r} (nearest known: {nearest[0]!r}).")
+        values = known_values(config_json, [*known, *fixed], "vae")
+        for key, value in fixed.items():
+            if values.get(key, value) != value:
+                raise ValueError(f"vae config: {key} is {values[key]!r}, only {value!r} is known.")
         # A null shift_factor (autoencoders before FLUX's) is no shift.
         values["shift_factor"] = values.get("shift_factor") or 0.0
         return cls(**{key: value for key, value in values.items() if key in known})

@@ -1,4 +1,4 @@
-"""Compiling: with which options, the cache between runs, and the memory that programs and their compiler need."""
+"""Compiling: the cache between runs, and the memory that programs and their compiler need."""
 
 import ctypes
 import os
@@ -10,13 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """The program for such devices; memory of the host that its compiler needed goes back to the system."""
-    options = {}
-    if platform == "cpu" and jax.__version_info__ < (0, 11):
-        # JAX 0.10's YNNPACK is fast at products alone: its sums over one axis of three take ten times as long as XLA's.
-        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-    program = lowered.compile(compiler_options=options)
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program; memory of the host that its compiler needed goes back to the system."""
+    program = lowered.compile()
     trim_host_memory()
     return program
 

@@ -63,43 +63,53 @@ class Launch(Protocol):
 
 @dataclass(frozen=True)
 class MeshLaunch:
-    """`jax.jit`: weights and optimizer divided by `models.partitioning`'s table, batches over data and fsdp."""
+    """`jax.jit`: weights and optimizer divided by `parallel.partitioning`'s table, batches over data and fsdp."""
 
     mesh: Mesh
 
     @property
     def placement(self) -> Placement:
+        """Places weights by `parallel.partitioning`'s table."""
         return Placement(self.mesh)
 
     @property
     def shards(self) -> int:
+        """Devices that share out the batch."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check(self, *, heads: int, width: int) -> None:
+        """Check that the tensor axis divides the heads, and the fsdp axis the width."""
         check_heads(self.mesh, heads)
         check_width(self.mesh, width)
 
     def rows(self, batch: int) -> np.ndarray:
+        """Rows of a global microbatch that this process's devices hold."""
         return rows_of_process(self.mesh, batch)
 
     def scope(self) -> AbstractContextManager:
+        """The mesh in force."""
         return jax.set_mesh(self.mesh)
 
     def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        """`function`'s result, computed where the table divides it to; the weights are donated."""
         places = self.placement.shardings(jax.eval_shape(function, *weights))
         every = tuple(range(len(weights)))
         return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
 
     def spread(self, tree: Any) -> Any:
+        """Divide state or weights over the mesh."""
         return jax.device_put(tree, self.placement.shardings(tree))
 
     def whole(self, tree: Any) -> Any:
+        """The state as it is: it is one copy, divided over the mesh."""
         return tree
 
     def local(self, tree: Any) -> Any:
+        """The weights as they are: programs outside of steps run on the mesh too."""
         return tree
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
+        """Divide rows over data and fsdp: [A·B_local, ...] -> [A, B, ...]."""
         sharding = NamedSharding(self.mesh, P(None, BATCH))
 
         def put(x: np.ndarray) -> jax.Array:
@@ -108,11 +118,12 @@ class MeshLaunch:
         return jax.tree.map(put, batch)
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
+        """The step by `jax.jit`: the state is donated and placed by the table, metrics are on every device."""
         arguments = abstract((state, frozen, batch))
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
             lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
-        return compiled(lowered, self.mesh.devices.flat[0].platform)
+        return compiled(lowered)
 
 
 @dataclass(frozen=True)
@@ -125,12 +136,17 @@ class PmapLaunch:
 
     @property
     def shards(self) -> int:
+        """Replicas that share out the batch."""
         return self.mesh.size
 
     def check(self, *, heads: int, width: int) -> None:
-        pass
+        """Nothing to check: every device has all heads and features."""
 
     def rows(self, batch: int) -> np.ndarray:
+        """Rows of a global microbatch for this process, as many for each.
+
+        Raises ConfigError where the replicas do not divide the microbatch.
+        """
         if batch % self.shards:
             raise ConfigError(
                 f"train_batch_size = {batch} cannot be shared out over {self.shards} replicas; give --train_batch_size "
@@ -140,12 +156,15 @@ class PmapLaunch:
         return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
 
     def scope(self) -> AbstractContextManager:
+        """No mesh: outside of steps one device computes."""
         return nullcontext()
 
     def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+        """`function`'s result on the default device."""
         return function(*weights)
 
     def spread(self, tree: Any) -> Any:
+        """A copy for each replica on a leading axis: [...] -> [replicas, ...]."""
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
         def copies(x: jax.Array) -> jax.Array:
@@ -156,6 +175,7 @@ class PmapLaunch:
         return jax.tree.map(copies, tree)
 
     def whole(self, tree: Any) -> Any:
+        """The replicas' copies as one array that every device holds: [replicas, ...] -> [...]."""
         everywhere = NamedSharding(self.mesh, P())
 
         def one(x: jax.Array) -> jax.Array:
@@ -165,10 +185,12 @@ class PmapLaunch:
         return jax.tree.map(one, tree)
 
     def local(self, tree: Any) -> Any:
+        """This process's first copy, on one device: [replicas, ...] -> [...]."""
         # On one device: the compiler can neither divide a Pallas kernel over several nor repeat it on each.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
+        """Divide rows over the replicas: [A·B_local, ...] -> [replicas, A, B / replicas, ...]."""
         sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)
 
         def put(x: np.ndarray) -> jax.Array:
@@ -178,8 +200,9 @@ class PmapLaunch:
         return jax.tree.map(put, batch)
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
+        """The step by `jax.pmap`, which reduces over the axis of the replicas; the state is donated."""
         mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
-        return compiled(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
+        return compiled(mapped.lower(*abstract((state, frozen, batch))))
 
 
 def make_launch(config: ParallelConfig) -> Launch:

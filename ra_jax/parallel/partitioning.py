@@ -65,10 +65,18 @@ def _dividing(axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str,
     return tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None)
 
 
-def parameter_name(path: tuple) -> str:
-    """A leaf's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a", from its path in a pytree."""
-    # Flax ends a variable's path in an attribute of its own choosing.
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+def parameter_name(path: tuple, separator: str = "/") -> str:
+    """A leaf's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a", from its path.
+
+    path: in a pytree, or in a flat `nnx.State`, whose paths are of plain keys.
+    """
+    # Flax ends a variable's path in a pytree in an attribute of its own choosing.
+    return jax.tree_util.keystr(path, simple=True, separator=separator).removesuffix(f"{separator}value")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their `parameter_name`."""
+    return {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Placement:
     mesh: Mesh
 
     def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where the parameter of this name and shape lives."""
         return NamedSharding(self.mesh, partition_spec(name, shape, self.mesh.shape))
 
     def shardings(self, tree: Any) -> Any:

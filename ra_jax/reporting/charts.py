@@ -121,6 +121,7 @@ def thinned(rows: Rows, names: Iterable[str]) -> Rows:
 
 
 def step_axis(rows: Rows) -> Axis:
+    """The horizontal axis over the rows' steps; a single step gets one on either side."""
     low, high = rows[0]["step"], rows[-1]["step"]
     return Axis(low, high, LEFT, RIGHT) if high > low else Axis(low - 1, high + 1, LEFT, RIGHT)
 
@@ -167,6 +168,7 @@ def grid(x: Axis, y: Axis) -> list[str]:
 
 
 def joined(points: Iterable[tuple[float, float]]) -> str:
+    """Points as SVG writes them: "x,y x,y"."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
@@ -179,6 +181,7 @@ def summary(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> 
 
 
 def drawing(parts: Iterable[str], words: str) -> str:
+    """The SVG element of these parts, with its description in words and the cursor that the script moves."""
     cursor = f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>'
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(words)}">'

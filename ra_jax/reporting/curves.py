@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from ra_jax.outputs import replace_file
 from ra_jax.reporting.trackers import FILE, read_rows
 
 DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
@@ -69,6 +70,7 @@ def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
             axis.legend(fontsize=7)
     figure.tight_layout()
     path = output_dir / "curves.png"
-    figure.savefig(path, dpi=110)
+    with replace_file(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
     return path

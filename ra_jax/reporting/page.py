@@ -11,6 +11,7 @@ from typing import Any
 
 from ra_jax.config.parse import from_checkpoint, to_flat_dict
 from ra_jax.config.settings import TrainConfig
+from ra_jax.outputs import write_file
 from ra_jax.reporting.charts import Chart, Rows, area_chart, colour, line_chart, number
 from ra_jax.reporting.curves import DRIFT, GATES, USAGE, recorded_panels
 from ra_jax.reporting.preview_strip import preview_strip
@@ -82,7 +83,8 @@ def write_report(
     frame = len("".join([*head, curves, *tail, style, script, data]).encode())
     previews = section("Previews", preview_strip(output_dir / "previews", LIMIT - frame - MARKUP))
     path = output_dir / REPORT
-    path.write_text(
+    write_file(
+        path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
@@ -92,7 +94,6 @@ def write_report(
         + "\n".join([*head, previews, curves, *tail])
         + '\n</main>\n<dialog id="viewer"><figure><img alt=""><figcaption></figcaption></figure></dialog>\n'
         f'<script type="application/json" id="curves">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n',
-        encoding="utf-8",
     )
     return path
 
@@ -225,6 +226,7 @@ def defaults() -> dict[str, Any]:
 
 
 def shown_setting(value: Any) -> str:
+    """A setting's value as HTML: "on", "off", "not set", or the value itself."""
     if value is None or value == []:
         return "<i>not set</i>"
     if isinstance(value, bool):
@@ -249,6 +251,7 @@ def reproduction(output_dir: Path, config: TrainConfig) -> str:
 
 
 def section(title: str, content: str) -> str:
+    """A titled section of the page; `content` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
@@ -258,5 +261,6 @@ def exactly(value: float) -> str:
 
 
 def foot() -> str:
+    """When the page was written, and by which version."""
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return f"<footer>Written {written} by ra_jax {escape(__version__)}</footer>"

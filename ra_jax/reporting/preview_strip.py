@@ -139,4 +139,5 @@ def table(columns: dict[str, list[str]]) -> str:
 
 
 def said(notes: Sequence[str]) -> str:
+    """Notes as one paragraph; nothing for none."""
     return f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""

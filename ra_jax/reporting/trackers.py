@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ra_jax.errors import ConfigError
+from ra_jax.outputs import write_file
 
 FILE = "metrics.jsonl"
 # Measured at single steps: the latest value is reported; everything else is a mean over the steps since the last row.
@@ -19,9 +20,11 @@ ALWAYS = ("train_loss", "grad_norm")
 class Tracker(Protocol):
     """Something that takes a row of scalars a step."""
 
-    def write(self, step: int, row: dict[str, float]) -> None: ...
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Record the metrics of a row at this step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is left and release the files."""
 
 
 class JsonLines:
@@ -30,17 +33,19 @@ class JsonLines:
     def __init__(self, output_dir: Path, first_step: int):
         path = output_dir / FILE
         kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() and first_step else []
-        self._file = path.open("w", encoding="utf-8")
-        for row in kept:
-            self.write(row.pop("step"), row)
+        # Beside the earlier rows first: a run that is killed here still has them.
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Append the row and flush it."""
         # JSON has no NaN: what is not finite is left out.
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -53,10 +58,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Add one scalar for each metric."""
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close the event file."""
         self._writer.close()
 
 
@@ -73,9 +80,11 @@ class WeightsAndBiases:
         self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Log the row at this step."""
         self._run.log(row, step=step)
 
     def close(self) -> None:
+        """Finish the run."""
         self._run.finish()
 
 

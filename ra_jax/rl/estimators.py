@@ -63,6 +63,7 @@ class MatchingCache:
         return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
 
     def flat_noise(self) -> jax.Array:
+        """The noise of every point, [B·K, N, 4C]."""
         return self.noise.reshape(-1, *self.noise.shape[2:])
 
 

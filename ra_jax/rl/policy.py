@@ -29,18 +29,18 @@ from ra_jax.rl.rollouts import Member
 Record = dict[str, jax.Array]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicySettings:
     """estimator: matching, sde or nft; clip_range: ε of matching, sde_clip_range: that of sde; pairs, fraction:
     K pairs (t, ε) from the noisiest part of time (matching, nft); noise_level: η of sde; nft_beta: β of nft."""
 
-    estimator: str = "matching"
-    clip_range: float = 0.2
-    pairs: int = 4
-    fraction: float = 0.7
-    noise_level: float = 0.7
-    sde_clip_range: float = 0.02
-    nft_beta: float = 1.0
+    estimator: str
+    clip_range: float
+    pairs: int
+    fraction: float
+    noise_level: float
+    sde_clip_range: float
+    nft_beta: float
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,35 @@ class Judgement:
     std: jax.Array | None = None
 
 
+def policy_cache(
+    member: Member, keys: jax.Array, region: jax.Array, settings: PolicySettings
+) -> MatchingCache | TransitionCache:
+    """The points at which policies are compared over a member of each group.
+
+    keys: [B], equal within a group, of the pairs (t, ε); region: mean_Ω's weights [B, N, 4].
+    """
+    if settings.estimator == "sde":
+        return TransitionCache(member.states, member.times, region, settings.noise_level)
+    return matching_cache(keys, member.clean, region, count=settings.pairs, fraction=settings.fraction)
+
+
 def judge(
     velocity: Velocity,
     params: Any,
-    member: Member,
-    keys: jax.Array,
-    region: jax.Array,
+    cache: MatchingCache | TransitionCache,
     settings: PolicySettings,
     *,
     temperature: jax.Array | float,
     routing_log_prob: jax.Array | None = None,
 ) -> Judgement:
-    """What the policy `params` thinks of a member of each group.
+    """What the policy `params` thinks of a member of each group, at the points of `policy_cache`.
 
-    keys: [B], equal within a group, of the pairs (t, ε); region: mean_Ω's weights [B, N, 4]; routing_log_prob: log w_e
-    [B] of the experts that were drawn, which joins the log-probability.
+    routing_log_prob: log w_e [B] of the experts that were drawn, which joins the log-probability.
     """
-    routing = jnp.zeros(region.shape[:1]) if routing_log_prob is None else routing_log_prob
+    routing = jnp.zeros(cache.region.shape[:1]) if routing_log_prob is None else routing_log_prob
     if settings.estimator == "sde":
-        cache = TransitionCache(member.states, member.times, region, settings.noise_level)
         log_prob, mean, std, predicted = sde_log_prob(velocity, params, cache)
         return Judgement({"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache, std)
-    cache = matching_cache(keys, member.clean, region, count=settings.pairs, fraction=settings.fraction)
     log_prob, predicted = matching_log_prob(velocity, params, cache, temperature=temperature)
     record = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
     return Judgement(record, predicted, cache)

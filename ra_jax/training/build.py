@@ -1,4 +1,4 @@
-"""From the configuration to the static settings of objective, rollouts and step, and to a step's arithmetic."""
+"""From the configuration to the static settings of objective, rollouts and step, and to the first state."""
 
 import optax
 
@@ -6,15 +6,14 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.models.fill_model import Weights
 from ra_jax.rewards.custom import Reward
 from ra_jax.rl.policy import PolicySettings
-from ra_jax.training.step.generation import RolloutSettings
-from ra_jax.training.step.objective import ObjectiveSettings
+from ra_jax.training.step.settings import ObjectiveSettings, RolloutSettings, StepSettings
 from ra_jax.training.step.state import TrainState, init_state
-from ra_jax.training.step.train_step import StepSettings
 
 INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
 
 
 def objective_settings(config: TrainConfig) -> ObjectiveSettings:
+    """What the run's steps optimize."""
     losses = config.losses
     return ObjectiveSettings(
         guidance_scale=config.model.guidance_scale,
@@ -32,6 +31,7 @@ def objective_settings(config: TrainConfig) -> ObjectiveSettings:
 
 
 def policy_settings(config: TrainConfig) -> PolicySettings:
+    """How the run estimates its policy."""
     grpo = config.grpo
     return PolicySettings(
         estimator=grpo.policy_estimator,
@@ -61,7 +61,8 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
     )
 
 
-def step_settings(config: TrainConfig, rewards: tuple[Reward, ...] = ()) -> StepSettings:
+def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSettings:
+    """What the run's steps do around their loss; rewards: of automatic mode, else none."""
     return StepSettings(
         updates=config.updates,
         sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
@@ -81,6 +82,6 @@ def first_state(config: TrainConfig, optimizer: optax.GradientTransformation, tr
         seed=config.run.seed,
         num_experts=config.experts.num_experts if config.experts.use_lora else 0,
         temperature=INITIAL_TEMPERATURE if temperature == "auto" else temperature,
-        with_snapshot=config.uses_policy and config.mode == "human",
+        with_old_params=config.uses_policy and config.mode == "human",
         with_ema=config.optimization.ema_decay > 0,
     )

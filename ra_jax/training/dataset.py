@@ -1,18 +1,88 @@
 """The data of a run: its records, what each brings to a step, and which rows a process loads."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.loader import Loader, encoding_of, parse_buckets
+from ra_jax.data.batch import Part
+from ra_jax.data.images import Size
+from ra_jax.data.loader import Loader, LoaderOptions, encoding_of, parse_buckets
 from ra_jax.data.records import Record, load_records, scene_ids
 from ra_jax.errors import ConfigError, DataError
-from ra_jax.interop.loading import LoadedModel, encoders_fingerprint
+from ra_jax.interop.diffusers import LoadedModel, encoders_fingerprint
 from ra_jax.parallel.partitioner import Launch
 from ra_jax.rewards.registry import total_reward
 from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    records: to train on; values: what each brings to a step beside its pictures (`record_values`); previewed: records
+    whose scenes are previewed and on which drift is measured; buckets: panel sizes; latents: the records are of a pack
+    with latents.
+    """
+
+    records: Sequence[Record]
+    values: Mapping[str, np.ndarray]
+    previewed: Sequence[Record]
+    buckets: Sequence[Size]
+    latents: bool
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the records bring a result, which automatic rewards take for the truth."""
+        return self.records[0].result is not None
+
+
+def load_run_data(config: TrainConfig) -> RunData:
+    """Read and check all records of a run. Raises DataError or ConfigError; no weights are read."""
+    records = load_training_records(config)
+    latents = has_latents(config, records)
+    previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
+    buckets = parse_buckets(config.data.aspect_ratio_buckets)
+    return RunData(records, record_values(config, records), previewed, buckets, latents)
+
+
+def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, rows: np.ndarray) -> Loader:
+    """The batches of the run's steps; rows: of the global batch, which this process loads (`rows_of_step`)."""
+    parts = batch_parts(config, results=data.has_target, latents=data.latents)
+    options = LoaderOptions(
+        batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
+        buckets=data.buckets,
+        seed=config.run.seed,
+        multiple=loaded.model.multiple,
+        augment_masks=config.data.mask_augmentation,
+        preprocess_reference=loaded.preprocess,
+        rows=rows,
+        latents="latents" in parts,
+        photos="photos" in parts,
+        workers=config.data.data_workers,
+    )
+    return Loader(data.records, options, extras=data.values)
+
+
+def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozenset[Part]:
+    """Which parts of the schema (`data.batch`) the batches of a run's steps have.
+
+    results: the records have results; latents: they are of a pack with latents.
+    """
+    automatic = config.mode == "automatic"
+    parts: dict[Part, bool] = {
+        "photos": automatic or not latents,
+        "results": results,
+        "latents": latents,
+        "redux": not latents,
+        "training": True,
+        "rewards": config.mode == "human" and config.grpo.enable_grpo_rewards,
+    }
+    return frozenset(part for part, present in parts.items() if present)
 
 
 def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
@@ -20,9 +90,6 @@ def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
     batch = config.run.train_batch_size
     rows = launch.rows(batch)
     return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
-
-
-log = logging.getLogger(__name__)
 
 
 def load_training_records(config: TrainConfig) -> list[Record]:
@@ -67,7 +134,7 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
 
 
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """What each record brings to a step beside its pictures: [R, ...] arrays for the loader."""
+    """What each record brings to a step beside its pictures: the arrays [R, ...] of `data.batch.VALUES`."""
     if config.mode != "human":
         return {"imitation_weight": np.ones(len(records), np.float32)}
     scenes = scene_ids(records)
@@ -99,14 +166,11 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
 
 def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
     """Records one by one as they are, masks not augmented."""
-    return Loader(
-        records,
+    options = LoaderOptions(
         batch_size=1,
         buckets=parse_buckets(config.data.aspect_ratio_buckets),
         seed=config.run.seed,
         multiple=loaded.model.multiple,
-        augment_masks=False,
         preprocess_reference=loaded.preprocess,
-        extras={},
-        workers=0,
     )
+    return Loader(records, options)

@@ -35,6 +35,7 @@ class Drift:
     velocity_norm_ratio: float
 
     def metrics(self) -> dict[str, float]:
+        """The measurements by the names that metrics.jsonl has for them."""
         return {f"held_out_{name}": value for name, value in vars(self).items()}
 
     def excess(self, limit: float) -> str | None:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from ra_jax.checkpoints import named_leaves
 from ra_jax.config.settings import TrainConfig
-from ra_jax.models.fill_model import Weights
+from ra_jax.data.batch import has_results
 from ra_jax.models.flux import FluxConfig
+from ra_jax.parallel.partitioning import named_leaves
 
 
 def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
@@ -47,69 +49,99 @@ def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, contex
     return total
 
 
-def step_flops(
-    forward: float,
-    *,
-    attention: float,
-    experts: float = 0.0,
-    records: int,
-    policy_points: int,
-    kl: bool,
-    full_fine_tuning: bool,
-    old_policy_share: float = 0.0,
-    updates: int = 1,
-    members: int = 1,
-    rollout_steps: int = 0,
-    base_loss: bool = True,
-) -> float:
-    """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients.
+@dataclass(frozen=True)
+class ForwardCost:
+    """FLOPs of one forward pass of one image.
 
-    A forward pass costs `forward` for the base and `experts` for their products. A trained pass costs that, as much
-    again for the gradient with respect to activations, and the gradient of what is trained: `experts`, or what is not
-    attention where that is the whole transformer. Both factors of attention's products are activations, so that their
-    gradient costs `attention` (a part of `forward`) once more.
-
-    Each update takes a trained pass a record for the base loss, and for each of its `members` `policy_points` trained
-    passes, with `kl` as many forward passes by the base, and in an `old_policy_share` of the steps as many by the old
-    policy. Rollouts take `rollout_steps` forward passes a member.
+    base: of the base (`forward_flops`); attention: a part of it (`attention_flops`); experts: of their products
+    (`expert_flops`); full_fine_tuning: the whole transformer is trained, and there are no experts.
     """
-    one = forward + experts
-    trained = 2.0 * one + attention + (forward - attention if full_fine_tuning else experts)
-    policy = (trained + kl * forward + old_policy_share * one) * policy_points * members
-    return records * (updates * (trained * base_loss + policy) + rollout_steps * members * one)
+
+    base: float
+    attention: float
+    experts: float = 0.0
+    full_fine_tuning: bool = False
+
+    @property
+    def total(self) -> float:
+        """Of base and experts."""
+        return self.base + self.experts
+
+    @property
+    def trained(self) -> float:
+        """Of a pass with its gradients: as much again as the forward pass for the gradient with respect to activations,
+        and the gradient of what is trained: `experts`, or what is not attention where that is the whole transformer.
+        Both factors of attention's products are activations, so that their gradient costs `attention` once more.
+        """
+        return (
+            2.0 * self.total + self.attention + (self.base - self.attention if self.full_fine_tuning else self.experts)
+        )
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """The passes of a step.
+
+    records: of the step's batch; updates: of the weights; base_loss: each update takes a trained pass a record for it;
+    members: of a group, each of which takes `policy_points` trained passes an update, with `kl` as many forward passes
+    by the base, and in an `old_policy_share` of the steps as many by the old policy; rollout_steps: forward passes a
+    member in its rollout.
+    """
+
+    records: int
+    policy_points: int
+    kl: bool = False
+    old_policy_share: float = 0.0
+    updates: int = 1
+    members: int = 1
+    rollout_steps: int = 0
+    base_loss: bool = True
+
+
+def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
+    """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients."""
+    policy = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
+    policy = policy * passes.policy_points * passes.members
+    update = cost.trained * passes.base_loss + policy
+    return passes.records * (passes.updates * update + passes.rollout_steps * passes.members * cost.total)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the FLOPs of a model depend on. trainable: parameters of the transformer that are trained, or their shapes;
+    multiple: pixels a side of a token; image_tokens: of the reference."""
+
+    flux: FluxConfig
+    trainable: Any
+    multiple: int
+    image_tokens: int
 
 
 def flops_of_step(
-    config: TrainConfig,
-    flux: FluxConfig,
-    trainable: Weights,
-    multiple: int,
-    image_tokens: int,
-    batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
-    step: int,
+    config: TrainConfig, sizes: ModelSizes, batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array], step: int
 ) -> float:
-    """Model FLOPs (`metrics.step_flops`) over all devices of step number `step` (from 0) on such a batch.
-
-    trainable: its shapes; multiple: pixels a side of a token; image_tokens: of the reference; batch: arrays [..., h, w]
-    of global batches.
-    """
+    """`step_flops` over all devices of step number `step` (from 0) on such a batch: arrays [..., h, w] of the global
+    batch."""
     height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
     learns = config.uses_policy and (not automatic or config.rollouts.due(step))
-    tokens = 2 * height * width // multiple**2, config.model.max_sequence_length + image_tokens
-    experts = {name: x.shape for name, x in named_leaves(trainable["flux"]).items() if config.experts.use_lora}
-    return step_flops(
-        forward_flops(flux, *tokens),
-        attention=attention_flops(flux, *tokens),
+    tokens = 2 * height * width // sizes.multiple**2, config.model.max_sequence_length + sizes.image_tokens
+    experts = {name: x.shape for name, x in named_leaves(sizes.trainable).items() if config.experts.use_lora}
+    cost = ForwardCost(
+        base=forward_flops(sizes.flux, *tokens),
+        attention=attention_flops(sizes.flux, *tokens),
         experts=expert_flops(experts, *tokens),
+        full_fine_tuning=not config.experts.use_lora,
+    )
+    passes = StepPasses(
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
+        policy_points=points if learns else 0,
+        kl=config.grpo.kl_weight > 0.0,
+        old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
         updates=config.updates,
         members=config.rollouts.num_generations if automatic else 1,
         rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,
-        policy_points=points if learns else 0,
-        old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
-        base_loss="result" in batch or "result_latents" in batch,
-        kl=config.grpo.kl_weight > 0.0,
-        full_fine_tuning=not config.experts.use_lora,
+        base_loss=has_results(batch),
     )
+    return step_flops(cost, passes)

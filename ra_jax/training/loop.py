@@ -23,7 +23,7 @@ from ra_jax.reporting.page import write_report
 from ra_jax.reporting.trackers import FILE as METRICS
 from ra_jax.reporting.trackers import open_trackers, read_rows, summarise
 from ra_jax.training.fallbacks import RewardFallbacks
-from ra_jax.training.flops import flops_of_step
+from ra_jax.training.flops import ModelSizes, flops_of_step
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.state import TrainState
 
@@ -113,9 +113,11 @@ class RunCheckpoints:
             self._best.forget_after(setup.first_step)
 
     def save(self, done: int, state: TrainState) -> None:
+        """Start saving a regular checkpoint of the state after `done` steps."""
         self._regular.save(done, state, position=done, **self._about)
 
     def save_best(self, done: int, state: TrainState) -> None:
+        """Start saving the state after `done` steps as the best so far."""
         self._best.save(done, state, position=done, **self._about)
 
     def told(self) -> str:
@@ -124,12 +126,14 @@ class RunCheckpoints:
         return "no checkpoint was within it" if found is None else f"the best checkpoint is {found}"
 
     def close(self) -> None:
+        """Wait for saves in flight."""
         for checkpoints in (self._regular, self._best):
             if checkpoints is not None:
                 checkpoints.close()
 
 
 def due(done: int, interval: int) -> bool:
+    """Whether step number `done` ends an interval; never for an interval of 0."""
     return interval > 0 and done % interval == 0
 
 
@@ -178,11 +182,12 @@ class Recorder:
             yield batch
 
     def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
+        """Keep a step's metrics, still on the device, and count its images and FLOPs."""
         self._pending.append(metrics)
         run, loaded = self._config.run, self._setup.loaded
         self._images += run.train_batch_size * run.gradient_accumulation_steps
-        sizes = loaded.flux_config, loaded.trainable, loaded.model.multiple, loaded.image_tokens
-        self._tflops += 1e-12 * flops_of_step(self._config, *sizes, batch, done - 1)
+        sizes = ModelSizes(loaded.flux_config, loaded.trainable["flux"], loaded.model.multiple, loaded.image_tokens)
+        self._tflops += 1e-12 * flops_of_step(self._config, sizes, batch, done - 1)
 
     def due(self, done: int) -> bool:
         """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""
@@ -220,6 +225,7 @@ class Recorder:
         return row
 
     def close(self) -> None:
+        """Close the progress bar and the trackers."""
         self._bar.close()
         for tracker in self._trackers:
             tracker.close()

@@ -10,6 +10,7 @@ from ra_jax.data.loader import Loader
 from ra_jax.data.records import Record, scene_ids
 from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
+from ra_jax.outputs import replace_file
 from ra_jax.parallel.partitioner import fetch
 from ra_jax.parallel.processes import is_speaker
 from ra_jax.reporting.contact_sheet import contact_sheet
@@ -55,5 +56,7 @@ class Previews:
         path = self.folder / f"step_{step:06d}.png"
         if is_speaker():
             self.folder.mkdir(exist_ok=True)
-            contact_sheet(rows).save(path)
+            sheet = contact_sheet(rows)
+            with replace_file(path) as draft:
+                sheet.save(draft, "PNG")
         return path

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ra_jax.data.batch import Batch
+from ra_jax.data.batch import Batch, has_results
 from ra_jax.errors import ConfigError
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.compilation import device_memory, forget_traces, memory_needed
 from ra_jax.parallel.partitioner import Launch, Step, abstract, scalars
 from ra_jax.training.fallbacks import FALLBACK
+from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
-from ra_jax.training.step.train_step import StepSettings
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class StepPrograms:
             f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
             "--aspect_ratio_buckets or --gradient_checkpointing full, then points"
         )
-        if not {"result", "result_latents"} & set(arguments[2]):
+        if not has_results(arguments[2]):
             raise ConfigError(f"{cause} (without results there is no simple loss to fall back to)")
         self._fallbacks += 1
         log.warning("%s: %s", FALLBACK, cause)

@@ -1,30 +1,32 @@
 """How a run begins: anew, over another, from its own checkpoint, or with another's experts; what is refused of it."""
 
 import logging
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from ra_jax.checkpoints import BEST, About, find_checkpoint, read_about, restore
+from ra_jax.checkpoints import BEST, check_base, find_checkpoint, read_about, restore
 from ra_jax.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.config.parse import to_flat_dict, to_toml
 from ra_jax.config.settings import TrainConfig
-from ra_jax.errors import CheckpointError, ConfigError
-from ra_jax.interop.loading import LoadedModel
+from ra_jax.data.inputs import flag_inputs
+from ra_jax.errors import CheckpointError, ConfigError, OutputError
+from ra_jax.interop.diffusers import LoadedModel
 from ra_jax.models.fill_model import Weights
+from ra_jax.outputs import Outputs, check_outputs, write_file
 from ra_jax.reporting.trackers import FILE as METRICS
 from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
-# All that a run writes into its folder; whatever else lies there is the user's.
-RUN_FILES = (
-    *(CHECKPOINTS, BEST, "previews", "tensorboard", "wandb"),
-    *(METRICS, "curves.png", "report.html", CONFIG_FILE),
-)
+# All that a run writes into its folder beside CONFIG_FILE; whatever else lies there is the user's.
+RUN_FOLDERS = (CHECKPOINTS, BEST, "previews", "tensorboard", "wandb")
+RUN_FILES = (METRICS, "curves.png", "report.html")
 
 # What a resumed run may change, and what it then does not have in common with the run that it goes on with.
 OTHER_DATA, ANOTHER_ROUNDING = "not through the data it would have seen", "its base rounds as the former one did not"
@@ -37,12 +39,15 @@ DIFFERS_WITH = {
 
 
 def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run.
+    """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run, or a config.toml
+    that no run wrote.
 
     `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
     """
     where = config.run.resume_from_checkpoint
     holds_run = (output / CONFIG_FILE).exists()
+    if holds_run:
+        check_own_config(output / CONFIG_FILE)
     if where is not None and where != "latest":
         checkpoint = find_checkpoint(where)
         if holds_run and checkpoint != find_checkpoint(output):
@@ -65,6 +70,60 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     return None
 
 
+def check_own_config(file: Path) -> None:
+    """Check that a run wrote the config.toml that this run would replace: its only comments are the groups' names.
+
+    Raises:
+        OutputError: it has other comments, or none, so that somebody wrote it by hand.
+    """
+    without_strings = re.sub(r'"(\\.|[^"\\])*"', '""', file.read_text(encoding="utf-8", errors="replace"))
+    comments = re.findall("#.*", without_strings)
+    if not comments or not all(re.fullmatch(r"# \w+", comment) for comment in comments):
+        raise OutputError(
+            f"{file}: the run would replace it by its own settings, but no run wrote it; move it (--config takes it "
+            "from any other folder), or choose another --output_dir"
+        )
+
+
+def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | None) -> None:
+    """Check that the run, which writes and deletes what `RUN_FOLDERS` and `RUN_FILES` name, keeps what it reads.
+
+    resume_from: where it lies in the run's own folder, the run adds to the checkpoints there.
+
+    Raises:
+        OutputError: it would write over data, models or another run's checkpoint, or among them.
+        CheckpointError: there is no checkpoint in `--init_experts_from`.
+    """
+    inputs, nested = flag_inputs(
+        {f"--{name}": getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
+    )
+    for name in ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path"):
+        inputs[f"--{name}"] = [Path(getattr(config.model, name)).expanduser()]
+    if config.run.init_experts_from is not None:
+        nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from)]
+    own = [output.resolve() / folder for folder in (CHECKPOINTS, BEST)]
+    if resume_from is not None and resume_from.parent not in own:
+        nested["--resume_from_checkpoint"] = [resume_from]
+    check_outputs(run_outputs(output), inputs, nested)
+
+
+def check_config_kept(config: TrainConfig, file: Path) -> None:
+    """Check that the run neither replaces nor deletes the file of `--config`.
+
+    A run's own config.toml is an exception: it is written again with the settings that were read from it, so that
+    `--config` with the file can resume (`check_own_config` keeps any other config.toml).
+
+    Raises:
+        OutputError: the run would.
+    """
+    check_outputs(run_outputs(Path(config.run.output_dir), RUN_FILES), {"--config": [file]})
+
+
+def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE)) -> Outputs:
+    """All that a run writes into its folder `output`: these files, and its folders."""
+    return Outputs("--output_dir", output, [output / name for name in files], [output / name for name in RUN_FOLDERS])
+
+
 def refuse_another_seed(checkpoint: Path, seed: int) -> None:
     """Raise ConfigError where the checkpoint's run began with another seed."""
     began = read_about(checkpoint).config["seed"]
@@ -78,19 +137,21 @@ def refuse_another_seed(checkpoint: Path, seed: int) -> None:
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
 
+    config.toml is replaced, not deleted: where the program is killed in between, the folder still holds a run.
+
     How this run began (anew, over another, resumed, with whose experts) is left out of it, so that `--config` with the
     file can resume.
     """
     if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
-        for path in (output / name for name in RUN_FILES):
-            if path.is_dir():
+        for path in (output / name for name in (*RUN_FOLDERS, *RUN_FILES)):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     beginnings = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
     lasting = replace(config, run=replace(config.run, **beginnings))
-    (output / CONFIG_FILE).write_text(to_toml(lasting), encoding="utf-8")
+    write_file(output / CONFIG_FILE, to_toml(lasting))
 
 
 def first_weights(config: TrainConfig, loaded: LoadedModel) -> Weights:
@@ -99,18 +160,9 @@ def first_weights(config: TrainConfig, loaded: LoadedModel) -> Weights:
         return loaded.trainable
     checkpoint = find_checkpoint(config.run.init_experts_from)
     about = read_about(checkpoint)
-    refuse_another_base(checkpoint, about, loaded.fingerprint)
+    check_base(checkpoint, about, loaded.fingerprint)
     log.info("beginning with the experts of %s", checkpoint)
     return restore(checkpoint, loaded.trainable, prefix="ema" if about.config["ema_decay"] else "trainable")
-
-
-def refuse_another_base(checkpoint: Path, about: About, base: str) -> None:
-    """Raise CheckpointError where a checkpoint's experts belong to another base."""
-    if about.base != base:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} was trained on another base (fingerprint {about.base}, this one has {base}): "
-            "give --pretrained_model_name_or_path and --pretrained_redux_model_name_or_path as in its config.toml"
-        )
 
 
 def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
@@ -120,7 +172,7 @@ def resumed(checkpoint: Path, state: TrainState, base: str, config: TrainConfig)
     run goes on, and says that its numbers will differ.
     """
     about = read_about(checkpoint)
-    refuse_another_base(checkpoint, about, base)
+    check_base(checkpoint, about, base)
     given = to_flat_dict(config)
     for name, differs in DIFFERS_WITH.items():
         before = about.config.get(name, given[name])  # older checkpoints do not know every flag

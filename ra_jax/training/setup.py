@@ -10,19 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ra_jax.checkpoints import BEST, find_checkpoint
+from ra_jax.checkpoints import BEST
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
 from ra_jax.data.images import Size
-from ra_jax.data.loader import Loader, parse_buckets
-from ra_jax.data.records import Record, load_records
+from ra_jax.data.loader import Loader
 from ra_jax.errors import ConfigError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
-from ra_jax.interop.diffusers import read_configs
+from ra_jax.interop.diffusers import FILL_PARTS, LoadedModel, load_fill_model, read_configs
 from ra_jax.interop.hub import resolve
-from ra_jax.interop.loading import FILL_PARTS, LoadedModel, load_fill_model
 from ra_jax.models.blocks import blocks_apart
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import FillGeometry, abstract_fill_model
@@ -36,15 +34,23 @@ from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
 from ra_jax.rewards.registry import RewardInputs
 from ra_jax.training.agreement import plan_of, refuse_other_plans
 from ra_jax.training.build import first_state, objective_settings, step_settings
-from ra_jax.training.dataset import has_latents, load_training_records, plain_loader, record_values, rows_of_step
+from ra_jax.training.dataset import RunData, load_run_data, plain_loader, rows_of_step, training_loader
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
 from ra_jax.training.programs import StepPrograms
-from ra_jax.training.resume import checkpoint_to_resume, claim_output_dir, first_weights, refuse_another_seed, resumed
+from ra_jax.training.resume import (
+    check_run_outputs,
+    checkpoint_to_resume,
+    claim_output_dir,
+    first_weights,
+    refuse_another_seed,
+    resumed,
+)
 from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
-from ra_jax.training.step.train_step import StepSettings, make_train_step
+from ra_jax.training.step.train_step import make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -114,60 +120,37 @@ def set_up(config: TrainConfig) -> Setup:
     """
     output = Path(config.run.output_dir)
     resume_from = checkpoint_to_resume(config, output)
+    check_run_outputs(config, output, resume_from)
     if resume_from is not None:
         refuse_another_seed(resume_from, config.run.seed)
-    if config.run.init_experts_from is not None:
-        find_checkpoint(config.run.init_experts_from)  # is told before anything is loaded
-    records = load_training_records(config)
-    latents = has_latents(config, records)
-    previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
-    buckets = parse_buckets(config.data.aspect_ratio_buckets)
-    values = record_values(config, records)
-    refuse_other_plans(plan_of(config, records, previewed, resume_from))
+    data = load_run_data(config)
+    refuse_other_plans(plan_of(config, data.records, data.previewed, resume_from))
     launch = make_launch(config.parallel)
     rows = rows_of_step(config, launch)
-    rewards = rewards_of(config, buckets, has_target=records[0].result is not None)
+    rewards = rewards_of(config, data.buckets, has_target=data.has_target)
     loaded = load_model(config, launch)
     refuse_other_plans({"base model": loaded.fingerprint})
     schedule = FlowSchedule.from_folder(loaded.folder)
-    check_noisy_steps(config, buckets, schedule, loaded)
-    loader = Loader(
-        records,
-        batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
-        buckets=buckets,
-        seed=config.run.seed,
-        multiple=loaded.model.multiple,
-        augment_masks=config.data.mask_augmentation,
-        preprocess_reference=loaded.preprocess,
-        extras=values,
-        rows=rows,
-        latents=latents,
-        photos=not latents or config.mode == "automatic",
-        workers=config.data.data_workers,
-    )
+    check_noisy_steps(config, data.buckets, schedule, loaded)
+    loader = training_loader(config, data, loaded, rows)
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
     state = launch.make(partial(first_state, config, optimizer), first_weights(config, loaded))
     first_step = 0
     if resume_from is not None:
         state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
-    previews = make_previews(config, output, previewed, loaded, schedule)
     objective = Objective(loaded.model, schedule, objective_settings(config))
-    guard = make_guard(config, output, previewed, loaded, objective, first_step)
-    wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
-    if is_speaker():
-        claim_output_dir(config, output, keep=resume_from is not None)
-    wait_for_all("claimed")
+    previews = make_previews(config, output, data, loaded, schedule)
+    guard = make_guard(config, data, loaded, objective)
+    if guard is not None and first_step:
+        remember_best(guard, output, first_step, config.mode)
+    claim_once(config, output, keep=resume_from is not None)
     shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
-    frozen = loaded.frozen
-    if jax.device_count() == 1 and jax.default_backend() == "cpu":
-        frozen = frozen | {"flux": blocks_apart(frozen["flux"])}
-    frozen = launch.spread(frozen)
     return Setup(
         output=output,
         launch=launch,
         loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # no second copy stays
-        frozen=frozen,
+        frozen=launch.spread(frozen_for_steps(loaded.frozen)),
         loader=loader,
         accumulation=config.run.gradient_accumulation_steps,
         conditions=config.run.train_batch_size // launch.shards,
@@ -184,9 +167,24 @@ def set_up(config: TrainConfig) -> Setup:
     )
 
 
+def claim_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
+    """`claim_output_dir` by the main process, once every process has come through its checks."""
+    wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
+    if is_speaker():
+        claim_output_dir(config, output, keep=keep)
+    wait_for_all("claimed")
+
+
+def frozen_for_steps(frozen: Weights) -> Weights:
+    """The frozen weights as steps are compiled for: on a CPU alone, blocks as arrays of their own (`blocks_apart`)."""
+    if jax.device_count() == 1 and jax.default_backend() == "cpu":
+        return frozen | {"flux": blocks_apart(frozen["flux"])}
+    return frozen
+
+
 def refuse_too_large(config: TrainConfig, geometry: FillGeometry) -> None:
     """Raise ConfigError where a device has no room for all weights, of which each has a copy under pmap."""
-    _, *weights = abstract_fill_model(geometry, attention="xla", **model_options(config))
+    _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
     needed, room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
     if needed > room:
         raise ConfigError(
@@ -208,7 +206,7 @@ def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
     return load_fill_model(
         fill,
         config.model.pretrained_redux_model_name_or_path,
-        **model_options(config),
+        model_options(config),
         seed=config.run.seed,
         placement=launch.placement,
     )
@@ -247,12 +245,12 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
 
 
 def make_previews(
-    config: TrainConfig, output: Path, records: Sequence[Record], loaded: LoadedModel, schedule: FlowSchedule
+    config: TrainConfig, output: Path, data: RunData, loaded: LoadedModel, schedule: FlowSchedule
 ) -> Previews | None:
     """Previews of some of the records' scenes; None with `--validation_steps 0`."""
     if not config.logging.validation_steps:
         return None
-    chosen = preview_records(records, config.grpo.reward_weights, config.logging.num_validation_images)
+    chosen = preview_records(data.previewed, config.grpo.reward_weights, config.logging.num_validation_images)
     loader = plain_loader(config, chosen, loaded)
     remove = make_remover(
         loaded.model,
@@ -263,26 +261,17 @@ def make_previews(
     return Previews(output, loaded.model, remove, loader, config.run.seed)
 
 
-def make_guard(
-    config: TrainConfig,
-    output: Path,
-    records: Sequence[Record],
-    loaded: LoadedModel,
-    objective: Objective,
-    first_step: int,
-) -> DriftGuard | None:
+def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objective: Objective) -> DriftGuard | None:
     """The guard of --max_drift over some of the held-out records; None without it."""
     if config.run.max_drift is None:
         return None
-    chosen = preview_records(records, config.grpo.reward_weights, HELD_OUT_RECORDS)
-    guard = DriftGuard(
-        objective,
-        plain_loader(config, chosen, loaded),
-        limit=config.run.max_drift,
-        seed=config.run.seed,
-    )
-    if first_step:
-        kept = {int(path.name) for path in (output / BEST).glob("*") if path.name.isdecimal()}
-        rows = (row for row in read_rows(output / METRICS) if row["step"] <= first_step)
-        guard.remember((row for row in rows if row["step"] in kept), config.mode)
-    return guard
+    chosen = preview_records(data.previewed, config.grpo.reward_weights, HELD_OUT_RECORDS)
+    loader = plain_loader(config, chosen, loaded)
+    return DriftGuard(objective, loader, limit=config.run.max_drift, seed=config.run.seed)
+
+
+def remember_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
+    """Tell a resumed run's guard which of the run's checkpoints was its best so far."""
+    kept = {int(path.name) for path in (output / BEST).glob("*") if path.name.isdecimal()}
+    rows = (row for row in read_rows(output / METRICS) if row["step"] <= first_step)
+    guard.remember((row for row in rows if row["step"] in kept), mode)

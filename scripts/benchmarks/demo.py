@@ -49,6 +49,7 @@ def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[fl
 
 
 def main(measurement: Measurement) -> None:
+    """Times the three commands, and prints the figures."""
     root, run = measurement.root, measurement.root / "run"
     shutil.rmtree(root, ignore_errors=True)
     prepared, prepare_memory, _ = timed("ra_jax.demo", "--output_dir", str(root))

@@ -21,7 +21,7 @@ import tyro
 from PIL import Image
 
 from ra_jax.data.images import Size
-from ra_jax.data.loader import Loader
+from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
@@ -52,10 +52,12 @@ class RandomEncoder:
         self._rng = np.random.default_rng(0)
 
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
+        """Latents of the masked photo and image tokens of one condition."""
         tokens = self._rng.normal(size=(IMAGE_TOKENS, JOINT_DIM)).astype(ml_dtypes.bfloat16)
         return {"masked_latents": self._latents(), "image_tokens": tokens}
 
     def result(self, panels: Panels) -> dict[str, np.ndarray]:
+        """Latents of one result."""
         return {"result_latents": self._latents()}
 
     def _latents(self) -> np.ndarray:
@@ -69,19 +71,17 @@ def siglip_pixels(image: Image.Image) -> np.ndarray:
 
 
 def endless(records: Sequence[Record], measurement: Measurement, **how: object) -> Iterator:
-    loader = Loader(
-        records,
+    """Batches of `BATCH` records without an end; `how`: more fields of `LoaderOptions`."""
+    options = LoaderOptions(
         batch_size=BATCH,
         buckets=(measurement.bucket,),
         seed=0,
         multiple=MULTIPLE,
         preprocess_reference=siglip_pixels,
-        extras={},
-        workers=0,
         cache_bytes=0,
         **how,
     )
-    return loader.iterate()
+    return Loader(records, options).iterate()
 
 
 def rate(batches: Iterator, seconds: float) -> float:
@@ -110,6 +110,7 @@ def forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iter
 
 
 def main(measurement: Measurement) -> None:
+    """Loads each form in turn on one core, and prints medians."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:

@@ -60,14 +60,15 @@ def load(folder: str, address: str, count: int, number: int) -> None:
 
     if count > 1:
         jax.distributed.initialize(address, count, number)
-    from ra_jax.interop.loading import load_fill_model
+    from ra_jax.interop.diffusers import load_fill_model
+    from ra_jax.models.options import ModelOptions
     from ra_jax.parallel.mesh import make_mesh
     from ra_jax.parallel.partitioner import MeshLaunch
 
     launch = MeshLaunch(make_mesh(fsdp=count))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = held("VmRSS")
-    loaded = load_fill_model(folder, None, lora=None, router=None, placement=launch.placement)
+    loaded = load_fill_model(folder, None, ModelOptions("float32", 512), placement=launch.placement)
     jax.block_until_ready(loaded.frozen)
     print(json.dumps({"peak": held("VmHWM") - before, "kept": held("VmRSS") - before}), flush=True)
     if count > 1:
@@ -75,10 +76,12 @@ def load(folder: str, address: str, count: int, number: int) -> None:
 
 
 def held(name: str) -> int:
+    """A field of this process's /proc/self/status in bytes: VmRSS, what it holds, or VmHWM, its peak."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def main(measurement: Measurement) -> None:
+    """Loads the model in each number of processes, and prints a row for each."""
     with tempfile.TemporaryDirectory() as folder:
         total = write_model(Path(folder), measurement.hidden)
         print(f"transformer: {total / 1e9:.2f} GB in float32\n")

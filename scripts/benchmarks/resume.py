@@ -31,6 +31,7 @@ class Check:
     steps: int = 30
 
     def command(self, name: str, *more: str) -> list[str]:
+        """The training command of the run of this name, with more flags."""
         flags = (
             f"--max_train_steps {self.steps} --checkpointing_steps {self.steps // 2} --validation_steps 0 --log_freq 1"
         )
@@ -39,6 +40,7 @@ class Check:
 
 
 def main(check: Check) -> None:
+    """Runs both, compares them, and exits with 1 where they differ."""
     subprocess.run(check.command("straight", "--overwrite_output_dir"), check=True)
     killed = subprocess.Popen(check.command("killed", "--overwrite_output_dir"))
     run, half = check.root / "killed", check.steps // 2

@@ -35,12 +35,13 @@ from ra_jax.models.geometry import random_weights
 from ra_jax.parallel.compilation import memory_needed
 from ra_jax.training.build import first_state
 from ra_jax.training.setup import Setup, set_up
-from ra_jax.training.step.encode import encode
+from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.experience import Experience, collect
 from ra_jax.training.step.generation import decode_panels, reward_inputs, roll_out_members, scores_of
 from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
-from ra_jax.training.step.train_step import StepSettings, learn, make_train_step
+from ra_jax.training.step.train_step import StepProgram, learn, make_train_step
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Step:
 
     @classmethod
     def of(cls, setup: Setup) -> "Step":
+        """A set-up training's own step, with its first batch."""
         batch = next(setup.batches())
         return cls(setup.objective, setup.optimizer, setup.step_settings, setup.state, setup.frozen, batch)
 
     @classmethod
     def random(cls, config: TrainConfig) -> "Step":
+        """The same of a configuration's shapes alone: weights and batch are drawn at random."""
         traced = trace(config, jax.devices()[:1])
         state, frozen, batch = traced.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
@@ -94,6 +97,7 @@ def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
+    """The configuration of the measured run, which writes into `folder`."""
     settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
     if measurement.gradient_accumulation_steps:
         settings["gradient_accumulation_steps"] = measurement.gradient_accumulation_steps
@@ -103,6 +107,7 @@ def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
 
 
 def prepared(measurement: Measurement, folder: str, **changes) -> Setup:
+    """A training of that configuration, set up."""
     return set_up(configured(measurement, folder, **changes))
 
 
@@ -115,10 +120,12 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
 
     encode_ = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
     encoded = encode_(frozen, first)
+
+    def context_of(frozen) -> Context:
+        return Context(frozen, first, encoded, state.seed, state.temperature)
+
     roll_out = jax.jit(
-        lambda state, frozen: roll_out_members(objective, replace(rollouts, rewards=()), state, frozen, first, encoded)[
-            0
-        ]
+        lambda state, frozen: roll_out_members(objective, replace(rollouts, rewards=()), state, context_of(frozen))[0]
     )
     members = roll_out(state, frozen)
     clean = members.clean
@@ -127,7 +134,7 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
         lambda frozen, clean: jax.lax.map(lambda x: decode_panels(objective, rollouts, frozen, x, grid), clean)
     )
     images = decode(frozen, clean)
-    inputs = jax.jit(lambda frozen: reward_inputs(objective, rollouts, frozen, first, encoded))(frozen)
+    inputs = jax.jit(lambda frozen: reward_inputs(objective, rollouts, context_of(frozen)))(frozen)
     score = jax.jit(
         lambda inputs, images: jax.lax.map(
             lambda image: scores_of(rollouts.rewards, replace(inputs, image=image)), images
@@ -135,17 +142,17 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     )
 
     def gather(state, frozen):
-        return collect(objective, rollouts, state, frozen, batch, renewed=fresh, drift_interval=0)[0]
+        return collect(objective, replace(settings, drift_interval=0), state, frozen, batch, fresh)[0]
 
     # What `gather` would bring, without compiling rollouts and decoding once more; advantages do not change the time.
     old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
     advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
-    of_first = Experience(encoded, objective.features(encoded), members, advantages, old)
+    of_first = Experience(encoded, objective.features(encoded), members=members, advantages=advantages, old=old)
     experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), of_first)
-    experience = replace(experience, sound=jnp.asarray(True))
+    experience = replace(experience, batch=batch, sound=jnp.asarray(True))
     update = jax.jit(
         lambda state, frozen, experience: learn(
-            objective, optimizer, settings, state, frozen, batch, experience, fresh=fresh
+            StepProgram(objective, optimizer, settings), state, frozen, experience, fresh=fresh
         )
     )
     found = {
@@ -162,6 +169,7 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
 
 
 def tell_times(measurement: Measurement, step: Step) -> None:
+    """Runs the parts of a step in turn, and prints the median time and the share of each."""
     calls, seconds = parts(step, whole=not measurement.random_weights), {}
     for _ in range(measurement.rounds):
         for name, call in calls.items():
@@ -190,6 +198,7 @@ def tell_times(measurement: Measurement, step: Step) -> None:
 
 
 def tell_memory(measurement: Measurement, folder: str) -> None:
+    """Prints the memory of the compiled step for each number of generations."""
     print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
     print("| --- " * 4 + "|")
     for generations in measurement.groups:
@@ -205,6 +214,7 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
 
 
 def main(measurement: Measurement) -> None:
+    """Prints both tables."""
     if measurement.rounds < 2 or (measurement.random_weights and measurement.groups):
         sys.exit("--rounds has to be 2 or more, and --groups empty with --random_weights")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")

@@ -37,6 +37,7 @@ class Tables:
 
 
 def cell(tables: Tables, mode: str, topology: str, chips: int, fsdp: int) -> dict:
+    """Figures of one compiled step, from its file or by compiling it now; ends the program where that fails."""
     path = tables.root / f"{mode}-{topology.replace(':', '-')}-{fsdp}-{tables.records}.json"
     if not path.exists():
         tables.root.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ HEADS = "arguments [GB] | temporaries [GB] | total | TFLOP | sent by a chip [GB]
 
 
 def row(found: dict) -> str:
+    """A cell's columns of `HEADS`."""
     if "refusal" in found:
         return "the compiler found no place for it | | | | | |"
     giga = {name: found[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}

@@ -27,13 +27,13 @@ from matplotlib import pyplot as plt
 
 from ra_jax.checkpoints import restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
 
-WEIGHTS = (0.4, 0.3, 0.3)
 PROBE_STEPS = 120  # that tell how long a step of standard training takes
 AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 METHODS = {
@@ -80,13 +80,16 @@ class Automatic:
     settings: tuple[str, ...] = ()
 
     def cell(self, method: str, seed: int) -> Path:
+        """The file with what one training generates."""
         return self.root / "cells" / f"{self.pairs}-{method}-{seed}.json"
 
     def run_dir(self, method: str, seed: int) -> Path:
+        """The output folder of one training."""
         return self.root / "runs" / f"{self.pairs}-{method}-{seed}"
 
 
 def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
+    """The experiment's configuration file, with what makes the method and where its data and base are."""
     settings = load_toml(experiment.config) | {
         "val_json_path": str(paths.held_out / "triplets.json"),
         "output_dir": str(experiment.run_dir(method, seed)),
@@ -157,6 +160,7 @@ def run(experiment: Automatic) -> None:
 
 
 def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str, seed: int) -> None:
+    """One training, and what its model generates at every checkpoint; standard training takes as long as matching."""
     steps = experiment.steps
     if method == "standard":
         timed = experiment.cell("matching", seed)
@@ -213,6 +217,7 @@ def seconds_until(config: TrainConfig, step: int) -> float:
 
 
 def write(path: Path, content: dict) -> None:
+    """Write a cell's file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
@@ -332,6 +337,7 @@ def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
 
 
 def main() -> None:
+    """Parse the command line and run the command."""
     tyro.extras.subcommand_cli_from_dict(
         {"run": run, "table": table}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )

@@ -24,13 +24,15 @@ from PIL import Image
 
 from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import initial_noise, make_remover
-from ra_jax.interop.loading import load_fill_model
-from ra_jax.models.options import expert_configs
+from ra_jax.interop.diffusers import load_fill_model
+from ra_jax.models.options import ModelOptions, expert_configs
+from ra_jax.outputs import write_file
 from ra_jax.reporting.contact_sheet import contact_sheet
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import total_reward
@@ -38,7 +40,6 @@ from ra_jax.training.loop import train
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.state import keys_for, stream
 
-REWARD_WEIGHTS = (0.4, 0.3, 0.3)
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
 UNSCORED = dict.fromkeys(SCORED, False) | {
     "enable_grpo_loss": False,
@@ -85,6 +86,7 @@ class Experiment:
     num_inference_steps: int = 12
 
     def demo_settings(self, mix: str) -> DemoSettings:
+        """Of the base, which is trained on this mix of candidates."""
         return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
 
     def measured_on(self) -> dict[str, int]:
@@ -92,9 +94,11 @@ class Experiment:
         return {name: getattr(self, name) for name in ("first_scene", "held_out", "num_inference_steps")}
 
     def run_dir(self, mix: str, method: str, seed: int) -> Path:
+        """The output folder of one training."""
         return self.root / "runs" / f"{mix}-{method}-{seed}"
 
     def cell(self, mix: str, method: str, seed: int) -> Path:
+        """The file with what one training generates."""
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
 
 
@@ -244,9 +248,7 @@ def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) 
     """A cell appears when it is complete, so that a kill leaves none that cannot be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(about | experiment.measured_on() | rounded))
-    partial.rename(path)
+    write_file(path, json.dumps(about | experiment.measured_on() | rounded))
     print(path.stem, {name: np.round(np.mean(values, 0), 3).tolist() for name, values in measured.items()}, flush=True)
 
 
@@ -266,14 +268,8 @@ class Measure:
         size = DemoSettings().size
         self.scenes = stack(scenes(DemoSettings().seed, experiment.first_scene, experiment.held_out, size))
         self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"] | {"reward_functions": []})
-        lora, router = expert_configs(self.config.experts)
-        self.loaded = load_fill_model(
-            str(paths.fill),
-            str(paths.redux),
-            lora=lora,
-            router=router,
-            text_tokens=self.config.model.max_sequence_length,
-        )
+        options = ModelOptions("float32", self.config.model.max_sequence_length, *expert_configs(self.config.experts))
+        self.loaded = load_fill_model(str(paths.fill), str(paths.redux), options)
         self.remove = make_remover(
             self.loaded.model,
             FlowSchedule.from_folder(paths.fill),
@@ -392,7 +388,7 @@ def print_differences(cells: dict) -> None:
         print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
     clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["about"]])
     ratio = np.mean([cell["mean_ratio"] for cell in grpo["about"]])
-    drift = np.mean([cell["velocity_norm_ratio"] for cell in grpo["about"]])
+    drift = np.mean(np.asarray([cell["velocity_norm_ratio"] for cell in grpo["about"]], float))  # nan: short runs
     print(f"\nGRPO: clip_fraction before a sync {clip:.3f}, mean_ratio {ratio:.4f}, velocity_norm_ratio {drift:.3f}")
 
 
@@ -410,6 +406,7 @@ def draw_sheet(experiment: Experiment, mix: str) -> None:
 
 
 def main() -> None:
+    """Parse the command line and run the command."""
     commands = {"run": run, "measure": measure_again, "table": table, "curve": curve}
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -14,10 +14,11 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from automatic_rewards import WEIGHTS, Automatic, Judge
+from automatic_rewards import Automatic, Judge
 from scipy.stats import spearmanr
 
 from ra_jax.config.parse import from_flat_dict, load_toml
+from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.data.records import load_records, scene_ids
 from ra_jax.demo.prepare import DemoPaths, DemoSettings, prepare
 from ra_jax.evaluation.measure import Evaluation, Networks
@@ -83,6 +84,7 @@ def train(training: Training) -> None:
 
 
 def main() -> None:
+    """Parse the command line and run the command."""
     tyro.extras.subcommand_cli_from_dict(
         {"agree": agree, "train": train}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )

@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.data.images import read_mask, read_photo
 from ra_jax.data.masks import bounding_box
 from ra_jax.data.records import load_records
@@ -32,7 +33,6 @@ STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 DEFECTS = ("ghost", "cast", "seam", "blur")
 OWN = {"removal": ("ghost",), "background": ("cast",), "smoothness": ("seam", "blur")}
 FILLINGS = ("ghost", "source", "flat", "pasted_own", "pasted_other", "blur", "noise")
-WEIGHTS = (0.4, 0.3, 0.3)
 TARGETS = {True: "with ground truth", False: "without ground truth"}
 
 CORRELATION, RANKED_FIRST = 0.9, 0.95
@@ -61,6 +61,7 @@ class Photo:
 
 
 def read(settings: Settings) -> list[Photo]:
+    """The photos of the folder, in the order of its records."""
     photos = []
     for record in load_records(settings.folder):
         shrink = max(1.0, max(record.size) / settings.size)
@@ -94,6 +95,7 @@ def defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
+    """The image behind a Gaussian blur of σ `BLUR`."""
     return np.asarray(gaussian_blur(image[None], BLUR))[0]
 
 
@@ -167,6 +169,7 @@ class Measured:
 
 
 def measure(photo: Photo, other: Photo) -> dict[bool, Measured]:
+    """Scores of the truth, of its spoilt versions and of other fillings, with and without ground truth."""
     rng = np.random.default_rng(0)
     spoilt = {kind: [defect(photo, kind, strength) for strength in STRENGTHS] for kind in DEFECTS}
     filled = [filling(photo, other, kind, rng) for kind in FILLINGS]
@@ -181,6 +184,7 @@ def measure(photo: Photo, other: Photo) -> dict[bool, Measured]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -231,6 +235,7 @@ def report(measured: Sequence[Measured], title: str) -> dict[str, bool]:
 
 
 def main(settings: Settings) -> int:
+    """Measures all photos, prints tables and claims; returns 1 where a claim fails, else 0."""
     photos = read(settings)
     measured = [measure(photo, photos[i - 1]) for i, photo in enumerate(photos)]
     claims = {}

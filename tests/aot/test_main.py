@@ -12,11 +12,11 @@ from ra_jax.aot import __main__ as aot
 from ra_jax.aot import topology
 from ra_jax.aot.abstract_step import geometry_of, smaller, trace
 from ra_jax.aot.topology import Chip, topology_devices
-from ra_jax.checkpoints import named_leaves
 from ra_jax.config.parse import parse
 from ra_jax.errors import ConfigError
 from ra_jax.models.geometry import FLUX_FILL_DEV
 from ra_jax.parallel.partitioner import MeshLaunch
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.training.flops import attention_flops, expert_flops, forward_flops
 
 CHIP = Chip(peak=1e9, memory=1e9, link_bandwidth=1e9)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.loader import Loader, parse_buckets
+from ra_jax.data.batch import check_batch
+from ra_jax.data.loader import Loader, LoaderOptions, parse_buckets
 from ra_jax.data.masks import augment_mask
 from ra_jax.data.panels import load_panels
 from ra_jax.data.records import load_records
@@ -19,10 +20,9 @@ def records(data_folder):
     return load_records(data_folder(sizes=SIZES, results=3).write(), use_human_scores=True)
 
 
-def make(records, **changes):
-    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 0, "multiple": 8, "augment_masks": True} | changes
-    how = {"preprocess_reference": None, "extras": {}, "workers": 0} | how
-    return Loader(records, **how)
+def make(records, extras=None, **changes):
+    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 0, "multiple": 8, "augment_masks": True}
+    return Loader(records, LoaderOptions(**how | changes), extras=extras)
 
 
 def small(image):
@@ -48,14 +48,9 @@ def test_batch_has_what_the_step_needs(records):
     for batch in take(loader, 2 * loader.batches_per_epoch):
         height, width = batch["source"].shape[1:3]
         assert (height, width) in BUCKETS
-        for name in ("source", "result", "reference"):
-            assert batch[name].shape == (4, height, width, 3) and batch[name].dtype == np.uint8
-        assert batch["mask"].shape == (4, height, width) and batch["mask"].dtype == np.uint8
+        loaded = {name: array for name, array in batch.items() if name != "scores"}
+        assert check_batch(loaded, {"photos", "results", "redux"}) == {"B": 4, "h": height, "w": width, "s": 7}
         assert set(np.unique(batch["mask"])) <= {0, 1} and batch["mask"].any((1, 2)).all()
-        assert batch["redux_pixels"].shape == (4, 7, 7, 3) and batch["redux_pixels"].dtype == np.float32
-        for name in ("group_id", "record_id", "epoch"):
-            assert batch[name].shape == (4,) and batch[name].dtype == np.int32
-        assert batch["condition_weight"].dtype == np.float32
         np.testing.assert_array_equal(batch["scores"], scores[batch["record_id"]])
         np.testing.assert_array_equal(batch["group_id"], batch["record_id"] // 3)
 
@@ -144,7 +139,7 @@ def test_records_without_results(data_folder):
     for record in data.records:
         del record["result"]
     records = load_records(data.write(), need_result=False)
-    assert "result" not in take(make(records, batch_size=2), 1)[0]
+    check_batch(take(make(records, batch_size=2), 1)[0], {"photos"})
 
 
 def test_results_in_some_records_only_are_refused(data_folder):
@@ -180,6 +175,9 @@ def test_parse_buckets():
         ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected some of 0 to 2"),
         ({"extras": {"reward": np.zeros(3)}}, "3 values: expected one a record, 21"),
         ({"extras": {"mask": np.zeros(21)}}, "a batch has that key itself"),
+        ({"latents": True}, "latents: expected masks as they are, .*; got augment_masks"),
+        ({"latents": True, "augment_masks": False}, "latents: expected records of a pack with latents"),
+        ({"photos": False}, "photos and latents are both off: expected one of them to load"),
     ],
 )
 def test_refusals(records, changes, message):

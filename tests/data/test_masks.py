@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, box, dilate
+from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, box, square_dilation
 
 
 def blobs(seed, size=(48, 64)):
@@ -36,7 +36,7 @@ def test_same_generator_same_mask():
 
 def test_forty_forty_twenty():
     mask = blobs(5)
-    boxed, dilated = box(mask), dilate(mask, 7, 2)
+    boxed, dilated = box(mask), square_dilation(mask, 7, 2)
     rng = np.random.default_rng(0)
     drawn = [augment_mask(mask, rng) for _ in range(2000)]
     boxes = np.mean([np.array_equal(grown, boxed) for grown in drawn])
@@ -60,7 +60,7 @@ def test_dilation_is_a_maximum_filter_twice_over(shape):
     mask[0, 0] = True
     once = ndimage.maximum_filter(mask.astype(np.uint8), 7, mode="constant")
     expected = ndimage.maximum_filter(once, 7, mode="constant")
-    np.testing.assert_array_equal(dilate(mask, 7, 2), expected)
+    np.testing.assert_array_equal(square_dilation(mask, 7, 2), expected)
 
 
 def test_outline_is_one_region_without_holes_around_all_parts():

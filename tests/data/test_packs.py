@@ -12,7 +12,8 @@ from PIL import Image
 
 from ra_jax.data import packs
 from ra_jax.data.__main__ import main
-from ra_jax.data.loader import Loader
+from ra_jax.data.batch import check_batch
+from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
@@ -54,9 +55,9 @@ def pack(files, tmp_path):
 
 
 def batches(records, count, **changes):
-    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 3, "multiple": 8, "augment_masks": True, "extras": {}}
+    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 3, "multiple": 8, "augment_masks": True}
     how |= {"preprocess_reference": lambda image: np.asarray(image.resize((7, 7)), np.float64), "workers": 2}
-    return list(islice(Loader(records, **how | changes).iterate(), count))
+    return list(islice(Loader(records, LoaderOptions(**how | changes)).iterate(), count))
 
 
 def test_the_same_batches_as_from_files(files, pack):
@@ -109,13 +110,14 @@ def test_latents_stand_beside_panels_of_the_buckets(files, tmp_path):
         strict=True,
     )
     for whole, latents_alone, panels in steps:
+        check_batch(whole, {"photos", "results", "latents"})
+        check_batch(latents_alone, {"results", "latents"})
+        check_batch(panels, {"photos", "results", "redux"})
         for row in range(4):
             names = ("source", "mask", "reference", "result")
             record = Panels(*(panels[name][row] for name in names))
             for name, value in {**encoder.condition(record), **encoder.result(record)}.items():
                 np.testing.assert_array_equal(whole[name][row], value, err_msg=name)
-        assert set(panels) - set(whole) == {"redux_pixels"}
-        assert set(whole) - set(latents_alone) == {"source", "reference", "result"}
         for name in set(panels) & set(whole):
             np.testing.assert_array_equal(whole[name], panels[name], err_msg=name)
         for name, value in latents_alone.items():
@@ -124,11 +126,11 @@ def test_latents_stand_beside_panels_of_the_buckets(files, tmp_path):
 
 def test_latents_want_masks_as_they_are_and_a_pack_that_has_them(files, pack, tmp_path):
     write_pack(load_records(files), tmp_path / "encoded", encoder=Doubles())
-    for data, augment in ((files, False), (pack, False), (tmp_path / "encoded", True)):
-        with pytest.raises(ValueError, match="expected masks as they are, and records of a pack with latents"):
-            batches(load_records(data), 1, augment_masks=augment, latents=True)
-    with pytest.raises(ValueError, match="photos and latents are both off"):
-        batches(load_records(pack), 1, photos=False)
+    for data in (files, pack):
+        with pytest.raises(ValueError, match="latents: expected records of a pack with latents"):
+            batches(load_records(data), 1, augment_masks=False, latents=True)
+    with pytest.raises(ValueError, match="latents: expected masks as they are"):
+        batches(load_records(tmp_path / "encoded"), 1, latents=True)
 
 
 @pytest.mark.parametrize("without", [0, 4])
@@ -196,7 +198,7 @@ def test_a_pack_that_was_broken_off_is_made_anew(files, tmp_path):
     assert not (tmp_path / "packed").exists()
     write_pack(records, tmp_path / "packed")
     assert len(load_records(tmp_path / "packed")) == 15
-    assert not (tmp_path / "packed.incomplete").exists()
+    assert not (tmp_path / "packed.partial").exists()
 
 
 class TestCommand:
@@ -211,7 +213,7 @@ class TestCommand:
         assert "'not-a-name' is no name for a pack; expected small letters, digits" in capsys.readouterr().err
         (tmp_path / "taken").mkdir()
         assert main(["pack", str(files), str(tmp_path / "taken")]) == 1
-        assert "is there already: choose another folder, or delete it" in capsys.readouterr().err
+        assert "is there already: choose another folder" in capsys.readouterr().err
         shutil.rmtree(files.parent / "gt")
         assert main(["pack", str(files), str(tmp_path / "faulty")]) == 1
         assert "record 1, field 'ref': no such file" in capsys.readouterr().err

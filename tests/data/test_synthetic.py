@@ -1,6 +1,7 @@
 """Synthetic scenes: what they look like, defects that can be measured, scores that fall with every defect."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from ra_jax.data.records import load_records, scene_ids
 from ra_jax.data.synthetic import (
     DEFECTS,
+    DatasetSettings,
     Scene,
     apply_defects,
     candidate_strengths,
@@ -21,7 +23,9 @@ from ra_jax.data.synthetic import (
     stack,
     write_dataset,
 )
+from ra_jax.errors import OutputError
 
+SETTINGS = DatasetSettings(scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
 REWARD_WEIGHTS = np.array([0.4, 0.3, 0.3])
 
 
@@ -199,7 +203,7 @@ def test_strengths_of_the_mixes():
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic") / "set"
-    return write_dataset(folder, scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
+    return write_dataset(folder, SETTINGS)
 
 
 def read(folder, name):
@@ -233,7 +237,7 @@ def test_written_scores_and_strengths_are_those_of_the_written_images(dataset):
 
 
 def test_clean_results_are_the_truth_and_score_one(tmp_path):
-    folder = write_dataset(tmp_path / "set", scenes=2, size=32, mix="one_clean", seed=0)
+    folder = write_dataset(tmp_path / "set", DatasetSettings(scenes=2, size=32, mix="one_clean", seed=0))
     records = json.loads((folder / "labeled_dict.json").read_text())
     assert [record["result"].split("_")[-1] for record in records[:5]] == [f"{k}.png" for k in ("clean", *DEFECTS)]
     for record in records[::5]:
@@ -246,7 +250,7 @@ def test_clean_results_are_the_truth_and_score_one(tmp_path):
 def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp_path):
     folder = tmp_path / "set"
     for _ in range(2):
-        write_dataset(folder, scenes=3, size=32, mix="no_clean", seed=4, first_scene=10, candidates=3)
+        write_dataset(folder, SETTINGS)
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 3 * (4 + 3) + 5
     assert all((folder / file).read_bytes() == (dataset / file).read_bytes() for file in files)
@@ -254,19 +258,19 @@ def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp
 
 
 def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
-    settings = {"scenes": 1, "size": 32, "mix": "one_clean", "seed": 0}
-    folder = write_dataset(tmp_path / "set", **settings)
-    with pytest.raises(FileExistsError, match="other settings"):
-        write_dataset(folder, **{**settings, "seed": 1})
+    settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
+    folder = write_dataset(tmp_path / "set", settings)
+    with pytest.raises(OutputError, match="other settings"):
+        write_dataset(folder, replace(settings, seed=1))
     (folder / "input" / "holiday.png").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"holds 1 other files, input/holiday\.png"):
-        write_dataset(folder, **settings)
+    with pytest.raises(OutputError, match=r"holds 1 other files, input/holiday\.png"):
+        write_dataset(folder, settings)
     assert (folder / "input" / "holiday.png").read_bytes() == b"mine"
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="expected a folder, found a file"):
-        write_dataset(tmp_path / "file", **settings)
+    with pytest.raises(OutputError, match="expected a folder, found a file"):
+        write_dataset(tmp_path / "file", settings)
     with pytest.raises(ValueError, match="scenes=0"):
-        write_dataset(tmp_path / "none", **{**settings, "scenes": 0})
+        write_dataset(tmp_path / "none", replace(settings, scenes=0))
     with pytest.raises(ValueError, match="scene size 8"):
-        write_dataset(tmp_path / "none", **{**settings, "size": 8})
+        write_dataset(tmp_path / "none", replace(settings, size=8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"]

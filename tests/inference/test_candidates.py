@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ra_jax.data.formats import RECORDS
 from ra_jax.data.records import load_records
 from ra_jax.errors import DataError
-from ra_jax.inference.candidates import RECORDS, find_scenes, plan_candidates, scene_names, write_candidates
+from ra_jax.inference.candidates import (
+    check_replaced,
+    find_scenes,
+    plan_candidates,
+    scene_names,
+    write_candidates,
+)
 
 SIZE = (40, 30)
 
@@ -39,8 +46,10 @@ def constant(photo, mask, reference, seed):
     return Image.new("RGB", photo.size, (seed, 0, 0))
 
 
-def make(scenes, seeds, folder, remove=constant, **options):
-    return list(write_candidates(plan_candidates(scenes, seeds, folder, **options), remove))
+def make(scenes, seeds, folder, remove=constant, overwrite=False):
+    candidates = plan_candidates(scenes, seeds, folder)
+    check_replaced(candidates, overwrite=overwrite)
+    return list(write_candidates(candidates, remove))
 
 
 def test_a_single_photo(folders):
@@ -60,6 +69,17 @@ def test_a_folder_of_photos_finds_masks_and_references_by_name(folders):
     assert [(s.src.name, s.mask.name, s.ref and s.ref.name) for s in scenes] == [
         ("a.jpg", "a.png", None),
         ("b.jpg", "b.png", "b.webp"),
+    ]
+
+
+def test_photos_that_differ_in_their_endings_are_scenes_of_their_own(folders):
+    photo(folders / "photos/a.png")
+    mask(folders / "masks/a.jpg")
+    scenes = find_scenes(folders / "photos", folders / "masks")
+    assert [(scene.src.name, scene.mask.name) for scene in scenes] == [
+        ("a.jpg", "a.jpg"),
+        ("a.png", "a.png"),
+        ("b.jpg", "b.png"),
     ]
 
 
@@ -138,11 +158,32 @@ def test_remove_is_given_the_soft_mask_and_the_reference(folders):
 def test_pictures_that_are_there_are_not_replaced_unasked(folders):
     scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
     make(scenes, [0, 1], folders / "out")
-    with pytest.raises(DataError, match=r"a_1\.png: 1 of the pictures"):
-        plan_candidates(scenes, [1, 2], folders / "out")
+    with pytest.raises(DataError, match=r"a_1\.png: 1 of the pictures .* or add --overwrite"):
+        make(scenes, [1, 2], folders / "out")
     make(scenes, [2], folders / "out")
     make(scenes, [1], folders / "out", overwrite=True)
     assert [record.id for record in load_records(folders / "out" / RECORDS)] == ["a_0", "a_1", "a_2"]
+
+
+def test_overwriting_is_recommended_for_earlier_results_only(folders):
+    """`a_1.png` may be another photo of the user's, who looks for results beside the photos."""
+    scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
+    photo(folders / "photos/a_1.png")
+    with pytest.raises(DataError, match=r"a_1\.png: already exists, and .*records\.json does not name it") as caught:
+        make(scenes, [0, 1], folders / "photos")
+    assert "overwrite" not in str(caught.value)
+    assert not (folders / "photos/a_0.png").exists()
+
+
+def test_a_picture_is_not_written_through_a_link(folders):
+    scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
+    theirs = photo(folders / "album/theirs.png")
+    (folders / "out").mkdir()
+    (folders / "out/a_0.png").symlink_to(theirs)
+    before = theirs.read_bytes()
+    (path,) = make(scenes, [0], folders / "out", overwrite=True)
+    assert theirs.read_bytes() == before
+    assert not path.is_symlink() and Image.open(path).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_a_run_that_stops_leaves_the_records_of_what_it_made(folders):
@@ -161,7 +202,7 @@ def test_a_strange_records_file_is_not_replaced(folders):
     (folders / "out").mkdir()
     (folders / "out" / RECORDS).write_text('{"mapping": {}}')
     with pytest.raises(DataError, match="not a list of records"):
-        plan_candidates(scenes, [0], folders / "out")
+        make(scenes, [0], folders / "out")
 
 
 def test_photos_of_one_name_get_names_that_differ(tmp_path):

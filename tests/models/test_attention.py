@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 from ra_jax.models.attention import attention, cudnn, implementation_for, rope_table, rotate, splash
+
+if find_spec("torch"):
+    import torch
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 
 def qkv(seed, queries, keys, heads=3, dim=16):
@@ -19,6 +22,7 @@ def qkv(seed, queries, keys, heads=3, dim=16):
     return [draw(size=(2, length, heads, dim)).astype(np.float32) for length in (queries, keys, keys)]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("implementation", ["xla", "by_head"])
 def test_matches_torch(implementation):
     arrays = qkv(0, 7, 11)
@@ -27,6 +31,7 @@ def test_matches_torch(implementation):
     np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.torch
 def test_gradients_by_head_match_torchs():
     arrays = [torch.from_numpy(x).requires_grad_() for x in qkv(5, 7, 11)]
     weights = np.random.default_rng(6).normal(size=arrays[0].shape).astype(np.float32)
@@ -100,6 +105,7 @@ def test_unknown_implementation_names_the_known_ones():
         attention(*qkv(0, 2, 2), implementation="flash")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("context", "grid"), [(5, (3, 4)), (0, (4, 2)), (2, (60, 125))])
 def test_rotary_positions_match_diffusers(context, grid):
     rows, cols = grid

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.interop.diffusers import load_flux, load_vae
+from ra_jax.interop.diffusers import load_fill_model, load_flux, load_vae
 from ra_jax.interop.hub import fingerprint
-from ra_jax.interop.loading import load_fill_model
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import assemble
-from ra_jax.models.lora import LoRAConfig
+from ra_jax.models.lora import Adapter, LoRAConfig
+from ra_jax.models.options import ModelOptions
 from ra_jax.models.router import RouterConfig
 
 GRID = (4, 8)
-LORA = LoRAConfig(num_experts=2, rank=2)
-ROUTER = RouterConfig(num_experts=2, hidden=8, fixed_weights=(0.6, 0.4))
+LORA = LoRAConfig(num_experts=2, rank=2, alpha=64.0)
+ROUTER = RouterConfig(num_experts=2, floor=0.05, temperature=1.0, routing="soft", fixed_weights=(0.6, 0.4), hidden=8)
+PLAIN = ModelOptions("float32", text_tokens=512)
+MIXTURE = dataclasses.replace(PLAIN, lora=LORA, router=ROUTER)
 
 
 def names(tree) -> set[str]:
@@ -60,19 +62,17 @@ def test_experts_and_router_are_trained_and_the_base_is_frozen(load_tiny_experts
 
 
 def test_a_base_that_is_trained_is_float32_and_whole(tiny_fill):
-    loaded = load_fill_model(str(tiny_fill), None, lora=None, router=None, dtype=jnp.bfloat16, train_base=True)
+    loaded = load_fill_model(str(tiny_fill), None, ModelOptions("bfloat16", text_tokens=512, train_base=True))
     assert dtypes(loaded.trainable) == {"float32"}
     assert not jax.tree.leaves(loaded.frozen["flux"])
-    frozen = load_fill_model(str(tiny_fill), None, lora=None, router=None)
+    frozen = load_fill_model(str(tiny_fill), None, PLAIN)
     assert not jax.tree.leaves(frozen.trainable)
     assert_equal_trees(jax.tree.leaves(loaded.trainable["flux"]), jax.tree.leaves(frozen.frozen["flux"]))
     assert loaded.preprocess is None and loaded.image_tokens == 0
 
 
 def test_first_experts_derive_from_the_seed_and_change_nothing(tiny_fill, condition):
-    first, again, other = (
-        load_fill_model(str(tiny_fill), None, lora=LORA, router=ROUTER, seed=seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (load_fill_model(str(tiny_fill), None, MIXTURE, seed=seed) for seed in (0, 0, 1))
     assert_equal_trees(first.trainable, again.trainable)
     a, b = (jax.tree.leaves(loaded.trainable["router"]) for loaded in (first, other))
     assert any((x != y).any() for x, y in zip(a, b, strict=True))
@@ -87,11 +87,11 @@ def test_without_gates_the_experts_are_off(tiny_experts, tiny_pipeline, conditio
     arguments = condition.fill[..., :16], jnp.array([0.3, 0.9]), condition
     gates, _ = tiny_experts.model.gates(tiny_experts.trainable, condition)
     weights = tiny_experts.trainable, tiny_experts.frozen
-    off = velocity(*weights, *arguments, gates=None, guidance_scale=30.0)
-    on = velocity(*weights, *arguments, gates=gates, guidance_scale=30.0)
+    off = velocity(*weights, *arguments, adapter=Adapter(), guidance_scale=30.0)
+    on = velocity(*weights, *arguments, adapter=Adapter(gates), guidance_scale=30.0)
     np.testing.assert_allclose(off, tiny_pipeline.velocity(*arguments, 30.0), atol=1e-5)
     assert np.abs(on - off).max() > 0.1
-    other = velocity(*weights, *arguments, gates=gates[:, ::-1], guidance_scale=30.0)
+    other = velocity(*weights, *arguments, adapter=Adapter(gates[:, ::-1]), guidance_scale=30.0)
     assert np.abs(other - on).max() > 0.01
 
 
@@ -113,7 +113,7 @@ def test_the_router_sees_the_right_panel_of_a_diptych(tiny_experts, condition):
 
 def test_balance_is_kept_by_the_soft_gates_behind_topk(tiny_fill, condition):
     router = dataclasses.replace(ROUTER, routing="topk")
-    loaded = load_fill_model(str(tiny_fill), None, lora=LORA, router=router)
+    loaded = load_fill_model(str(tiny_fill), None, dataclasses.replace(MIXTURE, router=router))
     hard, soft = loaded.model.gates(loaded.trainable, condition)
     np.testing.assert_allclose(hard, [[1.0, 0.0]] * 2, atol=1e-6)
     np.testing.assert_allclose(soft, [[0.6, 0.4]] * 2, rtol=1e-5)
@@ -136,8 +136,3 @@ def test_a_transformer_and_a_vae_of_different_models_are_told(make_tiny_fill):
         ValueError, match=r"takes 96 channels and gives 16, .* \(4 latent channels, factor 8\) takes 288"
     ):
         assemble(flux, vae, None, None, text_tokens=8)
-
-
-def test_experts_without_a_router_are_told(tiny_fill):
-    with pytest.raises(ValueError, match=r"lora is LoRAConfig\(.*\) and router None: expected both, or None twice"):
-        load_fill_model(str(tiny_fill), None, lora=LORA, router=None)

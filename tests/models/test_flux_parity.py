@@ -1,21 +1,26 @@
 """The FLUX transformer against diffusers' on random weights, read from the folder that diffusers writes."""
 
+import dataclasses
 import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
 from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.attention import rope_table
 from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, blocks_apart
-from ra_jax.models.flux import Flux, FluxConfig, RotaryNorm, gelu, modulate
+from ra_jax.models.conditioning import Condition
+from ra_jax.models.flux import Flux, FluxConfig, FluxOptions, RotaryNorm, gelu, modulate
+
+if find_spec("torch"):
+    import torch
+    from diffusers import FluxTransformer2DModel
 
 TINY = {
     "in_channels": 20,
@@ -32,39 +37,49 @@ TINY = {
 FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # FLUX.1-Fill; the rest are defaults
 
 
-def reference(folder, dtype=torch.float32, **geometry) -> FluxTransformer2DModel:
+def reference(folder, dtype: str = "float32", **geometry) -> "FluxTransformer2DModel":
     """A random diffusers model, saved to `folder`/transformer; its biases and norms are random too."""
     torch.manual_seed(0)
     model = FluxTransformer2DModel.from_config(geometry).eval()
     for name, value in model.named_parameters():
         if value.ndim == 1:
             torch.nn.init.normal_(value, mean=float(name.endswith("weight")), std=0.3)
-    model.to(dtype).save_pretrained(folder / "transformer")
+    model.to(getattr(torch, dtype)).save_pretrained(folder / "transformer")
     return model
 
 
-def make_inputs(config: FluxConfig, grid, context_length=5, batch=2) -> tuple[np.ndarray, ...]:
+def make_inputs(config: FluxConfig, grid, context_length=5, batch=2):
+    """Arguments of `Flux`: latents, t, condition, guidance."""
     rng = np.random.default_rng(0)
     shapes = (grid[0] * grid[1], config.in_channels), (context_length, config.joint_attention_dim)
-    arrays = [rng.normal(size=(batch, *shape)).astype(np.float32) for shape in shapes]
+    hidden, context = (rng.normal(size=(batch, *shape)).astype(np.float32) for shape in shapes)
     pooled = rng.normal(size=(batch, config.pooled_projection_dim)).astype(np.float32)
     t = np.linspace(0.3, 0.97, batch, dtype=np.float32)
     guidance = np.linspace(30, 3.5, batch, dtype=np.float32) if config.guidance_embeds else None
-    return *arrays, pooled, t, guidance
+    latents, fill = np.split(hidden, [config.out_channels], axis=-1)
+    return latents, t, Condition(fill, context, pooled, grid), guidance
 
 
-def run_reference(model, inputs, grid) -> torch.Tensor:
-    hidden, context, pooled, t, guidance = (None if x is None else torch.as_tensor(x) for x in inputs)
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(grid[0]).float(), torch.arange(grid[1]).float())
-    names = "encoder_hidden_states", "pooled_projections", "timestep", "guidance"
-    arguments = dict(zip(names, (context, pooled, t, guidance), strict=True))
-    return model(hidden, img_ids=ids, txt_ids=torch.zeros(context.shape[1], 3), **arguments).sample
+def run_reference(model, inputs) -> "torch.Tensor":
+    latents, t, condition, guidance = inputs
+    rows, columns = condition.grid
+    arguments = {
+        "hidden_states": np.concatenate([latents, condition.fill], axis=-1),
+        "encoder_hidden_states": condition.context,
+        "pooled_projections": condition.pooled,
+        "timestep": t,
+        "guidance": guidance,
+    }
+    arguments = {name: None if x is None else torch.as_tensor(x) for name, x in arguments.items()}
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    return model(img_ids=ids, txt_ids=torch.zeros(condition.context.shape[1], 3), **arguments).sample
 
 
 def relative_error(got, expected) -> float:
     return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("changes", "grid"),
     [
@@ -80,13 +95,14 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, grid)
     with torch.no_grad():
-        expected = run_reference(model, inputs, grid).numpy()
-    got = jax.jit(lambda flux, *inputs: flux(*inputs, grid=grid))(flux, *inputs)
+        expected = run_reference(model, inputs).numpy()
+    got = jax.jit(lambda flux, *inputs: flux(*inputs))(flux, *inputs)
     assert got.dtype == jnp.float32
     assert got.shape == expected.shape
     assert relative_error(got, expected) <= 1e-4
 
 
+@pytest.mark.torch
 def test_blocks_apart_compute_the_same(tmp_path):
     reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
     flux = load_flux(tmp_path)
@@ -95,33 +111,35 @@ def test_blocks_apart_compute_the_same(tmp_path):
     apart = blocks_apart(stacked)
     double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # the only ones that are few enough
     assert len(jax.tree.leaves(apart)) == len(jax.tree.leaves(stacked)) + double
-    run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs, grid=(2, 3)))
+    run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
     np.testing.assert_allclose(run(apart), run(stacked), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.torch
 def test_flux_widths_match_diffusers(optimised):
     # In bfloat16 on disk and one model after the other: half a billion parameters.
     config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
     inputs = make_inputs(config, (2, 3), context_length=4, batch=1)
     with tempfile.TemporaryDirectory() as folder:
-        model = reference(Path(folder), dtype=torch.bfloat16, **config.to_dict()).float()
+        model = reference(Path(folder), dtype="bfloat16", **config.to_dict()).float()
         with torch.no_grad():
-            expected = run_reference(model, inputs, (2, 3)).numpy()
+            expected = run_reference(model, inputs).numpy()
         del model
         flux = load_flux(folder)
     assert flux.config == config
     assert (config.inner_dim, config.joint_attention_dim) == (3072, 4096)
-    got = jax.jit(lambda flux, *inputs: flux(*inputs, grid=(2, 3)))(flux, *inputs)
+    got = jax.jit(lambda flux, *inputs: flux(*inputs))(flux, *inputs)
     assert relative_error(got, expected) <= 1e-4
 
 
+@pytest.mark.torch
 def test_gradients_match_diffusers(tmp_path):
     model = reference(tmp_path, **(TINY | {"num_layers": 1, "num_single_layers": 1}))
     flux = load_flux(tmp_path)
-    inputs, grid = make_inputs(flux.config, (3, 4)), (3, 4)
-    run_reference(model, inputs, grid).square().mean().backward()
+    inputs = make_inputs(flux.config, (3, 4))
+    run_reference(model, inputs).square().mean().backward()
 
-    grads = jax.jit(jax.grad(lambda flux: jnp.square(flux(*inputs, grid=grid)).mean()))(flux)
+    grads = jax.jit(jax.grad(lambda flux: jnp.square(flux(*inputs)).mean()))(flux)
     double, single = grads.transformer_blocks, grads.single_transformer_blocks
     pairs = {
         "x_embedder": (grads.x_embedder, model.x_embedder),
@@ -135,9 +153,11 @@ def test_gradients_match_diffusers(tmp_path):
         assert relative_error(kernel.T, expected.weight.grad.numpy()) <= 1e-4, name
 
 
-def random_flux(config=TINY, **options) -> Flux:
+def random_flux(config=TINY, attention="xla", **options) -> Flux:
     """A model whose zero-initialised layers are random too; the same values in any type."""
-    flux = nnx.eval_shape(lambda: Flux(FluxConfig(**config), rngs=nnx.Rngs(0), **options))
+    flux = nnx.eval_shape(
+        lambda: Flux(FluxConfig(**config), FluxOptions(**options), attention=attention, rngs=nnx.Rngs(0))
+    )
     rng = np.random.default_rng(1)
 
     def draw(x):
@@ -149,9 +169,8 @@ def random_flux(config=TINY, **options) -> Flux:
 
 
 def test_bfloat16_keeps_what_must_be_float32():
-    grid = (4, 4)
-    inputs = make_inputs(FluxConfig(**TINY), grid)
-    call = jax.jit(lambda flux, *inputs: flux(*inputs, grid=grid))
+    inputs = make_inputs(FluxConfig(**TINY), (4, 4))
+    call = jax.jit(lambda flux, *inputs: flux(*inputs))
     expected = np.asarray(call(random_flux(), *inputs))
     flux = random_flux(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(flux))} == {jnp.dtype(jnp.bfloat16)}
@@ -159,8 +178,8 @@ def test_bfloat16_keeps_what_must_be_float32():
     assert got.dtype == jnp.float32
     assert relative_error(got, expected) < 0.03
     # bfloat16 cannot tell 1000·0.97 from 1000·0.9705.
-    hidden, context, pooled, t, guidance = inputs
-    moved = call(flux, hidden, context, pooled, t + 5e-4, guidance)
+    latents, t, condition, guidance = inputs
+    moved = call(flux, latents, t + 5e-4, condition, guidance)
     assert float(jnp.abs(moved - got)[1].max()) > 0
 
 
@@ -180,6 +199,7 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gelu_and_its_gradient_match_torchs(dtype):
     x = jnp.linspace(-8, 8, 1001).astype(dtype)
@@ -197,7 +217,7 @@ def test_gelu_and_its_gradient_match_torchs(dtype):
 def test_what_pads_a_sequence_changes_neither_output_nor_gradients():
     config = TINY | {"num_layers": 1, "num_single_layers": 1}
     inputs = make_inputs(FluxConfig(**config), (3, 3))
-    assert (inputs[0].shape[1] + inputs[1].shape[1]) % 8
+    assert (inputs[0].shape[1] + inputs[2].context.shape[1]) % 8
 
     def both(multiple):
         flux = random_flux(config)
@@ -205,7 +225,7 @@ def test_what_pads_a_sequence_changes_neither_output_nor_gradients():
         graphdef, state = nnx.split(flux)
 
         def loss(state):
-            return jnp.square(nnx.merge(graphdef, state)(*inputs, grid=(3, 3))).mean()
+            return jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()
 
         return jax.jit(jax.value_and_grad(loss))(state)
 
@@ -215,19 +235,18 @@ def test_what_pads_a_sequence_changes_neither_output_nor_gradients():
 def test_a_fresh_model_returns_zeros():
     flux = Flux(FluxConfig(**(TINY | {"num_layers": 1, "num_single_layers": 0})), rngs=nnx.Rngs(0))
     inputs = make_inputs(flux.config, (2, 2))
-    assert not np.any(jax.jit(lambda flux: flux(*inputs, grid=(2, 2)))(flux))
+    assert not np.any(jax.jit(lambda flux: flux(*inputs))(flux))
 
 
 def test_remat_policies_give_the_same_gradients_and_save_less():
     config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 4}
-    grid = (8, 8)
-    inputs = make_inputs(FluxConfig(**config), grid, batch=4)
+    inputs = make_inputs(FluxConfig(**config), (8, 8), batch=4)
     grads, memory = {}, {}
     for remat in REMAT_POLICIES:
         graphdef, state = nnx.split(random_flux(config, remat=remat))
 
         def loss(state, graphdef=graphdef):
-            return jnp.square(nnx.merge(graphdef, state)(*inputs, grid=grid)).mean()
+            return jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()
 
         compiled = jax.jit(jax.grad(loss)).lower(state).compile()
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
@@ -250,7 +269,7 @@ def test_what_attention_keeps_for_its_gradient_is_saved_by_name(monkeypatch, att
 
     def parts(remat):
         graphdef, state = nnx.split(random_flux(config, remat=remat, attention=attention, dtype=jnp.bfloat16))
-        loss = jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs, grid=(3, 3))).mean())
+        loss = jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean())
         return len(re.findall(rf"\b{part}\b", str(jax.make_jaxpr(loss)(state))))
 
     assert parts("blocks") == parts("products") == parts("none") < parts("full")
@@ -261,18 +280,19 @@ def test_program_does_not_grow_with_depth_and_compiles_once():
         config = FluxConfig(**(TINY | {"num_layers": depth, "num_single_layers": depth}))
         flux = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
         inputs = make_inputs(config, (2, 2))
-        return len(str(jax.make_jaxpr(lambda flux: flux(*inputs, grid=(2, 2)))(flux)))
+        return len(str(jax.make_jaxpr(lambda flux: flux(*inputs))(flux)))
 
     assert program(40) < 1.02 * program(20)
 
     graphdef, state = nnx.split(random_flux())
-    call = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, grid=(2, 2)))
+    call = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
     inputs = make_inputs(FluxConfig(**TINY), (2, 2))
     for scale in (1, 2):
         call(jax.tree.map(lambda x, scale=scale: x * scale, state), *inputs)
     assert call._cache_size() == 1
 
 
+@pytest.mark.torch
 def test_flux_fill_has_as_many_parameters_as_diffusers_says():
     with torch.device("meta"):
         expected = sum(x.numel() for x in FluxTransformer2DModel(**FILL).parameters())
@@ -281,6 +301,7 @@ def test_flux_fill_has_as_many_parameters_as_diffusers_says():
     assert round(expected / 1e9, 1) == 11.9
 
 
+@pytest.mark.torch
 def test_config_round_trip_with_diffusers():
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(**(TINY | {"out_channels": None})).config
@@ -315,19 +336,19 @@ def test_a_wrong_config_is_refused(config, message):
         ({"grid": (3, 4)}, r"hidden has shape \(2, 6, 20\): expected \(2, 12, 20\) for token grid \(3, 4\)"),
         ({"context": np.zeros((2, 5, 7))}, r"context has shape .*expected \(2, 5, 24\)"),
         ({"pooled": np.zeros((3, 12))}, r"pooled has shape .*expected \(2, 12\)"),
-        ({"guidance": None}, "guidance is None, but this model embeds"),
     ],
 )
 def test_wrong_shapes_are_refused(change, message):
-    names = "hidden", "context", "pooled", "t", "guidance"
     flux = Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0))
-    arguments = dict(zip(names, make_inputs(flux.config, (2, 3)), strict=True)) | {"grid": (2, 3)} | change
+    latents, t, condition, guidance = make_inputs(flux.config, (2, 3))
     with pytest.raises(ValueError, match=message):
-        flux(**arguments)
+        flux(latents, t, dataclasses.replace(condition, **change), guidance)
+    with pytest.raises(ValueError, match="guidance is None, but this model embeds"):
+        flux(latents, t, condition, None)
 
 
-@pytest.mark.parametrize("option", [{"remat": "all"}, {"attention": "flash"}])
-def test_unknown_options_are_refused(option):
-    (name,) = option
-    with pytest.raises(ValueError, match=f"{name} .* is unknown: expected one of"):
-        Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0), **option)
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="remat 'all' is unknown: expected one of none, products, blocks, full"):
+        FluxOptions(remat="all")
+    with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of xla"):
+        Flux(FluxConfig(**TINY), attention="flash", rngs=nnx.Rngs(0))

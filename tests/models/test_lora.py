@@ -1,20 +1,24 @@
 """Expert mixtures against peft's weighted adapters, and what experts must leave alone."""
 
 import re
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
 from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.blocks import UNROLL_UP_TO, scan_blocks
+from ra_jax.models.conditioning import Condition
 from ra_jax.models.flux import Flux, FluxConfig
-from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
+from ra_jax.models.lora import BLOCK_LINEARS, Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
+
+if find_spec("torch"):
+    import peft
+    import torch
+    from diffusers import FluxTransformer2DModel
 
 TINY = {
     "in_channels": 8,
@@ -48,7 +52,12 @@ def make_inputs(batch=2):
 
 def call(flux, adapter):
     hidden, context, pooled, t = make_inputs()
-    return flux(hidden, context, pooled, t, None, grid=GRID, adapter=adapter)
+    return flux(hidden[..., :4], t, Condition(hidden[..., 4:], context, pooled, GRID), None, adapter=adapter)
+
+
+def lora_config(**changes) -> LoRAConfig:
+    """Three experts of rank 64 on the layers of the blocks, unless `changes` say otherwise."""
+    return LoRAConfig(**{"num_experts": 3, "rank": 64, "alpha": 64.0} | changes)
 
 
 def with_random_values(module):
@@ -59,7 +68,7 @@ def with_random_values(module):
 
 
 def make_flux(**lora):
-    lora = LoRAConfig(rank=2, alpha=3.0, **lora)
+    lora = lora_config(rank=2, alpha=3.0, **lora)
     return with_random_values(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0))))
 
 
@@ -68,17 +77,18 @@ def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype
     model = nnx.Dict(
         layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
-    attach_experts(model, LoRAConfig(target_modules="layer", **lora), nnx.Rngs(seed).params())
+    attach_experts(model, lora_config(target_modules="layer", **lora), nnx.Rngs(seed).params())
     return with_random_values(model).layer
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # several adapters are meant
 def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
     rank, alpha = 4, 6.0
     torch.manual_seed(0)
     model = FluxTransformer2DModel(**TINY).eval()
     model.save_pretrained(tmp_path / "transformer")
-    flux = load_flux(tmp_path, lora=LoRAConfig(rank=rank, alpha=alpha), rngs=nnx.Rngs(0))
+    flux = load_flux(tmp_path, lora=lora_config(rank=rank, alpha=alpha), rngs=nnx.Rngs(0))
 
     names = ["removal", "background", "smoothness"]
     linears = r"(single_)?transformer_blocks\.\d+\..*(to_\w|to_out\.0|add_\w+|proj\w*|net\.2|linear)"
@@ -141,11 +151,12 @@ def test_experts_off_is_the_base_bit_for_bit():
     np.testing.assert_array_equal(plain(x, Adapter(jnp.asarray(GATES))), plain(x))
 
 
+@pytest.mark.torch
 def test_fresh_experts_change_nothing_and_begin_as_peft_does():
     layer = ExpertLinear(64, 8, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 64))
     base = layer(x)
-    layer.add_experts(LoRAConfig(rank=32), jax.random.key(0))
+    layer.add_experts(lora_config(rank=32), jax.random.key(0))
     np.testing.assert_array_equal(layer(x, Adapter(jnp.asarray(GATES))), base)
     torch.manual_seed(0)
     theirs = peft.get_peft_model(
@@ -160,7 +171,7 @@ def test_fresh_experts_change_nothing_and_begin_as_peft_does():
 def test_first_values_do_not_depend_on_other_targets():
     def experts(regex):
         flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # an abstract base is enough
-        attach_experts(flux, LoRAConfig(rank=2, target_modules=regex), nnx.Rngs(3).params())
+        attach_experts(flux, lora_config(rank=2, target_modules=regex), nnx.Rngs(3).params())
         return flux.transformer_blocks.attn
 
     alone, among = experts(r"attn\.to_q$"), experts(r"attn\.to_[qk]$")
@@ -171,7 +182,7 @@ def test_first_values_do_not_depend_on_other_targets():
 @pytest.mark.parametrize(
     ("regex", "names"),
     [
-        (LoRAConfig().target_modules, BLOCK_LAYERS),
+        (BLOCK_LINEARS, BLOCK_LAYERS),
         (r"single.*attn\.to_[qv]$", {f"single_transformer_blocks.attn.to_{name}" for name in "qv"}),
         (r"^(x_embedder|proj_out)$", {"x_embedder", "proj_out"}),
         ("ff_context", {f"transformer_blocks.ff_context.net.{name}" for name in ("0.proj", "2")}),
@@ -179,7 +190,7 @@ def test_first_values_do_not_depend_on_other_targets():
     ids=["blocks", "single q and v", "outside blocks", "ff_context"],
 )
 def test_experts_are_on_what_the_regex_matches(regex, names):
-    lora = LoRAConfig(target_modules=regex)
+    lora = lora_config(target_modules=regex)
     flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0)))
     assert {name for name, layer in linear_layers(flux).items() if layer.lora is not None} == names
     experts, base = nnx.state(flux, nnx.LoRAParam, ...)
@@ -188,7 +199,7 @@ def test_experts_are_on_what_the_regex_matches(regex, names):
 
 
 def test_a_regex_that_matches_nothing_lists_names():
-    lora = LoRAConfig(target_modules="to_query")
+    lora = lora_config(target_modules="to_query")
     names = linear_layers(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0))))
     with pytest.raises(ValueError, match=f"'to_query' matches none of the {len(names)} linear layers") as error:
         nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0)))
@@ -208,7 +219,7 @@ def test_a_regex_that_matches_nothing_lists_names():
 )
 def test_a_wrong_config_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        LoRAConfig(**values)
+        lora_config(**values)
 
 
 def test_gates_for_another_number_of_experts_are_refused():

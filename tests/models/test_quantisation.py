@@ -6,6 +6,8 @@ import numpy as np
 from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
+from ra_jax.models.conditioning import Condition
+from ra_jax.models.flux import FluxOptions
 from ra_jax.models.lora import ExpertLinear
 from ra_jax.models.quantisation import quantise
 
@@ -37,7 +39,7 @@ def test_a_layer_multiplies_by_the_scaled_kernel():
 
 def test_a_loaded_base_has_its_blocks_kernels_in_8_bits_and_all_else_as_it_was(tiny_fill):
     plain = dict(nnx.to_flat_state(nnx.state(load_flux(tiny_fill))))
-    flux = load_flux(tiny_fill, int8=True)
+    flux = load_flux(tiny_fill, FluxOptions(int8=True))
     small = dict(nnx.to_flat_state(nnx.state(flux)))
     kernels = 0
     for path, variable in plain.items():
@@ -54,18 +56,16 @@ def test_a_loaded_base_has_its_blocks_kernels_in_8_bits_and_all_else_as_it_was(t
 
 def test_velocities_are_off_by_a_little(tiny_fill):
     rng = np.random.default_rng(2)
-    plain, small = load_flux(tiny_fill), load_flux(tiny_fill, int8=True)
+    plain, small = load_flux(tiny_fill), load_flux(tiny_fill, FluxOptions(int8=True))
     config = plain.config
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    inputs = (
-        normal(2, 12, config.in_channels),
-        normal(2, 5, config.joint_attention_dim),
-        normal(2, config.pooled_projection_dim),
-    )
+    latents, fill = jnp.split(normal(2, 12, config.in_channels), [config.out_channels], axis=-1)
+    context, pooled = normal(2, 5, config.joint_attention_dim), normal(2, config.pooled_projection_dim)
     t, guidance = jnp.asarray([0.3, 0.9]), jnp.asarray([30.0, 30.0])
-    ours, theirs = (jax.jit(lambda m: m(*inputs, t, guidance, grid=(3, 4)))(m) for m in (small, plain))
+    condition = Condition(fill, context, pooled, (3, 4))
+    ours, theirs = (jax.jit(lambda m: m(latents, t, condition, guidance))(m) for m in (small, plain))
     relative = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
     assert 1e-4 < relative < 0.02

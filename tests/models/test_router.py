@@ -19,9 +19,15 @@ def make_features(batch=6, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, feature_count(CHANNELS))).astype(np.float32)
 
 
+def router_config(**changes) -> RouterConfig:
+    """Soft routing of three experts, unless `changes` say otherwise."""
+    config = {"num_experts": 3, "floor": 0.05, "temperature": 1.0, "routing": "soft", "fixed_weights": (0.4, 0.3, 0.3)}
+    return RouterConfig(**config | changes)
+
+
 def make_router(trained=True, **config) -> Router:
     """A router; `trained` gives its last layer a random kernel, so that gates differ between images."""
-    router = Router(RouterConfig(**config), CHANNELS, nnx.Rngs(0))
+    router = Router(router_config(**config), CHANNELS, nnx.Rngs(0))
     if trained:
         router.logits.kernel[...] = jax.random.normal(jax.random.key(1), router.logits.kernel.shape)
     return router
@@ -104,7 +110,7 @@ def test_topk_keeps_the_largest_with_the_gradient_of_soft():
 )
 def test_a_wrong_config_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        RouterConfig(**config)
+        router_config(**config)
 
 
 # --- features

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from ra_jax.interop.diffusers import load_vae
 from ra_jax.models import vae as vae_module
 from ra_jax.models.vae import AutoencoderKL, VAEConfig
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+if find_spec("torch"):
+    import diffusers
+    import torch
+
 
 FACTOR_4 = VAEConfig(block_out_channels=(8, 16, 16), norm_num_groups=4, latent_channels=3, shift_factor=0.1)
 FACTOR_8 = VAEConfig(block_out_channels=(8, 8, 16, 24), norm_num_groups=8, latent_channels=6, layers_per_block=2)
@@ -33,14 +36,14 @@ CASES = {
 encode, decode = nnx.jit(AutoencoderKL.encode), nnx.jit(AutoencoderKL.decode)
 
 
-def relative_error(ours: jax.Array, theirs: torch.Tensor) -> float:
+def relative_error(ours: jax.Array, theirs: "torch.Tensor") -> float:
     """Largest difference over largest value; `theirs` has its channels second."""
     theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
     assert ours.shape == theirs.shape
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
-def channels_first(x: np.ndarray) -> torch.Tensor:
+def channels_first(x: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
@@ -55,6 +58,7 @@ def make_pair(config, folder):
     return theirs, load_vae(folder)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_encode_and_decode_of_a_non_square_batch(config, tmp_path):
     theirs, ours = make_pair(config, tmp_path)
@@ -70,6 +74,7 @@ def test_encode_and_decode_of_a_non_square_batch(config, tmp_path):
     assert relative_error(decode(ours, latents), theirs.decode(channels_first(latents)).sample) <= 1e-4
 
 
+@pytest.mark.torch
 def test_gradients_of_both_halves(tmp_path):
     theirs, ours = make_pair(FACTOR_4, tmp_path)
     images = np.random.default_rng(1).uniform(-1, 1, (1, 8, 16, 3)).astype(np.float32)
@@ -141,6 +146,7 @@ def test_bfloat16_compute_stays_close():
     assert 0 < jnp.abs(mean - half_mean).max() < 0.05 * jnp.abs(mean).max()
 
 
+@pytest.mark.torch
 def test_config_of_diffusers_is_read_and_written():
     theirs = diffusers.AutoencoderKL.from_config(FACTOR_8.to_dict())
     content = json.loads(theirs.to_json_string())

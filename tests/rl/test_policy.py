@@ -1,17 +1,20 @@
 """The policy's loss by each estimator, on a velocity that is a plain function."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from ra_jax.rl.estimators import repeat
 from ra_jax.rl.losses import nft_loss, optimality
-from ra_jax.rl.policy import PolicySettings, distance, judge, policy_loss
+from ra_jax.rl.policy import PolicySettings, distance, judge, policy_cache, policy_loss
 from ra_jax.rl.rollouts import Member
+
+if find_spec("torch"):
+    import torch
 
 B, N, C4 = 3, 6, 8
 ADVANTAGES = jnp.asarray([1.5, -0.7, 0.2])
@@ -21,6 +24,16 @@ STATES = jnp.asarray(RNG.normal(size=(B, 3, N, C4)), jnp.float32)
 REGION = jnp.full((B, N, 4), 1 / (4 * N), jnp.float32)
 MEMBER = Member(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
 KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
+
+MATCHING = PolicySettings(
+    estimator="matching",
+    clip_range=0.2,
+    pairs=4,
+    fraction=0.7,
+    noise_level=0.7,
+    sde_clip_range=0.02,
+    nft_beta=1.0,
+)
 
 
 def velocity(params, x, t):
@@ -32,7 +45,7 @@ PARAMS = jnp.asarray([0.6, -0.2])
 
 
 def judged(params, settings, **more):
-    return judge(velocity, params, MEMBER, KEYS, REGION, settings, temperature=0.5, **more)
+    return judge(velocity, params, policy_cache(MEMBER, KEYS, REGION, settings), settings, temperature=0.5, **more)
 
 
 def loss_of(settings, params, old_params, **more):
@@ -43,7 +56,7 @@ def loss_of(settings, params, old_params, **more):
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 def test_first_gradient_is_the_advantage_weighted_gradient_of_the_log_probability(estimator):
     """REINFORCE with a baseline: ∇(−mean A·ρ) = −mean A·∇ℓ at ρ = 1."""
-    settings = PolicySettings(estimator=estimator)
+    settings = replace(MATCHING, estimator=estimator)
     (loss, metrics), gradient = jax.value_and_grad(lambda p: loss_of(settings, p, PARAMS), has_aux=True)(PARAMS)
     assert float(loss) == pytest.approx(-float(ADVANTAGES.mean()), rel=1e-5)
     assert float(metrics["mean_ratio"]) == 1.0
@@ -57,7 +70,7 @@ def test_first_gradient_is_the_advantage_weighted_gradient_of_the_log_probabilit
 
 
 def test_sde_is_clipped_at_its_own_scale():
-    settings = PolicySettings(estimator="sde", sde_clip_range=1e-4, clip_range=0.9)
+    settings = replace(MATCHING, estimator="sde", sde_clip_range=1e-4, clip_range=0.9)
     moved = PARAMS + 0.01
     assert float(loss_of(settings, moved, PARAMS)[1]["clip_fraction"]) == 1.0
     wide = replace(settings, sde_clip_range=0.9)
@@ -66,13 +79,14 @@ def test_sde_is_clipped_at_its_own_scale():
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 def test_the_draw_of_an_expert_joins_the_ratio(estimator):
-    settings = PolicySettings(estimator=estimator)
+    settings = replace(MATCHING, estimator=estimator)
     old = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).record
     new = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.55)))
     _, metrics = policy_loss(new, old, ADVANTAGES, settings)
     assert float(metrics["mean_ratio"]) == pytest.approx(1.1, rel=1e-4)
 
 
+@pytest.mark.torch
 def test_nft_loss_is_the_contrast_of_two_policies():
     """Against the paper's formula in torch, with its gradient."""
     rng = np.random.default_rng(1)
@@ -96,16 +110,16 @@ def test_optimality_is_half_where_there_is_no_advantage():
 def test_nft_first_gradient_is_matchings_with_another_weight():
     """∇ = mean (2r − 1)·∇‖v − v*‖² = mean A/5·∇error, whatever β; matching's is A/τ times the same."""
     gradients = [
-        jax.grad(lambda p, beta=beta: loss_of(PolicySettings(estimator="nft", nft_beta=beta), p, PARAMS)[0])(PARAMS)
+        jax.grad(lambda p, beta=beta: loss_of(replace(MATCHING, estimator="nft", nft_beta=beta), p, PARAMS)[0])(PARAMS)
         for beta in (0.1, 1.0)
     ]
     np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-3)
-    matching = jax.grad(lambda p: loss_of(PolicySettings(), p, PARAMS)[0])(PARAMS)
+    matching = jax.grad(lambda p: loss_of(MATCHING, p, PARAMS)[0])(PARAMS)
     np.testing.assert_allclose(gradients[1], 0.5 / 5 * matching, rtol=1e-3)
 
 
 def test_nft_reports_how_far_velocities_moved():
-    settings = PolicySettings(estimator="nft")
+    settings = replace(MATCHING, estimator="nft")
     assert float(loss_of(settings, PARAMS, PARAMS)[1]["policy_change"]) == 0.0
     moved = loss_of(settings, PARAMS + jnp.asarray([0.0, 0.1]), PARAMS)[1]["policy_change"]
     times = judged(PARAMS, settings).cache.times
@@ -114,7 +128,7 @@ def test_nft_reports_how_far_velocities_moved():
 
 @pytest.mark.parametrize("estimator", ["matching", "sde", "nft"])
 def test_no_gradient_flows_into_the_old_policy(estimator):
-    settings = PolicySettings(estimator=estimator)
+    settings = replace(MATCHING, estimator=estimator)
     gradient = jax.grad(lambda old: loss_of(settings, PARAMS + 0.01, old)[0])(PARAMS)
     np.testing.assert_array_equal(gradient, 0.0)
 

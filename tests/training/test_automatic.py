@@ -10,37 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import About, find_checkpoint, named_leaves, restore
+from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.errors import CheckpointError, ConfigError, RewardError
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import REWARDS
 from ra_jax.training.loop import RunCheckpoints, train
-from ra_jax.training.resume import refuse_another_base
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.experience import collect
-from ra_jax.training.step.train_step import learn, of_the_step
+from ra_jax.training.step.train_step import StepProgram, learn, of_the_step
 
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
 
 
 def updates_of(setup, steps=2, drift=0):
     """State after so many steps, and of each the metrics of every update [updates] and of the step."""
-    settings, objective = setup.step_settings, setup.objective
+    settings = replace(setup.step_settings, drift_interval=drift)
+    program = StepProgram(setup.objective, setup.optimizer, settings)
 
     @jax.jit
     def step(state, frozen, microbatches):
-        experience, measured = collect(
-            objective,
-            settings.rollouts,
-            state,
-            frozen,
-            microbatches,
-            renewed=jnp.asarray(True),
-            drift_interval=drift,
-        )
-        state, metrics = learn(
-            objective, setup.optimizer, settings, state, frozen, microbatches, experience, fresh=jnp.asarray(True)
-        )
+        experience, measured = collect(program.objective, settings, state, frozen, microbatches, jnp.asarray(True))
+        state, metrics = learn(program, state, frozen, experience, fresh=jnp.asarray(True))
         return replace(state, step=state.step + 1), metrics, measured
 
     state, rows = setup.state, []
@@ -57,7 +48,7 @@ def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(automati
     state, rows = updates_of(setup, drift=1)
     assert changed(frozen, setup.frozen) == set()
     assert changed(before, state.trainable) == set(named_leaves(before))
-    assert state.snapshot is None  # the weights that a step begins with are its old policy
+    assert state.old_params is None  # the weights that a step begins with are its old policy
     for updates, _ in rows:
         assert updates["mean_ratio"][0] == 1.0 != updates["mean_ratio"][1]
         assert updates["approx_kl"][0] == 0.0 < updates["approx_kl"][1]
@@ -176,9 +167,6 @@ def test_a_run_begins_with_another_runs_experts(automatic, changed, config_in, t
 def test_experts_that_cannot_be_begun_with(automatic, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         set_up(automatic(init_experts_from=str(tmp_path)))
-    about = About(position=0, base="one", config={}, geometry={})
-    with pytest.raises(CheckpointError, match="was trained on another base"):
-        refuse_another_base(Path("there"), about, "another")
 
 
 @pytest.mark.slow

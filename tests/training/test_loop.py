@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.checkpoints import find_checkpoint, named_leaves, read_about, restore
+from ra_jax.checkpoints import find_checkpoint, read_about, restore
 from ra_jax.config.parse import from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
 from ra_jax.errors import CheckpointError, ConfigError, DataError
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.pipeline import RemovalPipeline
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.training.loop import Recorder, train
-from ra_jax.training.resume import RUN_FILES, claim_output_dir
+from ra_jax.training.resume import CONFIG_FILE, RUN_FILES, RUN_FOLDERS, claim_output_dir
 from ra_jax.training.setup import set_up
 
 CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}
@@ -61,7 +62,7 @@ def test_run_writes_what_it_promises(straight):
     assert sorted(path.name for path in (straight / "previews").iterdir()) == [f"step_00000{n}.png" for n in (0, 3, 6)]
     assert Image.open(straight / "curves.png").size[0] > 500
     assert list((straight / "tensorboard").iterdir())
-    assert {path.name for path in straight.iterdir()} == set(RUN_FILES) - {"wandb", "best"}
+    assert {path.name for path in straight.iterdir()} == {*RUN_FOLDERS, *RUN_FILES, CONFIG_FILE} - {"wandb", "best"}
 
 
 def test_previews_show_four_panels_a_scene_and_change(straight):

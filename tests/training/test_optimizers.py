@@ -1,17 +1,20 @@
 """Optimizers and schedules against closed forms and torch, on trees as the trainer makes them."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 
 from ra_jax.config.settings import OptimizationConfig
 from ra_jax.training.optimizers import build_optimizer, decayed, learning_rate, muon_dimensions
+
+if find_spec("torch"):
+    import torch
 
 CONFIG = OptimizationConfig(learning_rate=0.1, adam_weight_decay=0.01, max_grad_norm=1e9)
 
@@ -62,6 +65,7 @@ def test_muon_orthogonalises_each_stacked_matrix_apart(params):
         assert singular.max() / singular.min() < 2.0
 
 
+@pytest.mark.torch
 def test_adamw_equals_torch():
     rng = np.random.default_rng(1)
     start, gradients = rng.normal(size=(3, 2)).astype(np.float32), rng.normal(size=(5, 3, 2)).astype(np.float32)

@@ -24,6 +24,21 @@ class Encoded:
     region: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What the losses of a microbatch are functions of beside the trainable parameters.
+
+    seed: of the run's random draws; temperature: τ of the policy's log-probability.
+    """
+
+    frozen: Weights
+    batch: Batch
+    encoded: Encoded
+    seed: jax.Array
+    temperature: jax.Array
+
+
 def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
     """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used.
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from ra_jax.data.batch import Batch
 from ra_jax.models.fill_model import Weights
-from ra_jax.parallel.collectives import all_mean, all_sum
 from ra_jax.rewards.registry import total_reward
 from ra_jax.rl.advantages import DEAD_GROUP_STD, group_advantages
 from ra_jax.rl.policy import Record
 from ra_jax.rl.rollouts import Member
-from ra_jax.training.step.encode import Encoded, encode
-from ra_jax.training.step.generation import RolloutSettings, roll_out_members
+from ra_jax.training.step.encode import Context, Encoded, encode
+from ra_jax.training.step.generation import roll_out_members
 from ra_jax.training.step.objective import Metrics, Objective
+from ra_jax.training.step.settings import RolloutSettings, StepSettings
 from ra_jax.training.step.state import TrainState
 
 
@@ -28,13 +28,15 @@ from ra_jax.training.step.state import TrainState
 class Experience:
     """A microbatch to learn from. Without a policy or rewards what belongs to them is None.
 
-    features: what the router sees [B, F], None without a router; members: [G, B, ...]; advantages: [G, B]; old: the old
-    policy's record of each member [G, ...]. All have microbatches as their first axis once `collect` returns them.
-    sound: whether all rewards of the step are finite, a scalar; where not, advantages are 0 and members blank.
+    features: what the router sees [B, F], None without a router; batch: the microbatch, None until `collect` adds it;
+    members: [G, B, ...]; advantages: [G, B]; old: the old policy's record of each member [G, ...]; sound: whether all
+    rewards of the step are finite, a scalar; where not, advantages are 0 and members blank. But for `sound` all have
+    microbatches as their first axis once `collect` returns them.
     """
 
     encoded: Encoded
     features: jax.Array | None
+    batch: Batch | None = None
     members: Member | None = None
     advantages: jax.Array | None = None
     old: Record | None = None
@@ -43,61 +45,60 @@ class Experience:
 
 def collect(
     objective: Objective,
-    rollouts: RolloutSettings | None,
+    settings: StepSettings,
     state: TrainState,
     frozen: Weights,
     microbatches: Batch,
-    *,
     renewed: jax.Array,
-    drift_interval: int,
-    axis_name: str | None = None,
 ) -> tuple[Experience, Metrics]:
     """The experience of a step's microbatches [A, B, ...], and the metrics of rewards and drift.
 
-    rollouts: None where nothing is generated; renewed: the old policy *is* the current weights, so that its passes are
-    skipped (ρ is 1 by construction); drift_interval: as in `StepSettings`.
+    renewed: the old policy *is* the current weights, so that its passes are skipped (ρ is 1 by construction).
     """
+    rollouts, policy = settings.rollouts, objective.settings.policy
 
     def microbatch(batch: Batch):
         encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
+        context = Context(frozen, batch, encoded, state.seed, state.temperature)
         experience, scores = Experience(encoded, objective.features(encoded)), None
         if rollouts is not None:
-            members, scores = roll_out_members(objective, rollouts, state, frozen, batch, encoded)
+            members, scores = roll_out_members(objective, rollouts, state, context)
             experience = replace(experience, members=members)
-        elif objective.settings.policy is not None:
+        elif policy is not None:
             members, advantages = Member(encoded.clean[None]), batch["advantage"][None]
             experience = replace(experience, members=members, advantages=advantages)
-        if objective.settings.policy is not None:
-            experience = replace(experience, old=old_records(objective, state, frozen, batch, experience, renewed))
-        return experience, scores, drift_metrics(objective, state, frozen, batch, experience, drift_interval, axis_name)
+        if policy is not None:
+            experience = replace(experience, old=old_records(objective, state, context, experience.members, renewed))
+        drift = drift_metrics(objective, state, context, experience.members, settings.drift_interval)
+        return experience, scores, drift
 
     experience, scores, measured = jax.lax.map(microbatch, microbatches)
-    measured = jax.tree.map(jnp.mean, measured)
+    experience, measured = replace(experience, batch=microbatches), jax.tree.map(jnp.mean, measured)
     if rollouts is None:
-        return experience, measured | recorded_rewards(microbatches, axis_name)
-    experience, rewards = with_rewards(experience, scores, rollouts, axis_name)
-    if objective.settings.policy is None:  # rewards were only to be looked at
+        return experience, measured | recorded_rewards(objective, microbatches)
+    experience, rewards = with_rewards(objective, experience, scores, rollouts)
+    if policy is None:  # rewards were only to be looked at
         experience = replace(experience, members=None, advantages=None)
     return experience, measured | rewards
 
 
-def old_records(objective: Objective, state: TrainState, frozen, batch, experience: Experience, renewed) -> Record:
+def old_records(objective: Objective, state: TrainState, context: Context, members: Member, renewed) -> Record:
     """What the old policy makes of every member [G, ...]; blank where it is the current weights anyway."""
 
     def records(weights):
         def member(_, member):
-            return None, objective.judge(weights, frozen, batch, experience.encoded, member, state).record
+            return None, objective.judge(weights, context, member).record
 
-        return jax.lax.scan(member, None, experience.members)[1]
+        return jax.lax.scan(member, None, members)[1]
 
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(records, state.trainable))
-    if state.snapshot is None:
+    if state.old_params is None:
         return blank
-    return jax.lax.cond(renewed, lambda: blank, lambda: records(state.snapshot))
+    return jax.lax.cond(renewed, lambda: blank, lambda: records(state.old_params))
 
 
 def with_rewards(
-    experience: Experience, scores: jax.Array, settings: RolloutSettings, axis_name: str | None
+    objective: Objective, experience: Experience, scores: jax.Array, settings: RolloutSettings
 ) -> tuple[Experience, Metrics]:
     """The experience with advantages from the rollouts' scores [A, G, B, S], and the rewards' metrics.
 
@@ -105,8 +106,8 @@ def with_rewards(
     mean scores tell which it was.
     """
     weights = settings.reward_weights
-    sound = all_sum((~jnp.isfinite(scores)).sum(), axis_name) == 0
-    raw = all_mean(scores.reshape(-1, scores.shape[-1]), axis_name)
+    sound = objective.sum((~jnp.isfinite(scores)).sum()) == 0
+    raw = objective.mean(scores.reshape(-1, scores.shape[-1]))
     scores = jnp.where(sound, scores, 0.5)
     judge = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
     advantages, spread = jax.vmap(judge)(scores)
@@ -117,45 +118,47 @@ def with_rewards(
     members = replace(blank, times=experience.members.times)
     metrics = {
         "mean_reward": total_reward(raw, weights),
-        "reward_std": all_mean(spread.reshape(-1), axis_name),
-        "frac_reward_zero_std": all_mean((spread < DEAD_GROUP_STD).reshape(-1), axis_name),
+        "reward_std": objective.mean(spread.reshape(-1)),
+        "frac_reward_zero_std": objective.mean((spread < DEAD_GROUP_STD).reshape(-1)),
     }
     metrics = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics) | {"reward_fallbacks": 1.0 - sound}
     metrics |= {f"{reward.name}_score": raw[i] for i, reward in enumerate(settings.rewards)}
     return replace(experience, members=members, advantages=advantages, sound=sound), metrics
 
 
-def recorded_rewards(batch: Batch, axis_name: str | None) -> Metrics:
+def recorded_rewards(objective: Objective, batch: Batch) -> Metrics:
     """Human mode's metrics: means over the records [A, B] of reward and each score; over distinct scenes: within-group
     std, share of dead groups."""
     if "reward" not in batch:
         return {}
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    removal, background, smoothness = all_mean(batch["scores"], axis_name)
+    removal, background, smoothness = objective.mean(batch["scores"])
     scenes = batch["condition_weight"]
     return {
-        "mean_reward": all_mean(batch["reward"], axis_name),
-        "reward_std": all_mean(batch["group_reward_std"], axis_name, scenes),
-        "frac_reward_zero_std": all_mean(batch["dead_group"], axis_name, scenes),
+        "mean_reward": objective.mean(batch["reward"]),
+        "reward_std": objective.mean(batch["group_reward_std"], scenes),
+        "frac_reward_zero_std": objective.mean(batch["dead_group"], scenes),
         "removal_score": removal,
         "background_score": background,
         "smoothness_score": smoothness,
     }
 
 
-def drift_metrics(objective, state, frozen, batch, experience: Experience, interval: int, axis_name) -> Metrics:
+def drift_metrics(
+    objective: Objective, state: TrainState, context: Context, members: Member | None, interval: int
+) -> Metrics:
     """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others.
 
     Over the microbatch's results, or where there are none over the first rollout of each condition.
     """
-    clean, members = experience.encoded.clean, experience.members
+    clean = context.encoded.clean
     if clean is None and members is not None:
         clean = members.clean[0]
     if not interval or objective.model.router is None or clean is None:
         return {}
 
     def measure():
-        return objective.drift(frozen, batch, experience.encoded, clean, state, axis_name=axis_name)
+        return objective.drift(state.trainable, context, clean, state.step)
 
     unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
     return jax.lax.cond((state.step + 1) % interval == 0, measure, lambda: unmeasured)

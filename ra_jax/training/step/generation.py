@@ -4,58 +4,39 @@ Members are visited one after another, one of every condition at a time, so that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ra_jax.data.batch import Batch
 from ra_jax.data.diptych import right_panel
 from ra_jax.flow.samplers import window_starts
 from ra_jax.models.fill_model import Weights
+from ra_jax.models.lora import Adapter
 from ra_jax.parallel.collectives import map_microbatches
 from ra_jax.rewards.custom import Reward
 from ra_jax.rewards.registry import RewardInputs
 from ra_jax.rl.rollouts import Member, NoisySteps, panel_noise, roll_out
-from ra_jax.training.step.encode import Encoded
+from ra_jax.training.step.encode import Context
 from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.settings import RolloutSettings
 from ra_jax.training.step.state import TrainState, keys_for, stream
 
 
-@dataclass(frozen=True)
-class RolloutSettings:
-    """generations: G, of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at once
-    on a device; noisy_steps: in a rollout (0: an ODE's); noise_level: η; drop_negative: members below their
-    group's mean have no advantage; sample_experts: each rollout draws one expert."""
-
-    rewards: tuple[Reward, ...]
-    generations: int = 8
-    steps: int = 8
-    decode_batch_size: int = 4
-    noisy_steps: int = 0
-    noise_level: float = 0.7
-    drop_negative: bool = False
-    sample_experts: bool = False
-
-    @property
-    def reward_weights(self) -> np.ndarray:
-        return np.asarray([reward.weight for reward in self.rewards], np.float32)
-
-
 def roll_out_members(
-    objective: Objective, settings: RolloutSettings, state: TrainState, frozen: Weights, batch: Batch, encoded: Encoded
+    objective: Objective, settings: RolloutSettings, state: TrainState, context: Context
 ) -> tuple[Member, jax.Array]:
     """G rollouts of every condition by the current weights, and their scores [G, B, S].
 
     Draws derive from (seed, step, record, member); of the initial noise all members share the left panel's.
     """
-    model, condition = objective.model, encoded.condition
+    model, condition = objective.model, context.encoded.condition
     times = objective.schedule.sampling_times(settings.steps, condition.fill.shape[1])
-    group_keys = keys_for(jax.random.fold_in(stream(state.seed, "rollouts"), state.step), batch["record_id"])
+    group_keys = keys_for(jax.random.fold_in(stream(state.seed, "rollouts"), state.step), context.batch["record_id"])
     gates_of_all, _ = model.gates(state.trainable, condition)
     noisy = noisy_steps(settings, times, state)
-    inputs = reward_inputs(objective, settings, frozen, batch, encoded)
+    inputs = reward_inputs(objective, settings, context)
 
     def member(_, number):
         shared_keys = keys_for(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
@@ -67,10 +48,10 @@ def roll_out_members(
             return panel_noise(*keys, condition.grid, model.latent_features)
 
         def velocity(x, t):
-            return objective.velocity(state.trainable, frozen, x, t, condition, gates)
+            return objective.velocity(state.trainable, context.frozen, x, t, condition, Adapter(gates))
 
         made = replace(roll_out(velocity, noise, times, noisy), experts=experts)
-        image = decode_panels(objective, settings, frozen, made.clean, condition.grid)
+        image = decode_panels(objective, settings, context.frozen, made.clean, condition.grid)
         return None, (made, scores_of(settings.rewards, replace(inputs, image=image)))
 
     _, (members, scores) = jax.lax.scan(member, None, jnp.arange(settings.generations))
@@ -103,11 +84,10 @@ def drawn_experts(
     return jax.nn.one_hot(experts, gates.shape[-1]), experts
 
 
-def reward_inputs(
-    objective: Objective, settings: RolloutSettings, frozen: Weights, batch: Batch, encoded: Encoded
-) -> RewardInputs:
+def reward_inputs(objective: Objective, settings: RolloutSettings, context: Context) -> RewardInputs:
     """All that rewards are told but the image: the photo, its mask and, where there is one, the truth as it is and as
     the VAE gives it back."""
+    batch, encoded = context.batch, context.encoded
     source, mask = (batch[name].astype(jnp.float32) for name in ("source", "mask"))
     if encoded.clean is None:
         return RewardInputs(image=source / 255.0, source=source / 255.0, mask=mask)
@@ -116,7 +96,7 @@ def reward_inputs(
         source=source / 255.0,
         mask=mask,
         target=batch["result"].astype(jnp.float32) / 255.0,
-        target_decoded=decode_panels(objective, settings, frozen, encoded.clean, encoded.condition.grid),
+        target_decoded=decode_panels(objective, settings, context.frozen, encoded.clean, encoded.condition.grid),
     )
 
 

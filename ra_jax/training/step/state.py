@@ -15,7 +15,7 @@ import optax
     data_fields=[
         "trainable",
         "opt_state",
-        "snapshot",
+        "old_params",
         "ema",
         "router_mean",
         "temperature",
@@ -27,15 +27,17 @@ import optax
 )
 @dataclass(frozen=True)
 class TrainState:
-    """trainable: experts and router (or the transformer), float32; opt_state: Optax's;
-    snapshot: the old policy, None without one; ema: averaged weights, None without; router_mean: the running mean gate
-    [E], None without experts; temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal;
-    step: int32; seed: int32, here so that one compiled program serves every seed.
+    """What a step changes and a checkpoint keeps.
+
+    trainable: experts and router (or the transformer), float32; opt_state: Optax's; old_params: the old policy, None
+    without one; ema: averaged weights, None without; router_mean: the running mean gate [E], None without experts;
+    temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal of the old policy; step:
+    int32; seed: int32, here so that one compiled program serves every seed.
     """
 
     trainable: Any
     opt_state: Any
-    snapshot: Any
+    old_params: Any
     ema: Any
     router_mean: jax.Array | None
     temperature: jax.Array
@@ -51,7 +53,7 @@ def init_state(
     seed: int,
     num_experts: int,
     temperature: float,
-    with_snapshot: bool,
+    with_old_params: bool,
     with_ema: bool,
 ) -> TrainState:
     """The state before step 0. Copies are real copies, since the state's buffers are donated to each step."""
@@ -62,7 +64,7 @@ def init_state(
     return TrainState(
         trainable=trainable,
         opt_state=_apart(optimizer.init(trainable), trainable),
-        snapshot=copy() if with_snapshot else None,
+        old_params=copy() if with_old_params else None,
         ema=copy() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import named_leaves
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rewards.custom import Reward
 from ra_jax.rl.rollouts import Member
 from ra_jax.training.build import step_settings
 from ra_jax.training.setup import set_up
 from ra_jax.training.step import experience
+from ra_jax.training.step.objective import Objective
 
 
 def with_rewards(setup, rewards):
@@ -47,7 +48,8 @@ def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(automati
     settings = step_settings(automatic(**flags), (Reward("mine", broken, 1.0),)).rollouts
     members = Member(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
     scores = jnp.asarray([0.1, 0.4, 0.6, 0.9]).reshape(1, 4, 1, 1)
-    found, _ = experience.with_rewards(experience.Experience(None, None, members), scores, settings, None)
+    objective = Objective(None, None, None)  # means over the replicas are all that is asked of it
+    found, _ = experience.with_rewards(objective, experience.Experience(None, None, members=members), scores, settings)
     signs = np.sign(np.asarray(found.advantages).ravel())
     assert list(signs) == ([0, 0, 1, 1] if dropped else [-1, -1, 1, 1])
 

@@ -12,7 +12,7 @@ from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rewards.registry import REWARDS, RewardInputs
 from ra_jax.rl.rollouts import Member
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.encode import encode
+from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.generation import decode_panels, drawn_experts, roll_out_members
 
 GENERATIONS, CONDITIONS = 3, 2
@@ -35,7 +35,8 @@ def generated(setup, batch, **changes):
     @jax.jit
     def generate(state, frozen, batch):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
-        return encoded, *roll_out_members(setup.objective, settings, state, frozen, batch, encoded)
+        context = Context(frozen, batch, encoded, state.seed, state.temperature)
+        return encoded, *roll_out_members(setup.objective, settings, state, context)
 
     return generate(setup.state, setup.frozen, batch)
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ra_jax.checkpoints import named_leaves
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rl.rollouts import Member
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.encode import encode
+from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.objective import one_by_one
 
 
@@ -31,12 +31,13 @@ def test_points_one_by_one_have_the_same_gradient(make_config):
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(islice(setup.batches(), 1)))
     encoded = jax.jit(lambda frozen: encode(setup.objective.model, frozen, batch, "balanced"))(setup.frozen)
     member = Member(encoded.clean)
+    context = Context(setup.frozen, batch, encoded, state.seed, state.temperature)
 
     def gradient(objective):
         def loss(trainable):
-            old = objective.judge(state.trainable, setup.frozen, batch, encoded, member, state).record
-            given = setup.frozen, batch, encoded, member, jnp.ones(len(batch["mask"])), old, state
-            return objective.policy(trainable, *given, fresh=jnp.asarray(False))
+            old = objective.judge(state.trainable, context, member).record
+            advantages = jnp.ones(len(batch["mask"]))
+            return objective.policy(trainable, context, member, advantages, old, fresh=jnp.asarray(False))
 
         (value, (_, record)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             jax.tree.map(lambda x: x + 0.01, state.trainable)

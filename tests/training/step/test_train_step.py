@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import named_leaves
 from ra_jax.parallel.collectives import all_mean
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rl.rollouts import Member
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.encode import encode
-from ra_jax.training.step.train_step import StepSettings, at_sync, averaged
+from ra_jax.training.step.encode import Context, encode
+from ra_jax.training.step.settings import StepSettings
+from ra_jax.training.step.train_step import at_sync, averaged
 
 STANDARD = {
     "use_grpo": False,
@@ -89,7 +90,7 @@ def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_r
 
 @pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
 def test_equal_parameters_give_equal_log_probabilities(make_config, optimised, precision, bound):
-    """DESIGN §5: |Δℓ| where θ = θ_old, by the step's own graph: the weights do not move.
+    """|Δℓ| where θ = θ_old, by the step's own graph: the weights do not move.
 
     A random model's error is about 1.5, where float32 resolves 1.2e-7: at τ = 1 that is within the bound, at the
     default τ = 0.1 one unit in the last place is 1.2e-6.
@@ -121,7 +122,7 @@ def test_what_each_mode_trains(make_config, changed, flags, moves):
 
 def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
     setup = set_up(make_config(enable_grpo_loss=False))
-    assert setup.objective.settings.policy is None and setup.state.snapshot is None
+    assert setup.objective.settings.policy is None and setup.state.old_params is None
     assert "reward" in next(setup.batches())
 
 
@@ -167,13 +168,14 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     trainable = {**state.trainable, "flux": random_b}
     objective, frozen = setup.objective, setup.frozen
     encoded = encode(objective.model, frozen, batch, "balanced")
-    member, state = Member(encoded.clean), replace(state, trainable=trainable)
-    old = objective.judge(trainable, frozen, batch, encoded, member, state).record
+    member = Member(encoded.clean)
+    context = Context(frozen, batch, encoded, state.seed, state.temperature)
+    old = objective.judge(trainable, context, member).record
 
     def losses(dropout):
         changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
-        base, _ = changed.base(trainable, frozen, batch, encoded, state.seed, state.step)
-        given = (trainable, frozen, batch, encoded, member, batch["advantage"], old, state)
+        base, _ = changed.base(trainable, context, state.step)
+        given = (trainable, context, member, batch["advantage"], old)
         policy, (metrics, _) = changed.policy(*given, fresh=jnp.asarray(False))
         return base, policy, metrics["mean_ratio"]
 
@@ -192,7 +194,9 @@ def test_average_is_the_warmed_up_moving_average(human_run):
 
 def test_temperature_adapts_only_before_a_renewal(human_run):
     state = replace(human_run[3], temperature=jnp.asarray(0.1))
-    settings = StepSettings(sync_steps=8, adapt_temperature=True)
+    settings = StepSettings(
+        updates=1, sync_steps=8, adapt_temperature=True, ema_decay=0.0, drift_interval=0, rollouts=None
+    )
     before, _ = at_sync(replace(state, step=jnp.asarray(6)), jnp.asarray(0.9), settings)
     renewed, clip = at_sync(replace(state, step=jnp.asarray(7)), jnp.asarray(0.9), settings)
     assert before == pytest.approx(0.1)

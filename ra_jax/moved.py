@@ -1,0 +1,102 @@
+"""Modules that have moved: until `GONE_WITH` their old paths still import, and warn.
+
+`install_old_paths` appends one finder to `sys.meta_path`. It answers for the old paths of `MOVED` alone, and only where
+no module of that name exists. A module at an old path is empty: its names are looked up in the new modules, which are
+imported when the first name is asked for, so that classes and registries at both paths are the same objects.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+GONE_WITH = "0.3"
+
+# Old module -> the modules that hold its names now, looked up in this order.
+MOVED = {
+    "ra_jax.compile": ("ra_jax.aot",),
+    "ra_jax.compile.hlo": ("ra_jax.aot.hlo",),
+    "ra_jax.compile.roofline": ("ra_jax.aot.roofline",),
+    "ra_jax.compile.topology": ("ra_jax.aot.topology",),
+    "ra_jax.compile.traced": ("ra_jax.aot.abstract_step",),
+    "ra_jax.config_checks": ("ra_jax.config.checks", "ra_jax.config.parse", "ra_jax.errors"),
+    "ra_jax.data.errors": ("ra_jax.errors",),
+    "ra_jax.evaluation.contact_sheet": ("ra_jax.reporting.contact_sheet",),
+    "ra_jax.evaluation.image_metrics": ("ra_jax.rewards.image_metrics",),
+    "ra_jax.models.loading": ("ra_jax.interop.diffusers",),
+    "ra_jax.models.partitioning": ("ra_jax.parallel.partitioning",),
+    "ra_jax.models.weight_files": ("ra_jax.interop.safetensors_io", "ra_jax.errors"),
+    "ra_jax.models.weight_tables": ("ra_jax.interop.diffusers_tables",),
+    "ra_jax.models.weight_transfer": ("ra_jax.interop.transfer",),
+    "ra_jax.models.weights": ("ra_jax.interop.diffusers", "ra_jax.interop.hub", "ra_jax.errors"),
+    "ra_jax.rl.rewards": ("ra_jax.rewards.registry", "ra_jax.rewards.removal"),
+    "ra_jax.rl.user_rewards": ("ra_jax.rewards.custom", "ra_jax.errors"),
+    "ra_jax.training.beginnings": ("ra_jax.training.resume",),
+    "ra_jax.training.charts": ("ra_jax.reporting.charts",),
+    "ra_jax.training.checkpoints": ("ra_jax.checkpoints", "ra_jax.parallel.partitioning", "ra_jax.errors"),
+    "ra_jax.training.distributed": ("ra_jax.parallel.processes", "ra_jax.training.agreement"),
+    "ra_jax.training.encoded": ("ra_jax.training.step.encode",),
+    "ra_jax.training.experience": ("ra_jax.training.step.experience",),
+    "ra_jax.training.experts": ("ra_jax.models.options",),
+    "ra_jax.training.generation": ("ra_jax.training.step.generation", "ra_jax.training.step.settings"),
+    "ra_jax.training.launch": ("ra_jax.parallel.partitioner", "ra_jax.parallel.compilation"),
+    "ra_jax.training.mesh": ("ra_jax.parallel.mesh", "ra_jax.parallel.collectives"),
+    "ra_jax.training.metrics": ("ra_jax.reporting.trackers", "ra_jax.training.flops"),
+    "ra_jax.training.objective": ("ra_jax.training.step.objective", "ra_jax.training.step.settings"),
+    "ra_jax.training.preview_strip": ("ra_jax.reporting.preview_strip",),
+    "ra_jax.training.report": ("ra_jax.reporting.curves",),
+    "ra_jax.training.report_page": ("ra_jax.reporting.page",),
+    "ra_jax.training.settings": ("ra_jax.training.build", "ra_jax.models.options", "ra_jax.training.flops"),
+    "ra_jax.training.state": ("ra_jax.training.step.state",),
+}
+
+
+class MovedFinder(MetaPathFinder, Loader):
+    """Finds and makes the modules at the old paths of `MOVED`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module that has moved; None for every other name."""
+        if fullname not in MOVED:
+            return None
+        package = any(old.startswith(f"{fullname}.") for old in MOVED)
+        spec = spec_from_loader(fullname, self, origin=__file__, is_package=package)
+        spec.has_location = True  # "cannot import name ... from ... (FILE)" then names this file, where the table is
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Makes the module look up its names at the new paths, and warns whoever imports it."""
+        old = module.__name__
+        new = MOVED[old]
+
+        def names() -> list[str]:
+            return sorted({name for module_name in new for name in dir(importlib.import_module(module_name))})
+
+        def lookup(name: str) -> Any:
+            if name == "__all__":
+                return [found for found in names() if not found.startswith("_")]
+            if not name.startswith("__"):  # the import system and debuggers ask for such names
+                for module_name in new:
+                    found = importlib.import_module(module_name)
+                    if hasattr(found, name):
+                        return getattr(found, name)
+            raise AttributeError(f"module {old!r}, which has moved to {' and '.join(new)}, has no attribute {name!r}")
+
+        module.__getattr__, module.__dir__ = lookup, names
+        warnings.warn(
+            f"{old} has moved to {' and '.join(new)}; the old path goes with ra_jax {GONE_WITH}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+
+def install_old_paths() -> None:
+    """Appends the finder to `sys.meta_path`, once a process."""
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedFinder())

@@ -1,0 +1,388 @@
+"""The contenders of against_diffusers.py: a training step, ours or theirs, in a process that takes it when asked to.
+
+    python scripts/benchmarks/contenders.py NAME GEOMETRY OPTIONS     as against_diffusers.py starts it
+
+NAME: of `CONTENDERS`; GEOMETRY: fields of `Geometry` as JSON; OPTIONS: gradient_checkpointing and trace as JSON. It
+prints its facts, then for every line that it reads the seconds and the memory of one step, all as lines of JSON.
+"""
+
+import gc
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+EXPERTS = 3
+OURS, THEIRS, ONE_LORA = "ra_jax", "diffusers + PEFT", "ra_jax, one LoRA"
+CONTENDERS = (OURS, THEIRS, ONE_LORA)
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity, by their data sheets
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a transformer and of a batch."""
+
+    heads: int
+    head_dim: int
+    double: int
+    single: int
+    grid: tuple[int, int]
+    context: int
+    batch: int
+    joint_dim: int = 256
+    pooled_dim: int = 64
+    rank: int = 16  # of each expert
+    alone: bool = False  # contenders do not fit the device together
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a diptych."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """Features of a head that each of the three rotary position axes turns."""
+        eighth = self.head_dim // 8
+        return (eighth, (self.head_dim - eighth) // 2, (self.head_dim - eighth) // 2)
+
+    def flux(self) -> dict:
+        """config.json of the transformer: latents of 16 channels, a VAE of factor 8."""
+        return {
+            "in_channels": 384,
+            "out_channels": 64,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.joint_dim,
+            "pooled_projection_dim": self.pooled_dim,
+            "guidance_embeds": True,
+            "axes_dims_rope": self.axes,
+        }
+
+
+GEOMETRIES = {
+    "tiny": Geometry(heads=4, head_dim=64, double=2, single=4, grid=(16, 16), context=64, batch=2),
+    "small": Geometry(heads=8, head_dim=64, double=3, single=6, grid=(16, 32), context=128, batch=1),
+    "wide": Geometry(heads=8, head_dim=128, double=2, single=4, grid=(16, 32), context=128, batch=1),
+}
+FLUX = Geometry(
+    heads=24,
+    head_dim=128,
+    double=19,
+    single=38,
+    grid=(32, 64),
+    context=512 + 729,  # prompt and Redux tokens
+    batch=4,
+    joint_dim=4096,
+    pooled_dim=768,
+    rank=64,
+    alone=True,
+)
+LARGE = {"flux": FLUX, "flux_6": replace(FLUX, batch=6)}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a contender's process runs. step: takes one step and waits for it; facts: of the step before it runs
+    (compile time [s], trained parameters, FLOPs, versions); peak: most bytes in use since the peak was reset."""
+
+    step: Callable[[], None]
+    facts: dict
+    peak: Callable[[], int]
+
+
+def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
+    """Model, trainable and frozen weights, all drawn at random."""
+    import jax
+    import jax.numpy as jnp
+
+    from ra_jax.config.settings import ExpertsConfig
+    from ra_jax.models.attention import implementation_for
+    from ra_jax.models.blocks import blocks_apart
+    from ra_jax.models.flux import FluxConfig
+    from ra_jax.models.geometry import FillGeometry, abstract_fill_model, random_weights
+    from ra_jax.models.options import ModelOptions, expert_configs
+    from ra_jax.models.vae import VAEConfig
+
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    # The transformer's own VAE would have 84 M parameters that no step from latents on touches.
+    vae = VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4)
+    mixture = ExpertsConfig(
+        use_lora=True,
+        num_experts=experts,
+        lora_rank=rank,
+        lora_alpha=float(rank),
+        fixed_expert_weights=(1 / experts,) * experts,
+    )
+    model, *shapes = abstract_fill_model(
+        FillGeometry(FluxConfig.from_dict(geometry.flux()), vae, None, None),
+        ModelOptions(dtype, geometry.context, *expert_configs(mixture), remat=remat if on_gpu else "none"),
+        attention=implementation_for(jax.default_backend(), dtype=dtype, head_dim=geometry.head_dim),
+    )
+    trainable, frozen = random_weights(shapes, jax.random.key(0))
+    if not on_gpu:
+        frozen["flux"] = blocks_apart(frozen["flux"])  # as training does on a CPU
+    return model, trainable, frozen
+
+
+def our_experience(model, geometry: Geometry):
+    """What a standard step learns from, one microbatch [1, B, ...] of random latents."""
+    import jax
+    import jax.numpy as jnp
+
+    from ra_jax.models.conditioning import Condition
+    from ra_jax.training.step.encode import Encoded
+    from ra_jax.training.step.experience import Experience
+
+    rng = np.random.default_rng(0)
+    b, n = geometry.batch, geometry.tokens
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    context = normal(b, geometry.context, geometry.joint_dim)
+    masked = np.repeat(rng.random((b, n, 1)) < 0.3, 256, axis=-1)  # whole tokens
+    fill = jnp.concatenate([normal(b, n, 64), jnp.asarray(masked, jnp.float32)], axis=-1)
+    condition = Condition(fill, context, normal(b, geometry.pooled_dim), geometry.grid)
+    region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
+    encoded = Encoded(condition, normal(b, n, 64), region)
+    batch = {"record_id": jnp.arange(b), "mask": jnp.zeros((b, 1, 1), jnp.uint8)}
+    batch |= {name: jnp.ones(b) for name in ("imitation_weight", "condition_weight")}
+    return jax.tree.map(lambda x: x[None], Experience(encoded, model.router_features(condition), batch))
+
+
+def our_flops(geometry: Geometry, trainable: dict) -> float:
+    """FLOPs of the model in a step: nothing that is recomputed counts."""
+    from ra_jax.models.flux import FluxConfig
+    from ra_jax.parallel.partitioning import named_leaves
+    from ra_jax.training.flops import (
+        ForwardCost,
+        StepPasses,
+        attention_flops,
+        expert_flops,
+        forward_flops,
+        step_flops,
+    )
+
+    flux, sizes = FluxConfig.from_dict(geometry.flux()), (geometry.tokens, geometry.context)
+    shapes = {name: x.shape for name, x in named_leaves(trainable).items()}
+    cost = ForwardCost(forward_flops(flux, *sizes), attention_flops(flux, *sizes), expert_flops(shapes, *sizes))
+    return step_flops(cost, StepPasses(records=geometry.batch, policy_points=0))
+
+
+def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
+    """The step that trains, and its arguments: state, frozen weights, experience."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from ra_jax.config.parse import from_flat_dict
+    from ra_jax.flow.schedule import FlowSchedule
+    from ra_jax.training.build import objective_settings, step_settings
+    from ra_jax.training.step.objective import Objective
+    from ra_jax.training.step.state import init_state
+    from ra_jax.training.step.train_step import StepProgram, learn
+
+    model, trainable, frozen = our_model(geometry, experts, rank, remat)
+    config = from_flat_dict({"train_json_path": "none is read", "output_dir": "none is written"})  # a standard step
+    objective = Objective(model, FlowSchedule(), objective_settings(config))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    begin = {"seed": 0, "num_experts": experts, "temperature": 0.1, "with_old_params": False, "with_ema": False}
+    state = jax.jit(lambda trainable: init_state(trainable, optimizer, **begin))(trainable)
+    program = StepProgram(objective, optimizer, step_settings(config, ()))
+
+    def learn_step(state, frozen, experience):
+        return learn(program, state, frozen, experience, fresh=jnp.asarray(True))
+
+    return learn_step, (state, frozen, our_experience(model, geometry))
+
+
+def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
+    """The step that trains, compiled as training compiles it."""
+    import jax
+
+    from ra_jax.parallel.compilation import compiled, forget_traces
+
+    learn_step, arguments = our_step(geometry, experts, rank, options["gradient_checkpointing"])
+    since = time.perf_counter()
+    lowered = jax.jit(learn_step, donate_argnums=0).lower(*arguments)
+    compiled_step = compiled(lowered)
+    seconds = time.perf_counter() - since
+    forget_traces(jax.default_backend())  # as training does
+    kind = jax.devices()[0].device_kind
+    trainable = arguments[0].trainable["flux"]
+    facts = {
+        "versions": f"JAX {jax.__version__}",
+        "compile": seconds,
+        "trained": sum(x.size for x in jax.tree.leaves(trainable)),
+        "flops": our_flops(geometry, trainable),
+        "peak_flops": next((peak for name, peak in PEAKS.items() if name in kind), None),
+    }
+    holder, unchanged = list(arguments[:1]), arguments[1:]
+    del arguments, trainable  # a step's state is given up to the next
+
+    def step() -> None:
+        holder[0], metrics = compiled_step(holder[0], *unchanged)
+        jax.block_until_ready(holder[0])
+        check_finite(float(metrics["base_loss"][-1]))
+
+    def device_peak() -> int:
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    if options["trace"]:
+        for _ in range(2):
+            step()
+        with jax.profiler.trace(options["trace"]):
+            step()
+    return Worker(step, facts, device_peak if jax.default_backend() == "gpu" else host_peak)
+
+
+def their_model(geometry: Geometry, device: str, dtype):
+    """diffusers' transformer with an active adapter for each expert, and the parameters of all adapters in float32."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = FluxTransformer2DModel(**geometry.flux()).requires_grad_(requires_grad=False)
+    torch.set_default_dtype(torch.float32)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
+    ]
+    names = [f"expert_{i}" for i in range(EXPERTS)]
+    for name in names:
+        config = LoraConfig(r=geometry.rank, lora_alpha=geometry.rank, target_modules=layers)
+        model.add_adapter(config, adapter_name=name)
+    model.set_adapters(names, [1 / EXPERTS] * EXPERTS)
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in trained:
+        parameter.requires_grad_(requires_grad=True)
+        parameter.data = parameter.data.float()
+    if device == "cuda":
+        model.compile_repeated_blocks()  # diffusers' way to torch.compile
+    return model.train(), trained
+
+
+def their_inputs(geometry: Geometry, device: str):
+    """Random latents of a batch and of its Fill condition, and the transformer's other inputs by name."""
+    import torch
+
+    b, n = geometry.batch, geometry.tokens
+
+    def normal(*shape: int) -> "torch.Tensor":
+        return torch.randn(*shape, device=device)
+
+    clean, fill, context = normal(b, n, 64), normal(b, n, 320), normal(b, geometry.context, geometry.joint_dim)
+    rows, columns = geometry.grid
+    image_ids = torch.zeros(n, 3, device=device)
+    image_ids[:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
+    image_ids[:, 2] = torch.arange(columns, device=device).repeat(rows)
+    named = {
+        "encoder_hidden_states": context,
+        "pooled_projections": normal(b, geometry.pooled_dim),
+        "guidance": torch.full((b,), 30.0, device=device),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(geometry.context, 3, device=device),
+    }
+    return clean, fill, named
+
+
+def theirs(geometry: Geometry, options: dict) -> Worker:
+    """The same by diffusers and PEFT."""
+    import torch
+
+    device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model, trained = their_model(geometry, device, dtype)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
+    clean, fill, named = their_inputs(geometry, device)
+
+    def step() -> None:
+        noise, t = torch.randn_like(clean), torch.rand(len(clean), device=device)
+        x = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
+        with torch.autocast(device, dtype, enabled=on_gpu):
+            predicted = model(hidden_states=torch.cat([x, fill], -1), timestep=t, return_dict=False, **named)[0]
+        loss = ((predicted.float() - (noise - clean)) ** 2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        check_finite(loss.item())
+
+    facts = {"versions": f"PyTorch {torch.__version__}", "trained": sum(parameter.numel() for parameter in trained)}
+    if on_gpu:
+        facts |= compile_theirs(step, model, optimizer)
+    return Worker(step, facts, torch.cuda.max_memory_allocated if on_gpu else host_peak)
+
+
+def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
+    """A first step on a GPU, which compiles; blocks are recomputed from then on where memory runs out."""
+    import torch
+
+    since, fits = time.perf_counter(), True
+    try:
+        step()
+    except torch.cuda.OutOfMemoryError:
+        fits = False
+    if not fits:  # what the exception held is free now
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        model.enable_gradient_checkpointing()
+        since = time.perf_counter()
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    return {"compile": time.perf_counter() - since, "recomputes": model.is_gradient_checkpointing}
+
+
+def check_finite(loss: float) -> None:
+    """Products of what is not finite take less time."""
+    if not math.isfinite(loss):
+        sys.exit(f"the loss is {loss}")
+
+
+def host_peak() -> int:
+    """Most bytes of memory that this process has held since its peak was reset."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+WORKERS = {
+    OURS: lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
+    THEIRS: theirs,
+    ONE_LORA: lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
+}
+
+
+def work(contender: str, geometry: Geometry, options: dict) -> None:
+    """A contender's process: a step for every line on stdin, what it took to stdout."""
+    worker = WORKERS[contender](geometry, options)
+    for _ in range(2):
+        worker.step()
+    facts = worker.facts | {"peak_before": host_peak() if worker.peak is host_peak else 0}
+    facts["versions"] = f"Python {platform.python_version()}, {facts['versions']}"
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        since = time.perf_counter()
+        worker.step()
+        seconds = time.perf_counter() - since
+        print(json.dumps({"seconds": seconds, "peak": worker.peak()}), flush=True)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[2])
+    work(sys.argv[1], Geometry(**given | {"grid": tuple(given["grid"])}), json.loads(sys.argv[3]))

@@ -1,0 +1,26 @@
+"""Pictures that belong together by their names."""
+
+from pathlib import Path
+
+from ra_jax.data.formats import named_alike, pictures_by_stem
+
+
+def folder_with(folder, *names):
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_pictures_are_found_by_stem_sorted_and_nothing_else(tmp_path):
+    folder = folder_with(tmp_path / "masks", "b.png", "a.png", "a.JPG", "a.txt", "c.d.webp")
+    found = {stem: [path.name for path in paths] for stem, paths in pictures_by_stem(folder).items()}
+    assert found == {"a": ["a.JPG", "a.png"], "b": ["b.png"], "c.d": ["c.d.webp"]}
+    assert pictures_by_stem(tmp_path / "none") == {}
+
+
+def test_the_picture_of_the_same_name_goes_before_those_of_the_stem():
+    pictures = {"a": [Path("masks/a.jpg"), Path("masks/a.png")]}
+    assert named_alike("a.png", pictures) == Path("masks/a.png")
+    assert named_alike("photos/a.webp", pictures) == Path("masks/a.jpg")
+    assert named_alike("b.png", pictures) is None

@@ -1,0 +1,63 @@
+"""What is read for each form of a data set, as outputs are compared with it."""
+
+from pathlib import Path
+
+import pytest
+
+from ra_jax.data.inputs import flag_inputs, input_paths, record_paths
+from ra_jax.data.packs import Pack, PackedPicture
+from ra_jax.data.records import load_records
+
+
+@pytest.fixture
+def data(data_folder, monkeypatch, tmp_path):
+    """A data set in ./set of two scenes with a result each."""
+    data = data_folder(sizes=[(24, 24)] * 2, results=1)
+    monkeypatch.chdir(tmp_path)
+    return data
+
+
+def names(*rooms):
+    return {Path(f"set/{room}/s{scene}{'_0' * (room == 'result')}.png") for room in rooms for scene in (0, 1)}
+
+
+def test_a_data_file_names_its_files(data):
+    data.write()
+    assert set(input_paths("set/data.json")) == {Path("set/data.json"), *names("input", "mask", "result")}
+    (data.folder / "lines.jsonl").write_text('{"src": "/photos/x.png", "mask": "../m.png", "result": 3}\nno JSON\n')
+    paths = input_paths("set/lines.jsonl")
+    assert paths == [Path("set/lines.jsonl"), Path("/photos/x.png"), Path("set/../m.png")]
+
+
+def test_a_mapping_and_a_folder_have_files_found_by_name(data):
+    data.write({"mapping": {f"s{scene}.png": [f"s{scene}.png"] for scene in (0, 1)}}, "triplets.json")
+    assert set(input_paths("set/triplets.json")) == {Path("set/triplets.json"), *names("input", "mask", "gt")}
+    assert set(input_paths("set")) == {Path("set"), *names("input", "mask", "gt")}
+
+
+def test_folders_beside_a_data_file_may_lie_in_the_output(data):
+    data.write()
+    inputs, nested = flag_inputs({"--a": "set/data.json", "--b": None, "--c": "set/mask/s0.png", "--d": "set"})
+    assert inputs.keys() == nested.keys() == {"--a", "--c", "--d"}
+    assert nested == {"--a": [Path("set/input"), Path("set/mask")], "--c": [], "--d": []}
+
+
+def test_pictures_and_folders_of_them(data):
+    assert input_paths("set/mask/s0.png") == [Path("set/mask/s0.png")]
+    assert set(input_paths("set/mask")) == {Path("set/mask"), *names("mask")}
+    assert input_paths("set/mask/none.png") == input_paths("owner/model") == []
+
+
+def test_records_name_files_or_their_pack(data, monkeypatch):
+    records = load_records(data.write())
+    assert set(record_paths(records)) == {data.folder / path.relative_to("set") for path in names(*ROOMS)}
+    pack = object.__new__(Pack)
+    pack.folder = Path("packed")
+    packed = PackedPicture(pack, "src", 0, (24, 24), same=0)
+    monkeypatch.setattr("ra_jax.data.inputs.pack_folder", lambda path: pack.folder)
+    assert input_paths("tfds:packed") == [pack.folder]
+    fields = {"src": packed, "mask": packed, "ref": None, "result": None}
+    assert record_paths([type("Record", (), fields)]) == [pack.folder]
+
+
+ROOMS = ("input", "mask", "result")

@@ -1,0 +1,117 @@
+"""Parameters and tensors one to one: filled one by one, and every fault in one report."""
+
+import json
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from ra_jax.errors import WeightError
+from ra_jax.interop.diffusers import load_flux, load_redux, load_vae, save_redux
+from ra_jax.interop.diffusers_tables import Rule, Table
+from ra_jax.interop.safetensors_io import StoredTensor
+from ra_jax.interop.transfer import fill
+from ra_jax.models.vae import AutoencoderKL
+from ra_jax.parallel.partitioning import AXES, Placement
+
+
+def test_bfloat16_files_fill_float32_parameters(folder, tmp_path):
+    redux = load_redux(folder, param_dtype=jnp.bfloat16)
+    save_redux(redux, tmp_path)
+    wide = load_redux(tmp_path)
+    assert wide.embedder.redux_up.kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(wide.embedder.redux_up.kernel[...], redux.embedder.redux_up.kernel[...])
+
+
+def test_parameters_are_placed_one_by_one_and_tensors_read_once(models, folder, monkeypatch):
+    read = StoredTensor.read
+    reads, placed = [], {}
+    mesh = jax.make_mesh((1, 1, 1), AXES)
+
+    def counted(self):
+        reads.append(self.name)
+        return read(self)
+
+    class Watched(Placement):
+        def put(self, name, value):
+            placed[name.removeprefix("flux/").replace("/", ".")] = len(reads)
+            return super().put(name, value)
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    load_flux(folder, placement=Watched(mesh))
+    assert set(Counter(reads).values()) == {1}
+    assert set(reads) == set(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    # Between two placements only the blocks of one parameter are read.
+    steps = dict(zip(placed, np.diff([0, *placed.values()]), strict=True))
+    config = models["flux"].config
+    assert steps["x_embedder.kernel"] == 1
+    assert steps["transformer_blocks.attn.to_q.kernel"] == config.num_layers
+    assert steps["single_transformer_blocks.proj_mlp.bias"] == config.num_single_layers
+
+
+def test_the_report_has_every_fault(copied, change_tensors):
+    def change(tensors):
+        del tensors["x_embedder.bias"], tensors["transformer_blocks.1.attn.to_q.weight"]
+        tensors["controlnet.weight"] = np.zeros((2, 3), np.float32)
+        tensors["single_transformer_blocks.2.proj_mlp.bias"] = np.zeros(9, np.float32)
+
+    change_tensors(copied, "transformer", change)
+    with pytest.raises(WeightError) as error:
+        load_flux(copied)
+    report = str(error.value)
+    assert f"the tensors in {copied / 'transformer'} are not those" in report
+    assert "2 missing (the model needs them):\n  transformer_blocks.1.attn.to_q.weight [16, 16]\n" in report
+    assert "  x_embedder.bias [16]\n" in report
+    assert "1 left over (the model has no place for them):\n  controlnet.weight [2, 3]\n" in report
+    assert "1 misshapen:\n  single_transformer_blocks.2.proj_mlp.bias [9], expected [64]\n" in report
+
+
+def test_a_long_report_is_cut_and_counted(copied):
+    file = copied / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
+    with pytest.raises(WeightError) as error:
+        load_flux(copied)
+    missing = [line for line in str(error.value).splitlines() if "  transformer_blocks.2." in line]
+    assert "32 missing" in str(error.value)
+    assert "  and 12 more" in str(error.value)
+    assert len(missing) == 20
+
+
+def test_quantised_files_are_refused(copied, change_tensors):
+    def quantise(tensors):
+        tensors["decoder.conv_in.bias"] = np.zeros(tensors["decoder.conv_in.bias"].shape, np.int8)
+
+    change_tensors(copied, "vae", quantise)
+    message = r"1 of a type other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"
+    with pytest.raises(WeightError, match=message):
+        load_vae(copied)
+
+
+def test_a_prefix_of_all_names_is_read_over(folder, copied, change_tensors):
+    def without_prefix(tensors):
+        tensors.update({name.removeprefix("vision_model."): tensors.pop(name) for name in list(tensors)})
+
+    change_tensors(copied, "image_encoder", without_prefix)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_redux(copied)), nnx.state(load_redux(folder)))
+
+
+def test_a_tensor_beside_its_prefixed_name_is_left_over(copied, change_tensors):
+    def change(tensors):
+        tensors["post_layernorm.bias"] = np.zeros(16, np.float32)
+
+    change_tensors(copied, "image_encoder", change)
+    with pytest.raises(WeightError, match=r"1 left over .*\n  post_layernorm.bias \[16\]"):
+        load_redux(copied)
+
+
+def test_a_table_that_uses_a_tensor_twice_is_refused(models, folder):
+    abstract = nnx.eval_shape(lambda: AutoencoderKL(models["vae"].config, rngs=nnx.Rngs(0)))
+    table = Table((Rule(r"(.+)\.(?:scale|bias)", r"\1.bias"), Rule(r"(.+)\.kernel", r"\1.weight")))
+    with pytest.raises(WeightError, match=r"claimed by more than one parameter:\n  decoder.conv_norm_out.bias"):
+        fill(abstract, folder / "vae", table)
+    with pytest.raises(KeyError, match=r"no rule for the parameter .* expected one in ra_jax/interop/diffusers_tables"):
+        Table(()).tensor("encoder.conv_in.kernel")

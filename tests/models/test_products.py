@@ -1,0 +1,46 @@
+"""Products of experts: values and gradients are those of plain products, whatever the compiler is kept from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ra_jax.models.products import apart_on_gpu, expert_product, kept_for_gradient, summed_over_tokens
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 3), (3, 12), (5, 5)])
+def test_a_product_and_its_gradients_are_those_of_a_plain_one(inputs, outputs):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 7, inputs), (inputs, outputs)))
+    target = jnp.asarray(rng.normal(size=(2, 7, outputs)), jnp.float32)
+
+    def value_and_gradients(product):
+        return jax.jit(jax.value_and_grad(lambda x, w: (product(x, w) * target).sum(), argnums=(0, 1)))(x, weight)
+
+    ours, plain = (jax.tree.leaves(value_and_gradients(product)) for product in (expert_product, jnp.matmul))
+    for found, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_types_of_gradients_are_those_of_what_they_are_of():
+    x, weight = jnp.ones((2, 7, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.float32)
+    product, pullback = jax.vjp(expert_product, x, weight)
+    assert product.dtype == jnp.bfloat16
+    assert [gradient.dtype for gradient in pullback(product)] == [jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("narrow_out", [False, True])
+def test_the_sum_over_tokens_is_exact_beyond_the_bits_of_its_factors(narrow_out):
+    """2 · 4096 ones in bfloat16, whose own sums stop at 256."""
+    x, gradient = jnp.ones((2, 4096, 3), jnp.bfloat16), jnp.ones((2, 4096, 2), jnp.bfloat16)
+    found = jax.jit(summed_over_tokens, static_argnames="narrow_out")(x, gradient, narrow_out=narrow_out)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.full((3, 2), 8192.0))
+
+
+@pytest.mark.parametrize("barrier", [kept_for_gradient, apart_on_gpu])
+def test_barriers_change_no_value_and_no_gradient(barrier):
+    x = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
+    value, gradient = jax.value_and_grad(lambda x: (barrier(x) ** 3).sum())(x)
+    np.testing.assert_array_equal(value, (x**3).sum())
+    np.testing.assert_allclose(gradient, 3 * x**2, rtol=1e-6)

@@ -1,0 +1,240 @@
+"""scripts/environment.sh and the scripts that use it: which interpreter they find, which folder they make, what they
+install and start there. Interpreters are fake, and nothing else is on PATH but the programs that the scripts need."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "sed", "sort")
+
+# Tells its version, makes environments of itself, and writes down what else it is asked for, as pip and ruff there do.
+PYTHON = """#!{bash}
+case "$1 $2" in
+-c*) echo {version} ;;
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "{pip}" "$3/bin/pip" && cp "{pip}" "$3/bin/ruff" ;;
+*) echo "$0 $*" >>{log} ;;
+esac
+"""
+PIP = """#!{bash}
+echo "$0 $*" >>{log}
+"""
+BROKEN = """#!{bash}
+echo "pyenv: python: command not found" >&2
+exit 127
+"""
+
+
+class Machine:
+    """A project's folder, programs on PATH, a pyenv where versions are installed, and a log of what was started."""
+
+    def __init__(self, folder: Path):
+        self.bin, self.project, self.pyenv = folder / "bin", folder / "project", folder / "pyenv"
+        self.log = folder / "log"
+        self.bin.mkdir()
+        for program in PROGRAMS:
+            (self.bin / program).symlink_to(shutil.which(program))
+        self.write(folder / "pip", PIP, log=self.log)
+        self.pip = folder / "pip"
+        for name in (".ci/run", "scripts/demo.sh", "scripts/environment.sh", "scripts/test.sh"):
+            (self.project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.project / name)
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.project / name)
+
+    def write(self, path: Path, text: str, **values) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(bash=self.bin / "bash", **values))
+        path.chmod(0o755)
+
+    def python(self, path: str | Path, version: str) -> Path:
+        """Put an interpreter at a path, or on PATH by its name alone."""
+        path = self.bin / path
+        self.write(path, PYTHON, version=version, pip=self.pip, log=self.log)
+        return path
+
+    def install_pyenv(self, *versions: str) -> None:
+        """pyenv, whose shims of these versions do not run."""
+        self.write(self.bin / "pyenv", f"#!{{bash}}\n[ $1 = root ] && echo {self.pyenv}\n")
+        for version in versions:
+            self.python(self.pyenv / "versions" / version / "bin" / "python", version.rpartition(".")[0])
+            self.write(self.bin / f"python{version.rpartition('.')[0]}", BROKEN)
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess:
+        """A command after environment.sh was sourced as the scripts do."""
+        return self.start(
+            "-c", f"set -euo pipefail; source scripts/environment.sh; {command}", "test.sh", **environment
+        )
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """bash in the project's folder."""
+        return subprocess.run(
+            [self.bin / "bash", *arguments],
+            cwd=self.project,
+            env={"PATH": str(self.bin)} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def found(self, *names: str, **environment: str) -> str:
+        done = self.run(f"find_python {' '.join(names)}", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def started(self) -> list[str]:
+        """What pips, ruffs and interpreters of environments were asked for since the last call, a line each."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_the_first_version_that_runs_is_found(machine):
+    machine.python("python3.12", "3.12")
+    machine.python("python3.11", "3.11")
+    assert machine.found("3.11", "3.12", "3.13") == "python3.11"
+    assert machine.found("3.13", "3.12", "3.11") == "python3.12"
+
+
+def test_behind_a_shim_that_does_not_run_pyenvs_newest_is_found(machine):
+    machine.install_pyenv("3.13.0", "3.13.9", "3.13.10", "3.13.11t", "3.12.1")
+    assert machine.found("3.13", "3.12") == str(machine.pyenv / "versions/3.13.10/bin/python")
+    machine.python("python3.13", "3.13")
+    assert machine.found("3.13", "3.12") == "python3.13"
+
+
+def test_an_older_python_is_passed_over(machine):
+    machine.python("python3", "3.10")
+    machine.python("python", "3.14")
+    assert machine.found("3.11", "python3", "python") == "python"
+
+
+def test_the_users_python_is_taken_or_refused(machine):
+    machine.python("python3.11", "3.11")
+    chosen = machine.python(machine.project / "my pythons" / "python", "3.12")
+    assert machine.found("3.11", PYTHON=str(chosen)) == str(chosen)
+    assert machine.found("3.12", PYTHON="3.11") == "python3.11"
+    done = machine.run("python=$(find_python 3.11); echo not reached", PYTHON="/nowhere/python")
+    assert done.returncode != 0 and done.stdout == ""
+    assert "No Python 3.11 or later runs as /nowhere/python" in done.stderr
+
+
+def test_where_there_is_none_the_error_says_what_was_looked_for(machine):
+    machine.python("python3", "3.9")
+    done = machine.run("find_python 3.13 3.12 python3")
+    assert done.returncode != 0 and done.stdout == ""
+    assert "No Python 3.11 or later runs as 3.13, 3.12, python3: install one, or name it: PYTHON=" in done.stderr
+
+
+def test_the_folder_has_the_version_where_another_has_taken_its_place(machine):
+    for version in ("3.11", "3.13"):
+        machine.python(f"python{version}", version)
+    expected = [("python3.11", ".venv", "3.11"), ("python3.13", ".venv-3.13", "3.13"), ("python3.11", ".venv", "3.11")]
+    for python, folder, version in expected:
+        done = machine.run(f'environment {python} test; echo "venv=$venv"')
+        assert done.returncode == 0, done.stderr
+        assert f"Environment: {folder}, Python {version}\n" in done.stdout
+        assert done.stdout.endswith(f"venv={folder}\n")
+        assert (machine.project / folder / "bin" / "python").exists()
+    assert [line.split()[0] for line in machine.started()] == [".venv/bin/pip", ".venv-3.13/bin/pip"]
+
+
+def test_a_folder_whose_python_does_not_run_stays(machine):
+    machine.python("python3.12", "3.12")
+    (machine.project / ".venv").mkdir()
+    assert "Environment: .venv-3.12, Python 3.12\n" in machine.run("environment python3.12").stdout
+    assert os.listdir(machine.project / ".venv") == []
+
+
+@pytest.mark.parametrize(("version", "extras"), [("3.11", "test,torch,packs"), ("3.12", "test,packs")])
+def test_torch_is_installed_on_311_alone_and_again_when_pins_change(machine, version, extras):
+    machine.python("python", version)
+    install = "environment python test torch packs"
+    for _ in range(2):
+        assert machine.run(install).returncode == 0
+    (line,) = machine.started()
+    assert line.endswith(f"-c constraints.txt -e .[{extras}]")
+    with (machine.project / "constraints.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert machine.run(install).returncode == 0
+    assert machine.started() == [line]
+    assert machine.run("environment python").returncode == 0
+    assert machine.started()[0].endswith("-c constraints.txt -e .")
+
+
+def test_an_installation_that_failed_is_tried_again(machine):
+    machine.python("python", "3.12")
+    machine.write(machine.pip, "#!{bash}\nexit 1\n")
+    done = machine.run("environment python; echo not reached")
+    assert done.returncode == 1 and "not reached" not in done.stdout
+    machine.write(machine.project / ".venv/bin/pip", PIP, log=machine.log)
+    assert machine.run("environment python").returncode == 0
+    assert len(machine.started()) == 1
+
+
+def test_the_suite_prefers_311_and_passes_its_arguments_on(machine):
+    machine.python("python3.13", "3.13")
+    assert machine.start("scripts/test.sh", "tests/data", "-x").returncode == 0
+    pip, *ruff, pytest = machine.started()
+    assert pip.endswith("-e .[test,metrics,packs]")
+    assert [line.split()[:2] for line in ruff] == [[".venv/bin/ruff", word] for word in ("check", "format")]
+    assert pytest.startswith(".venv/bin/python -m pytest ") and pytest.endswith(" tests/data -x")
+    machine.python("python3.11", "3.11")
+    assert machine.start("scripts/test.sh").returncode == 0
+    pip, *_, pytest = machine.started()
+    assert pip.startswith(".venv-3.11/bin/pip ") and pip.endswith("-e .[test,torch,metrics,packs]")
+    assert pytest.startswith(".venv-3.11/bin/python -m pytest ")
+    assert machine.start("scripts/test.sh", PYTHON="python3.13").returncode == 0
+    assert machine.started()[-1].startswith(".venv/bin/python -m pytest ")
+
+
+def test_the_demo_takes_the_newest_python_that_is_pinned(machine):
+    for version in ("3.11", "3.12", "3.14"):
+        machine.python(f"python{version}", version)
+    done = machine.start("scripts/demo.sh", "--learning_rate", "1e-3")
+    assert done.returncode == 0, done.stderr
+    assert "Environment: .venv, Python 3.12\n" in done.stdout
+    assert done.stdout.endswith("source .venv/bin/activate\n")
+    _, *programs = machine.started()
+    names = ["demo", "train", "infer"]
+    assert [line.split()[:3] for line in programs] == [[".venv/bin/python", "-m", f"ra_jax.{name}"] for name in names]
+    assert "--learning_rate 1e-3" in programs[1]
+
+
+def suites_of(machine) -> list[str]:
+    return [line.split()[0] for line in machine.started() if " -m pytest " in line]
+
+
+def test_ci_tests_on_311_and_on_the_newest_pinned(machine):
+    machine.install_pyenv("3.12.1", "3.13.0")
+    machine.python("python3.11", "3.11")
+    done = machine.start(".ci/run", PYTHON="python3.11")
+    assert done.returncode == 0, done.stderr
+    assert suites_of(machine) == [".venv/bin/python", ".venv-3.13/bin/python"]
+
+
+def test_ci_says_where_no_newer_python_is(machine):
+    machine.python("python3.11", "3.11")
+    done = machine.start(".ci/run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Not tested on the newest JAX: no Python 3.13 or 3.12 was found\n")
+    assert suites_of(machine) == [".venv/bin/python"]
+
+
+def test_ci_needs_311_and_ends_where_a_suite_fails(machine):
+    machine.python("python3.13", "3.13")
+    done = machine.start(".ci/run")
+    assert done.returncode != 0 and "No Python 3.11 or later runs as 3.11" in done.stderr
+    assert suites_of(machine) == []
+    failing = PYTHON.replace(">>{log} ;;", ">>{log}; exit 1 ;;")
+    machine.write(machine.bin / "python3.11", failing, version="3.11", pip=machine.pip, log=machine.log)
+    assert machine.start(".ci/run").returncode == 1
+    assert suites_of(machine) == [".venv/bin/python"]

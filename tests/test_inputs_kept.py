@@ -1,0 +1,384 @@
+"""No command writes over, among or into what it reads: each is refused through its own main(), before it does anything.
+
+The working folder of every test:
+
+    photos/ masks/ refs/    a.png and b.png each
+    set/                    a data set: input/ mask/ gt/ ref/ result/ and labeled.json, triplets.json
+    model/transformer/      a base's folder, with config.json
+    run/checkpoints/4       a checkpoint of an earlier run, and run/config.toml
+    link                    leads to the folder that the test names
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ra_jax import evaluate, infer, train
+from ra_jax.aot import __main__ as aot
+from ra_jax.data import __main__ as data
+from ra_jax.demo import __main__ as demo
+from ra_jax.outputs import UNFINISHED
+
+NAMES = ("a", "b")
+RUN_CONFIG = '# data\ntrain_json_path = "set/#labeled.json"\n\n# run\noutput_dir = "run"\nseed = 0\n'
+
+
+def picture(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(128, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels[..., 0] if path.parent.name in ("mask", "masks") else pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's would stay for other tests
+    rooms = ("photos", "masks", "refs", *(f"set/{room}" for room in ("input", "mask", "gt", "ref", "result")))
+    for number, room in enumerate(rooms):
+        for i, name in enumerate(NAMES):
+            picture(Path(room, f"{name}.png"), 10 * number + i)
+    records = [
+        {"src": f"input/{name}.png", "mask": f"mask/{name}.png", "result": f"result/{name}.png", "scores": [1, 1, 1]}
+        for name in NAMES
+    ]
+    Path("set/labeled.json").write_text(json.dumps(records))
+    Path("set/triplets.json").write_text(json.dumps({"mapping": {f"{name}.png": [f"{name}.png"] for name in NAMES}}))
+    Path("model/transformer").mkdir(parents=True)
+    Path("model/transformer/config.json").write_text("{}")
+    for part in ("state", "about"):
+        Path("run/checkpoints/4", part).mkdir(parents=True)
+    Path("run/config.toml").write_text(RUN_CONFIG)
+    return tmp_path
+
+
+def tree(root):
+    """Everything below `root`: what a link leads to, and content and time of a file."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            status = path.lstat()
+            content = path.read_bytes() if path.is_file() else None
+            found[name] = (content, status.st_mtime_ns, status.st_ino, status.st_nlink)
+    return found
+
+
+def message_of(main, argv, capsys):
+    """What a command says that ends with exit status 1."""
+    try:
+        status = main(argv)
+    except SystemExit as end:
+        assert isinstance(end.code, str)  # Python prints it and exits with status 1
+        return end.code
+    assert status == 1
+    return capsys.readouterr().err
+
+
+def refused(command, argv, capsys):
+    """The message of a command that is refused and leaves everything as it was."""
+    before = tree(Path())
+    message = message_of(COMMANDS[command], argv, capsys)
+    assert tree(Path()) == before
+    assert message.startswith("error: ")
+    return message
+
+
+COMMANDS = {
+    "infer": infer.main,
+    "evaluate": evaluate.main,
+    "train": train.main,
+    "pack": data.main,
+    "synth": data.main,
+    "demo": demo.main,
+    "aot": aot.main,
+}
+# The command line up to the place of its output, a folder that it reads, another one, a folder of masks that it reads,
+# and a file that it writes.
+READS = {
+    "infer": (
+        "--source_image photos --source_mask masks --ref_image refs --overwrite --output_dir",
+        ("photos", "refs", "masks", "a_0.png"),
+    ),
+    "evaluate": (
+        "--results set/result --truth set/triplets.json --overwrite --output_dir",
+        ("set/result", "set/gt", "set/mask", "contact_sheet.png"),
+    ),
+    "train": ("--train_json_path set --overwrite_output_dir --output_dir", ("set", "set", "set/mask", "metrics.jsonl")),
+    "pack": ("pack set", ("set", "set", "set/mask", None)),
+}
+WAYS = ("folder", "link", "hard link", "relative", "masks", "link around", "inside", "around")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("command", READS)
+def test_an_input_is_kept(folder, command, way, capsys):
+    words, (read, other, masks, file) = READS[command]
+    expected = "no command replaces or deletes what it reads: choose another"
+    match way:
+        case "folder":
+            output = read
+        case "link":
+            Path("link").symlink_to(read)
+            output, expected = "link", "(through a link); no command replaces"
+        case "hard link":
+            Path("out").mkdir()
+            if file is None:  # a pack is a new folder; no file of another is replaced
+                expected = "out is there already: choose another folder"
+            else:
+                expected = f"out/{file}, which is the same file as"
+            os.link(Path(read, "input" if read == "set" else "", "b.png"), Path("out", file or "x"))
+            output = "out"
+        case "relative":
+            output = f"model/../{other}" if command != "pack" else "set/mask/../../set"
+        case "masks":
+            output = masks
+        case "link around":
+            Path("link").symlink_to(Path(read).parent)
+            output, expected = f"link/{Path(read).name}", "(through a link); no command replaces"
+        case "inside":
+            output, expected = f"{read}/new", "which lies in"
+        case "around":
+            output, expected = (str(folder / Path(read).parent), "which holds")
+            if command == "pack":  # its parent's name is none for a pack
+                Path("around").symlink_to(folder)
+                output = "around"
+    assert expected in refused(command, [*words.split(), output], capsys)
+
+
+@pytest.mark.parametrize("way", ["folder", "link", "hard link", "relative", "masks", "staging"])
+@pytest.mark.parametrize("command", ["synth", "demo"])
+def test_a_data_set_of_the_users_is_kept(folder, command, way, capsys):
+    """Commands that make data from nothing read no files; what lies where they write is left alone all the same."""
+    expected = "holds"
+    match way:
+        case "folder":
+            output = "set"
+        case "link":
+            Path("link").symlink_to("set")
+            output = "link"
+        case "hard link":
+            Path("out").mkdir()
+            os.link("set/triplets.json", "out/triplets.json" if command == "synth" else "out/settings.json")
+            output = "out"
+        case "relative":
+            output = "photos/../set"
+        case "masks":
+            output = "set/mask"
+        case "staging":
+            Path("set").rename("new.partial" if command == "synth" else "set.partial")
+            output, expected = "new", "was not left by a run that was stopped"
+            if command == "demo":
+                output, expected = "set.partial", "holds"
+    words = "synth --scenes 1 --size 32" if command == "synth" else "--output_dir"
+    argv = [*words.split(), output] if command == "demo" else ["synth", output, *words.split()[1:]]
+    assert expected in refused(command, argv, capsys)
+
+
+def test_what_lies_in_a_demos_folder_under_a_name_of_its_drafts_is_kept(folder, capsys):
+    Path("out/data/train.partial").mkdir(parents=True)
+    Path("out/data/train.partial/mine.txt").write_text("mine")
+    settings = demo.DemoSettings()
+    Path("out/settings.json").write_text(json.dumps(vars(settings)))
+    assert "out/data/train.partial" in refused("demo", ["--output_dir", "out"], capsys)
+
+
+def test_a_demos_folder_of_other_settings_is_kept(folder, capsys):
+    Path("out").mkdir()
+    Path("out/settings.json").write_text(json.dumps(vars(demo.DemoSettings(seed=3))))
+    assert "was prepared with other settings" in refused("demo", ["--output_dir", "out"], capsys)
+    Path("out/settings.json").write_text("no JSON")
+    assert "holds settings.json, and no settings.json of a demo" in refused("demo", ["--output_dir", "out"], capsys)
+    assert "is a file; expected a folder" in refused("demo", ["--output_dir", "set/labeled.json"], capsys)
+
+
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+SINGLE = {"source_image": "photos/a.png", "source_mask": "masks/a.png"}
+
+
+class TestInfer:
+    def test_a_mask_that_is_named_as_a_candidate(self, folder, capsys):
+        Path("masks/a.png").rename("photos/a_0.png")
+        argv = flags(source_image="photos/a.png", source_mask="photos/a_0.png", output_dir="photos")
+        for overwrite in ([], ["--overwrite"]):
+            message = refused("infer", [*argv, *overwrite], capsys)
+            assert "would write photos/a_0.png, which is an input of --source_mask" in message
+            assert "--overwrite" not in message
+
+    def test_a_photo_of_the_users_beside_the_photo(self, folder, capsys):
+        Path("photos/b.png").rename("photos/a_0.png")
+        message = refused("infer", flags(**SINGLE, output_dir="photos"), capsys)
+        assert "photos/a_0.png: already exists, and photos/records.json does not name it as a result" in message
+        assert "--overwrite" not in message
+
+    def test_a_data_file_in_the_place_of_the_records(self, folder, capsys):
+        Path("set/labeled.json").rename("set/records.json")
+        argv = [*flags(source_image="set/records.json", output_dir="set"), "--overwrite"]
+        assert "would write set/records.json, which is an input of --source_image" in refused("infer", argv, capsys)
+
+    def test_a_result_that_the_data_file_names(self, folder, capsys):
+        """Candidates of earlier candidates' scenes, into the same folder."""
+        Path("set/result/a.png").rename("set/result/a_0.png")
+        text = Path("set/labeled.json").read_text()
+        Path("set/labeled.json").write_text(text.replace("result/a.png", "result/a_0.png"))
+        argv = [*flags(source_image="set/labeled.json", output_dir="set/result"), "--overwrite"]
+        assert "set/result/a_0.png, which is the same file as" not in refused("infer", argv, capsys)
+        assert "set/result/a_0.png, which is an input of --source_image" in refused("infer", argv, capsys)
+
+    def test_masks_that_are_found_by_name(self, folder, capsys):
+        for source in ("set/triplets.json", "set/labeled.json", "set"):
+            for output in ("set/mask", "set/mask/new"):
+                argv = flags(source_image=source, output_dir=output)
+                assert f"would write {output}, which" in refused("infer", argv, capsys)
+
+    def test_models_and_experts(self, folder, monkeypatch, capsys):
+        models = {"pretrained_model_name_or_path": "model", "pretrained_redux_model_name_or_path": "owner/redux"}
+        monkeypatch.setattr(infer, "model_settings", lambda config: models)
+        for output, read in {"model/out": "pretrained_model_name_or_path", "run/checkpoints/4/out": "experts"}.items():
+            argv = flags(**SINGLE, experts="run", output_dir=output)
+            assert f"an input of --{read}" in refused("infer", argv, capsys)
+
+
+class TestEvaluate:
+    def test_a_results_file_in_the_place_of_the_contact_sheet(self, folder, capsys):
+        Path("set/result/a.png").rename("set/result/contact_sheet.png")
+        text = Path("set/labeled.json").read_text()
+        Path("set/labeled.json").write_text(text.replace("result/a.png", "result/contact_sheet.png"))
+        argv = flags(results="set/labeled.json", truth="set/triplets.json", output_dir="set/result")
+        for more in ([], ["--overwrite"], ["--overwrite", "--sheet_rows=0"], ["--overwrite", "--only=b.png"]):
+            message = refused("evaluate", [*argv, *more], capsys)
+            assert "set/result/contact_sheet.png, which is an input of --results" in message
+
+    def test_photos_of_candidates(self, folder, capsys):
+        """The records of a folder that infer wrote name photos elsewhere."""
+        Path("made").mkdir()
+        Path("photos/b.png").rename("photos/contact_sheet.png")
+        record = {"src": "../photos/contact_sheet.png", "mask": "../masks/b.png", "result": "../set/result/b.png"}
+        Path("made/records.json").write_text(json.dumps([record]))
+        message = refused("evaluate", [*flags(results="made", output_dir="photos"), "--overwrite"], capsys)
+        assert "which is the same file as made/../photos/contact_sheet.png, an input of --results (records" in message
+
+    def test_weights(self, folder, capsys):
+        argv = flags(results="set/labeled.json", truth="set/triplets.json", clip_model="model", output_dir="model/out")
+        assert "which lies in model, an input of --clip_model" in refused("evaluate", argv, capsys)
+
+
+class TestPack:
+    def test_the_folder_holds_the_data_file(self, folder, capsys):
+        """The advice to delete it would be a bad one."""
+        message = refused("pack", ["pack", "set/labeled.json", "set"], capsys)
+        assert "FOLDER: would write set, which holds set/labeled.json, an input of FILE" in message
+
+    def test_the_draft_holds_the_data(self, folder, capsys):
+        Path("set").rename("packed.partial")
+        Path("packed.partial", UNFINISHED).touch()
+        message = refused("pack", ["pack", "packed.partial/labeled.json", "packed"], capsys)
+        assert "would write packed.partial, which holds packed.partial/labeled.json" in message
+
+    def test_the_draft_is_somebody_elses(self, folder, capsys):
+        Path("photos").rename("packed.partial")
+        message = refused("pack", ["pack", "set/labeled.json", "packed"], capsys)
+        assert "packed.partial: packed is written under this name first" in message
+
+    def test_the_encoders_folder(self, folder, capsys):
+        argv = ["pack", "set/labeled.json", "model/packed", "--latents", "--pretrained_model_name_or_path", "model"]
+        assert "which lies in model, an input of --pretrained_model_name_or_path" in refused("pack", argv, capsys)
+
+
+class TestTrain:
+    def test_data_in_a_folder_that_is_deleted(self, folder, capsys):
+        Path("set").rename("run/previews")
+        argv = flags(train_json_path="run/previews/labeled.json", output_dir="run")
+        message = refused("train", [*argv, "--overwrite_output_dir"], capsys)
+        assert "would write run/previews, which holds run/previews/labeled.json, an input of --train" in message
+
+    def test_a_preview_that_the_data_name(self, folder, capsys):
+        Path("new/previews").mkdir(parents=True)
+        Path("set/result/a.png").rename("new/previews/step_000000.png")
+        text = Path("set/labeled.json").read_text()
+        Path("set/labeled.json").write_text(text.replace("result/a.png", "../new/previews/step_000000.png"))
+        argv = flags(train_json_path="set/triplets.json", val_json_path="set/labeled.json", output_dir="new")
+        message = refused("train", argv, capsys)
+        assert "step_000000.png, an input of --val_json_path" in message
+
+    def test_the_base_and_its_folder(self, folder, capsys):
+        for output, relation in {"model": "is an input", "model/run": "lies in model", ".": "holds model"}.items():
+            argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="model", output_dir=output)
+            assert f"which {relation}" in refused("train", argv, capsys)
+
+    def test_experts_that_would_be_deleted(self, folder, capsys):
+        for experts in ("run", "run/checkpoints/4", "other/../run"):
+            Path("other").mkdir(exist_ok=True)
+            argv = flags(train_json_path="set/labeled.json", init_experts_from=experts, output_dir="run")
+            message = refused("train", [*argv, "--use_lora", "--overwrite_output_dir"], capsys)
+            assert "would write run/checkpoints, which holds" in message and "of --init_experts_from" in message
+
+    def test_another_runs_checkpoint_through_a_link(self, folder, capsys):
+        Path("new").mkdir()
+        Path("new/checkpoints").symlink_to(folder / "run/checkpoints")
+        argv = flags(train_json_path="set/labeled.json", resume_from_checkpoint="run/checkpoints/4", output_dir="new")
+        message = refused("train", argv, capsys)
+        assert "would write new/checkpoints, which holds" in message
+        assert "an input of --resume_from_checkpoint (through a link)" in message
+
+    @pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint=latest", "--log_freq=1"])
+    def test_a_configuration_written_by_hand(self, folder, flag, capsys):
+        Path("mine").mkdir()
+        for text in ("seed = 3\n", '# my settings\nsome = "x"\n', "# data\nseed = 3  # as in the paper\n"):
+            Path("mine/config.toml").write_text(text)
+            argv = [*flags(train_json_path="set/labeled.json", output_dir="mine"), flag]
+            assert "mine/config.toml: the run would replace it" in refused("train", argv, capsys)
+
+    def test_the_configuration_that_is_read(self, folder, capsys):
+        Path("run/previews").mkdir()
+        Path("run/previews/mine.toml").write_text("seed = 3\n")
+        Path("mine.toml").write_text("seed = 3\n")
+        os.link("mine.toml", "run/metrics.jsonl")
+        for file, expected in {
+            "run/previews/mine.toml": "run/previews, which holds run/previews/mine.toml, an input of --config",
+            "mine.toml": "run/metrics.jsonl, which is the same file as mine.toml, an input of --config (by a hard",
+        }.items():
+            argv = flags(config=file, train_json_path="set/labeled.json", output_dir="run")
+            assert expected in refused("train", [*argv, "--overwrite_output_dir"], capsys)
+
+    def test_a_runs_own_configuration_may_be_read(self, folder, capsys):
+        """Past the checks of the output: the data file that it names is not there."""
+        for flag in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
+            Path("run/checkpoints/4").rename("elsewhere")
+            message = refused("train", ["--config", "run/config.toml", flag], capsys)
+            assert "set/#labeled.json: no such file or folder" in message
+            Path("elsewhere").rename("run/checkpoints/4")
+
+
+class TestAot:
+    ARGUMENTS = ("--topology", "v5e:1x1", "--use_lora", "--pretrained_model_name_or_path", "model")
+
+    def test_the_configuration(self, folder, capsys):
+        Path("mine.toml").write_text("seed = 3\n")
+        Path("link.toml").symlink_to("mine.toml")
+        os.link("mine.toml", "hard.toml")
+        for output, how in {
+            "mine.toml": "mine.toml, which is an input of --config;",
+            "photos/../mine.toml": "an input of --config;",
+            "link.toml": "an input of --config (through a link);",
+            "hard.toml": "an input of --config (by a hard link);",
+        }.items():
+            argv = [*self.ARGUMENTS, "--json", output, "--config", "mine.toml"]
+            assert how in refused("aot", argv, capsys)
+
+    def test_the_base(self, folder, capsys):
+        argv = [*self.ARGUMENTS, "--json", "model/transformer/config.json"]
+        assert "which lies in model, an input of --pretrained_model" in refused("aot", argv, capsys)
+
+    def test_a_folder_that_is_missing(self, folder, capsys):
+        argv = [*self.ARGUMENTS, "--json", "none/out.json"]
+        assert "--json none/out.json: there is no folder none" in refused("aot", argv, capsys)

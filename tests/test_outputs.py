@@ -1,0 +1,305 @@
+"""Outputs against inputs by every way that leads from one to the other, and files that are replaced as a whole."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ra_jax.errors import OutputError
+from ra_jax.outputs import (
+    UNFINISHED,
+    Outputs,
+    check_outputs,
+    check_staging,
+    replace_file,
+    replace_folder,
+    staging_folder,
+    write_file,
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working folder: photos/ with a.png and b.png, and other/."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "other"):
+        Path(folder).mkdir()
+    for name in ("a.png", "b.png"):
+        Path("photos", name).write_text(name)
+    return tmp_path
+
+
+def refusal(outputs, inputs, **more):
+    with pytest.raises(OutputError) as caught:
+        check_outputs(outputs, inputs, **more)
+    return str(caught.value)
+
+
+def outputs(*files, folder=None, owned=()):
+    return Outputs("--output_dir", folder and Path(folder), [Path(file) for file in files], [Path(o) for o in owned])
+
+
+def read(*paths):
+    return {"--source_image": [Path(path) for path in paths]}
+
+
+ADVICE = "no command replaces or deletes what it reads: choose another --output_dir, apart from its inputs"
+
+
+class TestFiles:
+    def test_the_same_file(self, place):
+        message = refusal(outputs("photos/a.png"), read("photos/a.png"))
+        assert message == f"--output_dir: would write photos/a.png, which is an input of --source_image; {ADVICE}"
+
+    @pytest.mark.parametrize("spelling", ["photos/../photos/a.png", "other/../photos/a.png", "./other/../photos/a.png"])
+    def test_another_spelling(self, place, spelling):
+        expected = "which is the same file as photos/a.png, an input of --source_image;"
+        assert expected in refusal(outputs("new.png", spelling), read("photos/a.png"))
+        assert expected in refusal(outputs(place / spelling), read("photos/a.png"))
+
+    def test_a_link_to_the_file(self, place):
+        Path("other/x.png").symlink_to(place / "photos/a.png")
+        message = refusal(outputs("other/x.png"), read("photos/a.png"))
+        assert (
+            "other/x.png, which is the same file as photos/a.png, an input of --source_image (through a link)"
+            in message
+        )
+        assert "(through a link)" in refusal(outputs("photos/a.png"), read("other/x.png"))
+
+    def test_a_link_to_a_folder_around_it(self, place):
+        Path("link").symlink_to("photos")
+        assert (
+            "link/a.png, which is the same file as photos/a.png, an input of --source_image (through a link)"
+            in refusal(outputs("link/a.png"), read("photos/a.png"))
+        )
+
+    def test_a_hard_link(self, place):
+        os.link("photos/a.png", "other/x.png")
+        message = refusal(outputs("other/x.png"), read("photos/a.png"))
+        assert "which is the same file as photos/a.png, an input of --source_image (by a hard link)" in message
+
+    def test_a_file_in_a_folder_that_is_read(self, place):
+        assert "photos/new.json, which lies in photos, an input of" in refusal(
+            outputs("photos/new.json"), read("photos")
+        )
+
+    def test_a_file_beside_a_file_that_is_read(self, place):
+        check_outputs(outputs("photos/a_0.png", "photos/records.json", folder="photos"), read("photos/a.png"))
+
+    def test_the_flag_of_the_input_is_named(self, place):
+        inputs = {"--source_image": [Path("photos/a.png")], "--source_mask": [Path("photos/b.png")]}
+        assert "an input of --source_mask" in refusal(outputs("photos/b.png"), inputs)
+
+    def test_a_folder_where_a_file_is_to_be_written(self, place):
+        assert "other is a folder where a file is to be written" in refusal(outputs("other"), {})
+
+
+class TestFolders:
+    def test_the_same_folder(self, place):
+        message = refusal(outputs(folder="photos"), read("photos"))
+        assert message == f"--output_dir: would write photos, which is an input of --source_image; {ADVICE}"
+
+    @pytest.mark.parametrize("spelling", ["photos/", "./photos", "other/../photos", "photos/../photos/."])
+    def test_another_spelling(self, place, spelling):
+        assert "an input of --source_image;" in refusal(outputs(folder=spelling), read(place / "photos"))
+
+    def test_links(self, place):
+        Path("link").symlink_to("photos")
+        Path("around").symlink_to(place)
+        for output in ("link", "around/photos"):
+            assert (
+                f"{output}, which is the same folder as photos, an input of --source_image (through a link)"
+                in refusal(outputs(folder=output), read("photos"))
+            )
+        assert "an input of --source_image (through a link)" in refusal(outputs(folder="photos"), read("link"))
+        assert "link/new/out, which lies in photos" in refusal(outputs(folder="link/new/out"), read("photos"))
+
+    def test_inside(self, place):
+        message = refusal(outputs(folder="photos/new/out"), read("photos"))
+        assert "photos/new/out, which lies in photos, an input of --source_image;" in message
+
+    def test_around(self, place):
+        assert "., which holds photos, an input of --source_image;" in refusal(outputs(folder="."), read("photos"))
+
+    def test_around_a_link_that_leads_elsewhere(self, place):
+        Path("other/link").symlink_to(place / "photos")
+        assert "other, which holds other/link" in refusal(outputs(folder="other"), read("other/link"))
+
+    def test_a_folder_around_a_single_file_is_fine(self, place):
+        check_outputs(outputs(folder="."), read("photos/a.png"))
+
+    def test_names_that_begin_alike_have_nothing_in_common(self, place):
+        check_outputs(outputs(folder="photos_2"), read("photos"))
+        check_outputs(outputs("other/a.png", folder="other", owned=["other/previews"]), read("photos", "photos/a.png"))
+
+    def test_the_way_to_an_input_is_not_around_it(self, place):
+        check_outputs(outputs(folder="other", owned=["other"]), read("other/../photos"))
+
+    def test_the_same_folder_by_its_inode_alone(self, place, monkeypatch):
+        """As on a file system that ignores case, or under a bind mount: paths differ, resolved ones too."""
+        inode = Path("photos").stat()
+        stat_of = Path.stat
+
+        def mounted(path, **options):
+            return inode if path.name == "PHOTOS" else stat_of(path, **options)
+
+        monkeypatch.setattr(Path, "stat", mounted)
+        assert "an input of --source_image (under another name)" in refusal(outputs(folder="PHOTOS"), read("photos"))
+        assert "PHOTOS/new, which lies in photos" in refusal(outputs(folder="PHOTOS/new"), read("photos"))
+
+    def test_a_file_in_the_place_of_the_folder(self, place):
+        for folder in ("photos/a.png", "photos/a.png/out"):
+            assert "photos/a.png: is a file; expected a folder" in refusal(outputs(folder=folder), {})
+
+    def test_an_input_that_does_not_exist_is_passed_over(self, place):
+        check_outputs(outputs(folder="owner/model"), read("owner/model"))
+
+
+class TestOwnedFolders:
+    def test_may_not_hold_what_is_read(self, place):
+        for path in ("photos", "photos/a.png"):
+            assert f"photos, which {'is' if path == 'photos' else f'holds {path},'} an input of" in refusal(
+                outputs(owned=["photos"]), read(path)
+            )
+
+    def test_may_not_hold_a_link_by_which_is_read(self, place):
+        Path("other/previews").mkdir()
+        Path("other/previews/a.png").symlink_to(place / "photos/a.png")
+        Path("other/previews/all").symlink_to(place / "photos")
+        for path in ("other/previews/a.png", "other/previews/all/a.png"):
+            assert "other/previews, which holds" in refusal(outputs(owned=["other/previews"]), read(path))
+
+    def test_may_not_lie_in_what_is_read(self, place):
+        assert "photos/previews, which lies in photos" in refusal(outputs(owned=["photos/previews"]), read("photos"))
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def checkpoint(self, place):
+        path = Path("run/checkpoints/4")
+        path.mkdir(parents=True)
+        return {"nested": {"--experts": [path]}}
+
+    @pytest.mark.parametrize("folder", ["run", "run/removals", ".", "new"])
+    def test_may_lie_in_the_output_folder(self, checkpoint, folder):
+        check_outputs(outputs(f"{folder}/records.json", folder=folder), {}, **checkpoint)
+
+    @pytest.mark.parametrize("folder", ["run/checkpoints/4", "run/checkpoints/4/state/out"])
+    def test_may_not_be_written_into(self, checkpoint, folder):
+        assert "an input of --experts" in refusal(outputs(folder=folder), {}, **checkpoint)
+
+    def test_may_not_lie_in_a_folder_that_is_replaced(self, checkpoint):
+        run = outputs(folder="run", owned=["run/checkpoints", "run/previews"])
+        assert "would write run/checkpoints, which holds run/checkpoints/4, an input of --experts" in refusal(
+            run, {}, **checkpoint
+        )
+
+
+class TestReplacedFile:
+    def test_has_the_new_content_and_nothing_is_left_beside_it(self, place):
+        write_file(Path("other/x.txt"), "größer\n")
+        assert Path("other/x.txt").read_bytes() == "größer\n".encode()
+        write_file(Path("other/x.txt"), b"\x00")
+        assert Path("other/x.txt").read_bytes() == b"\x00"
+        assert os.listdir("other") == ["x.txt"]
+
+    def test_is_whole_until_the_new_one_is(self, place):
+        with replace_file(Path("photos/a.png")) as draft:
+            draft.write_text("half")
+            assert draft.parent == Path("photos") and draft.suffix == ".tmp"
+            assert Path("photos/a.png").read_text() == "a.png"
+        assert Path("photos/a.png").read_text() == "half"
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_stays_where_writing_fails(self, place, error):
+        with pytest.raises(error), replace_file(Path("photos/a.png")) as draft:
+            draft.write_text("half")
+            raise error
+        assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
+        assert Path("photos/a.png").read_text() == "a.png"
+
+    def test_drafts_take_no_name_of_the_users(self, place):
+        for name in ("a.png.tmp", "a.tmp"):
+            Path("photos", name).write_text("mine")
+        write_file(Path("photos/a.png"), "new")
+        assert Path("photos/a.png.tmp").read_text() == Path("photos/a.tmp").read_text() == "mine"
+
+    def test_a_link_is_replaced_and_its_target_stays(self, place):
+        Path("other/soft").symlink_to(place / "photos/a.png")
+        os.link("photos/b.png", "other/hard")
+        for name in ("soft", "hard"):
+            write_file(Path("other", name), "new")
+            assert Path("other", name).read_text() == "new" and not Path("other", name).is_symlink()
+        assert Path("photos/a.png").read_text() == "a.png" and Path("photos/b.png").read_text() == "b.png"
+
+    def test_permissions_are_those_of_a_file_that_is_opened(self, place):
+        def mode(path):
+            return stat.S_IMODE(Path(path).stat().st_mode)
+
+        before = os.umask(0o027)
+        try:
+            write_file(Path("new.txt"), "")
+            with replace_file(Path("other.txt")) as draft:
+                draft.unlink()  # as a library does that writes a file of its own
+                os.close(os.open(draft, os.O_CREAT | os.O_WRONLY, 0o600))
+        finally:
+            os.umask(before)
+        assert mode("new.txt") == mode("other.txt") == 0o640
+        Path("photos/a.png").chmod(0o604)
+        write_file(Path("photos/a.png"), "")
+        assert mode("photos/a.png") == 0o604
+
+    def test_a_name_as_long_as_names_may_be(self, place):
+        name = "ä" * 125 + ".png"  # 254 bytes of at most 255
+        write_file(Path(name), "new")
+        assert Path(name).read_text() == "new"
+
+
+class TestReplacedFolder:
+    def test_appears_when_it_is_complete(self, place):
+        with replace_folder(place / "new") as staging:
+            (staging / "file").write_text("x")
+            assert not Path("new").exists()
+        assert os.listdir("new") == ["file"] and not staging.exists()
+
+    def test_replaces_an_earlier_one(self, place):
+        with replace_folder(place / "photos") as staging:
+            (staging / "c.png").write_text("c")
+            assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
+        assert os.listdir("photos") == ["c.png"]
+        assert sorted(os.listdir()) == ["other", "photos"]
+
+    def test_stays_where_writing_fails(self, place):
+        with pytest.raises(KeyboardInterrupt), replace_folder(place / "photos"):
+            raise KeyboardInterrupt
+        assert sorted(os.listdir()) == ["other", "photos"]
+        assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
+
+    def test_what_a_killed_run_left_goes(self, place):
+        staging = staging_folder(place / "new")
+        staging.mkdir()
+        (staging / UNFINISHED).touch()
+        (staging / "half").touch()
+        with replace_folder(place / "new") as staging:
+            (staging / "file").write_text("x")
+        assert os.listdir("new") == ["file"]
+
+    @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
+    def test_what_somebody_else_wrote_stays(self, place, kind):
+        staging = Path("new.partial")
+        match kind:
+            case "folder":
+                Path("photos").rename(staging)
+            case "file":
+                staging.write_text("mine")
+            case "link":
+                Path("photos", UNFINISHED).touch()
+                staging.symlink_to("photos")
+            case "dangling link":
+                staging.symlink_to("nowhere")
+        before = staging.lstat()
+        for refused in (check_staging, lambda folder: replace_folder(folder).__enter__()):
+            with pytest.raises(OutputError, match=r"new\.partial: .* was not left by a run that was stopped"):
+                refused(Path("new"))
+        assert staging.lstat() == before

@@ -1,0 +1,111 @@
+"""Experiments and benchmarks start from any folder; against_diffusers.py compares interpreters and names mistakes."""
+
+import importlib
+import os
+import runpy
+import sys
+import venv
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ra_jax.rewards.custom import parse_rewards
+from ra_jax.rewards.registry import RewardInputs
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+PROGRAMS = sorted(path for folder in ("experiments", "benchmarks") for path in SCRIPTS.glob(f"{folder}/*.py"))
+WORKER = "contenders.py"  # a process of against_diffusers.py, with no command line for people
+
+
+@pytest.fixture(autouse=True)
+def own_modules():
+    """Scripts import their siblings by bare names: none of them stays for the next test."""
+    yield
+    for path in PROGRAMS:
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function: folder, name -> the module of a script, as its siblings import it."""
+
+    def load(folder, name):
+        monkeypatch.syspath_prepend(SCRIPTS / folder)
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if path.name != WORKER], ids=lambda path: path.name)
+def test_a_script_starts_from_any_folder(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(path.parent)  # as `python FILE` does
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reward_by_chance_is_found_by_the_name_that_the_experiment_gives_it(script):
+    experiment = script("experiments", "automatic_rewards")
+    (reward,) = parse_rewards(experiment.METHODS["chance"]["reward_functions"], (0.4, 0.3, 0.3), False)
+    image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))
+    values = reward.function(RewardInputs(image, image, jnp.ones((64, 8, 8))))
+    assert values.shape == (64,) and 0 <= values.min() < 0.1 and 0.9 < values.max() < 1
+
+
+def test_the_interval_of_a_mean_is_that_of_its_normal_distribution(script):
+    values = np.random.default_rng(1).normal(2.0, 1.0, size=(1, 1000))
+    low, high = script("experiments", "human_scores").interval(values)
+    np.testing.assert_allclose((low, high), values.mean() + np.array([-1.96, 1.96]) / np.sqrt(1000), atol=0.01)
+
+
+def test_another_interpreter_does_not_inherit_xla_flags(script, tmp_path, monkeypatch):
+    against = script("benchmarks", "against_diffusers")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_another_version=1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
+    own = against.child_environment(sys.executable)
+    assert own["XLA_FLAGS"] == "--xla_of_another_version=1" and "JAX_COMPILATION_CACHE_DIR" not in own
+    monkeypatch.chdir(Path(sys.executable).parent)
+    assert against.is_this_python(f"./{Path(sys.executable).name}")
+    # An environment's interpreter is a link to the same file, and another interpreter nevertheless.
+    venv.create(tmp_path / "other", symlinks=True)
+    other = against.child_environment(str(tmp_path / "other" / "bin" / "python"))
+    assert "XLA_FLAGS" not in other and other["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contenders": ("ra_jax", "theirs")}, "--contenders ra_jax theirs: expected some of ra_jax, diffusers"),
+        ({"contenders": ("diffusers + PEFT",)}, "ra_jax among them"),
+        ({"geometries": ("tiny", "huge")}, "--geometries huge: expected some of tiny, small, wide, flux, flux_6"),
+        ({"our_python": (sys.executable, "/no/python")}, "--our_python /no/python: no such program"),
+    ],
+)
+def test_against_diffusers_names_what_it_does_not_know(script, changes, message):
+    against = script("benchmarks", "against_diffusers")
+    with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
+        against.check(against.Bench(**changes))
+
+
+@pytest.mark.torch
+def test_contenders_train_the_same_number_of_parameters(script):
+    import torch
+
+    contenders = script("benchmarks", "contenders")
+    geometry = contenders.Geometry(2, 32, 1, 1, (2, 4), context=8, batch=1, joint_dim=32, pooled_dim=16, rank=4)
+    _, theirs = contenders.their_model(geometry, "cpu", torch.float32)
+    expected = sum(parameter.numel() for parameter in theirs)
+    for experts, rank in ((3, 4), (1, 12)):
+        step, arguments = contenders.our_step(geometry, experts, rank, "none")
+        assert sum(x.size for x in jax.tree.leaves(arguments[0].trainable["flux"])) == expected
+        state, metrics = jax.eval_shape(step, *arguments)
+        assert metrics["base_loss"].shape == (1,)
+        assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
+    assert contenders.our_flops(geometry, arguments[0].trainable["flux"]) > 0

@@ -1,0 +1,106 @@
+"""The batches of each mode of training: what the loader brings to a step is what the schema says."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ra_jax.aot.abstract_step import batch_shapes, geometry_of
+from ra_jax.data.batch import VALUES, batch_fields, check_batch
+from ra_jax.data.pack_writer import write_pack
+from ra_jax.data.packs import Encoding
+from ra_jax.data.records import load_records
+from ra_jax.interop.diffusers import encoders_fingerprint
+from ra_jax.training.dataset import batch_parts, load_run_data, plain_loader, training_loader
+
+LOADED = SimpleNamespace(model=SimpleNamespace(multiple=8), preprocess=lambda image: np.zeros((28, 28, 3), np.float32))
+
+
+def first_batch(config):
+    """The first batch of a run's steps, and the parts that it is to have."""
+    data = load_run_data(config)
+    rows = np.arange(config.run.train_batch_size)
+    batch = next(training_loader(config, data, LOADED, rows).iterate())
+    return batch, batch_parts(config, results=data.has_target, latents=data.latents)
+
+
+@pytest.fixture(scope="module")
+def standard(scored_scenes):
+    off = dict.fromkeys(("use_grpo", "use_human_scores", "enable_grpo_rewards", "enable_grpo_loss"), False)
+    return off | {"train_json_path": str(scored_scenes / "triplets.json")}
+
+
+@pytest.fixture(scope="module")
+def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
+    """A pack of the triplets with latents of zeros, made as training with "32,32" and float32 would."""
+    encoding = Encoding(encoders_fingerprint(str(tiny_fill), str(tiny_redux)), "32,32", "no")
+    condition = {"masked_latents": np.zeros((32, 16), np.float32), "image_tokens": np.zeros((4, 32), np.float32)}
+    encoder = SimpleNamespace(
+        encoding=encoding,
+        buckets=((32, 32),),
+        condition=lambda panels: condition,
+        result=lambda panels: {"result_latents": np.zeros((32, 16), np.float32)},
+    )
+    folder = tmp_path_factory.mktemp("packs") / "triplets"
+    write_pack(load_records(scored_scenes / "triplets.json"), folder, encoder=encoder)
+    return {"train_json_path": str(folder), "mask_augmentation": False}
+
+
+def test_human_scored_batches(make_config):
+    batch, parts = first_batch(make_config())
+    assert parts == {"photos", "results", "redux", "training", "rewards"}
+    assert check_batch(batch, parts) == {"B": 8, "h": 32, "w": 32, "s": 28}
+
+
+def test_scores_without_rewards_only_weigh_imitation(make_config):
+    batch, parts = first_batch(make_config(enable_grpo_rewards=False, enable_grpo_loss=False))
+    assert parts == {"photos", "results", "redux", "training"}
+    check_batch(batch, parts)
+
+
+def test_standard_batches(make_config, standard):
+    batch, parts = first_batch(make_config(**standard))
+    assert parts == {"photos", "results", "redux", "training"}
+    check_batch(batch, parts)
+
+
+def test_automatic_batches(automatic, photos):
+    batch, parts = first_batch(automatic())
+    assert parts == {"photos", "results", "redux", "training"}
+    check_batch(batch, parts)
+    batch, parts = first_batch(automatic(**photos))
+    assert parts == {"photos", "redux", "training"}
+    check_batch(batch, parts)
+
+
+def test_batches_of_a_pack_with_latents(make_config, automatic, standard, packed):
+    batch, parts = first_batch(make_config(**standard | packed))
+    assert parts == {"results", "latents", "training"}
+    sizes = check_batch(batch, parts)
+    assert {letter: sizes[letter] for letter in ("N", "C4", "T", "D")} == {"N": 32, "C4": 16, "T": 4, "D": 32}
+    batch, parts = first_batch(automatic(**packed))  # rewards are of photos
+    assert parts == {"photos", "results", "latents", "training"}
+    check_batch(batch, parts)
+
+
+def test_batches_outside_of_steps(make_config):
+    config = make_config()
+    batch = next(plain_loader(config, load_run_data(config).previewed, LOADED).iterate())
+    check_batch(batch, {"photos", "results", "redux"})
+
+
+@pytest.mark.parametrize("flags", [{}, {"enable_grpo_rewards": False, "enable_grpo_loss": False}])
+def test_values_of_records_are_those_of_the_schema(make_config, flags):
+    config = make_config(**flags)
+    data, parts = load_run_data(config), batch_parts(config, results=True, latents=False)
+    assert data.values.keys() == batch_fields(parts).keys() & VALUES.keys()
+    for name, values in data.values.items():
+        assert str(values.dtype) in VALUES[name].dtypes
+        assert values.shape == VALUES[name].sized({"B": len(data.records)})
+
+
+def test_a_step_is_compiled_ahead_for_the_batches_that_the_loader_brings(make_config):
+    config = make_config(gradient_accumulation_steps=1)
+    batch, _ = first_batch(config)
+    shapes = {name: (x.shape, x.dtype) for name, x in batch_shapes(config, geometry_of(config)).items()}
+    assert shapes == {name: ((1, *array.shape), array.dtype) for name, array in batch.items()}

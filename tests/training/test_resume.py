@@ -1,0 +1,72 @@
+"""The folder of a run: what is written into it, what is deleted, what is kept."""
+
+import pytest
+
+from ra_jax.config.parse import from_flat_dict, load_toml, to_toml
+from ra_jax.errors import OutputError
+from ra_jax.training import resume
+from ra_jax.training.resume import CONFIG_FILE, check_own_config, claim_output_dir
+
+
+@pytest.fixture
+def config(tmp_path):
+    return from_flat_dict(
+        {
+            "train_json_path": 'data/"#1"\\x.json',
+            "output_dir": str(tmp_path / "run"),
+            "overwrite_output_dir": True,
+            "use_lora": True,
+            "target_modules": r"blocks\.#",
+        }
+    )
+
+
+@pytest.fixture
+def output(config, tmp_path):
+    claim_output_dir(config, tmp_path / "run", keep=False)
+    return tmp_path / "run"
+
+
+def test_a_runs_own_configuration_is_known(output):
+    check_own_config(output / CONFIG_FILE)
+
+
+@pytest.mark.parametrize("change", ["# mine: a second try\n", "seed = 3  # as in the paper\n", None])
+def test_a_configuration_with_a_users_comments_is_not(output, change):
+    file = output / CONFIG_FILE
+    text = file.read_text()
+    file.write_text("seed = 3\n" if change is None else text + change)
+    with pytest.raises(OutputError, match=r"config\.toml: the run would replace it .*no run wrote it; move it"):
+        check_own_config(file)
+
+
+def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):
+    (output / "metrics.jsonl").touch()
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume, "write_file", killed)
+        claim_output_dir(config, output, keep=False)
+    assert load_toml(output / CONFIG_FILE)["target_modules"] == r"blocks\.#"
+    assert not (output / "metrics.jsonl").exists()
+
+
+def test_links_in_the_folder_are_deleted_and_what_they_lead_to_stays(output, config, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/a.png").write_text("mine")
+    (output / "previews").symlink_to(tmp_path / "album")
+    (output / CONFIG_FILE).rename(tmp_path / "mine.toml")
+    (output / CONFIG_FILE).symlink_to(tmp_path / "mine.toml")
+    before = (tmp_path / "mine.toml").stat().st_mtime_ns
+    claim_output_dir(config, output, keep=False)
+    assert not (output / "previews").is_symlink()
+    assert (tmp_path / "album/a.png").read_text() == "mine"
+    assert (tmp_path / "mine.toml").stat().st_mtime_ns == before
+    assert not (output / CONFIG_FILE).is_symlink() and (output / CONFIG_FILE).read_text().startswith("# data\n")
+
+
+def test_what_to_toml_writes_is_a_runs_own(config, tmp_path):
+    (tmp_path / CONFIG_FILE).write_text(to_toml(config))
+    check_own_config(tmp_path / CONFIG_FILE)
