@@ -55,6 +55,9 @@ MOVED = {
     "ra_jax.training.state": ("ra_jax.training.step.state",),
 }
 
+# Names that changed on the way: (old module, old name) -> name in the new modules.
+RENAMED = {("ra_jax.evaluation.image_metrics", "region_mean"): "masked_mean"}
+
 
 class MovedFinder(MetaPathFinder, Loader):
     """Finds and makes the modules at the old paths of `MOVED`."""
@@ -82,10 +85,11 @@ class MovedFinder(MetaPathFinder, Loader):
             if name == "__all__":
                 return [found for found in names() if not found.startswith("_")]
             if not name.startswith("__"):  # the import system and debuggers ask for such names
+                new_name = RENAMED.get((old, name), name)
                 for module_name in new:
                     found = importlib.import_module(module_name)
-                    if hasattr(found, name):
-                        return getattr(found, name)
+                    if hasattr(found, new_name):
+                        return getattr(found, new_name)
             raise AttributeError(f"module {old!r}, which has moved to {' and '.join(new)}, has no attribute {name!r}")
 
         module.__getattr__, module.__dir__ = lookup, names

@@ -72,7 +72,8 @@ class RemovalPipeline:
 
         experts: a run's output folder or one of its checkpoints; its averaged weights are taken where it has any.
         dtype: of the matmuls, "bfloat16" or "float32"; max_sequence_length: prompt tokens, by default the experts'
-        own, else 512. Raises WeightError or CheckpointError where they cannot be had or do not belong together.
+        own, else training's default. Raises WeightError or CheckpointError where they cannot be had or do not belong
+        together.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")

@@ -14,7 +14,7 @@ import pytest
 import ra_jax
 from ra_jax import errors
 from ra_jax.moved import GONE_WITH, MOVED, install_old_paths
-from ra_jax.rewards import registry, removal
+from ra_jax.rewards import image_metrics, registry, removal
 from ra_jax.rewards.custom import parse_rewards
 
 # Old module -> some of the names that it defined in 0.1.
@@ -134,6 +134,12 @@ def test_an_error_caught_by_its_old_path_is_the_very_same_class(module, name):
     assert old is getattr(errors, name)
     with pytest.raises(old, match="as it was"):
         raise getattr(errors, name)("as it was")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_renamed_function_is_at_the_old_path_by_its_old_name():
+    module = importlib.import_module("ra_jax.evaluation.image_metrics")
+    assert module.region_mean is image_metrics.masked_mean
 
 
 def test_every_form_of_import_works_and_warns_where_it_stands(tmp_path):

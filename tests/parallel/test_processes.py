@@ -1,17 +1,13 @@
 """Which launchers are recognised, and what they must not be mistaken for."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from ra_jax.checkpoints import find_checkpoint, read_about
@@ -21,9 +17,6 @@ from ra_jax.errors import ConfigError
 from ra_jax.parallel import processes as distributed
 from ra_jax.parallel.processes import check_address, launched_by, own_gpus, tasks_of_nodes
 from ra_jax.reporting.trackers import read_rows
-from ra_jax.training.agreement import plan_of, refuse_other_plans
-from ra_jax.training.dataset import load_training_records
-from ra_jax.training.setup import set_up
 
 
 @pytest.fixture
@@ -100,62 +93,6 @@ def test_a_coordinator_that_cannot_be_is_refused():
         with pytest.raises(ConfigError, match=r"process 0 cannot listen at port \d+ of this machine"):
             check_address(address, serves=True)
     check_address(address, serves=True)
-
-
-@pytest.fixture
-def beside(monkeypatch):
-    """beside(plan): from now on there is another process, which has this plan."""
-
-    def use(plan):
-        other = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
-
-    return use
-
-
-def test_processes_with_other_plans_are_refused(beside):
-    plan = {"records": [1, 2], "settings": {"a": 1}}
-    refuse_other_plans(plan | {"records": [2]})
-    beside(plan)
-    refuse_other_plans(plan)
-    with pytest.raises(ConfigError, match="the processes do not have the same records: give"):
-        refuse_other_plans(plan | {"records": [2, 1]})
-    with pytest.raises(ConfigError, match="the same records and settings: give"):
-        refuse_other_plans({"records": [], "settings": {}})
-
-
-def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, beside):
-    config = make_config()
-    records = load_training_records(config)
-    plan = plan_of(config, records, records, None)
-    elsewhere = shutil.copytree(scored_scenes, tmp_path / "elsewhere") / "labeled_dict.json"
-    moved = make_config(train_json_path=str(elsewhere), data_workers=2, output_dir=str(tmp_path / "other"))
-    same = plan_of(moved, load_training_records(moved), records, None)
-    assert list(same.values()) == list(plan.values())
-
-    def differs(config, records, previewed, resume_from):
-        other = plan_of(config, records, previewed, resume_from)
-        return [name.split(" (")[0] for name in plan if other[name] != plan[name]]
-
-    assert differs(config, records[::-1], records, None) == ["records"]
-    assert differs(config, records, records[:1], None) == ["records to preview"]
-    assert differs(config, records, records, tmp_path / "4") == ["checkpoint to resume from"]
-    assert differs(make_config(learning_rate=0.02), records, records, None) == ["settings"]
-    beside(plan | {next(iter(plan)): None})
-    with pytest.raises(ConfigError, match=r"the same records \(.*labeled_dict.json\): give"):
-        set_up(config)
-
-
-def test_processes_with_another_base_are_refused(make_config, monkeypatch):
-    def gather(own):
-        """The other process has the same plan, and another base."""
-        return np.stack([own, own if own.size > 1 else own + 1])
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    with pytest.raises(ConfigError, match="the processes do not have the same base model"):
-        set_up(make_config())
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import threading
 from dataclasses import replace
 
 import jax
-import numpy as np
 import pytest
 
 from ra_jax.config.settings import RolloutConfig
@@ -120,29 +119,3 @@ def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(autom
     step.forget_traces()
     step.forget_traces()
     assert forgotten == ["cpu"]
-
-
-def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
-    own = programs.device_memory()
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(programs.multihost_utils, "process_allgather", lambda x: np.stack([x, x - 1000]))
-    assert programs.device_memory() == (own // 2**20 - 1000) * 2**20
-
-
-@pytest.fixture
-def cache_dir():
-    """The folder of the session's compiled programs, which comes back after the test."""
-    before = jax.config.jax_compilation_cache_dir
-    yield before
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_compiled_programs_are_kept_by_default(cache_dir, monkeypatch, tmp_path):
-    programs.keep_compiled("auto")
-    assert jax.config.jax_compilation_cache_dir == cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    programs.keep_compiled("auto")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ra_jax/compiled")
-    programs.keep_compiled("none")
-    assert jax.config.jax_compilation_cache_dir is None
