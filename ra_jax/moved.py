@@ -56,7 +56,10 @@ MOVED = {
 }
 
 # Names that changed on the way: (old module, old name) -> name in the new modules.
-RENAMED = {("ra_jax.evaluation.image_metrics", "region_mean"): "masked_mean"}
+RENAMED = {
+    ("ra_jax.evaluation.image_metrics", "region_mean"): "masked_mean",
+    ("ra_jax.training.beginnings", "refuse_another_base"): "check_base",
+}
 
 
 class MovedFinder(MetaPathFinder, Loader):
@@ -95,7 +98,7 @@ class MovedFinder(MetaPathFinder, Loader):
         module.__getattr__, module.__dir__ = lookup, names
         warnings.warn(
             f"{old} has moved to {' and '.join(new)}; the old path goes with ra_jax {GONE_WITH}",
-            DeprecationWarning,
+            FutureWarning,  # shown to users, whose reward modules the old paths are kept for
             stacklevel=2,
         )
 

@@ -91,7 +91,7 @@ def unloaded(monkeypatch):
     return unload
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_table_is_of_modules_that_are_gone_and_leads_to_modules_that_exist():
     assert set(NAMES) == set(MOVED) - {"ra_jax.compile"}  # a package that had no names
     for old, new in MOVED.items():
@@ -114,7 +114,7 @@ def test_old_paths_go_with_the_release_that_their_warning_names():
 @pytest.mark.parametrize("old", NAMES)
 def test_names_are_at_the_old_path_and_the_same_objects(old, unloaded):
     unloaded(old)
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(FutureWarning) as warned:
         module = importlib.import_module(old)
     text = f"{old} has moved to {' and '.join(MOVED[old])}; the old path goes with ra_jax 0.3"
     assert [str(warning.message) for warning in warned] == [text]
@@ -127,7 +127,7 @@ def test_names_are_at_the_old_path_and_the_same_objects(old, unloaded):
         assert home in MOVED[old] or not home.startswith("ra_jax.")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("module", "name"), ERRORS.items())
 def test_an_error_caught_by_its_old_path_is_the_very_same_class(module, name):
     old = getattr(importlib.import_module(module), name)
@@ -136,7 +136,7 @@ def test_an_error_caught_by_its_old_path_is_the_very_same_class(module, name):
         raise getattr(errors, name)("as it was")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_renamed_function_is_at_the_old_path_by_its_old_name():
     module = importlib.import_module("ra_jax.evaluation.image_metrics")
     assert module.region_mean is image_metrics.masked_mean
@@ -162,8 +162,8 @@ def test_every_form_of_import_works_and_warns_where_it_stands(tmp_path):
         assert find_checkpoint.__module__ == "ra_jax.checkpoints"
         """)
     )
-    shown = run_python("-W", "always::DeprecationWarning", "imports.py", cwd=tmp_path)[1]
-    lines = [int(line) for line in re.findall(r"imports\.py:(\d+): DeprecationWarning: ra_jax\.", shown)]
+    shown = run_python("-W", "always::FutureWarning", "imports.py", cwd=tmp_path)[1]
+    lines = [int(line) for line in re.findall(r"imports\.py:(\d+): FutureWarning: ra_jax\.", shown)]
     assert lines == [1, 2, 3, 3, 4, 5, 6]  # two of line 3: the package and its module
 
 
@@ -180,14 +180,14 @@ assert "ra_jax.rewards.registry" in sys.modules and "ra_jax.parallel.partitioner
     run_python("-c", code, cwd=tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_pickle_of_an_old_class_is_read():
     written = pickle.dumps(errors.Fault("broken", record=3), protocol=0)
     old = written.replace(b"ra_jax.errors", b"ra_jax.data.errors")
     assert old != written and pickle.loads(old) == errors.Fault("broken", record=3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_unknown_name_is_an_error_that_names_both():
     with pytest.raises(ImportError, match=r"cannot import name 'removals' from 'ra_jax\.rl\.rewards' \(.*moved\.py\)"):
         from ra_jax.rl.rewards import removals  # noqa: F401
@@ -201,13 +201,13 @@ def test_an_unknown_name_is_an_error_that_names_both():
         importlib.import_module("ra_jax.rl.reward")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_rewards_of_old_configurations_are_found():
     (reward,) = parse_rewards(["ra_jax.rl.rewards:remaining_object=0.5"], (0.4, 0.3, 0.3), True)
     assert (reward.function, reward.weight) == (removal.remaining_object, 0.5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_reward_registered_at_the_old_path_is_registered(monkeypatch):
     monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
     importlib.import_module("ra_jax.rl.rewards").register_reward("all_alike", needs_target=False)(

@@ -212,6 +212,36 @@ def test_the_warning_names_the_line_that_imports_too_late(tmp_path):
     assert f"{tmp_path / 'late.py'}:5: RuntimeWarning: JAX was in use" in done.stderr
 
 
+# A program with the options of a train step, in a process where JAX was in use first: prints the error of PRODUCTS'.
+LATE_STEP = """
+import jax, jax.numpy as jnp, numpy as np
+jax.devices()
+from ra_jax.parallel.compilation import compiled
+
+def errors(h, W, a, b, V, c, d, x):
+    return ((jax.nn.silu(h @ (W + a @ b)) @ (V + c @ d) - x) ** 2).mean(-1)
+
+rng = np.random.default_rng(0)
+shapes = [(512, 256), (256, 256), (256, 16), (16, 256), (256, 64), (256, 16), (16, 64), (512, 64)]
+inputs = [jnp.asarray(rng.normal(size=s) / 16, jnp.float32) for s in shapes]
+step = compiled(jax.jit(errors).lower(*inputs), jax.default_backend())
+print(float(jnp.abs(step(*inputs) - errors(*inputs)).max()))
+"""
+
+
+def test_a_train_step_is_exact_even_where_jax_was_in_use_before():
+    done = start("-c", LATE_STEP)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6
+
+
+def test_an_unreadable_file_of_flags_is_left_to_xla(tmp_path, jaxlib_of):
+    jaxlib_of("0.10.2")
+    environ = {"XLA_FLAGS": str(tmp_path / "nothing")}
+    compile_exact_products(environ)
+    assert environ == {"XLA_FLAGS": str(tmp_path / "nothing")}
+
+
 def test_this_process_has_the_flag_where_it_is_due():
     assert jax.devices("cpu")  # an unknown flag would end the process here
     assert (EXACT_PRODUCTS in os.environ.get("XLA_FLAGS", "")) == AFFECTED

@@ -25,7 +25,8 @@ DESCRIPTION = (
     "Compiles the train step of a configuration for a TPU that is not there, and tells what it needs of a chip. All "
     "flags of python -m ra_jax.train may follow."
 )
-EFFORTS = {"quick": -1.0, "full": 0.0}  # XLA's exec_time_optimization_effort
+EFFORTS = {"quick": -1.0, "full": 0.0}  # JAX until 0.11.0
+LEVELS = {"quick": "O1", "full": "UNKNOWN"}  # JAX from 0.11.1 on; UNKNOWN is its default
 PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a training needs and this does not
 
 
@@ -66,10 +67,18 @@ def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> Non
         raise OutputError(f"--json {file}: there is no folder {file.parent}; make it, or choose another --json")
 
 
+def set_effort(effort: str) -> None:
+    """How long XLA looks for a fast program; O1 compiles as long as an effort of -1 and to as much memory."""
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        jax.config.update("jax_exec_time_optimization_effort", EFFORTS[effort])
+    else:
+        jax.config.update("jax_optimization_level", LEVELS[effort])
+
+
 def tell(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
     """Compile, print the table, and return its figures."""
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_exec_time_optimization_effort", EFFORTS[effort])
+    set_effort(effort)
     # After parsing: --help and a mistaken flag answer at once.
     from ra_jax.aot.abstract_step import smaller
     from ra_jax.aot.topology import topology_devices

@@ -140,8 +140,12 @@ def has_result(config: TrainConfig) -> bool:
 def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
     """What the loader brings to a step, [A, B, ...], in the largest bucket."""
     height, width = largest_bucket(config)
-    sizes = {"B": config.run.train_batch_size, "h": height, "w": width, "s": geometry.vision.image_size}
+    sizes = {"B": config.run.train_batch_size, "h": height, "w": width}
     parts = batch_parts(config, results=has_result(config), latents=False)
+    if geometry.vision is None:
+        parts -= {"redux"}
+    else:
+        sizes["s"] = geometry.vision.image_size
     return {
         name: jax.ShapeDtypeStruct((config.run.gradient_accumulation_steps, *field.sized(sizes)), field.dtypes[0])
         for name, field in batch_fields(parts).items()

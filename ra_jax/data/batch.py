@@ -79,7 +79,7 @@ def has_results(batch: Mapping[str, Any]) -> bool:
     return "result" in batch or "result_latents" in batch
 
 
-def check_batch(batch: Mapping[str, Any], parts: Collection[Part]) -> dict[str, int]:
+def check_schema(batch: Mapping[str, Any], parts: Collection[Part]) -> dict[str, int]:
     """Compare a batch of arrays with the schema; returns the sizes of its letters.
 
     Raises:

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ra_jax.xla_flags import exact_options
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program; memory of the host that its compiler needed goes back to the system."""
-    program = lowered.compile()
+
+def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """The program for such devices; memory of the host that its compiler needed goes back to the system."""
+    program = lowered.compile(compiler_options=exact_options(platform))
     trim_host_memory()
     return program
 

@@ -1,8 +1,4 @@
-"""Devices as a mesh, and means and sums over the global batch that are the same in every way a step is launched.
-
-Under `jax.jit` the batch in a step *is* the global one and `all_mean` is a plain reduction; under a mapped axis it
-reduces over its replicas too. Losses and metrics take every mean through here.
-"""
+"""Devices as a mesh with the axes data, fsdp and tensor, and what a mesh divides."""
 
 import math
 from collections import Counter

@@ -123,7 +123,7 @@ class MeshLaunch:
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
             lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
-        return compiled(lowered)
+        return compiled(lowered, self.mesh.devices.flat[0].platform)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class PmapLaunch:
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         """The step by `jax.pmap`, which reduces over the axis of the replicas; the state is donated."""
         mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
-        return compiled(mapped.lower(*abstract((state, frozen, batch))))
+        return compiled(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
 
 
 def make_launch(config: ParallelConfig) -> Launch:

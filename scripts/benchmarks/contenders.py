@@ -214,7 +214,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
     learn_step, arguments = our_step(geometry, experts, rank, options["gradient_checkpointing"])
     since = time.perf_counter()
     lowered = jax.jit(learn_step, donate_argnums=0).lower(*arguments)
-    compiled_step = compiled(lowered)
+    compiled_step = compiled(lowered, jax.default_backend())
     seconds = time.perf_counter() - since
     forget_traces(jax.default_backend())  # as training does
     kind = jax.devices()[0].device_kind

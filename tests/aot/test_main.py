@@ -48,6 +48,23 @@ def on_this_cpu(monkeypatch):
     return use
 
 
+@pytest.fixture(autouse=True)
+def usual_effort():
+    """Other files' programs are compiled as they are by themselves."""
+    yield
+    aot.set_effort("full")
+
+
+def test_efforts_are_options_of_this_jax_and_full_is_its_default():
+    names = ("jax_exec_time_optimization_effort", "jax_optimization_level")
+    name = next(name for name in names if hasattr(jax.config, name))
+    usual = getattr(jax.config, name)
+    aot.set_effort("quick")
+    assert getattr(jax.config, name) != usual
+    aot.set_effort("full")
+    assert getattr(jax.config, name) == usual
+
+
 def size(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

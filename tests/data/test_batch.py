@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ra_jax.data.batch import FIELDS, LATENTS, LOADED, VALUES, batch_fields, check_batch, has_results
+from ra_jax.data.batch import FIELDS, LATENTS, LOADED, VALUES, batch_fields, check_schema, has_results
 
 SIZES = {"B": 2, "h": 4, "w": 6, "s": 3, "N": 5, "C4": 8, "T": 7, "D": 9}
 ALWAYS = {"mask", "group_id", "record_id", "epoch", "condition_weight"}
@@ -31,7 +31,7 @@ def zeros(parts, **changes):
 def test_the_keys_of_a_batch_follow_from_its_parts(parts, keys):
     assert set(batch_fields(parts)) == ALWAYS | keys
     letters = {side for name in keys | ALWAYS for side in FIELDS[name].shape if isinstance(side, str)}
-    assert check_batch(zeros(parts), parts) == {letter: SIZES[letter] for letter in letters}
+    assert check_schema(zeros(parts), parts) == {letter: SIZES[letter] for letter in letters}
 
 
 def test_latents_are_what_packs_hold():
@@ -61,11 +61,11 @@ PHOTOS = {"photos", "results"}
 )
 def test_a_batch_that_does_not_follow_the_schema_is_refused(batch, message):
     with pytest.raises(ValueError, match=message):
-        check_batch(batch, PHOTOS)
+        check_schema(batch, PHOTOS)
 
 
 def test_image_tokens_may_be_in_sixteen_bits():
     tokens = np.zeros((2, 7, 9), ml_dtypes.bfloat16)
-    assert check_batch(zeros({"latents"}, image_tokens=tokens), {"latents"})["D"] == 9
+    assert check_schema(zeros({"latents"}, image_tokens=tokens), {"latents"})["D"] == 9
     with pytest.raises(ValueError, match="image_tokens is float16: expected float32 or bfloat16"):
-        check_batch(zeros({"latents"}, image_tokens=tokens.astype(np.float16)), {"latents"})
+        check_schema(zeros({"latents"}, image_tokens=tokens.astype(np.float16)), {"latents"})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.data.batch import check_batch
+from ra_jax.data.batch import check_schema
 from ra_jax.data.loader import Loader, LoaderOptions, parse_buckets
 from ra_jax.data.masks import augment_mask
 from ra_jax.data.panels import load_panels
@@ -49,7 +49,7 @@ def test_batch_has_what_the_step_needs(records):
         height, width = batch["source"].shape[1:3]
         assert (height, width) in BUCKETS
         loaded = {name: array for name, array in batch.items() if name != "scores"}
-        assert check_batch(loaded, {"photos", "results", "redux"}) == {"B": 4, "h": height, "w": width, "s": 7}
+        assert check_schema(loaded, {"photos", "results", "redux"}) == {"B": 4, "h": height, "w": width, "s": 7}
         assert set(np.unique(batch["mask"])) <= {0, 1} and batch["mask"].any((1, 2)).all()
         np.testing.assert_array_equal(batch["scores"], scores[batch["record_id"]])
         np.testing.assert_array_equal(batch["group_id"], batch["record_id"] // 3)
@@ -139,7 +139,7 @@ def test_records_without_results(data_folder):
     for record in data.records:
         del record["result"]
     records = load_records(data.write(), need_result=False)
-    check_batch(take(make(records, batch_size=2), 1)[0], {"photos"})
+    check_schema(take(make(records, batch_size=2), 1)[0], {"photos"})
 
 
 def test_results_in_some_records_only_are_refused(data_folder):

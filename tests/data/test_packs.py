@@ -12,7 +12,7 @@ from PIL import Image
 
 from ra_jax.data import packs
 from ra_jax.data.__main__ import main
-from ra_jax.data.batch import check_batch
+from ra_jax.data.batch import check_schema
 from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
@@ -110,9 +110,9 @@ def test_latents_stand_beside_panels_of_the_buckets(files, tmp_path):
         strict=True,
     )
     for whole, latents_alone, panels in steps:
-        check_batch(whole, {"photos", "results", "latents"})
-        check_batch(latents_alone, {"results", "latents"})
-        check_batch(panels, {"photos", "results", "redux"})
+        check_schema(whole, {"photos", "results", "latents"})
+        check_schema(latents_alone, {"results", "latents"})
+        check_schema(panels, {"photos", "results", "redux"})
         for row in range(4):
             names = ("source", "mask", "reference", "result")
             record = Panels(*(panels[name][row] for name in names))

@@ -113,8 +113,8 @@ def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
 
 
 def test_heads_are_looked_at_before_any_weights_are_read(make_config, monkeypatch):
-    def refuse(self, flux):
-        raise ConfigError(f"{flux.num_attention_heads} heads")
+    def refuse(self, *, heads, width):
+        raise ConfigError(f"{heads} heads")
 
     monkeypatch.setattr(MeshLaunch, "check", refuse)
     monkeypatch.setattr("ra_jax.training.setup.load_fill_model", lambda *_, **__: pytest.fail("weights were read"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ra_jax.aot.abstract_step import batch_shapes, geometry_of
-from ra_jax.data.batch import VALUES, batch_fields, check_batch
+from ra_jax.data.batch import VALUES, batch_fields, check_schema
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
 from ra_jax.data.records import load_records
@@ -49,44 +49,44 @@ def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
 def test_human_scored_batches(make_config):
     batch, parts = first_batch(make_config())
     assert parts == {"photos", "results", "redux", "training", "rewards"}
-    assert check_batch(batch, parts) == {"B": 8, "h": 32, "w": 32, "s": 28}
+    assert check_schema(batch, parts) == {"B": 8, "h": 32, "w": 32, "s": 28}
 
 
 def test_scores_without_rewards_only_weigh_imitation(make_config):
     batch, parts = first_batch(make_config(enable_grpo_rewards=False, enable_grpo_loss=False))
     assert parts == {"photos", "results", "redux", "training"}
-    check_batch(batch, parts)
+    check_schema(batch, parts)
 
 
 def test_standard_batches(make_config, standard):
     batch, parts = first_batch(make_config(**standard))
     assert parts == {"photos", "results", "redux", "training"}
-    check_batch(batch, parts)
+    check_schema(batch, parts)
 
 
 def test_automatic_batches(automatic, photos):
     batch, parts = first_batch(automatic())
     assert parts == {"photos", "results", "redux", "training"}
-    check_batch(batch, parts)
+    check_schema(batch, parts)
     batch, parts = first_batch(automatic(**photos))
     assert parts == {"photos", "redux", "training"}
-    check_batch(batch, parts)
+    check_schema(batch, parts)
 
 
 def test_batches_of_a_pack_with_latents(make_config, automatic, standard, packed):
     batch, parts = first_batch(make_config(**standard | packed))
     assert parts == {"results", "latents", "training"}
-    sizes = check_batch(batch, parts)
+    sizes = check_schema(batch, parts)
     assert {letter: sizes[letter] for letter in ("N", "C4", "T", "D")} == {"N": 32, "C4": 16, "T": 4, "D": 32}
     batch, parts = first_batch(automatic(**packed))  # rewards are of photos
     assert parts == {"photos", "results", "latents", "training"}
-    check_batch(batch, parts)
+    check_schema(batch, parts)
 
 
 def test_batches_outside_of_steps(make_config):
     config = make_config()
     batch = next(plain_loader(config, load_run_data(config).previewed, LOADED).iterate())
-    check_batch(batch, {"photos", "results", "redux"})
+    check_schema(batch, {"photos", "results", "redux"})
 
 
 @pytest.mark.parametrize("flags", [{}, {"enable_grpo_rewards": False, "enable_grpo_loss": False}])
