@@ -102,12 +102,13 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
 def find_checkpoint(where: str | Path) -> Path:
     """The checkpoint meant by a checkpoint's folder, or by a run's folder: its latest, or its best if it has no other.
 
-    Raises CheckpointError where there is none.
+    The path is resolved, also where `checkpoints` is a link. Raises CheckpointError where there is none.
     """
     path = Path(where).resolve()
-    if (path / "about").is_dir() and (path / "state").is_dir():
+    if is_checkpoint(path):
         return path
-    places = [path] if path.name in (FOLDER, BEST) else [path / FOLDER, path / BEST]
+    within = {path.name, Path(where).name} & {FOLDER, BEST}  # either may be a link's name
+    places = [path] if within else [path / FOLDER, path / BEST]
     found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
     steps = next(filter(None, found), [])
     if not steps:
@@ -115,7 +116,20 @@ def find_checkpoint(where: str | Path) -> Path:
             f"no checkpoint in {where}: expected a run's output folder (with {FOLDER}/<step> in it) or one such "
             "checkpoint folder"
         )
-    return max(steps, key=lambda folder: int(folder.name))
+    return max(steps, key=lambda folder: int(folder.name)).resolve()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder has a checkpoint's two parts."""
+    return (folder / "about").is_dir() and (folder / "state").is_dir()
+
+
+def checkpoint_around(path: Path) -> Path | None:
+    """The checkpoint, or the folder of a run's checkpoints, that `path` is or lies in; None where it is in neither."""
+    for folder in (path.resolve(), *path.resolve().parents):
+        if is_checkpoint(folder) or (folder.name in (FOLDER, BEST) and any(map(is_checkpoint, folder.glob("*")))):
+            return folder
+    return None
 
 
 def read_about(checkpoint: Path) -> About:

@@ -95,8 +95,9 @@ def run(config: EvaluateConfig) -> None:
         "warnings": _warnings(fid),
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_file(output / METRICS, csv_text(rows))
+    # The summary first: it shows that the files are an evaluation's, also where the program is killed in between.
     write_file(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(output / METRICS, csv_text(rows))
     if config.sheet_rows:
         sheet = draw_sheet(pairs, rows, config)
         with replace_file(output / SHEET) as draft:
@@ -155,7 +156,12 @@ def _check_values(config: EvaluateConfig) -> None:
 
 
 def _output_folder(config: EvaluateConfig) -> Path:
-    """The output folder, in which nothing stands that is read, or that an earlier evaluation wrote."""
+    """The output folder, whose three files are not there, or are an earlier evaluation's that --overwrite replaces.
+
+    Raises:
+        OutputError: they are, hold or lie in what is read.
+        DataError: they are there, and no evaluation wrote them or --overwrite is not given.
+    """
     output = Path(config.output_dir)
     files = [output / name for name in (METRICS, SUMMARY, SHEET)]
     records = Path(config.results) / RECORDS  # of a folder that ra_jax.infer wrote
@@ -167,12 +173,28 @@ def _output_folder(config: EvaluateConfig) -> Path:
             "--truth": config.truth,
         }
     )
-    inputs |= {f"--{name}": [Path(path)] for name, path in weights.items() if path is not None}
+    nested |= {f"--{name}": [Path(path)] for name, path in weights.items() if path is not None}
     check_outputs(Outputs("--output_dir", output, files), inputs, nested)
-    there = [file for file in files if file.exists()]
+    there = [file for file in files if file.exists() or file.is_symlink()]
+    if there and not _is_summary(output / SUMMARY):
+        raise DataError(
+            f"{there[0]}: is there already, and {output} holds no {SUMMARY} of an earlier evaluation; move it, or "
+            "choose another --output_dir"
+        )
     if there and not config.overwrite:
         raise DataError(f"{there[0]}: is there already; choose another --output_dir, or add --overwrite")
     return output
+
+
+def _is_summary(file: Path) -> bool:
+    """Whether an evaluation wrote the file: a JSON object with settings and metrics."""
+    if not file.is_file():
+        return False
+    try:
+        summary = json.loads(file.read_bytes())
+    except ValueError:  # not JSON, or not text
+        return False
+    return isinstance(summary, dict) and {"settings", "metrics"} <= summary.keys()
 
 
 def _not_asked_for(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:

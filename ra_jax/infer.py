@@ -13,11 +13,13 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ra_jax.checkpoints import find_checkpoint, read_about
+from ra_jax.checkpoints import BEST, find_checkpoint, read_about
+from ra_jax.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.config.ranges import at_least, out_of_range
 from ra_jax.config.settings import ModelConfig
 from ra_jax.data.formats import RECORDS
-from ra_jax.data.inputs import flag_inputs
+from ra_jax.data.inputs import flag_inputs, loose_paths, record_paths
+from ra_jax.data.records import Record
 from ra_jax.errors import DataError, UserError
 from ra_jax.inference.candidates import (
     Candidate,
@@ -48,7 +50,7 @@ class InferConfig:
     num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps; more are slower and finer
     seed: int = 0  # of the first candidate of each scene
     repeat: Annotated[int, at_least(1)] = 1  # candidates a scene, with the seeds from --seed on
-    overwrite: bool = False  # replace earlier results; what is read is never replaced
+    overwrite: bool = False  # replace earlier results; no other file is ever replaced
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,15 +102,35 @@ def run(config: InferConfig) -> None:
 def check_inputs_kept(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
     """Raise OutputError where a picture or records.json would be, or lie among, what this command reads."""
     folder = Path(config.output_dir)
-    inputs, nested = flag_inputs(
-        {f"--{name}": getattr(config, name) for name in ("source_image", "source_mask", "ref_image")}
-    )
+    inputs, nested = _scene_inputs(config, [candidate.scene for candidate in candidates])
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
-    inputs |= {f"--{name}": [Path(settings[name]).expanduser()] for name in models}
+    nested |= {f"--{name}": [Path(settings[name]).expanduser()] for name in models}
     if config.experts is not None:
-        nested |= {"--experts": [find_checkpoint(config.experts)]}
+        nested |= {"--experts": _experts_folders(config.experts)}
     files = [*(candidate.path for candidate in candidates), folder / RECORDS]
     check_outputs(Outputs("--output_dir", folder, files), inputs, nested)
+
+
+def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """What is read of the scenes, as `flag_inputs` returns it: a folder is a data set only without --source_mask."""
+    if config.source_mask is None:
+        inputs, nested = flag_inputs({"--source_image": config.source_image})
+        return {"--source_image": inputs["--source_image"] + record_paths(scenes)}, nested
+    given = {
+        "--source_image": config.source_image,
+        "--source_mask": config.source_mask,
+        "--ref_image": config.ref_image,
+    }
+    return {flag: loose_paths(Path(path)) for flag, path in given.items() if path is not None}, {}
+
+
+def _experts_folders(experts: str) -> list[Path]:
+    """The checkpoint that is read and, where a run wrote it, the run's folders of checkpoints."""
+    checkpoint = find_checkpoint(experts)
+    runs = [Path(experts)]
+    if checkpoint.parent.name in (CHECKPOINTS, BEST):
+        runs.append(checkpoint.parent.parent)
+    return [checkpoint, *(run / name for run in runs for name in (CHECKPOINTS, BEST))]
 
 
 def model_settings(config: InferConfig) -> dict[str, Any]:

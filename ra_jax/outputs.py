@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,9 @@ from ra_jax.errors import OutputError
 # exist are passed over.
 Inputs = Mapping[str, Iterable[Path]]
 
-UNFINISHED = ".unfinished"  # the file in a folder that is being written: what a killed run left is known by it
+UNFINISHED = ".unfinished"  # the file in a folder that is being written, with the content UNFINISHED_NOTE
+UNFINISHED_NOTE = "ra_jax is writing this folder. If no run is at work on it, it was left by one that was stopped.\n"
+MAX_NAME_BYTES = 255  # of a file's or folder's name, on the usual file systems
 NAME_LENGTH = 40  # characters of a file's name that the draft beside it repeats: names are limited to 255 bytes
 
 
@@ -53,16 +55,22 @@ def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None
     Raises:
         OutputError: an output file is an input file or lies in an input folder; the output folder is, holds or lies in
             an input folder; an owned folder holds any input or lies in an input folder. It names both paths and the
-            input's flag. Also where the output folder is a file, or an output file is a folder.
+            input's flag. Also where the output folder is a file or a link that leads nowhere, where an output file is
+            anything but a file, where a name is too long, and where no file can be created.
     """
-    _check_kinds(outputs)
-    comparison = _Comparison(outputs)
-    for flag, paths in inputs.items():
-        for path in dict.fromkeys(paths):
-            comparison.check(flag, Path(path), may_be_around=False)
-    for flag, paths in (nested or {}).items():
-        for path in paths:
-            comparison.check(flag, Path(path), may_be_around=True)
+    try:
+        _check_names(outputs)
+        _check_kinds(outputs)
+        comparison = _Comparison(outputs)
+        for flag, paths in inputs.items():
+            for path in dict.fromkeys(paths):
+                comparison.check(flag, Path(path), may_be_around=False)
+        for flag, paths in (nested or {}).items():
+            for path in paths:
+                comparison.check(flag, Path(path), may_be_around=True)
+        _check_writable(outputs)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
+        raise OutputError(f"{outputs.flag}: cannot be checked ({error}); choose another {outputs.flag}") from error
 
 
 class _Comparison:
@@ -113,25 +121,64 @@ class _Comparison:
 
     def _refuse(self, output: Path, relation: str, flag: str, path: Path) -> None:
         where = "is" if output == path else f"{relation} {path},"
+        into = "into " if output in self.folders and output not in self.owned else ""
         raise OutputError(
-            f"{self.flag}: would write {output}, which {where} an input of {flag}{_how(output, path)}; no command "
-            f"replaces or deletes what it reads: choose another {self.flag}, apart from its inputs"
+            f"{self.flag}: would write {into}{output}, which {where} an input of {flag}{_how(output, path)}; no "
+            f"command replaces or deletes what it reads: choose another {self.flag}, apart from its inputs"
         )
 
 
+def _check_names(outputs: Outputs) -> None:
+    """Raise OutputError where a name is longer than file systems allow."""
+    for path in (*_places(outputs), *outputs.files):
+        for name in path.parts:
+            if (size := len(os.fsencode(name))) > MAX_NAME_BYTES:
+                raise OutputError(
+                    f"{outputs.flag}: would write {name}, a name of {size} bytes; expected at most {MAX_NAME_BYTES}: "
+                    f"choose another {outputs.flag}, or shorten the name that it is made from"
+                )
+
+
 def _check_kinds(outputs: Outputs) -> None:
-    """Raise OutputError where a folder is expected and a file lies, or the other way round."""
-    folders = [*([] if outputs.folder is None else [outputs.folder]), *(file.parent for file in outputs.files)]
-    for folder in dict.fromkeys(folders):
-        there = next((path for path in (folder, *folder.parents) if path.exists()), None)
-        if there is not None and not there.is_dir():
-            raise OutputError(f"{outputs.flag} {there}: is a file; expected a folder: choose another {outputs.flag}")
+    """Raise OutputError where a folder is expected and something else lies, or where a file is, and it is none."""
+    advice = f"choose another {outputs.flag}"
+    for place in _places(outputs):
+        there = _existing(place)
+        if not there.exists():
+            raise OutputError(f"{outputs.flag} {there}: is a link that leads nowhere; expected a folder: {advice}")
+        if not there.is_dir():
+            raise OutputError(f"{outputs.flag} {there}: is a file; expected a folder: {advice}")
     for file in outputs.files:
-        if file.is_dir():
+        if file.exists() and not file.is_file():
+            kind = "folder" if file.is_dir() else "device, pipe or socket"
+            raise OutputError(f"{outputs.flag}: {file} is a {kind} where a file is to be written: move it, or {advice}")
+
+
+def _check_writable(outputs: Outputs) -> None:
+    """Raise OutputError where no file can be created; whoever looks at the folders afterwards sees no change."""
+    for folder in dict.fromkeys(map(_existing, _places(outputs))):
+        before = folder.stat()
+        probe = folder / f".{secrets.token_hex(8)}.tmp"
+        try:
+            probe.open("xb").close()
+        except OSError as error:
             raise OutputError(
-                f"{outputs.flag}: {file} is a folder where a file is to be written: move it, or choose another "
-                f"{outputs.flag}"
-            )
+                f"{outputs.flag}: no file can be created in {folder} ({error.strerror}): choose another {outputs.flag}"
+            ) from error
+        probe.unlink()
+        with suppress(PermissionError):  # only the folder's owner may set its times
+            os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _places(outputs: Outputs) -> list[Path]:
+    """The folders that files are written into, `owned`, and the ones around them, each once."""
+    folders = [*([] if outputs.folder is None else [outputs.folder]), *outputs.owned]
+    return list(dict.fromkeys([*folders, *(path.parent for path in (*outputs.files, *outputs.owned))]))
+
+
+def _existing(place: Path) -> Path:
+    """The path itself, or the nearest one around it, where anything lies; a link counts, wherever it leads."""
+    return next(path for path in (place, *place.parents, Path()) if os.path.lexists(path))
 
 
 def _marks(path: Path) -> set:
@@ -200,8 +247,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder beside `folder` to write to; it takes the name `folder` when the block ends.
 
-    A `folder` that is there is deleted then. Where the block raises, what was written goes. What a killed run left is
-    deleted at the beginning.
+    A `folder` that is there is deleted then. Where the block or a rename raises, what was written goes, and `folder` is
+    as before. What a killed run left is deleted at the beginning.
 
     Raises:
         OutputError: as `check_staging` does.
@@ -211,17 +258,20 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
+    old = None
     try:
-        (staging / UNFINISHED).touch()
+        (staging / UNFINISHED).write_text(UNFINISHED_NOTE, encoding="utf-8")
         yield staging
         (staging / UNFINISHED).unlink()
+        if folder.exists():
+            old = folder.rename(folder.with_name(f".{folder.name[:NAME_LENGTH]}.{secrets.token_hex(8)}.old"))
+        staging.rename(folder)
     except BaseException:
-        shutil.rmtree(staging)
+        if old is not None and not folder.exists():
+            old.rename(folder)
+        if staging.exists():
+            shutil.rmtree(staging)
         raise
-    old = None
-    if folder.exists():
-        old = folder.rename(folder.with_name(f".{folder.name[:NAME_LENGTH]}.{secrets.token_hex(8)}.old"))
-    staging.rename(folder)
     if old is not None:
         shutil.rmtree(old)
 
@@ -235,10 +285,14 @@ def check_staging(folder: Path) -> None:
     """Check that `staging_folder(folder)` is not there, or was left by a run that was killed.
 
     Raises:
-        OutputError: `replace_folder` would delete what it did not write.
+        OutputError: `replace_folder` would delete what it did not write, or cannot rename `folder`, a mount point.
     """
+    if os.path.ismount(folder):
+        raise OutputError(f"{folder}: is a mount point, which no other folder can replace; choose a new folder in it")
     staging = staging_folder(folder)
-    left = staging.is_dir() and not staging.is_symlink() and (staging / UNFINISHED).exists()
+    note = staging / UNFINISHED
+    left = staging.is_dir() and not staging.is_symlink() and note.is_file()
+    left = left and note.read_bytes() == UNFINISHED_NOTE.encode()
     if not left and (staging.exists() or staging.is_symlink()):
         raise OutputError(
             f"{staging}: {folder} is written under this name first, but what lies there was not left by a run that "

@@ -200,16 +200,23 @@ def test_sizes_are_measured_one_after_the_other_and_told_in_order(tmp_path):
 
 
 def test_an_earlier_evaluation_is_kept_unless_told(data, tmp_path):
-    (tmp_path / "summary.json").write_text("mine")
+    earlier = json.dumps({"settings": {}, "metrics": {}})
+    (tmp_path / "summary.json").write_text(earlier)
     assert "summary.json: is there already; choose another --output_dir, or add --overwrite" in refused(
         flags(data, tmp_path)
     )
-    assert (tmp_path / "summary.json").read_text() == "mine"
+    assert (tmp_path / "summary.json").read_text() == earlier
     (tmp_path / "notes.txt").write_text("kept")
     evaluate.main([*flags(data, tmp_path, only="*_seam"), "--overwrite"])
     assert json.loads((tmp_path / "summary.json").read_text())["pictures"] == 3
     evaluate.main([*flags(data, tmp_path, only="*_seam", sheet_rows=0), "--overwrite"])
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "summary.json", "notes.txt"}
+
+
+@pytest.mark.torch
+def test_weights_that_are_not_there_are_named(data, tmp_path):
+    message = refused(flags(data, tmp_path / "out", inception_weights=tmp_path / "none.pt"))
+    assert "none.pt: no such file" in message
 
 
 def test_what_a_user_can_mend_is_told(data, tmp_path):
@@ -220,12 +227,18 @@ def test_what_a_user_can_mend_is_told(data, tmp_path):
         "--sort_by psnr: not computed (no ground truth": {"sort_by": "psnr", "truth": None},
         "sheet_rows = -1: expected a value at least 0": {"sheet_rows": -1},
         "removal_reward_weight = nan: expected a finite number": {"removal_reward_weight": "nan"},
-        "no such file": {"inception_weights": tmp_path / "none.pt"},
-        "--clip_model": {"clip_model": tmp_path},
         "which is an input of --results": {"results": data, "output_dir": data},
         "is a file; expected a folder": {"output_dir": data / "triplets.json"},
         "matches none of 15 results": {"only": "*_model*"},
     }
     for message, more in told.items():
         assert message in refused(flags(data, out, **more))
+    assert not out.exists()
+
+
+@pytest.mark.torch
+def test_networks_that_are_not_there_are_told(data, tmp_path):
+    out = tmp_path / "out"
+    assert "no such file" in refused(flags(data, out, inception_weights=tmp_path / "none.pt"))
+    assert "--clip_model" in refused(flags(data, out, clip_model=tmp_path))
     assert not out.exists()

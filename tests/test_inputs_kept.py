@@ -22,7 +22,6 @@ from ra_jax import evaluate, infer, train
 from ra_jax.aot import __main__ as aot
 from ra_jax.data import __main__ as data
 from ra_jax.demo import __main__ as demo
-from ra_jax.outputs import UNFINISHED
 
 NAMES = ("a", "b")
 RUN_CONFIG = '# data\ntrain_json_path = "set/#labeled.json"\n\n# run\noutput_dir = "run"\nseed = 0\n'
@@ -195,7 +194,22 @@ def test_a_demos_folder_of_other_settings_is_kept(folder, capsys):
     assert "was prepared with other settings" in refused("demo", ["--output_dir", "out"], capsys)
     Path("out/settings.json").write_text("no JSON")
     assert "holds settings.json, and no settings.json of a demo" in refused("demo", ["--output_dir", "out"], capsys)
-    assert "is a file; expected a folder" in refused("demo", ["--output_dir", "set/labeled.json"], capsys)
+    for output in ("set/labeled.json", "set/labeled.json/x"):
+        assert "is a file; expected a folder" in refused("demo", ["--output_dir", output], capsys)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("scenes=0", "scenes = 0: expected a value at least 1"),
+        ("held_out_scenes=0", "held_out_scenes = 0: expected a value at least 1"),
+        ("vae_steps=0", "vae_steps = 0: expected a value at least 1"),
+        ("size=33", "size = 33: expected a multiple of 8"),
+        ("mix=all", "unknown mix 'all': expected one of"),
+    ],
+)
+def test_a_demo_checks_its_settings_before_it_writes(folder, setting, expected, capsys):
+    assert expected in refused("demo", ["--output_dir", "out", f"--{setting}"], capsys)
 
 
 def flags(**values):
@@ -216,9 +230,10 @@ class TestInfer:
 
     def test_a_photo_of_the_users_beside_the_photo(self, folder, capsys):
         Path("photos/b.png").rename("photos/a_0.png")
-        message = refused("infer", flags(**SINGLE, output_dir="photos"), capsys)
-        assert "photos/a_0.png: already exists, and photos/records.json does not name it as a result" in message
-        assert "--overwrite" not in message
+        for overwrite in ([], ["--overwrite"]):
+            message = refused("infer", [*flags(**SINGLE, output_dir="photos"), *overwrite], capsys)
+            assert "photos/a_0.png: already exists, and photos/records.json does not name it as a result" in message
+            assert "--overwrite" not in message
 
     def test_a_data_file_in_the_place_of_the_records(self, folder, capsys):
         Path("set/labeled.json").rename("set/records.json")
@@ -238,7 +253,7 @@ class TestInfer:
         for source in ("set/triplets.json", "set/labeled.json", "set"):
             for output in ("set/mask", "set/mask/new"):
                 argv = flags(source_image=source, output_dir=output)
-                assert f"would write {output}, which" in refused("infer", argv, capsys)
+                assert f"would write into {output}, which" in refused("infer", argv, capsys)
 
     def test_models_and_experts(self, folder, monkeypatch, capsys):
         models = {"pretrained_model_name_or_path": "model", "pretrained_redux_model_name_or_path": "owner/redux"}
@@ -267,6 +282,32 @@ class TestEvaluate:
         message = refused("evaluate", [*flags(results="made", output_dir="photos"), "--overwrite"], capsys)
         assert "which is the same file as made/../photos/contact_sheet.png, an input of --results (records" in message
 
+    @pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "contact_sheet.png", "link"])
+    @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--overwrite", "--sheet_rows=0"]])
+    def test_files_that_no_evaluation_wrote(self, folder, name, more, capsys):
+        Path("mine").mkdir()
+        if name == "link":
+            name = "contact_sheet.png"
+            Path("mine/contact_sheet.png").symlink_to("/nowhere")
+        else:
+            Path("mine", name).write_text('{"metrics": "my own"}')
+        argv = [*flags(results="set/labeled.json", truth="set/triplets.json", output_dir="mine"), *more]
+        message = refused("evaluate", argv, capsys)
+        assert f"mine/{name}: is there already, and mine holds no summary.json of an earlier" in message
+        assert "move it" in message and "--overwrite" not in message
+
+    def test_a_link_among_an_evaluations_files(self, folder, capsys):
+        Path("mine").mkdir()
+        Path("mine/summary.json").write_text('{"settings": {}, "metrics": {}}')
+        Path("mine/contact_sheet.png").symlink_to("/nowhere")
+        argv = flags(results="set/labeled.json", truth="set/triplets.json", output_dir="mine", sheet_rows=0)
+        assert "is there already; choose another --output_dir, or add --overwrite" in refused("evaluate", argv, capsys)
+
+    def test_weights_beside_the_results(self, folder, capsys):
+        """Past the checks of the output: the folder is no CLIP."""
+        argv = flags(results="set/labeled.json", truth="set/triplets.json", clip_model="model", output_dir=".")
+        assert "--clip_model" in (message := refused("evaluate", argv, capsys)) and "would write" not in message
+
     def test_weights(self, folder, capsys):
         argv = flags(results="set/labeled.json", truth="set/triplets.json", clip_model="model", output_dir="model/out")
         assert "which lies in model, an input of --clip_model" in refused("evaluate", argv, capsys)
@@ -277,17 +318,6 @@ class TestPack:
         """The advice to delete it would be a bad one."""
         message = refused("pack", ["pack", "set/labeled.json", "set"], capsys)
         assert "FOLDER: would write set, which holds set/labeled.json, an input of FILE" in message
-
-    def test_the_draft_holds_the_data(self, folder, capsys):
-        Path("set").rename("packed.partial")
-        Path("packed.partial", UNFINISHED).touch()
-        message = refused("pack", ["pack", "packed.partial/labeled.json", "packed"], capsys)
-        assert "would write packed.partial, which holds packed.partial/labeled.json" in message
-
-    def test_the_draft_is_somebody_elses(self, folder, capsys):
-        Path("photos").rename("packed.partial")
-        message = refused("pack", ["pack", "set/labeled.json", "packed"], capsys)
-        assert "packed.partial: packed is written under this name first" in message
 
     def test_the_encoders_folder(self, folder, capsys):
         argv = ["pack", "set/labeled.json", "model/packed", "--latents", "--pretrained_model_name_or_path", "model"]
@@ -311,16 +341,20 @@ class TestTrain:
         assert "step_000000.png, an input of --val_json_path" in message
 
     def test_the_base_and_its_folder(self, folder, capsys):
-        for output, relation in {"model": "is an input", "model/run": "lies in model", ".": "holds model"}.items():
+        for output, relation in {"model": "is an input", "model/run": "lies in model"}.items():
             argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="model", output_dir=output)
             assert f"which {relation}" in refused("train", argv, capsys)
 
-    def test_experts_that_would_be_deleted(self, folder, capsys):
-        for experts in ("run", "run/checkpoints/4", "other/../run"):
-            Path("other").mkdir(exist_ok=True)
-            argv = flags(train_json_path="set/labeled.json", init_experts_from=experts, output_dir="run")
-            message = refused("train", [*argv, "--use_lora", "--overwrite_output_dir"], capsys)
-            assert "would write run/checkpoints, which holds" in message and "of --init_experts_from" in message
+    def test_the_base_beside_the_runs_files(self, folder, capsys):
+        """Past the checks of the output: the base is incomplete."""
+        argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="model", output_dir=".")
+        assert "model has no vae/, scheduler/" in refused("train", argv, capsys)
+
+    def test_the_base_in_a_folder_that_is_deleted(self, folder, capsys):
+        Path("model").rename("run/previews")
+        argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="run/previews", output_dir="run")
+        message = refused("train", [*argv, "--overwrite_output_dir"], capsys)
+        assert "would write run/previews, which is an input of --pretrained_model_name_or_path" in message
 
     def test_another_runs_checkpoint_through_a_link(self, folder, capsys):
         Path("new").mkdir()

@@ -9,6 +9,7 @@ import pytest
 from ra_jax.errors import OutputError
 from ra_jax.outputs import (
     UNFINISHED,
+    UNFINISHED_NOTE,
     Outputs,
     check_outputs,
     check_staging,
@@ -94,11 +95,33 @@ class TestFiles:
     def test_a_folder_where_a_file_is_to_be_written(self, place):
         assert "other is a folder where a file is to be written" in refusal(outputs("other"), {})
 
+    @pytest.mark.parametrize("stops_at", ["open", "utime"])
+    def test_that_a_file_can_be_created_is_tried_without_a_trace(self, place, monkeypatch, stops_at):
+        before = Path().stat().st_mtime_ns
+        os.utime("other", ns=(5, 7))
+        check_outputs(outputs("other/new/a.png", "a.png", folder="other/new"), {})
+        assert os.stat("other").st_mtime_ns == 7 and os.listdir("other") == []
+        assert Path().stat().st_mtime_ns == before and sorted(os.listdir()) == ["other", "photos"]
+
+        def refuses(*arguments, **more):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path if stops_at == "open" else os, stops_at, refuses)
+        if stops_at == "open":
+            assert "no file can be created in other (Permission denied)" in refusal(outputs(folder="other/new"), {})
+        else:  # a folder of somebody else's, in which one may write
+            check_outputs(outputs(folder="other/new"), {})
+        assert os.listdir("other") == []
+
+    def test_a_path_that_cannot_be_looked_at(self, place):
+        message = refusal(outputs("a.png"), read("x" * 300))
+        assert message.startswith("--output_dir: cannot be checked (") and "File name too long" in message
+
 
 class TestFolders:
     def test_the_same_folder(self, place):
         message = refusal(outputs(folder="photos"), read("photos"))
-        assert message == f"--output_dir: would write photos, which is an input of --source_image; {ADVICE}"
+        assert message == f"--output_dir: would write into photos, which is an input of --source_image; {ADVICE}"
 
     @pytest.mark.parametrize("spelling", ["photos/", "./photos", "other/../photos", "photos/../photos/."])
     def test_another_spelling(self, place, spelling):
@@ -169,6 +192,14 @@ class TestOwnedFolders:
         Path("other/previews/all").symlink_to(place / "photos")
         for path in ("other/previews/a.png", "other/previews/all/a.png"):
             assert "other/previews, which holds" in refusal(outputs(owned=["other/previews"]), read(path))
+
+    def test_may_not_be_a_file_or_a_link_that_leads_nowhere(self, place):
+        """As a run's checkpoints/ may be a link to a larger disk, which is not mounted."""
+        Path("other/checkpoints").symlink_to("/nowhere/checkpoints")
+        Path("other/previews").write_text("mine")
+        run = outputs(folder="other", owned=["other/checkpoints"])
+        assert "other/checkpoints: is a link that leads nowhere; expected a folder" in refusal(run, {})
+        assert "other/previews: is a file; expected a folder" in refusal(outputs(owned=["other/previews"]), {})
 
     def test_may_not_lie_in_what_is_read(self, place):
         assert "photos/previews, which lies in photos" in refusal(outputs(owned=["photos/previews"]), read("photos"))
@@ -279,22 +310,55 @@ class TestReplacedFolder:
     def test_what_a_killed_run_left_goes(self, place):
         staging = staging_folder(place / "new")
         staging.mkdir()
-        (staging / UNFINISHED).touch()
+        (staging / UNFINISHED).write_text(UNFINISHED_NOTE)
         (staging / "half").touch()
         with replace_folder(place / "new") as staging:
             (staging / "file").write_text("x")
         assert os.listdir("new") == ["file"]
 
-    @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
+    def test_is_there_again_where_the_draft_cannot_take_its_name(self, place, monkeypatch):
+        rename = Path.rename
+
+        def fails_for_drafts(path, target):
+            if path.name == "photos.partial":
+                raise OSError("no space")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fails_for_drafts)
+        with pytest.raises(OSError, match="no space"), replace_folder(place / "photos"):
+            pass
+        assert sorted(os.listdir()) == ["other", "photos"]
+        assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
+
+    def test_no_draft_is_left_where_the_former_one_cannot_be_renamed(self, place, monkeypatch):
+        def fails(path, target):
+            raise OSError("busy")
+
+        monkeypatch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="busy"), replace_folder(place / "photos"):
+            pass
+        assert sorted(os.listdir()) == ["other", "photos"]
+        assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
+
+    def test_a_mount_point_is_refused_before_anything_is_written(self, place, monkeypatch):
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "other")
+        with pytest.raises(OutputError, match="other: is a mount point, which no other folder can replace"):
+            replace_folder(place / "other").__enter__()
+        assert sorted(os.listdir()) == ["other", "photos"]
+
+    @pytest.mark.parametrize("kind", ["folder", "folder with a note", "file", "link", "dangling link"])
     def test_what_somebody_else_wrote_stays(self, place, kind):
         staging = Path("new.partial")
         match kind:
             case "folder":
                 Path("photos").rename(staging)
+            case "folder with a note":
+                Path("photos", UNFINISHED).write_text("my list of what is unfinished")
+                Path("photos").rename(staging)
             case "file":
                 staging.write_text("mine")
             case "link":
-                Path("photos", UNFINISHED).touch()
+                Path("photos", UNFINISHED).write_text(UNFINISHED_NOTE)
                 staging.symlink_to("photos")
             case "dangling link":
                 staging.symlink_to("nowhere")

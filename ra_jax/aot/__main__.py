@@ -28,6 +28,7 @@ DESCRIPTION = (
 EFFORTS = {"quick": -1.0, "full": 0.0}  # JAX until 0.11.0
 LEVELS = {"quick": "O1", "full": "UNKNOWN"}  # JAX from 0.11.1 on; UNKNOWN is its default
 PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a training needs and this does not
+UNUSED = "unused"  # given for places that are not named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, rest = parser.parse_known_args(argv)
     unset = [place for place in PLACES if not any(token.startswith(place) for token in rest)]
     try:
-        config = parse([*(token for place in unset for token in (place, "unused")), *rest])
+        config = parse([*(token for place in unset for token in (place, UNUSED)), *rest])
         if own.json:
             check_json(own.json, config, config_file(rest))
         report = tell(own.topology, config, own.effort)
@@ -58,13 +59,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> None:
-    """Raise OutputError where `file` is what is read, or lies in the base's folders, or its own folder is missing."""
+    """Check that `file` is new or an earlier compilation's, in a folder that is there.
+
+    Raises:
+        OutputError: it is not; or it is, or lies in, what a flag names that this program or the training reads.
+    """
+    from ra_jax.checkpoints import BEST, FOLDER  # after parsing: it takes a while
+
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
-    inputs = {f"--{name}": [Path(getattr(config.model, name)).expanduser()] for name in models}
-    inputs["--config"] = [] if config_path is None else [config_path]
-    check_outputs(Outputs("--json", files=[file]), inputs)
+    named = {name: getattr(config.model, name) for name in models}
+    named |= {name: getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
+    named |= {name: getattr(config.run, name) for name in ("init_experts_from", "resume_from_checkpoint")}
+    named["config"] = config_path
+    read = {f"--{name}": [Path(path).expanduser()] for name, path in named.items() if path not in (None, UNUSED)}
+    for flag in {"--init_experts_from", "--resume_from_checkpoint"} & read.keys():
+        run = read[flag][0]
+        read[flag] = [run / folder for folder in (FOLDER, BEST) if (run / folder).is_dir()] or [run]
+    check_outputs(Outputs("--json", files=[file]), {}, read)
     if not file.parent.is_dir():
         raise OutputError(f"--json {file}: there is no folder {file.parent}; make it, or choose another --json")
+    if (file.exists() or file.is_symlink()) and not _is_report(file):
+        raise OutputError(
+            f"--json {file}: is there already, and is not what an earlier compilation wrote, a JSON object with "
+            "topology and fits; move it, or choose another --json"
+        )
+
+
+def _is_report(file: Path) -> bool:
+    """Whether this program wrote the file: a JSON object with topology and fits."""
+    if not file.is_file():
+        return False
+    try:
+        report = json.loads(file.read_bytes())
+    except ValueError:  # not JSON, or not text
+        return False
+    return isinstance(report, dict) and {"topology", "fits"} <= report.keys()
 
 
 def set_effort(effort: str) -> None:

@@ -16,6 +16,7 @@ from ra_jax.data.records import check_records, load_records
 from ra_jax.data.scores import ScoreFormat
 from ra_jax.data.summary import summary
 from ra_jax.data.synthetic import DatasetSettings, write_dataset
+from ra_jax.outputs import Outputs, check_outputs, staging_folder
 
 
 def validate(
@@ -115,6 +116,7 @@ def synth(
     settings = DatasetSettings(
         scenes=scenes, size=size, mix=mix, seed=seed, first_scene=first_scene, candidates=candidates
     )
+    check_outputs(Outputs("FOLDER", folder, owned=[folder, staging_folder(folder)]), {})
     written = write_dataset(folder, settings)
     print(f"{scenes} scenes written to {written}")
     return 0

@@ -42,13 +42,18 @@ def input_paths(path: str | Path) -> list[Path]:
     if not path.exists():
         return []
     if path.is_dir() and not (path / "input").is_dir():
-        return [path, *path.iterdir()]  # pictures may be links to elsewhere
+        return loose_paths(path)
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         return [path]
     data = read_entries(path)
     fields = [entry.fields for entry in data.entries if isinstance(entry.fields, dict)]
     files = [data.base / file for field in fields for name in IMAGE_FIELDS if isinstance(file := field.get(name), str)]
     return [path, *files]
+
+
+def loose_paths(path: Path) -> list[Path]:
+    """A file; or a folder and the files in it, which may be links to elsewhere: the folders in it are not read."""
+    return [path, *(file for file in path.iterdir() if file.is_file())] if path.is_dir() else [path]
 
 
 def record_paths(records: Iterable[Record]) -> list[Path]:

@@ -9,7 +9,7 @@ Every function takes one scene or a stack of them (`stack`); leading axes of ima
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -252,10 +252,12 @@ def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
         defects.json                             settings, and the true strengths of every result
 
     Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images. The bytes depend on
-    the settings alone. The folder appears when it is complete; one that the same settings wrote before is replaced.
+    the settings alone. The folder appears when it is complete; one that the same settings wrote before is replaced,
+    and what is missing of it is there again.
 
     Raises:
-        OutputError: the folder holds anything else, or FOLDER.partial, which is written first, does.
+        OutputError: the folder holds anything else, or a file that was changed since; or FOLDER.partial, which is
+            written first, was left by no run of this.
         ValueError: an unknown mix; too few candidates or scenes, or too small a size.
     """
     strengths = settings.strengths()
@@ -274,6 +276,7 @@ def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
             records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
         for file, text in zip(DOCUMENTS, (*_documents(settings, records), known), strict=True):
             (partial / file).write_text(text, encoding="utf-8")
+        _refuse_edited(folder, partial, [*DOCUMENTS, *sorted(_pictures(settings))])
     return folder
 
 
@@ -318,18 +321,37 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
+def _pictures(settings: DatasetSettings) -> set[str]:
+    """The pictures of a data set, by their paths in its folder."""
+    return {f"{room}/{name}.png" for room in ROOMS for name in settings.names}.union(*settings.results)
+
+
 def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None:
     """Raise OutputError unless `folder` is absent, empty or an earlier copy of the very data set to write."""
     advice = "choose another folder"
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder, found a file; {advice}")
-    pictures = {f"{room}/{name}.png" for room in ROOMS for name in settings.names}.union(*settings.results)
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    found = {name for name, path in paths.items() if path.is_symlink() or not path.is_dir()}
-    links = {name for name, path in paths.items() if path.is_symlink()}  # this command writes none
-    if foreign := sorted(links | found - pictures - set(DOCUMENTS)):
-        raise OutputError(f"{folder}: holds {len(foreign)} other files, {foreign[0]} for one; {advice}")
+    files, folders = _pictures(settings).union(DOCUMENTS), {*ROOMS, "result"}
+    found, foreign = set(), []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_symlink() and path.is_file() and name in files:
+            found.add(name)
+        elif path.is_symlink() or not path.is_dir() or name not in folders:  # this command writes no links
+            foreign.append(name)
+    if foreign:
+        raise OutputError(f"{folder}: holds {len(foreign)} other files or folders, {foreign[0]} for one; {advice}")
     if found and "defects.json" not in found:
         raise OutputError(f"{folder}: holds a data set without defects.json, which no run of this wrote; {advice}")
     if found and (folder / "defects.json").read_text(encoding="utf-8") != known:
         raise OutputError(f"{folder}: holds a data set of other settings; {advice}, or delete this one first")
+
+
+def _refuse_edited(folder: Path, new: Path, files: Sequence[str]) -> None:
+    """Raise OutputError where a file in `folder` is not, byte for byte, the one in `new` that would replace it."""
+    for name in files:
+        if (folder / name).exists() and (folder / name).read_bytes() != (new / name).read_bytes():
+            raise OutputError(
+                f"{folder}: {name} is not as these settings write it, and is not replaced; choose another folder, or "
+                "delete this one first"
+            )

@@ -7,19 +7,21 @@ what results look like, good and bad alike, and there is something for scores to
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from flax import nnx
 
 from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict
+from ra_jax.config.ranges import at_least, out_of_range
 from ra_jax.data.synthetic import DatasetSettings, scenes, stack, write_dataset
 from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, train_vae
-from ra_jax.errors import OutputError
+from ra_jax.errors import ConfigError, OutputError
 from ra_jax.interop.diffusers import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.siglip import Redux, ReduxConfig, SiglipConfig
-from ra_jax.outputs import check_staging, replace_folder, write_file
+from ra_jax.outputs import Outputs, check_outputs, check_staging, replace_folder, write_file
 from ra_jax.training.loop import train
 
 TINY_FLUX = FluxConfig(
@@ -45,13 +47,13 @@ class DemoSettings:
     """mix: of `ra_jax.data synth`; scenes: in the training set; vae_steps, base_steps: lengths of the two trainings."""
 
     mix: str = "no_clean"
-    scenes: int = 400
-    held_out_scenes: int = 16
-    size: int = 32
-    vae_steps: int = 600
-    base_steps: int = 650
-    batch_size: int = 32
-    seed: int = 0
+    scenes: Annotated[int, at_least(1)] = 400
+    held_out_scenes: Annotated[int, at_least(1)] = 16
+    size: Annotated[int, at_least(16)] = 32
+    vae_steps: Annotated[int, at_least(1)] = 600
+    base_steps: Annotated[int, at_least(1)] = 650
+    batch_size: Annotated[int, at_least(1)] = 32
+    seed: Annotated[int, at_least(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
     """Make whatever is not there yet; a part that these settings made before is kept.
 
     Raises:
+        ConfigError: the settings are out of range.
         OutputError: `root` holds the parts of other settings, or anything that no demo wrote.
     """
     paths = DemoPaths(Path(root))
+    training, held_out = _datasets(settings)
     _claim(paths, settings)
-    common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
     if not paths.train.exists():
-        write_dataset(paths.train, DatasetSettings(scenes=settings.scenes, **common))
+        write_dataset(paths.train, training)
     if not paths.held_out.exists():
-        held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
         write_dataset(paths.held_out, held_out)
     if not paths.redux.exists():
         with replace_folder(paths.redux) as folder:
@@ -104,6 +106,23 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
     return paths
 
 
+def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]:
+    """The data sets to train on and to hold out. Raises ConfigError for settings that cannot be prepared."""
+    if lines := list(out_of_range(settings)):
+        raise ConfigError("\n".join(lines))
+    multiple = 2 * TINY_VAE.factor  # the VAE's cells are packed two by two
+    if settings.size % multiple:
+        raise ConfigError(f"size = {settings.size}: expected a multiple of {multiple}, the side of a token in pixels")
+    common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
+    training = DatasetSettings(scenes=settings.scenes, **common)
+    held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
+    try:
+        training.strengths()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return training, held_out
+
+
 def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
     """Note the settings in a folder that is new or empty, or compare with those that a demo noted in it.
 
@@ -111,8 +130,7 @@ def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
     """
     root, note = paths.root, paths.root / "settings.json"
     advice = "give another --output_dir, one that is new or empty"
-    if root.exists() and not root.is_dir():
-        raise OutputError(f"{root}: is a file; expected a folder: {advice}")
+    check_outputs(Outputs("--output_dir", root, [note]), {})
     if root.exists() and any(root.iterdir()):
         noted = _noted_settings(note)
         if noted is None:

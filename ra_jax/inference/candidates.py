@@ -5,6 +5,7 @@ Beside the pictures stands `records.json`, a data set as training reads it, in w
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -62,27 +63,34 @@ def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: 
 
 
 def check_replaced(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
-    """Check that candidates replace no picture that is there already, unless `overwrite` is given.
+    """Check that candidates replace earlier results only, and those only if `overwrite` is given.
+
+    An earlier result is one that `records.json` names, whether its picture is there or not: the record may hold scores.
 
     Raises:
-        DataError: a picture is there already; `--overwrite` is recommended only where `records.json` says that all of
-            them are earlier results. Also where `records.json` is not a list of records.
+        DataError: a picture is there that `records.json` does not name, or a record of a candidate's id names another
+            picture; an earlier result is there, without `overwrite`. Also where `records.json` is not a list of records
+            with ids that differ.
     """
     folder = candidates[0].path.parent
     earlier = _earlier_records(folder / RECORDS)
-    there = [candidate.path for candidate in candidates if candidate.path.exists()]
-    if not there or overwrite:
-        return
-    foreign = [path for path in there if path.stem not in earlier]
-    if foreign:
+    there = [candidate.path for candidate in candidates if candidate.path.stem in earlier]
+    for path in (candidate.path for candidate in candidates):
+        if path.stem not in earlier and os.path.lexists(path):
+            raise DataError(
+                f"{path}: already exists, and {folder / RECORDS} does not name it as a result; choose another "
+                "--output_dir or --seed, or move it"
+            )
+        if path.stem in earlier and not _names_result(earlier[path.stem], path):
+            raise DataError(
+                f"{folder / RECORDS}: its record {path.stem!r} has another result than {path.name}; choose another "
+                "--output_dir or --seed"
+            )
+    if there and not overwrite:
         raise DataError(
-            f"{foreign[0]}: already exists, and {folder / RECORDS} does not name it as a result; choose another "
-            "--output_dir or --seed"
+            f"{there[0]}: {len(there)} of the pictures to be made are there already, or have records that may have "
+            "been scored; choose another --output_dir or --seed, or add --overwrite"
         )
-    raise DataError(
-        f"{there[0]}: {len(there)} of the pictures to be made are there already, and may have been scored; choose "
-        "another --output_dir or --seed, or add --overwrite"
-    )
 
 
 def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterator[Path]:
@@ -177,12 +185,30 @@ def _record(candidate: Candidate) -> dict[str, str]:
 
 
 def _earlier_records(path: Path) -> dict[str, dict]:
-    """The records of an earlier run into the same folder, by id."""
-    if not path.exists():
+    """The records of an earlier run into the same folder, by id.
+
+    Raises:
+        DataError: the file is not a list of records with ids that differ, of which none would be lost.
+    """
+    if not os.path.lexists(path):
         return {}
+    advice = "move it, or choose another --output_dir"
     try:
-        return {record["id"]: record for record in json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path}: not a list of records with ids ({error!r}); move it, or choose another --output_dir"
-        ) from None
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not a list of records with ids ({error}); {advice}") from None
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and isinstance(record.get("id"), str) for record in records
+    ):
+        raise DataError(f"{path}: not a list of records with ids; {advice}")
+    by_id = {record["id"]: record for record in records}
+    if len(by_id) < len(records):
+        twice = next(name for name, count in Counter(record["id"] for record in records).items() if count > 1)
+        raise DataError(f"{path}: several records have the id {twice!r}, expected ids that differ; {advice}")
+    return by_id
+
+
+def _names_result(record: dict, path: Path) -> bool:
+    """Whether a record of the data file beside `path` has that picture as its result."""
+    result = record.get("result")
+    return isinstance(result, str) and os.path.abspath(path.parent / result) == os.path.abspath(path)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ra_jax.errors import ConfigError
+from ra_jax.errors import ConfigError, OutputError
 from ra_jax.outputs import write_file
 
 FILE = "metrics.jsonl"
@@ -98,11 +98,25 @@ def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is passed over."""
+    """The rows of a metrics.jsonl; a last line that a kill cut short is passed over.
+
+    Raises:
+        OutputError: a line is not a JSON object with `step`, so that no run wrote the file.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or not text
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise OutputError(
+                f"{path}, line {number}: expected a JSON object with a whole number as 'step', as a run writes it; "
+                "move the file, or choose another --output_dir"
+            )
+        rows.append(row)
     return rows
 
 

@@ -3,13 +3,14 @@
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from ra_jax.checkpoints import BEST, check_base, find_checkpoint, read_about, restore
+from ra_jax.checkpoints import BEST, check_base, checkpoint_around, find_checkpoint, read_about, restore
 from ra_jax.checkpoints import FOLDER as CHECKPOINTS
 from ra_jax.config.parse import to_flat_dict, to_toml
 from ra_jax.config.settings import TrainConfig
@@ -19,12 +20,14 @@ from ra_jax.interop.diffusers import LoadedModel
 from ra_jax.models.fill_model import Weights
 from ra_jax.outputs import Outputs, check_outputs, write_file
 from ra_jax.reporting.trackers import FILE as METRICS
+from ra_jax.reporting.trackers import read_rows
 from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
-# All that a run writes into its folder beside CONFIG_FILE; whatever else lies there is the user's.
+FORMER_CONFIG = "config.toml.before"  # the last config.toml that a run replaced by other settings
+# All that a run writes into its folder beside these two; whatever else lies there is the user's.
 RUN_FOLDERS = (CHECKPOINTS, BEST, "previews", "tensorboard", "wandb")
 RUN_FILES = (METRICS, "curves.png", "report.html")
 
@@ -40,17 +43,24 @@ DIFFERS_WITH = {
 
 def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run, or a config.toml
-    that no run wrote.
+    that no run wrote, or checkpoints alone.
 
     `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
     """
     where = config.run.resume_from_checkpoint
-    holds_run = (output / CONFIG_FILE).exists()
-    if holds_run:
-        check_own_config(output / CONFIG_FILE)
+    check_outputs(run_outputs(output), {})  # that folders are folders and files are files
+    if (around := checkpoint_around(output)) is not None:
+        raise OutputError(
+            f"--output_dir {output}: would write into {around}, where a run keeps its checkpoints; choose another "
+            "--output_dir"
+        )
+    for file in (output / CONFIG_FILE, output / FORMER_CONFIG):
+        if file.is_file():
+            check_own_config(file)
+    held = holds_run(output)
     if where is not None and where != "latest":
         checkpoint = find_checkpoint(where)
-        if holds_run and checkpoint != find_checkpoint(output):
+        if held and checkpoint != find_checkpoint(output):
             raise ConfigError(
                 f"resume_from_checkpoint {checkpoint} is not the latest of the run in output_dir {output}: what is "
                 "trained from here and the later checkpoints would be taken for one run; choose another --output_dir"
@@ -62,7 +72,7 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
         except CheckpointError:
             log.warning("--resume_from_checkpoint latest: %s holds no checkpoint yet, starting at step 0", output)
             return None
-    if holds_run and not config.run.overwrite_output_dir:
+    if held and not config.run.overwrite_output_dir:
         raise ConfigError(
             f"output_dir {output} already holds a run: expected a new folder; go on with it by "
             "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or choose another --output_dir"
@@ -70,19 +80,55 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     return None
 
 
+def holds_run(output: Path) -> bool:
+    """Whether the folder is a run's: it has a config.toml, or a checkpoint that does not lie elsewhere, by a link."""
+    if (output / CONFIG_FILE).is_file():
+        return True
+    try:
+        return find_checkpoint(output).is_relative_to(output.resolve())
+    except CheckpointError:
+        return False
+
+
 def check_own_config(file: Path) -> None:
     """Check that a run wrote the config.toml that this run would replace: its only comments are the groups' names.
 
+    Values that were edited do not show; `claim_output_dir` keeps a copy of them.
+
     Raises:
-        OutputError: it has other comments, or none, so that somebody wrote it by hand.
+        OutputError: it has other comments, or none, so that somebody wrote or edited it by hand.
     """
     without_strings = re.sub(r'"(\\.|[^"\\])*"', '""', file.read_text(encoding="utf-8", errors="replace"))
     comments = re.findall("#.*", without_strings)
-    if not comments or not all(re.fullmatch(r"# \w+", comment) for comment in comments):
-        raise OutputError(
-            f"{file}: the run would replace it by its own settings, but no run wrote it; move it (--config takes it "
-            "from any other folder), or choose another --output_dir"
+    groups = [f"# {group.name}" for group in fields(TrainConfig)]
+    if comments and all(comment in groups for comment in comments):
+        return
+    if any((file.parent / name).exists() for name in (*RUN_FOLDERS, *RUN_FILES)):
+        what = (
+            f"it was edited: a run writes no comments but the groups' names ({', '.join(groups)}); copy your notes to "
+            "another folder and restore these comments"
         )
+    else:
+        what = "no run wrote it; move it (--config takes it from any other folder)"
+    raise OutputError(
+        f"{file}: the run would replace it by its own settings, but {what}, or choose another --output_dir"
+    )
+
+
+def check_only_a_runs(output: Path) -> None:
+    """Check that nothing lies where the run will write, or that the folder is a run's.
+
+    Raises:
+        OutputError: something does, with neither config.toml nor a checkpoint to show that a run wrote it.
+    """
+    if holds_run(output):
+        return
+    for path in (output / name for name in (CONFIG_FILE, FORMER_CONFIG, *RUN_FILES, *RUN_FOLDERS)):
+        if any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink():
+            raise OutputError(
+                f"{path}: the run would replace it, but nothing shows that a run wrote it: {output} holds neither "
+                f"{CONFIG_FILE} nor a checkpoint; move it, or choose another --output_dir"
+            )
 
 
 def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | None) -> None:
@@ -91,20 +137,32 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
     resume_from: where it lies in the run's own folder, the run adds to the checkpoints there.
 
     Raises:
-        OutputError: it would write over data, models or another run's checkpoint, or among them.
+        OutputError: it would write over data, models or another run's checkpoint, or among them; or over files of
+            which nothing shows that a run wrote them.
         CheckpointError: there is no checkpoint in `--init_experts_from`.
     """
     inputs, nested = flag_inputs(
         {f"--{name}": getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
     )
     for name in ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path"):
-        inputs[f"--{name}"] = [Path(getattr(config.model, name)).expanduser()]
+        nested[f"--{name}"] = [Path(getattr(config.model, name)).expanduser()]
+    inputs["--reward_functions"] = reward_modules(config.rollouts.reward_functions)
     if config.run.init_experts_from is not None:
         nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from)]
-    own = [output.resolve() / folder for folder in (CHECKPOINTS, BEST)]
+    own = [(output / folder).resolve() for folder in (CHECKPOINTS, BEST)] if holds_run(output) else []
     if resume_from is not None and resume_from.parent not in own:
         nested["--resume_from_checkpoint"] = [resume_from]
     check_outputs(run_outputs(output), inputs, nested)
+    check_only_a_runs(output)
+    if resume_from is not None and (output / METRICS).exists():
+        read_rows(output / METRICS)  # the run goes on with these rows
+
+
+def reward_modules(specs: Sequence[str]) -> list[Path]:
+    """Where the modules of rewards `MODULE:FUNCTION=WEIGHT` may lie: in the working folder or on Python's path."""
+    modules = [spec.partition(":")[0].strip().replace(".", "/") for spec in specs if ":" in spec]
+    names = [name for module in modules for name in (f"{module}.py", f"{module}/__init__.py")]
+    return [Path(folder, name) for folder in ("", *sys.path) for name in names]
 
 
 def check_config_kept(config: TrainConfig, file: Path) -> None:
@@ -116,10 +174,10 @@ def check_config_kept(config: TrainConfig, file: Path) -> None:
     Raises:
         OutputError: the run would.
     """
-    check_outputs(run_outputs(Path(config.run.output_dir), RUN_FILES), {"--config": [file]})
+    check_outputs(run_outputs(Path(config.run.output_dir), (*RUN_FILES, FORMER_CONFIG)), {"--config": [file]})
 
 
-def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE)) -> Outputs:
+def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE, FORMER_CONFIG)) -> Outputs:
     """All that a run writes into its folder `output`: these files, and its folders."""
     return Outputs("--output_dir", output, [output / name for name in files], [output / name for name in RUN_FOLDERS])
 
@@ -137,12 +195,13 @@ def refuse_another_seed(checkpoint: Path, seed: int) -> None:
 def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
 
-    config.toml is replaced, not deleted: where the program is killed in between, the folder still holds a run.
+    config.toml is replaced, not deleted: where the program is killed in between, the folder still holds a run. Where it
+    says other settings, be they an earlier run's or edited by hand, config.toml.before keeps them.
 
     How this run began (anew, over another, resumed, with whose experts) is left out of it, so that `--config` with the
     file can resume.
     """
-    if not keep and config.run.overwrite_output_dir and (output / CONFIG_FILE).exists():
+    if not keep and config.run.overwrite_output_dir and holds_run(output):
         for path in (output / name for name in (*RUN_FOLDERS, *RUN_FILES)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -151,7 +210,11 @@ def claim_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     beginnings = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
     lasting = replace(config, run=replace(config.run, **beginnings))
-    write_file(output / CONFIG_FILE, to_toml(lasting))
+    file, settings = output / CONFIG_FILE, to_toml(lasting).encode()
+    if file.is_file() and (former := file.read_bytes()) != settings:
+        write_file(output / FORMER_CONFIG, former)
+        log.warning("%s says other settings than this run's: kept as %s", file, output / FORMER_CONFIG)
+    write_file(file, settings)
 
 
 def first_weights(config: TrainConfig, loaded: LoadedModel) -> Weights:

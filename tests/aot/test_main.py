@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -183,3 +184,47 @@ def test_pmap_is_refused(flags, on_this_cpu):
     on_this_cpu(CHIP)
     with pytest.raises(SystemExit, match="aot compiles for a mesh"):
         aot.main(["--topology", "v5e:1x1", *flags, "--parallelism", "pmap"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "read", "output"),
+    [
+        ("train_json_path", "set.json", "set.json"),
+        ("val_json_path", "set.json", "set.json"),
+        ("init_experts_from", "run", "run/checkpoints/4/fits.json"),
+        ("resume_from_checkpoint", "run/checkpoints/4", "run/checkpoints/4/fits.json"),
+    ],
+)
+def test_figures_do_not_replace_what_the_training_reads(tmp_path, monkeypatch, flag, read, output):
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoints/4").mkdir(parents=True)
+    Path("set.json").write_text("[]")
+    with pytest.raises(SystemExit, match=f"error: --json: would write .*an input of --{flag}"):
+        aot.main(["--topology", "v5e:1x1", "--use_lora", "--json", output, f"--{flag}", read])
+    assert Path("set.json").read_text() == "[]" and not list(Path("run/checkpoints/4").iterdir())
+
+
+@pytest.mark.parametrize("content", [b'{"topology": "v5e:1x1"}', b"[]", b"mine", b"\xff"])
+def test_figures_do_not_replace_a_file_of_another_kind(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"mine\.json: is there already, and is not what an earlier compilation wrote"):
+        aot.main(["--topology", "v5e:1x1", "--json", str(file)])
+    assert file.read_bytes() == content
+
+
+def test_figures_do_not_replace_a_link_to_nothing(tmp_path):
+    (tmp_path / "link.json").symlink_to("later.json")
+    with pytest.raises(SystemExit, match=r"error: --json.*link\.json"):
+        aot.main(["--topology", "v5e:1x1", "--json", str(tmp_path / "link.json")])
+    assert (tmp_path / "link.json").is_symlink()
+
+
+def test_figures_replace_earlier_ones_beside_a_run(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    (tmp_path / "fits.json").write_text('{"topology": "v5e:1x1", "fits": false}')
+    report = {"topology": "v6e:1x1", "fits": True}
+    monkeypatch.setattr(aot, "tell", lambda *of: report)
+    given = ["--json", str(tmp_path / "fits.json"), "--use_lora", "--init_experts_from", str(tmp_path)]
+    aot.main(["--topology", "v6e:1x1", *given])
+    assert json.loads((tmp_path / "fits.json").read_text()) == report

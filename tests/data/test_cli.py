@@ -71,3 +71,13 @@ def test_synth_refuses_a_folder_of_someone_elses(tmp_path, capsys):
     assert main(["synth", str(tmp_path), "--scenes", "1", "--size", "32"]) == 1
     assert "error: " in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_synth_refuses_a_copy_of_its_own_that_was_edited(tmp_path, capsys):
+    folder = tmp_path / "made"
+    command = ["synth", str(folder), "--scenes", "1", "--size", "32"]
+    assert main(command) == main(command) == 0
+    (folder / "labeled_dict.json").write_text("[]")
+    assert main(command) == 1
+    assert "labeled_dict.json is not as these settings write it, and is not replaced" in capsys.readouterr().err
+    assert (folder / "labeled_dict.json").read_text() == "[]"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ra_jax.data.inputs import flag_inputs, input_paths, record_paths
+from ra_jax.data.inputs import flag_inputs, input_paths, loose_paths, record_paths
 from ra_jax.data.packs import Pack, PackedPicture
 from ra_jax.data.records import load_records
 
@@ -46,6 +46,18 @@ def test_pictures_and_folders_of_them(data):
     assert input_paths("set/mask/s0.png") == [Path("set/mask/s0.png")]
     assert set(input_paths("set/mask")) == {Path("set/mask"), *names("mask")}
     assert input_paths("set/mask/none.png") == input_paths("owner/model") == []
+
+
+def test_of_a_folder_of_pictures_its_files_are_read_and_nothing_below(data):
+    Path("set/mask/more").mkdir()
+    Path("set/mask/results").symlink_to("../result")
+    Path("set/mask/nowhere").symlink_to("none")
+    Path("elsewhere.png").write_bytes(b"")
+    Path("set/mask/link.png").symlink_to("../../elsewhere.png")
+    expected = {Path("set/mask"), Path("set/mask/link.png"), *names("mask")}
+    assert set(input_paths("set/mask")) == set(loose_paths(Path("set/mask"))) == expected
+    assert set(loose_paths(Path("set"))) == {Path("set")}  # though it is a data set, too
+    assert loose_paths(Path("elsewhere.png")) == [Path("elsewhere.png")]
 
 
 def test_records_name_files_or_their_pack(data, monkeypatch):

@@ -263,7 +263,7 @@ def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
     with pytest.raises(OutputError, match="other settings"):
         write_dataset(folder, replace(settings, seed=1))
     (folder / "input" / "holiday.png").write_bytes(b"mine")
-    with pytest.raises(OutputError, match=r"holds 1 other files, input/holiday\.png"):
+    with pytest.raises(OutputError, match=r"holds 1 other files or folders, input/holiday\.png"):
         write_dataset(folder, settings)
     assert (folder / "input" / "holiday.png").read_bytes() == b"mine"
     (tmp_path / "file").write_text("")
@@ -274,3 +274,35 @@ def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="scene size 8"):
         write_dataset(tmp_path / "none", replace(settings, size=8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"]
+
+
+@pytest.mark.parametrize(
+    "file", ["labeled_dict.json", "triplets.json", "input/scene_00000.png", "result/scene_00000_blur.png"]
+)
+def test_a_file_that_was_edited_is_not_replaced(tmp_path, file):
+    settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
+    folder = write_dataset(tmp_path / "set", settings)
+    (folder / file).write_bytes(b"mine")
+    with pytest.raises(OutputError, match=f"set: {file} is not as these settings write it, and is not replaced"):
+        write_dataset(folder, settings)
+    assert (folder / file).read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("name", ["notes", "input/more", "labeled_dict.json"])
+def test_a_folder_of_the_users_is_not_deleted(tmp_path, name):
+    settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
+    folder = write_dataset(tmp_path / "set", settings)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(OutputError, match=f"holds 1 other files or folders, {name} for one"):
+        write_dataset(folder, settings)
+    assert (folder / name).is_dir()
+
+
+def test_what_was_deleted_is_written_again(dataset, tmp_path):
+    folder = write_dataset(tmp_path / "set", SETTINGS)
+    deleted = folder / "input/scene_00010.png"
+    deleted.unlink()
+    write_dataset(folder, SETTINGS)
+    assert deleted.read_bytes() == (dataset / "input/scene_00010.png").read_bytes()

@@ -169,16 +169,18 @@ def test_overwriting_is_recommended_for_earlier_results_only(folders):
     """`a_1.png` may be another photo of the user's, who looks for results beside the photos."""
     scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
     photo(folders / "photos/a_1.png")
-    with pytest.raises(DataError, match=r"a_1\.png: already exists, and .*records\.json does not name it") as caught:
-        make(scenes, [0, 1], folders / "photos")
-    assert "overwrite" not in str(caught.value)
-    assert not (folders / "photos/a_0.png").exists()
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"a_1\.png: already exists, .*records\.json does not name it") as caught:
+            make(scenes, [0, 1], folders / "photos", overwrite=overwrite)
+        assert "overwrite" not in str(caught.value)
+        assert not (folders / "photos/a_0.png").exists()
 
 
 def test_a_picture_is_not_written_through_a_link(folders):
     scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
     theirs = photo(folders / "album/theirs.png")
-    (folders / "out").mkdir()
+    make(scenes, [0], folders / "out")
+    (folders / "out/a_0.png").unlink()
     (folders / "out/a_0.png").symlink_to(theirs)
     before = theirs.read_bytes()
     (path,) = make(scenes, [0], folders / "out", overwrite=True)
@@ -200,9 +202,62 @@ def test_a_run_that_stops_leaves_the_records_of_what_it_made(folders):
 def test_a_strange_records_file_is_not_replaced(folders):
     scenes = find_scenes(folders / "photos", folders / "masks")
     (folders / "out").mkdir()
-    (folders / "out" / RECORDS).write_text('{"mapping": {}}')
-    with pytest.raises(DataError, match="not a list of records"):
+    for text in ('{"mapping": {}}', '{"a": {"id": "a"}}', '[{"src": "a.png"}]', '[{"id": 3}]', "3", "no JSON", "[[]]"):
+        (folders / "out" / RECORDS).write_text(text)
+        with pytest.raises(DataError, match="not a list of records with ids"):
+            make(scenes, [0], folders / "out", overwrite=True)
+        assert (folders / "out" / RECORDS).read_text() == text
+    (folders / "out" / RECORDS).unlink()
+    (folders / "out" / RECORDS).symlink_to("later.json")
+    with pytest.raises(DataError, match=r"not a list of records with ids .*No such file"):
+        make(scenes, [0], folders / "out", overwrite=True)
+
+
+def test_records_of_one_id_are_not_replaced_by_one_of_them(folders):
+    scenes = find_scenes(folders / "photos", folders / "masks")
+    make(scenes, [0], folders / "out")
+    records = json.loads((folders / "out" / RECORDS).read_text())
+    text = json.dumps([*records, records[1] | {"scores": [1, 1, 1]}])
+    (folders / "out" / RECORDS).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(
+            DataError, match=r"records\.json: several records have the id 'b_0', expected ids that differ"
+        ):
+            make(scenes, [1], folders / "out", overwrite=overwrite)
+        assert (folders / "out" / RECORDS).read_text() == text
+
+
+def test_a_record_is_kept_though_its_picture_is_elsewhere(folders):
+    scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
+    (picture,) = make(scenes, [0], folders / "out")
+    (record,) = json.loads((folders / "out" / RECORDS).read_text())
+    (folders / "out" / RECORDS).write_text(json.dumps([record | {"scores": [1, 1, 1]}]))
+    picture.unlink()
+    with pytest.raises(DataError, match=r"a_0\.png: 1 of the pictures .* or have records .* or add --overwrite"):
         make(scenes, [0], folders / "out")
+    make(scenes, [0], folders / "out", overwrite=True)  # a new picture, which has no scores yet
+    assert load_records(folders / "out" / RECORDS)[0].scores is None
+
+
+@pytest.mark.parametrize("result", ["../album/a_0.png", "a_00.png", None])
+def test_a_record_of_another_picture_is_not_replaced(folders, result):
+    scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
+    (folders / "out").mkdir()
+    text = json.dumps([{"id": "a_0", "result": result}])
+    (folders / "out" / RECORDS).write_text(text)
+    with pytest.raises(DataError, match=r"its record 'a_0' has another result than a_0\.png; choose another"):
+        make(scenes, [0], folders / "out", overwrite=True)
+    assert (folders / "out" / RECORDS).read_text() == text
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_that_leads_nowhere_is_kept(folders, overwrite):
+    scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
+    (folders / "out").mkdir()
+    (folders / "out/a_0.png").symlink_to("later.png")
+    with pytest.raises(DataError, match=r"a_0\.png: already exists"):
+        make(scenes, [0], folders / "out", overwrite=overwrite)
+    assert (folders / "out/a_0.png").is_symlink()
 
 
 def test_photos_of_one_name_get_names_that_differ(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from ra_jax.config.parse import from_flat_dict, load_toml, to_toml
 from ra_jax.errors import OutputError
 from ra_jax.training import resume
-from ra_jax.training.resume import CONFIG_FILE, check_own_config, claim_output_dir
+from ra_jax.training.resume import CONFIG_FILE, FORMER_CONFIG, check_own_config, claim_output_dir
 
 
 @pytest.fixture
@@ -31,13 +31,28 @@ def test_a_runs_own_configuration_is_known(output):
     check_own_config(output / CONFIG_FILE)
 
 
-@pytest.mark.parametrize("change", ["# mine: a second try\n", "seed = 3  # as in the paper\n", None])
+@pytest.mark.parametrize("change", ["# mine: a second try\n", "seed = 3  # as in the paper\n", "# mine\n", None])
 def test_a_configuration_with_a_users_comments_is_not(output, change):
     file = output / CONFIG_FILE
     text = file.read_text()
     file.write_text("seed = 3\n" if change is None else text + change)
     with pytest.raises(OutputError, match=r"config\.toml: the run would replace it .*no run wrote it; move it"):
         check_own_config(file)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_edited_values_are_kept_beside_the_settings_that_replace_them(output, config, keep, caplog):
+    file, former = output / CONFIG_FILE, output / FORMER_CONFIG
+    claim_output_dir(config, output, keep=keep)
+    assert not former.exists() and not caplog.messages  # the same settings
+    settings = file.read_bytes()
+    edited = settings.replace(b"use_lora = true", b"use_lora = false")
+    assert edited != settings
+    file.write_bytes(edited)
+    claim_output_dir(config, output, keep=keep)
+    assert (file.read_bytes(), former.read_bytes()) == (settings, edited)
+    assert caplog.messages == [f"{file} says other settings than this run's: kept as {former}"]
+    check_own_config(former)
 
 
 def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):

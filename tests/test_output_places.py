@@ -1,0 +1,138 @@
+"""Places where nothing can be written: each command names them through its own main(), before it does anything."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from ra_jax import evaluate, infer
+from ra_jax.data import __main__ as data
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
+from ra_jax.outputs import UNFINISHED, UNFINISHED_NOTE
+
+# The command line up to the place of its output, and a file that the command writes there.
+COMMANDS = {
+    "infer": (infer.main, "--source_image set/triplets.json --overwrite --output_dir", "scene_00000_0.png"),
+    "evaluate": (
+        evaluate.main,
+        "--results set/result --truth set/triplets.json --overwrite --output_dir",
+        "summary.json",
+    ),
+    "pack": (data.main, "pack set/triplets.json", None),
+    "synth": (data.main, "synth --scenes 1 --size 32", None),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a data set in set/."""
+    monkeypatch.chdir(tmp_path)
+    return write_dataset("set", DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)).parent
+
+
+def tree(root):
+    """Everything below `root`, itself too: kind, time, and content or where a link leads."""
+    found = {}
+    for path in (root, *sorted(root.rglob("*"))):
+        status = path.lstat()
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[path] = (status.st_mode, status.st_mtime_ns, status.st_ino, content)
+    return found
+
+
+def refused(command, output, capsys):
+    """The message of a command that is refused and leaves everything as it was."""
+    main, words, _ = COMMANDS[command]
+    before = tree(Path())
+    try:
+        status = main([*words.split(), str(output)])
+    except SystemExit as end:
+        message = end.code
+    else:
+        assert status == 1
+        message = capsys.readouterr().err
+    assert tree(Path()) == before
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize("output", ["{}", "{}/new", "{}/new/newer"])
+@pytest.mark.parametrize("place", ["loop", "dangling", "two_links"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_link_that_leads_nowhere(folder, command, place, output, capsys):
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
+    Path("two_links").symlink_to("dangling")
+    expected = f"{place}: is a link that leads nowhere; expected a folder"
+    assert expected in refused(command, output.format(place), capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_around_the_place(folder, command, capsys):
+    assert "set/triplets.json: is a file; expected a folder" in refused(command, "set/triplets.json/x", capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, where nobody can create a file")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_in_which_no_file_can_be_created(folder, command, capsys):
+    assert "no file can be created in /proc" in refused(command, "/proc/new", capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_name_that_is_too_long(folder, command, capsys):
+    name = "a" * 256
+    assert f"would write {name}, a name of 256 bytes; expected at most 255" in refused(command, name, capsys)
+    assert "a name of 256 bytes" in refused(command, f"new/{name}/newer", capsys)
+    if command in ("pack", "synth"):  # FOLDER.partial, which is written first
+        assert "a name of 258 bytes" in refused(command, "a" * 250, capsys)
+
+
+def test_a_photos_name_to_which_no_seed_can_be_added(folder, capsys):
+    photo = f"{'ä' * 125}.png"  # 254 bytes
+    Path("set/input/scene_00000.png").rename(photo)
+    with pytest.raises(SystemExit) as caught:
+        infer.main(["--source_image", photo, "--source_mask", "set/mask/scene_00000.png", "--output_dir", "out"])
+    assert "a name of 256 bytes" in caught.value.code
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "a list of the user's"])
+@pytest.mark.parametrize("command", ["pack", "synth"])
+def test_a_draft_that_is_somebody_elses(folder, command, content, capsys):
+    Path("made.partial").mkdir()
+    if content is not None:
+        Path("made.partial", UNFINISHED).write_text(content)
+    expected = "made.partial: {}made is written under this name first, but what lies there was not left by a run"
+    assert expected.format("" if command == "pack" else f"{folder}/") in refused(command, "made", capsys)
+
+
+def test_the_draft_of_a_pack_holds_the_data(folder, capsys):
+    Path("set").rename("packed.partial")
+    Path("packed.partial", UNFINISHED).write_text(UNFINISHED_NOTE)
+    before = tree(Path())
+    assert data.main(["pack", "packed.partial/triplets.json", "packed"]) == 1
+    assert "would write packed.partial, which holds packed.partial/triplets.json" in capsys.readouterr().err
+    assert tree(Path()) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("command", ["infer", "evaluate"])
+def test_what_is_no_file_is_not_replaced(folder, command, kind, capsys):
+    Path("out").mkdir()
+    target = Path("out", COMMANDS[command][2])
+    match kind:
+        case "pipe":
+            os.mkfifo(target)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(target))
+        case "device":
+            target.symlink_to(os.devnull)
+    assert f"{target} is a device, pipe or socket where a file is to be written" in refused(command, "out", capsys)
+
+
+def test_a_pipe_at_the_records_is_not_read(folder, capsys):
+    Path("out").mkdir()
+    os.mkfifo("out/records.json")
+    assert "out/records.json is a device, pipe or socket" in refused("infer", "out", capsys)

@@ -1,0 +1,131 @@
+"""What `python -m ra_jax.train` refuses to write over, and what it takes for a run's own, through its main().
+
+The working folder of every test:
+
+    set/labeled.json    a data file whose pictures are missing
+    model/transformer/  a part of a base
+    run/                an earlier run's: config.toml and checkpoints/4
+"""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from ra_jax import train
+
+RUN_CONFIG = '# data\ntrain_json_path = "set/#labeled.json"\n\n# run\noutput_dir = "run"\nseed = 0\n'
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's would stay for other tests
+    for path in ("set", "model/transformer", "run/checkpoints/4/state", "run/checkpoints/4/about"):
+        Path(path).mkdir(parents=True)
+    Path("set/labeled.json").write_text('[{"src": "a.png", "mask": "b.png"}]')
+    Path("run/config.toml").write_text(RUN_CONFIG)
+
+
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def tree():
+    """Every file below the working folder with its content, every link, every folder."""
+    return {path: path.read_bytes() if path.is_file() else path.is_dir() for path in Path().rglob("*")}
+
+
+def refused(argv):
+    """The message of a run that is refused and leaves everything as it was."""
+    before = tree()
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv)
+    assert isinstance(ended.value.code, str)  # Python prints it and exits with status 1
+    assert tree() == before
+    return ended.value.code
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint=run"]])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "report.html", "curves.png", "config.toml.before", "previews/mine.png", "link"]
+)
+def test_files_that_no_run_wrote(folder, name, more):
+    Path("mine/previews").mkdir(parents=True)
+    if name == "link":
+        name = "report.html"
+        Path("mine/report.html").symlink_to("later.html")
+    else:
+        Path("mine", name).write_text("# data\nmine")
+    message = refused([*flags(train_json_path="set/labeled.json", output_dir="mine"), *more])
+    assert f"mine/{name.split('/')[0]}: the run would replace it, but nothing shows that a run wrote it" in message
+    assert "move it, or choose another --output_dir" in message and "--overwrite_output_dir" not in message
+
+
+def test_a_run_whose_configuration_was_moved(folder):
+    for part in ("state", "about"):
+        Path("other/best/2", part).mkdir(parents=True)
+    Path("other/metrics.jsonl").write_text('{"step": 2}\n')
+    Path("run/config.toml").rename("mine.toml")
+    for output in ("run", "other"):
+        message = refused(flags(train_json_path="set/labeled.json", output_dir=output))
+        assert f"output_dir {output} already holds a run" in message
+
+
+def test_a_runs_configuration_with_notes(folder):
+    """Not to be moved: its checkpoints would stay without it."""
+    Path("run/config.toml").write_text(RUN_CONFIG + "# the second try\n")
+    message = refused(flags(train_json_path="set/labeled.json", output_dir="run"))
+    assert "run/config.toml: the run would replace it by its own settings, but it was edited" in message
+    assert "copy your notes to another folder" in message and "move it" not in message
+
+
+def test_rows_that_no_run_wrote_in_a_run_that_goes_on(folder):
+    argv = flags(train_json_path="set/labeled.json", output_dir="run", resume_from_checkpoint="latest")
+    for text in ('{"step": 1}\n{"loss": 2}\n', '{"step": 1}\nnone\n', '{"step": 1}\n[2]\n'):
+        Path("run/metrics.jsonl").write_text(text)
+        assert "run/metrics.jsonl, line 2: expected a JSON object with" in refused(argv)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl"])
+def test_a_folder_in_the_place_of_a_file(folder, name):
+    Path("new", name).mkdir(parents=True)
+    message = refused(flags(train_json_path="set/labeled.json", output_dir="new"))
+    assert f"new/{name}" in message and "is a folder where a file is to be written" in message
+
+
+@pytest.mark.parametrize("output", ["run/checkpoints", "run/checkpoints/4", "run/checkpoints/4/new", "run/best/x"])
+def test_the_folders_of_a_runs_checkpoints(folder, output):
+    for part in ("state", "about"):
+        Path("run/best/2", part).mkdir(parents=True)
+    argv = flags(train_json_path="set/labeled.json", output_dir=output, init_experts_from="run")
+    message = refused([*argv, "--use_lora", "--overwrite_output_dir"])
+    assert f"--output_dir {output}: would write into " in message and "where a run keeps its" in message
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/4", "elsewhere/4", "latest"])
+def test_checkpoints_kept_elsewhere_through_a_link(folder, named):
+    """Past the checks of the output: the data file is not there."""
+    Path("run/checkpoints").rename("elsewhere")
+    Path("run/checkpoints").symlink_to("../elsewhere")
+    argv = flags(train_json_path="none.json", output_dir="run", resume_from_checkpoint=named)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ra_jax.training.setup.refuse_another_seed", lambda *of: None)  # the checkpoint is empty
+        assert "none.json: no such file or folder" in refused(argv)
+
+
+def test_experts_that_would_be_deleted(folder):
+    for experts in ("run", "run/checkpoints/4", "other/../run"):
+        Path("other").mkdir(exist_ok=True)
+        argv = flags(train_json_path="set/labeled.json", init_experts_from=experts, output_dir="run")
+        message = refused([*argv, "--use_lora", "--overwrite_output_dir"])
+        assert "would write run/checkpoints, which holds" in message and "of --init_experts_from" in message
+
+
+def test_a_module_of_rewards(folder):
+    Path("run/previews").mkdir()
+    Path("run/previews/mine.py").write_text("def sharp(inputs): ...\n")
+    argv = flags(train_json_path="set/labeled.json", output_dir="run", reward_functions="run.previews.mine:sharp=0.5")
+    policy = ["--use_lora", "--use_grpo", "--enable_grpo_rewards", "--enable_grpo_loss"]
+    message = refused([*argv, *policy, "--overwrite_output_dir"])
+    assert "would write run/previews, which holds run/previews/mine.py, an input of --reward_functions" in message
