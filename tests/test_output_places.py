@@ -1,5 +1,6 @@
 """Places where nothing can be written: each command names them through its own main(), before it does anything."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -57,6 +58,19 @@ def refused(command, output, capsys):
     return message
 
 
+def lock(monkeypatch):
+    """Make the folder locked/, in which the file system lets nobody create a file: permissions do not stop root."""
+    Path("locked").mkdir()
+    opened = Path.open
+
+    def open_unless_locked(path, mode="r", *arguments, **settings):
+        if "locked" in path.parts and mode.startswith("x"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, mode, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", open_unless_locked)
+
+
 @pytest.mark.parametrize("output", ["{}", "{}/new", "{}/new/newer"])
 @pytest.mark.parametrize("place", ["loop", "dangling", "two_links"])
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,10 +87,18 @@ def test_a_file_around_the_place(folder, command, capsys):
     assert "set/triplets.json: is a file; expected a folder" in refused(command, "set/triplets.json/x", capsys)
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, where nobody can create a file")
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_in_which_no_file_can_be_created(folder, command, capsys):
-    assert "no file can be created in /proc" in refused(command, "/proc/new", capsys)
+@pytest.mark.parametrize("output", ["locked", "locked/new"])
+@pytest.mark.parametrize("command", ["infer", "evaluate"])
+def test_a_folder_in_which_no_file_can_be_created(folder, command, output, monkeypatch, capsys):
+    lock(monkeypatch)
+    expected = f"no file can be created in {Path('locked')} (Read-only file system): choose another --output_dir"
+    assert expected in refused(command, output, capsys)
+
+
+@pytest.mark.parametrize("command", ["pack", "synth"])
+def test_a_folder_around_in_which_no_file_can_be_created(folder, command, monkeypatch, capsys):
+    lock(monkeypatch)
+    assert "locked (Read-only file system): choose another FOLDER" in refused(command, "locked/new", capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -161,9 +161,8 @@ def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Except
         return reward.function(inputs)
     except passing:
         raise
-    # Broad, since this is the user's own function, which may raise anything; it is raised again at once, never passed
-    # over: out of a compiled step XLA tells only the text of what a callback raises, which has to name the reward.
-    except Exception as error:
+    except Exception as error:  # a user's own function may raise anything
+        # Raised again under the reward's name: of what a callback raises, a compiled step passes on the text alone.
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 
