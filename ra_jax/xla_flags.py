@@ -22,8 +22,8 @@ def compile_exact_products(environ: MutableMapping[str, str] = os.environ) -> No
     """Add to XLA_FLAGS what the CPU compiler of jaxlib 0.10 needs to return right numbers.
 
     jaxlib 0.10.2 fuses products with their surroundings and leaves them to YNNPACK; some of these fusions are wrong.
-    At some shapes `jit` of mean((h @ (W + a @ b))², -1) is off by an eighth (h [128, 256], W [256, 256], rank 16), and
-    of mean((silu(h @ (W + a @ b)) @ (V + c @ d) - x)², -1) by half (h [512, 256], W [256, 256], V [256, 64], rank 16).
+    At some shapes `jit` of mean((h @ (W + a @ b))², -1) is off by a tenth (h [128, 256], W [256, 256], rank 16), and of
+    mean((silu(h @ (W + a @ b)) @ (V + c @ d) - x)², -1) by a third (h [512, 256], W [256, 256], V [256, 64], rank 16).
     Fusions of single products are right, and they leave sums over an axis of three to XLA, which takes a tenth of
     YNNPACK's time for them. 0.10.0 and 0.10.1 return the same numbers with the flag and without; 0.11.0 to 0.12.0.1
     are right without it.

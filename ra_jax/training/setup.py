@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import optax
 
 from ra_jax.checkpoints import BEST
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.batch import Batch
+from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
 from ra_jax.errors import ConfigError
@@ -34,7 +35,7 @@ from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
 from ra_jax.rewards.registry import RewardInputs
 from ra_jax.training.agreement import plan_of, refuse_other_plans
 from ra_jax.training.build import first_state, objective_settings, step_settings
-from ra_jax.training.dataset import RunData, load_run_data, plain_loader, rows_of_step, training_loader
+from ra_jax.training.dataset import RunData, batch_parts, load_run_data, plain_loader, rows_of_step, training_loader
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
@@ -59,15 +60,19 @@ HELD_OUT_RECORDS = 32  # that drift is measured on
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs. frozen, state: where the launch wants them; conditions: of a microbatch on one device;
-    first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a step of this number (from
-    0); previews, guard: None without any."""
+    """What the loop runs.
+
+    frozen, state: where the launch wants them; parts: of the schema, that the loader's batches have; conditions: of a
+    microbatch on one device; first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a
+    step of this number (from 0); previews, guard: None without any.
+    """
 
     output: Path
     launch: Launch
     loaded: LoadedModel
     frozen: Weights
     loader: Loader
+    parts: frozenset[Part]
     accumulation: int
     conditions: int
     objective: Objective
@@ -92,9 +97,13 @@ class Setup:
     def batches(self) -> Iterator[Batch]:
         """The batches of this run's steps, where the launch wants them.
 
-        Steps are asynchronous: a batch is read and on its way while the device is at the step before.
+        Steps are asynchronous: a batch is read and on its way while the device is at the step before. The first is
+        compared with the schema (`data.batch`).
         """
-        for rows in self.loader.iterate(self.first_step):
+        batches = self.loader.iterate(self.first_step)
+        first = next(batches)
+        check_schema(first, self.parts)
+        for rows in chain([first], batches):
             yield self.launch.put_batch(rows, self.accumulation)
 
     def first_of_each_kind(self) -> list[int]:
@@ -152,6 +161,7 @@ def set_up(config: TrainConfig) -> Setup:
         loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # no second copy stays
         frozen=launch.spread(frozen_for_steps(loaded.frozen)),
         loader=loader,
+        parts=batch_parts(config, results=data.has_target, latents=data.latents),
         accumulation=config.run.gradient_accumulation_steps,
         conditions=config.run.train_batch_size // launch.shards,
         objective=objective,
