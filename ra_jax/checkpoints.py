@@ -15,15 +15,15 @@ import orbax.checkpoint as ocp
 from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
 
-FOLDER = "checkpoints"
-BEST = "best"  # the best one of a run with `--max_drift`, in the same form
+CHECKPOINT_DIR = "checkpoints"
+BEST_DIR = "best"  # the best one of a run with `--max_drift`, in the same form
 
 # Parts of a state whose name on disk is not their name in code: releases read each other's checkpoints.
 NAMES_ON_DISK = {"old_params": "snapshot"}
 
 
 @dataclass(frozen=True)
-class About:
+class CheckpointMetadata:
     """What a checkpoint says of itself. position: the next global batch; base: fingerprint of the frozen base."""
 
     position: int
@@ -55,7 +55,7 @@ def geometry(leaves: Mapping[str, Any]) -> dict[str, list]:
 class Checkpoints:
     """The checkpoints of one run folder. `limit`: how many are kept (None: all)."""
 
-    def __init__(self, output_dir: str | Path, *, folder: str = FOLDER, limit: int | None = None):
+    def __init__(self, output_dir: str | Path, *, folder: str = CHECKPOINT_DIR, limit: int | None = None):
         self.folder = Path(output_dir).resolve() / folder
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -71,10 +71,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         leaves = leaves_on_disk(state)
-        about = {"position": position, "base": base, "config": config, "geometry": geometry(leaves)}
+        metadata = {"position": position, "base": base, "config": config, "geometry": geometry(leaves)}
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_orbax_names(leaves)), about=ocp.args.JsonSave(about)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_orbax_names(leaves)), metadata=ocp.args.JsonSave(metadata)
+            ),
         )
 
     def latest(self) -> Path | None:
@@ -83,7 +85,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         return None if step is None else self.folder / str(step)
 
-    def forget_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Delete what was saved after `step`: a run that resumes from there comes by again."""
         for later in (found for found in self._manager.all_steps() if found > step):
             self._manager.delete(later)
@@ -107,14 +109,14 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
-    within = {path.name, Path(where).name} & {FOLDER, BEST}  # either may be a link's name
-    places = [path] if within else [path / FOLDER, path / BEST]
+    within = {path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR}  # either may be a link's name
+    places = [path] if within else [path / CHECKPOINT_DIR, path / BEST_DIR]
     found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
     steps = next(filter(None, found), [])
     if not steps:
         raise CheckpointError(
-            f"no checkpoint in {where}: expected a run's output folder (with {FOLDER}/<step> in it) or one such "
-            "checkpoint folder"
+            f"no checkpoint in {where}: expected a run's output folder (with {CHECKPOINT_DIR}/<step> in it) or "
+            "one such checkpoint folder"
         )
     return max(steps, key=lambda folder: int(folder.name)).resolve()
 
@@ -124,24 +126,26 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "about").is_dir() and (folder / "state").is_dir()
 
 
-def checkpoint_around(path: Path) -> Path | None:
+def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint, or the folder of a run's checkpoints, that `path` is or lies in; None where it is in neither."""
     for folder in (path.resolve(), *path.resolve().parents):
-        if is_checkpoint(folder) or (folder.name in (FOLDER, BEST) and any(map(is_checkpoint, folder.glob("*")))):
+        if is_checkpoint(folder) or (
+            folder.name in (CHECKPOINT_DIR, BEST_DIR) and any(map(is_checkpoint, folder.glob("*")))
+        ):
             return folder
     return None
 
 
-def read_about(checkpoint: Path) -> About:
+def read_metadata(checkpoint: Path) -> CheckpointMetadata:
     """What the checkpoint folder says of itself."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return About(**reader.restore(checkpoint / "about"))
+        return CheckpointMetadata(**reader.restore(checkpoint / "about"))
 
 
-def check_base(checkpoint: Path, metadata: About, fingerprint: str) -> None:
+def check_base(checkpoint: Path, metadata: CheckpointMetadata, fingerprint: str) -> None:
     """Raise CheckpointError where a checkpoint's weights were trained on another base than the one of `fingerprint`.
 
-    metadata: what the checkpoint says of itself (`read_about`).
+    metadata: what the checkpoint says of itself (`read_metadata`).
     """
     if metadata.base != fingerprint:
         raise CheckpointError(
@@ -158,7 +162,7 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     "trainable". Raises CheckpointError that lists what differs where the checkpoint is of another geometry.
     """
     on_disk = leaves_on_disk(like, prefix)
-    wanted, saved = geometry(on_disk), read_about(checkpoint).geometry
+    wanted, saved = geometry(on_disk), read_metadata(checkpoint).geometry
     within = prefix and name_on_disk(prefix) + "/"
     found = {name: spec for name, spec in saved.items() if name.startswith(within)}
     if wanted != found:

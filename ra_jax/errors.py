@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SHOWN_IN_FULL = 20
+MAX_ERRORS_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Fault:
+class RecordError:
     """One thing to mend. `record` counts from 0, `line` (of a JSONL or broken JSON file) from 1."""
 
     message: str
@@ -34,19 +34,19 @@ class UserError(ValueError):
 class DataError(UserError):
     """A data set, or a wish for one, that cannot be served; `faults` holds every one that was found."""
 
-    def __init__(self, message: str, faults: Sequence[Fault] = ()):
+    def __init__(self, message: str, errors: Sequence[RecordError] = ()):
         super().__init__(message)
-        self.faults = tuple(faults)
+        self.errors = tuple(errors)
 
     @classmethod
-    def from_faults(cls, path: str | Path, faults: Sequence[Fault]) -> "DataError":
+    def from_errors(cls, path: str | Path, errors: Sequence[RecordError]) -> "DataError":
         """The report of a data file: 20 faults in full, the rest counted."""
-        lines = [f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)} (records count from 0, lines from 1)"]
-        lines += [f"  {fault}" for fault in faults[:SHOWN_IN_FULL]]
-        hidden = len(faults) - SHOWN_IN_FULL
+        lines = [f"{path}: {len(errors)} fault{'s' * (len(errors) > 1)} (records count from 0, lines from 1)"]
+        lines += [f"  {error}" for error in errors[:MAX_ERRORS_SHOWN]]
+        hidden = len(errors) - MAX_ERRORS_SHOWN
         if hidden > 0:
             lines.append(f"  … and {hidden} more: `python -m ra_jax.data validate {path}` lists them all")
-        return cls("\n".join(lines), faults)
+        return cls("\n".join(lines), errors)
 
 
 class ConfigError(UserError):

@@ -23,7 +23,7 @@ from ra_jax.errors import DataError, UserError
 from ra_jax.evaluation.measure import Evaluation, Fid, Networks
 from ra_jax.evaluation.pairs import Pair, find_pairs
 from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
-from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarise, table_text, worst_first
+from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarize, table_text, worst_first
 from ra_jax.outputs import Outputs, check_outputs, replace_file, write_file
 from ra_jax.reporting.contact_sheet import captioned, thumbnail
 
@@ -89,7 +89,7 @@ def run(config: EvaluateConfig) -> None:
     summary = {
         "settings": dataclasses.asdict(config),
         "pictures": len(pairs),
-        "metrics": summarise(rows),
+        "metrics": summarize(rows),
         "fid": None if fid is None else dataclasses.asdict(fid),
         "not_computed": left_out,
         "warnings": _warnings(fid),

@@ -13,17 +13,16 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ra_jax.checkpoints import BEST, find_checkpoint, read_about
-from ra_jax.checkpoints import FOLDER as CHECKPOINTS
+from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR, find_checkpoint, read_metadata
 from ra_jax.config.ranges import at_least, out_of_range
 from ra_jax.config.settings import ModelConfig
 from ra_jax.data.formats import RECORDS
-from ra_jax.data.inputs import flag_inputs, loose_paths, record_paths
+from ra_jax.data.inputs import flag_inputs, image_paths, record_paths
 from ra_jax.data.records import Record
 from ra_jax.errors import DataError, UserError
 from ra_jax.inference.candidates import (
     Candidate,
-    check_replaced,
+    check_overwrite,
     find_scenes,
     plan_candidates,
     write_candidates,
@@ -72,7 +71,7 @@ def run(config: InferConfig) -> None:
     candidates = plan_candidates(scenes, seeds, config.output_dir)
     settings = model_settings(config)
     check_inputs_kept(config, settings, candidates)
-    check_replaced(candidates, overwrite=config.overwrite)
+    check_overwrite(candidates, overwrite=config.overwrite)
 
     from ra_jax.pipeline import RemovalPipeline  # late: the inputs are known to be sound
 
@@ -121,23 +120,23 @@ def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[s
         "--source_mask": config.source_mask,
         "--ref_image": config.ref_image,
     }
-    return {flag: loose_paths(Path(path)) for flag, path in given.items() if path is not None}, {}
+    return {flag: image_paths(Path(path)) for flag, path in given.items() if path is not None}, {}
 
 
 def _experts_folders(experts: str) -> list[Path]:
     """The checkpoint that is read and, where a run wrote it, the run's folders of checkpoints."""
     checkpoint = find_checkpoint(experts)
     runs = [Path(experts)]
-    if checkpoint.parent.name in (CHECKPOINTS, BEST):
+    if checkpoint.parent.name in (CHECKPOINT_DIR, BEST_DIR):
         runs.append(checkpoint.parent.parent)
-    return [checkpoint, *(run / name for run in runs for name in (CHECKPOINTS, BEST))]
+    return [checkpoint, *(run / name for run in runs for name in (CHECKPOINT_DIR, BEST_DIR))]
 
 
 def model_settings(config: InferConfig) -> dict[str, Any]:
     """The base, its precision and guidance: as given, else as the experts were trained, else as training's defaults."""
     settings = dataclasses.asdict(ModelConfig())
     if config.experts is not None:
-        trained = read_about(find_checkpoint(config.experts)).config
+        trained = read_metadata(find_checkpoint(config.experts)).config
         settings |= {name: trained[name] for name in settings if name in trained}  # an older run lacks the newest
     given = dataclasses.asdict(config)
     return settings | {name: given[name] for name in settings if given.get(name) is not None}

@@ -29,6 +29,7 @@ MOVED = {
     "ra_jax.evaluation.contact_sheet": ("ra_jax.reporting.contact_sheet",),
     "ra_jax.evaluation.image_metrics": ("ra_jax.rewards.image_metrics",),
     "ra_jax.models.loading": ("ra_jax.interop.diffusers",),
+    "ra_jax.models.quantisation": ("ra_jax.models.quantization",),
     "ra_jax.models.partitioning": ("ra_jax.parallel.partitioning",),
     "ra_jax.models.weight_files": ("ra_jax.interop.safetensors_io", "ra_jax.errors"),
     "ra_jax.models.weight_tables": ("ra_jax.interop.diffusers_tables",),
@@ -55,10 +56,40 @@ MOVED = {
     "ra_jax.training.state": ("ra_jax.training.step.state",),
 }
 
-# Names that changed on the way: (old module, old name) -> name in the new modules.
+# Names at the old paths that have changed too: old name -> name in the new modules.
 RENAMED = {
-    ("ra_jax.evaluation.image_metrics", "region_mean"): "masked_mean",
-    ("ra_jax.training.beginnings", "refuse_another_base"): "check_base",
+    "About": "CheckpointMetadata",
+    "BEST": "BEST_DIR",
+    "claim_output_dir": "prepare_output_dir",
+    "collect": "collect_experience",
+    "compiled": "compile_lowered",
+    "Fault": "RecordError",
+    "FILE": "METRICS_FILE",
+    "first_state": "initial_state",
+    "first_weights": "initial_params",
+    "FOLDER": "CHECKPOINT_DIR",
+    "forget_traces": "clear_jit_caches",
+    "initialise": "initialize",
+    "is_speaker": "is_main_process",
+    "keys_for": "example_keys",
+    "Launch": "Partitioner",
+    "launched_by": "detect_launcher",
+    "make_launch": "make_partitioner",
+    "MeshLaunch": "MeshPartitioner",
+    "PmapLaunch": "PmapPartitioner",
+    "problems": "find_problems",
+    "quantise": "quantize",
+    "read_about": "read_metadata",
+    "refuse_another_base": "check_base",
+    "refuse_other_plans": "check_same_plan",
+    "region_mean": "masked_mean",
+    "resumed": "restore_state",
+    "roll_out_members": "generate_samples",
+    "rows_of_process": "process_rows",
+    "SHOWN_IN_FULL": "MAX_ERRORS_SHOWN",
+    "stream": "stream_key",
+    "summarise": "summarize",
+    "wait_for_all": "barrier",
 }
 
 
@@ -88,7 +119,7 @@ class MovedFinder(MetaPathFinder, Loader):
             if name == "__all__":
                 return [found for found in names() if not found.startswith("_")]
             if not name.startswith("__"):  # the import system and debuggers ask for such names
-                new_name = RENAMED.get((old, name), name)
+                new_name = RENAMED.get(name, name)
                 for module_name in new:
                     found = importlib.import_module(module_name)
                     if hasattr(found, new_name):

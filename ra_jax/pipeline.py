@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ra_jax.checkpoints import check_base, find_checkpoint, read_about, restore
+from ra_jax.checkpoints import check_base, find_checkpoint, read_metadata, restore
 from ra_jax.config.parse import from_checkpoint
 from ra_jax.config.settings import ModelConfig
 from ra_jax.data.images import soft_mask, upright_rgb
 from ra_jax.data.loader import parse_buckets
-from ra_jax.flow.samplers import euler
+from ra_jax.flow.samplers import sample_euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.blend import paste
 from ra_jax.inference.crop import panel_sizes, plan_crop
@@ -78,7 +78,7 @@ class RemovalPipeline:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
         checkpoint = None if experts is None else find_checkpoint(experts)
-        about = None if checkpoint is None else read_about(checkpoint)
+        about = None if checkpoint is None else read_metadata(checkpoint)
         config = None if about is None else from_checkpoint(about.config)
         lora, router = (None, None) if config is None else expert_configs(config.experts)
         if max_sequence_length is None:
@@ -208,4 +208,4 @@ class RemovalPipeline:
     def _panel_denoise(self, weights, frozen, latents, cond, *, num_inference_steps, guidance_scale):
         times = self.schedule.sampling_times(num_inference_steps, latents.shape[1])
         velocity = partial(self._panel_velocity, weights, frozen, guidance_scale=guidance_scale)
-        return euler(lambda x, t: velocity(x, t, cond), latents, times)
+        return sample_euler(lambda x, t: velocity(x, t, cond), latents, times)

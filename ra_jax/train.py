@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, file = parse(argv), config_file(argv)
         # After parsing: --help and a mistaken flag answer at once.
-        from ra_jax.parallel.processes import initialise
+        from ra_jax.parallel.processes import initialize
 
-        initialise(config.parallel)
+        initialize(config.parallel)
         from ra_jax.training.loop import train
         from ra_jax.training.resume import check_config_kept
 

@@ -296,7 +296,7 @@ def steps_of():
     """steps_of(setup, count) -> the state after so many steps, and the metrics of each."""
 
     def run(setup, count):
-        step, state, rows = setup.step_programs(), setup.state, []
+        step, state, rows = setup.compiled_steps(), setup.state, []
         for number, batch in enumerate(islice(setup.batches(), count)):
             state, row = step(state, setup.frozen, batch, number)
             rows.append({name: float(value) for name, value in jax.device_get(row).items()})

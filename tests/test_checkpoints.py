@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import BEST, About, Checkpoints, check_base, find_checkpoint, read_about, restore
+from ra_jax.checkpoints import (
+    BEST_DIR,
+    CheckpointMetadata,
+    Checkpoints,
+    check_base,
+    find_checkpoint,
+    read_metadata,
+    restore,
+)
 from ra_jax.errors import CheckpointError
 
 ABOUT = {"config": {}, "base": "b"}
@@ -29,23 +37,23 @@ def names(folder):
 
 
 def test_what_was_saved_after_a_step_is_forgotten(tmp_path):
-    checkpoints = saved(tmp_path, [2, 4, 6], folder=BEST)
-    checkpoints.forget_after(4)
+    checkpoints = saved(tmp_path, [2, 4, 6], folder=BEST_DIR)
+    checkpoints.delete_after(4)
     assert checkpoints.latest().name == "4"
     checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **ABOUT)  # a run that comes by again may save there
     assert checkpoints.latest().name == "5"
     checkpoints.close()
-    assert names(tmp_path / BEST) == [2, 4, 5]
+    assert names(tmp_path / BEST_DIR) == [2, 4, 5]
 
 
 def test_the_latest_is_found_and_the_best_where_there_is_no_other(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
-    saved(tmp_path, [7], folder=BEST, limit=1).close()
-    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / BEST) == (tmp_path / BEST / "7").resolve()
+    saved(tmp_path, [7], folder=BEST_DIR, limit=1).close()
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / BEST_DIR) == (tmp_path / BEST_DIR / "7").resolve()
     saved(tmp_path, [3, 5]).close()
     assert find_checkpoint(tmp_path).parts[-2:] == ("checkpoints", "5")
-    assert find_checkpoint(tmp_path / BEST).name == "7"
+    assert find_checkpoint(tmp_path / BEST_DIR).name == "7"
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -93,7 +101,9 @@ def assert_equal_trees(found, expected):
 def test_old_params_have_on_disk_the_name_that_older_releases_know(tmp_path):
     checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
     names = {"flux/kernel", "router/bias"}
-    assert set(read_about(checkpoint).geometry) == {f"{part}/{n}" for part in ("trainable", "snapshot") for n in names}
+    assert set(read_metadata(checkpoint).geometry) == {
+        f"{part}/{n}" for part in ("trainable", "snapshot") for n in names
+    }
     assert_equal_trees(
         restore(checkpoint, StateOf01(weights(0.0), weights(0.0))), StateOf01(weights(1.0), weights(2.0))
     )
@@ -115,7 +125,7 @@ def test_a_part_of_a_state_is_read_by_its_name_in_code_or_on_disk(tmp_path, part
 def test_a_name_on_disk_is_that_of_a_part_alone(tmp_path):
     """A leaf of this name further down keeps it."""
     checkpoint = save_state(tmp_path, {"trainable": {"old_params": jnp.ones(2)}})
-    assert set(read_about(checkpoint).geometry) == {"trainable/old_params"}
+    assert set(read_metadata(checkpoint).geometry) == {"trainable/old_params"}
 
 
 def test_a_state_of_another_geometry_is_refused_by_names_on_disk(tmp_path):
@@ -127,7 +137,7 @@ def test_a_state_of_another_geometry_is_refused_by_names_on_disk(tmp_path):
 
 
 def test_weights_of_another_base_are_refused():
-    metadata = About(position=0, base="one", config={}, geometry={})
+    metadata = CheckpointMetadata(position=0, base="one", config={}, geometry={})
     check_base(Path("there"), metadata, "one")
     message = r"checkpoint there was trained on another base \(fingerprint one, this one has two\): give the Fill and"
     with pytest.raises(CheckpointError, match=message):

@@ -151,11 +151,11 @@ def test_what_infer_writes_is_measured_against_triplets(data, tmp_path):
     assert [row["id"] for row in rows] == [f"scene_{scene:05d}_{seed}" for scene in range(3) for seed in (0, 1)]
     assert all(row["truth"].endswith(f"gt/{row['id'][:-2]}.png") for row in rows)
     assert all(float(row["psnr_source_outside"]) == 100.0 for row in rows)
-    for grey, untouched in zip(rows[::2], rows[1::2], strict=True):
-        truth, mask = (np.asarray(Image.open(data / room / f"{grey['id'][:-2]}.png")) for room in ("gt", "mask"))
+    for gray, untouched in zip(rows[::2], rows[1::2], strict=True):
+        truth, mask = (np.asarray(Image.open(data / room / f"{gray['id'][:-2]}.png")) for room in ("gt", "mask"))
         error = (truth[mask > 127] / 255.0 - 128.0 / 255.0) ** 2
-        assert float(grey["psnr_mask"]) == pytest.approx(-10.0 * math.log10(error.mean()), abs=1e-3)
-        assert grey["psnr_outside"] == untouched["psnr_outside"]
+        assert float(gray["psnr_mask"]) == pytest.approx(-10.0 * math.log10(error.mean()), abs=1e-3)
+        assert gray["psnr_outside"] == untouched["psnr_outside"]
 
 
 def painted(photo, mask):

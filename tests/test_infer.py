@@ -68,7 +68,7 @@ def test_what_is_not_given_is_as_the_experts_were_trained(scene, monkeypatch):
         "seed": 9,
     }
     monkeypatch.setattr(infer, "find_checkpoint", Path)
-    monkeypatch.setattr(infer, "read_about", lambda checkpoint: SimpleNamespace(config=trained))
+    monkeypatch.setattr(infer, "read_metadata", lambda checkpoint: SimpleNamespace(config=trained))
     infer.main([*scene[1], "--experts", "run", "--pretrained_redux_model_name_or_path", "other"])
     assert RecordingPipeline.loaded == ("tiny", "other", "run", "float32")
     assert RecordingPipeline.calls[0]["guidance_scale"] == 3.0
@@ -111,7 +111,7 @@ def photos(tmp_path, monkeypatch):
     for folder in ("run/best", "tiny", "tiny_redux"):
         Path(folder).mkdir()
     models = {"pretrained_model_name_or_path": "tiny", "pretrained_redux_model_name_or_path": "tiny_redux"}
-    monkeypatch.setattr(infer, "read_about", lambda checkpoint: SimpleNamespace(config=models))
+    monkeypatch.setattr(infer, "read_metadata", lambda checkpoint: SimpleNamespace(config=models))
     RecordingPipeline.loaded = None
     return tmp_path
 

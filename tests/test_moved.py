@@ -13,7 +13,7 @@ import pytest
 
 import ra_jax
 from ra_jax import errors
-from ra_jax.moved import GONE_WITH, MOVED, install_old_paths
+from ra_jax.moved import GONE_WITH, MOVED, RENAMED, install_old_paths
 from ra_jax.rewards import image_metrics, registry, removal
 from ra_jax.rewards.custom import parse_rewards
 
@@ -35,6 +35,7 @@ NAMES = {
     "ra_jax.models.weight_transfer": "Place fill store",
     "ra_jax.models.weights": "FLUX_SCHEDULER WeightError fingerprint load_flux load_redux load_vae read_configs"
     " read_redux_configs resolve save_fill_pipeline_config save_flux save_redux save_vae",
+    "ra_jax.models.quantisation": "quantise",
     "ra_jax.rl.rewards": "REWARDS SCORES RegisteredReward RewardFunction RewardInputs background"
     " background_without_target default_rewards lpips register_reward remaining_object removal removal_without_target"
     " smoothness surroundings_likeness total_reward",
@@ -121,7 +122,7 @@ def test_names_are_at_the_old_path_and_the_same_objects(old, unloaded):
     new = [importlib.import_module(name) for name in MOVED[old]]
     for name in NAMES[old].split():
         found = getattr(module, name)
-        assert any(getattr(other, name, None) is found for other in new)
+        assert any(getattr(other, RENAMED.get(name, name), None) is found for other in new)
         # Functions and classes come from where they are defined, not from a module that happens to import them.
         home = getattr(found, "__module__", None) or ""
         assert home in MOVED[old] or not home.startswith("ra_jax.")
@@ -182,9 +183,9 @@ assert "ra_jax.rewards.registry" in sys.modules and "ra_jax.parallel.partitioner
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_pickle_of_an_old_class_is_read():
-    written = pickle.dumps(errors.Fault("broken", record=3), protocol=0)
+    written = pickle.dumps(errors.RecordError("broken", record=3), protocol=0)
     old = written.replace(b"ra_jax.errors", b"ra_jax.data.errors")
-    assert old != written and pickle.loads(old) == errors.Fault("broken", record=3)
+    assert old != written and pickle.loads(old) == errors.RecordError("broken", record=3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

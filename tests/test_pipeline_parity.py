@@ -125,9 +125,9 @@ def test_a_sampled_encoding_of_the_masked_image_can_be_given(tiny_fill, tiny_pip
     theirs = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
 
     vae = AutoencoderKL.from_pretrained(tiny_fill, subfolder="vae")
-    masked = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
+    apply_mask = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
     with torch.no_grad():
-        sampled = vae.encode(masked).latent_dist.sample(torch.Generator().manual_seed(3))
+        sampled = vae.encode(apply_mask).latent_dist.sample(torch.Generator().manual_seed(3))
     sampled = (sampled - vae.config.shift_factor) * vae.config.scaling_factor
     sampled = FluxFillPipeline._pack_latents(sampled, *sampled.shape).numpy()
 

@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse([*(token for place in unset for token in (place, UNUSED)), *rest])
         if own.json:
             check_json(own.json, config, config_file(rest))
-        report = tell(own.topology, config, own.effort)
+        figures = report(own.topology, config, own.effort)
     except UserError as error:
         sys.exit(f"error: {error}")
     if own.json:
-        write_file(own.json, json.dumps(report, indent=1) + "\n")
-    if not report["fits"]:
+        write_file(own.json, json.dumps(figures, indent=1) + "\n")
+    if not figures["fits"]:
         sys.exit(1)
 
 
@@ -64,7 +64,7 @@ def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> Non
     Raises:
         OutputError: it is not; or it is, or lies in, what a flag names that this program or the training reads.
     """
-    from ra_jax.checkpoints import BEST, FOLDER  # after parsing: it takes a while
+    from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR  # after parsing: it takes a while
 
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
     named = {name: getattr(config.model, name) for name in models}
@@ -74,7 +74,7 @@ def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> Non
     read = {f"--{name}": [Path(path).expanduser()] for name, path in named.items() if path not in (None, UNUSED)}
     for flag in {"--init_experts_from", "--resume_from_checkpoint"} & read.keys():
         run = read[flag][0]
-        read[flag] = [run / folder for folder in (FOLDER, BEST) if (run / folder).is_dir()] or [run]
+        read[flag] = [run / folder for folder in (CHECKPOINT_DIR, BEST_DIR) if (run / folder).is_dir()] or [run]
     check_outputs(Outputs("--json", files=[file]), {}, read)
     if not file.parent.is_dir():
         raise OutputError(f"--json {file}: there is no folder {file.parent}; make it, or choose another --json")
@@ -90,10 +90,10 @@ def _is_report(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        report = json.loads(file.read_bytes())
+        figures = json.loads(file.read_bytes())
     except ValueError:  # not JSON, or not text
         return False
-    return isinstance(report, dict) and {"topology", "fits"} <= report.keys()
+    return isinstance(figures, dict) and {"topology", "fits"} <= figures.keys()
 
 
 def set_effort(effort: str) -> None:
@@ -104,32 +104,32 @@ def set_effort(effort: str) -> None:
         jax.config.update("jax_optimization_level", LEVELS[effort])
 
 
-def tell(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
+def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
     """Compile, print the table, and return its figures."""
     jax.config.update("jax_platforms", "cpu")
     set_effort(effort)
     # After parsing: --help and a mistaken flag answer at once.
-    from ra_jax.aot.abstract_step import smaller
+    from ra_jax.aot.abstract_step import smaller_configs
     from ra_jax.aot.topology import topology_devices
 
     devices, chip = topology_devices(topology)
-    report = {"effort": effort} | measured(topology, config, devices, chip)
-    show(report)
-    if report["fits"]:
-        return report
-    for other in smaller(config, len(devices)):
-        changed = changes(config, other)
+    figures = {"effort": effort} | compile_and_measure(topology, config, devices, chip)
+    print_figures(figures)
+    if figures["fits"]:
+        return figures
+    for other in smaller_configs(config, len(devices)):
+        changed = flag_diff(config, other)
         print(f"\ntrying {changed} …", flush=True)
-        found = {"effort": effort} | measured(topology, other, devices, chip)
+        found = {"effort": effort} | compile_and_measure(topology, other, devices, chip)
         if found["fits"]:
-            show(found)
+            print_figures(found)
             print(f"\nit fits with {changed}")
-            return report | {"proposal": changed}
-    print(f"\nnothing that was tried fits: take more chips, {', '.join(savings(config))} or smaller buckets")
-    return report
+            return figures | {"proposal": changed}
+    print(f"\nnothing that was tried fits: take more chips, {', '.join(memory_advice(config))} or smaller buckets")
+    return figures
 
 
-def savings(config: TrainConfig) -> list[str]:
+def memory_advice(config: TrainConfig) -> list[str]:
     """What takes less memory at the price of another training."""
     found = []
     if config.model.base_precision != "int8" and config.experts.use_lora:
@@ -143,17 +143,17 @@ def savings(config: TrainConfig) -> list[str]:
     return found
 
 
-def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:
+def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip) -> dict:
     """Trace and compile; what that tells."""
     from ra_jax.aot.abstract_step import trace
     from ra_jax.aot.roofline import Footprint, Roofline
 
     step = trace(config, devices)
-    report = {
+    figures = {
         "topology": topology,
         "chips": len(devices),
         "mode": config.mode,
-        "mesh": dict(step.launch.mesh.shape),
+        "mesh": dict(step.partitioner.mesh.shape),
         "bucket": step.arguments[2]["mask"].shape[-2:],
         "train_batch_size": config.run.train_batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
@@ -165,10 +165,10 @@ def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return report | {"fits": False, "refusal": str(error).splitlines()[0]}
-    report["compile_seconds"] = time.perf_counter() - since
+        return figures | {"fits": False, "refusal": str(error).splitlines()[0]}
+    figures["compile_seconds"] = time.perf_counter() - since
     footprint, roofline = Footprint.of(program, chip), Roofline.of(program, step, chip)
-    report |= {
+    figures |= {
         "argument_bytes": footprint.arguments,
         "temporary_bytes": footprint.temporaries,
         "total_bytes": footprint.total,
@@ -177,40 +177,40 @@ def measured(topology: str, config: TrainConfig, devices: list, chip) -> dict:
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "fits": footprint.fits,
     }
-    return report | roofline.to_dict()
+    return figures | roofline.to_dict()
 
 
-def show(report: dict) -> None:
+def print_figures(figures: dict) -> None:
     """The table."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    print(f"{report['mode']} step on {report['topology']}, {report['chips']} chips, mesh {mesh}")
-    print("panels of {} x {}, ".format(*report["bucket"]), end="")
-    print(f"batch {report['train_batch_size']} x {report['gradient_accumulation_steps']}, ", end="")
-    print(f"gradient_checkpointing {report['gradient_checkpointing']}\n")
-    if "refusal" in report:
-        print(f"does not fit: the compiler found no place for it\n  {report['refusal']}")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    print(f"{figures['mode']} step on {figures['topology']}, {figures['chips']} chips, mesh {mesh}")
+    print("panels of {} x {}, ".format(*figures["bucket"]), end="")
+    print(f"batch {figures['train_batch_size']} x {figures['gradient_accumulation_steps']}, ", end="")
+    print(f"gradient_checkpointing {figures['gradient_checkpointing']}\n")
+    if "refusal" in figures:
+        print(f"does not fit: the compiler found no place for it\n  {figures['refusal']}")
         return
-    gigabytes = {name: report[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
+    gigabytes = {name: figures[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
     rows = [
         ("arguments a chip", f"{gigabytes['argument']:.2f} GB"),
         ("temporaries a chip", f"{gigabytes['temporary']:.2f} GB"),
         ("total of the chip's memory", f"{gigabytes['total']:.2f} of {gigabytes['chip']:.0f} GB"),
-        ("model FLOPs a step", f"{report['flops'] / 1e12:.1f} TFLOP"),
-        ("compute at peak", f"{report['compute_seconds']:.3f} s"),
-        *((f"{kind}, sent by a chip", f"{sent / 1e9:.2f} GB") for kind, sent in report["collective_bytes"].items()),
-        ("communication at all links", f"{report['collective_seconds']:.3f} s"),
-        ("roofline time of a step", f"{report['seconds']:.3f} s"),
-        ("MFU at most", f"{report['mfu_bound']:.0%}"),
-        (f"compile time, {report['effort']} effort", f"{report['compile_seconds']:.0f} s"),
-        ("host memory, peak", f"{report['host_peak_bytes'] / 1e9:.1f} GB"),
+        ("model FLOPs a step", f"{figures['flops'] / 1e12:.1f} TFLOP"),
+        ("compute at peak", f"{figures['compute_seconds']:.3f} s"),
+        *((f"{kind}, sent by a chip", f"{sent / 1e9:.2f} GB") for kind, sent in figures["collective_bytes"].items()),
+        ("communication at all links", f"{figures['collective_seconds']:.3f} s"),
+        ("roofline time of a step", f"{figures['seconds']:.3f} s"),
+        ("MFU at most", f"{figures['mfu_bound']:.0%}"),
+        (f"compile time, {figures['effort']} effort", f"{figures['compile_seconds']:.0f} s"),
+        ("host memory, peak", f"{figures['host_peak_bytes'] / 1e9:.1f} GB"),
     ]
     print("| | |\n| --- | --- |")
     for name, value in rows:
         print(f"| {name} | {value} |")
-    print("\nit fits" if report["fits"] else "\ndoes not fit")
+    print("\nit fits" if figures["fits"] else "\ndoes not fit")
 
 
-def changes(config: TrainConfig, other: TrainConfig) -> str:
+def flag_diff(config: TrainConfig, other: TrainConfig) -> str:
     """The flags that lead from one configuration to the other."""
     before, after = to_flat_dict(config), to_flat_dict(other)
     return " ".join(f"--{name} {value}" for name, value in after.items() if value != before[name])

@@ -21,10 +21,10 @@ from ra_jax.models.attention import implementation_for
 from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
 from ra_jax.models.options import model_options
 from ra_jax.parallel.mesh import check_batch, make_mesh
-from ra_jax.parallel.partitioner import MeshLaunch
+from ra_jax.parallel.partitioner import MeshPartitioner
 from ra_jax.parallel.partitioning import BATCH
 from ra_jax.rewards.custom import parse_rewards
-from ra_jax.training.build import first_state, objective_settings, step_settings
+from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import batch_parts
 from ra_jax.training.flops import ModelSizes, flops_of_step
 from ra_jax.training.optimizers import build_optimizer
@@ -32,7 +32,7 @@ from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.train_step import make_train_step
 
-KNOWN = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
+KNOWN_MODELS = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
     "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Fill-dev",
     "pretrained_redux_model_name_or_path": "black-forest-labs/FLUX.1-Redux-dev",
 }
@@ -43,7 +43,7 @@ class TracedStep:
     """A step, and its arguments' shapes on a mesh: state, frozen weights, batch. flops: that its mathematics needs,
     over all chips (`training.flops.step_flops`); weights: bytes of the base."""
 
-    launch: MeshLaunch
+    partitioner: MeshPartitioner
     objective: Objective
     optimizer: optax.GradientTransformation
     settings: StepSettings
@@ -54,18 +54,18 @@ class TracedStep:
     def compile(self) -> jax.stages.Compiled:
         """The program of the step on this mesh."""
         step = make_train_step(self.objective, self.optimizer, self.settings)
-        return self.launch.compile(step, *self.arguments)
+        return self.partitioner.compile(step, *self.arguments)
 
 
-def geometry_of(config: TrainConfig) -> FillGeometry:
+def read_geometry(config: TrainConfig) -> FillGeometry:
     """Of the models that the configuration names: each read from its folder, or known, for FLUX.1-Fill-dev and
     FLUX.1-Redux-dev.
 
     Raises ConfigError for a model on the hub whose sizes are not known here.
     """
-    fill, redux = (getattr(config.model, name) for name in KNOWN)
-    for name, model in zip(KNOWN, (fill, redux), strict=True):
-        if not Path(model).is_dir() and model != (known := KNOWN[name]):
+    fill, redux = (getattr(config.model, name) for name in KNOWN_MODELS)
+    for name, model in zip(KNOWN_MODELS, (fill, redux), strict=True):
+        if not Path(model).is_dir() and model != (known := KNOWN_MODELS[name]):
             raise ConfigError(
                 f"{name} = {model}: no folder here, and only the sizes of {known} are known without its files; give a "
                 "folder in diffusers' layout"
@@ -88,10 +88,12 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     if config.parallel.parallelism != "mesh":
         raise ConfigError("--parallelism pmap: aot compiles for a mesh; leave it out")
     parallel, platform = config.parallel, devices[0].platform
-    launch = MeshLaunch(make_mesh(parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor, devices=devices))
-    check_batch(launch.mesh, config.run.train_batch_size)
-    geometry = geometry_of(config)
-    launch.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
+    partitioner = MeshPartitioner(
+        make_mesh(parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor, devices=devices)
+    )
+    check_batch(partitioner.mesh, config.run.train_batch_size)
+    geometry = read_geometry(config)
+    partitioner.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
     options = model_options(config)
     attention = implementation_for(
         platform, dtype=options.dtype, head_dim=geometry.flux.attention_head_dim, devices=len(devices)
@@ -99,10 +101,10 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     model, trainable, frozen = abstract_fill_model(geometry, options, attention=attention)
     check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
-    state = jax.eval_shape(partial(first_state, config, optimizer), trainable)
+    state = jax.eval_shape(partial(initial_state, config, optimizer), trainable)
     rewards = ()
     if config.mode == "automatic":
-        rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_result(config))
+        rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, needs_result(config))
     settings = step_settings(config, rewards)
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     batch = batch_shapes(config, geometry)
@@ -111,13 +113,13 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             tree,
-            launch.placement.shardings(tree),
+            partitioner.placement.shardings(tree),
         )
 
-    by_record = NamedSharding(launch.mesh, P(None, BATCH))
+    by_record = NamedSharding(partitioner.mesh, P(None, BATCH))
     sizes = ModelSizes(geometry.flux, trainable["flux"], model.multiple, geometry.image_tokens)
     return TracedStep(
-        launch,
+        partitioner,
         objective,
         optimizer,
         settings,
@@ -132,7 +134,7 @@ def largest_bucket(config: TrainConfig) -> Size:
     return max(parse_buckets(config.data.aspect_ratio_buckets), key=math.prod)
 
 
-def has_result(config: TrainConfig) -> bool:
+def needs_result(config: TrainConfig) -> bool:
     """Whether records bring results: all but those of rewards alone."""
     return config.mode != "automatic" or config.losses.base_loss_weight > 0
 
@@ -141,7 +143,7 @@ def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.S
     """What the loader brings to a step, [A, B, ...], in the largest bucket."""
     height, width = largest_bucket(config)
     sizes = {"B": config.run.train_batch_size, "h": height, "w": width}
-    parts = batch_parts(config, results=has_result(config), latents=False)
+    parts = batch_parts(config, results=needs_result(config), latents=False)
     if geometry.vision is None:
         parts -= {"redux"}
     else:
@@ -152,7 +154,7 @@ def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.S
     }
 
 
-def smaller(config: TrainConfig, devices: int) -> list[TrainConfig]:
+def smaller_configs(config: TrainConfig, devices: int) -> list[TrainConfig]:
     """What may fit where this configuration does not, few tries, each with what came before."""
     parallel, run, found = config.parallel, config.run, []
     if parallel.mesh_fsdp * parallel.mesh_tensor < devices:

@@ -53,7 +53,7 @@ class Roofline:
     @classmethod
     def of(cls, program: jax.stages.Compiled, step: TracedStep, chip: Chip) -> "Roofline":
         """The bounds of a step's program on such chips."""
-        chips = step.launch.mesh.size
+        chips = step.partitioner.mesh.size
         moved = Program(program.as_text()).collectives
         return cls(step.flops, step.flops / chips / chip.peak, moved, sum(moved.values()) / chip.link_bandwidth)
 

@@ -13,7 +13,7 @@ from ra_jax.config.ranges import out_of_range
 from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, ParallelConfig, RunConfig, TrainConfig
 
 
-def problems(config: TrainConfig) -> Iterator[str]:
+def find_problems(config: TrainConfig) -> Iterator[str]:
     """Yields a line for each setting out of range and each contradiction: given, expected, what to do."""
     if lines := list(out_of_range(config)):
         yield from lines

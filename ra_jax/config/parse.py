@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 import tyro
 
-from ra_jax.config.checks import problems
+from ra_jax.config.checks import find_problems
 from ra_jax.config.settings import TrainConfig
 from ra_jax.errors import ConfigError
 
@@ -25,6 +25,8 @@ _GROUPS: dict[str, type] = typing.get_type_hints(TrainConfig)  # group -> its da
 _TYPES: dict[str, Any] = {  # flat name -> type, without its range: every flag and TOML key there is
     name: hint for group in _GROUPS.values() for name, hint in typing.get_type_hints(group).items()
 }
+# Settings by a name of earlier versions: flags, TOML files and checkpoints may still say these.
+FORMER_NAMES = {"routing_specialisation": "routing_specialization"}
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
 
 
@@ -118,6 +120,7 @@ def _known_flags(argv: Sequence[str]) -> list[str]:
             continue
         flag, *value = token[2:].split("=", 1)
         name = flag.replace("-", "_")
+        name = FORMER_NAMES.get(name, name)
         positive = name.removeprefix("no_")
         switched_off = positive != name and _TYPES.get(positive) is bool
         if not (name in _TYPES or switched_off or name in ("config", "help")):
@@ -156,13 +159,20 @@ def _checked(config: TrainConfig) -> TrainConfig:
     """`config`, or a ConfigError with a line for each setting that is missing, else for each of its problems."""
     required = [name for name, value in to_flat_dict(config).items() if value is tyro.MISSING]
     missing = [f"{name}: not given; expected a path; add --{name} PATH" for name in required]
-    if lines := missing or list(problems(config)):
+    if lines := missing or list(find_problems(config)):
         raise ConfigError("\n".join(lines))
     return config
 
 
 def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`flat` with the fields' types. Raises ConfigError for an unknown name and for a value of the wrong type."""
+    """`flat` with the fields' types and present names (`FORMER_NAMES`).
+
+    Raises ConfigError for an unknown name, for a value of the wrong type, and for a setting under both its names.
+    """
+    for former, name in FORMER_NAMES.items():
+        if former in flat and name in flat:
+            raise ConfigError(f"{former} and {name} are the same setting: give {name} only")
+    flat = {FORMER_NAMES.get(name, name): value for name, value in flat.items()}
     for name, value in flat.items():
         if name not in _TYPES:
             is_table = isinstance(value, dict)

@@ -62,7 +62,7 @@ class ExpertsConfig:
     router_floor: Annotated[float, at_least(0)] = 0.05  # f, smallest gate of an expert; E * f < 1
     fixed_expert_weights: Annotated[tuple[float, ...], at_least(0)] = ()
     """where routing starts (E = 3: 0.4 0.3 0.3; else 1/E)"""
-    routing_specialisation: Annotated[float, at_least(0)] = 0.5
+    routing_specialization: Annotated[float, at_least(0)] = 0.5
     """lambda, weight of the gates' own entropy in the diversity loss"""
     routing_mean_decay: Annotated[float, at_least_and_below(0, 1)] = 0.9
     """beta, decay of the gates' running mean in the diversity loss"""

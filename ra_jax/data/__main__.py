@@ -33,15 +33,15 @@ def validate(
         score_format: how they are written, {"removal_score": ...} or [removal, background, smoothness].
         need_result: every record must have a result; training does, removing objects does not.
     """
-    records, faults = check_records(
+    records, errors = check_records(
         file, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
     )
     print(f"{file}\n\n{summary(records)}\n")
-    if not faults:
+    if not errors:
         print("no faults")
         return 0
-    print(f"{len(faults)} fault{'s' * (len(faults) > 1)}, left out above (records count from 0, lines from 1)")
-    for fault in faults:
+    print(f"{len(errors)} fault{'s' * (len(errors) > 1)}, left out above (records count from 0, lines from 1)")
+    for fault in errors:
         print(f"  {fault}")
     return 1
 

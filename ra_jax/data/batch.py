@@ -57,12 +57,12 @@ LOADED: dict[str, Field] = {
     "condition_weight": Field(("B",), ("float32",)),  # 1 / (rows of the record's group in the global batch)
 }
 VALUES: dict[str, Field] = {
-    "imitation_weight": Field(("B",), ("float32",), ("training",)),  # of the record in the base loss
+    "sample_weight": Field(("B",), ("float32",), ("training",)),  # of the record in the base loss
     "scores": Field(("B", 3), ("float32",), ("training", "rewards")),  # removal, background, smoothness in [0, 1]
     "reward": Field(("B",), ("float32",), ("training", "rewards")),  # weighted sum of 2·score − 1
     "advantage": Field(("B",), ("float32",), ("training", "rewards")),
     "group_reward_std": Field(("B",), ("float32",), ("training", "rewards")),  # of the record's scene
-    "dead_group": Field(("B",), ("float32",), ("training", "rewards")),  # 1: all rewards of the scene are equal
+    "zero_std_group": Field(("B",), ("float32",), ("training", "rewards")),  # 1: all rewards of the scene are equal
 }
 FIELDS = LOADED | VALUES
 # What packs with latents hold, and the loader takes from them.

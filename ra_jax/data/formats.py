@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ra_jax.data.images import SUFFIXES
 from ra_jax.data.packs import Pack, pack_folder
-from ra_jax.errors import DataError, Fault
+from ra_jax.errors import DataError, RecordError
 
 RECORDS = "records.json"  # the data set in a folder of results that `python -m ra_jax.infer` wrote
 DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
@@ -39,7 +39,7 @@ class RawData:
 
     base: Path
     entries: list[Entry]
-    faults: list[Fault]
+    errors: list[RecordError]
 
 
 def read_entries(path: str | Path) -> RawData:
@@ -73,39 +73,41 @@ def _read_json(path: Path, text: str) -> RawData:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _read_lines(path, text)
         comment = "; JSON has no // comments, remove them" if "//" in text.splitlines()[error.lineno - 1] else ""
-        fault = Fault(f"broken JSON: {error.msg} (column {error.colno}){comment}", line=error.lineno)
-        return RawData(path.parent, [], [fault])
+        error = RecordError(f"broken JSON: {error.msg} (column {error.colno}){comment}", line=error.lineno)
+        return RawData(path.parent, [], [error])
     if isinstance(content, list):
         return RawData(path.parent, [Entry(i, fields) for i, fields in enumerate(content)], [])
     if isinstance(content, dict) and "src" not in content:
         return _read_mapping(path, content.get("mapping", content))
     found = "a single record" if isinstance(content, dict) else str(type(content))
-    return RawData(path.parent, [], [Fault(f"{found} at the top: {SUPPORTED}; put records into a list")])
+    return RawData(path.parent, [], [RecordError(f"{found} at the top: {SUPPORTED}; put records into a list")])
 
 
 def _read_lines(path: Path, text: str) -> RawData:
-    entries, faults = [], []
+    entries, errors = [], []
     filled = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     for record, (number, line) in enumerate(filled):
         try:
             entries.append(Entry(record, json.loads(line), number))
         except json.JSONDecodeError as error:
-            faults.append(Fault(f"broken JSON: {error.msg} (column {error.colno})", record, number))
-    return RawData(path.parent, entries, faults)
+            errors.append(RecordError(f"broken JSON: {error.msg} (column {error.colno})", record, number))
+    return RawData(path.parent, entries, errors)
 
 
 def _read_mapping(path: Path, mapping: object) -> RawData:
     if not isinstance(mapping, dict):
-        return RawData(path.parent, [], [Fault(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")])
-    pairs, faults = [], []
+        return RawData(
+            path.parent, [], [RecordError(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")]
+        )
+    pairs, errors = [], []
     for gt, inputs in mapping.items():
         if isinstance(inputs, list) and all(isinstance(name, str) for name in inputs):
             pairs += [(name, gt) for name in inputs]
         else:
             message = f"'{gt}' maps to {str(inputs)[:80]!r}: expected a list of names in input/"
-            faults.append(Fault(message, field="mapping"))
+            errors.append(RecordError(message, field="mapping"))
     raw = _triplets(path.parent, pairs)
-    return RawData(raw.base, raw.entries, faults + raw.faults)
+    return RawData(raw.base, raw.entries, errors + raw.errors)
 
 
 def _read_folder(folder: Path) -> RawData:
@@ -114,19 +116,19 @@ def _read_folder(folder: Path) -> RawData:
         raise DataError(f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}")
     inputs = sorted(path.name for paths in pictures_by_stem(folder / "input").values() for path in paths)
     truths = pictures_by_stem(folder / "gt")
-    pairs = ((name, named_alike(name, truths)) for name in inputs)
+    pairs = ((name, match_stem(name, truths)) for name in inputs)
     return _triplets(folder, [(name, None if truth is None else truth.name) for name, truth in pairs])
 
 
 def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
     """Entries of (input, gt) names, the masks and references looked up by the input's name."""
     masks, references = pictures_by_stem(base / "mask"), pictures_by_stem(base / "ref")
-    entries, faults = [], []
+    entries, errors = [], []
     for record, (name, gt) in enumerate(pairs):
-        mask, ref = named_alike(name, masks), named_alike(name, references)
+        mask, ref = match_stem(name, masks), match_stem(name, references)
         if mask is None:
             message = f"no mask for input/{name}: expected mask/{name}, or that name with another ending"
-            faults.append(Fault(message, record, field="mask"))
+            errors.append(RecordError(message, record, field="mask"))
             continue
         fields = {
             "src": f"input/{name}",
@@ -135,7 +137,7 @@ def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
             "ref": None if ref is None else f"ref/{ref.name}",
         }
         entries.append(Entry(record, fields))
-    return RawData(base, entries, faults)
+    return RawData(base, entries, errors)
 
 
 def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -147,7 +149,7 @@ def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
     return pictures
 
 
-def named_alike(name: str, pictures: Mapping[str, Sequence[Path]]) -> Path | None:
+def match_stem(name: str, pictures: Mapping[str, Sequence[Path]]) -> Path | None:
     """Of `pictures_by_stem`, the one of that file name, else the first of that stem, else None."""
     candidates = pictures.get(Path(name).stem, ())
     return next((path for path in candidates if path.name == name), next(iter(candidates), None))

@@ -32,7 +32,7 @@ class Picture(Protocol):
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MASK_THRESHOLD = 127
-SPARED = 1.5  # a photo is decoded at no less than this factor of the size it is resized to
+MIN_DECODE_SCALE = 1.5  # a photo is decoded at no less than this factor of the size it is resized to
 
 # What Pillow raises for a file that is no picture, is cut short or broken: SyntaxError comes from PNG chunks.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -127,7 +127,7 @@ def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
     the front.
     """
     left, top, right, bottom = window
-    spare = min((bottom - top) / size[0], (right - left) / size[1]) / SPARED
+    spare = min((bottom - top) / size[0], (right - left) / size[1]) / MIN_DECODE_SCALE
     if spare < 2 or orientation(image) != 1:
         return 1.0
     width, height = image.size
@@ -141,6 +141,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return _over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
 
 
-def _over(image: Image.Image, colour: str) -> Image.Image:
+def _over(image: Image.Image, color: str) -> Image.Image:
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")

@@ -42,7 +42,7 @@ def input_paths(path: str | Path) -> list[Path]:
     if not path.exists():
         return []
     if path.is_dir() and not (path / "input").is_dir():
-        return loose_paths(path)
+        return image_paths(path)
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         return [path]
     data = read_entries(path)
@@ -51,7 +51,7 @@ def input_paths(path: str | Path) -> list[Path]:
     return [path, *files]
 
 
-def loose_paths(path: Path) -> list[Path]:
+def image_paths(path: Path) -> list[Path]:
     """A file; or a folder and the files in it, which may be links to elsewhere: the folders in it are not read."""
     return [path, *(file for file in path.iterdir() if file.is_file())] if path.is_dir() else [path]
 

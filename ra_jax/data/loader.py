@@ -107,7 +107,7 @@ class Loader:
         check_results(records)
         self._extras = dict(extras or {})
         _check_extras(self._extras, len(records))
-        if options.latents and encoding_of(records) is None:
+        if options.latents and pack_encoding(records) is None:
             raise ValueError("latents: expected records of a pack with latents")
         self._records, self._options = list(records), options
         batch_size, buckets = options.batch_size, options.buckets
@@ -178,7 +178,7 @@ class Loader:
         return self._cache.get(("redux", record.ref, record.src, record.mask, bucket), preprocess)
 
 
-def encoding_of(records: Sequence[Record]) -> Encoding | None:
+def pack_encoding(records: Sequence[Record]) -> Encoding | None:
     """How the latents of these records' pack were made; None without a pack, or without latents in it."""
     source = records[0].src
     return source.pack.encoding if isinstance(source, PackedPicture) else None

@@ -72,10 +72,10 @@ def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     curve may leave out is added.
     """
     left, top, right, bottom = bounding_box(mask)
-    centre = np.array([(left + right) / 2, (top + bottom) / 2])
+    center = np.array([(left + right) / 2, (top + bottom) / 2])
     # The edge is enough: going outwards from any pixel of the mask one leaves through its edge.
     edge = mask & ~_eroded(mask)
-    offsets = np.argwhere(edge)[:, ::-1] + 0.5 - centre
+    offsets = np.argwhere(edge)[:, ::-1] + 0.5 - center
     angles = np.arctan2(offsets[:, 1], offsets[:, 0])
     distances = np.hypot(offsets[:, 0], offsets[:, 1]) + 1  # to a pixel's far corner, and a little
 
@@ -89,7 +89,7 @@ def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     curve = _closed_bezier(radii[:, None] * np.stack([np.cos(directions), np.sin(directions)], 1))
 
     canvas = Image.new("L", mask.shape[::-1])
-    ImageDraw.Draw(canvas).polygon([tuple(point) for point in curve + centre - 0.5], fill=1)
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in curve + center - 0.5], fill=1)
     return mask | (np.asarray(canvas) != 0)
 
 

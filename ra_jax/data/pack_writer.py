@@ -14,14 +14,14 @@ from PIL import Image
 from ra_jax.data.images import Picture, Size
 from ra_jax.data.inputs import record_paths
 from ra_jax.data.loader import check_results
-from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, imported_tfds
+from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, import_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
 from ra_jax.errors import DataError, OutputError
 from ra_jax.outputs import Inputs, Outputs, check_outputs, check_staging, replace_folder, staging_folder
 
 SHARD_BYTES = 256 * 2**20
-AT_ONCE = 16  # examples between two updates of a set's metadata
+ENCODE_BATCH = 16  # examples between two updates of a set's metadata
 
 
 class Encoder(Protocol):
@@ -51,7 +51,7 @@ def check_target(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> 
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already: choose another folder")
     check_staging(folder)
-    imported_tfds()
+    import_tfds()
 
 
 def write_pack(
@@ -139,9 +139,9 @@ NOTHING = _png(np.zeros((1, 1, 3), np.uint8))  # in the place of a picture: ever
 
 def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], about: dict) -> None:
     """One tensorflow-datasets set, example after example; its features are those of the first."""
-    tfds, place = imported_tfds(), folder / part / VERSION
+    tfds, place = import_tfds(), folder / part / VERSION
     place.mkdir(parents=True)
-    some = list(islice(examples, AT_ONCE))
+    some = list(islice(examples, ENCODE_BATCH))
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=VERSION, data_dir=str(place), module_name=__name__, config_name=part
     )
@@ -158,7 +158,7 @@ def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], 
     writer.initialize_splits([SPLIT])
     while some:
         writer.add_examples({SPLIT: some})
-        some = list(islice(examples, AT_ONCE))
+        some = list(islice(examples, ENCODE_BATCH))
     writer.close_all()
 
 

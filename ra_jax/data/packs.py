@@ -28,7 +28,7 @@ PARTS = ("conditions", "records")
 SPLIT = "train"
 PREFIX = "tfds:"
 LABELS = ("id", "scores", "split", "annotator", "source")
-KEPT = 8  # examples: source, mask and reference are asked for one after another
+EXAMPLE_CACHE_SIZE = 8  # examples: source, mask and reference are asked for one after another
 
 Example = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Pack:
     """
 
     def __init__(self, folder: Path):
-        tfds = imported_tfds()
+        tfds = import_tfds()
         sets = [tfds.builder_from_directory(folder / part / VERSION) for part in PARTS]
         self.folder, about = folder, sets[1].info.metadata or {}
         if not {"encoding", *PARTS} <= set(about):
@@ -74,8 +74,8 @@ class Pack:
                     examples[end - 1]
         except (RuntimeError, OSError) as error:
             raise DataError(f"{folder}: its files are not whole ({error}): copy it again, or make it anew") from error
-        self.condition: Callable[[int], Example] = lru_cache(KEPT)(conditions.__getitem__)
-        self.record: Callable[[int], Example] = lru_cache(KEPT)(records.__getitem__)
+        self.condition: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(conditions.__getitem__)
+        self.record: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(records.__getitem__)
 
     def fields(self, number: int) -> dict[str, Any]:
         """A record as a data file would write it, with `PackedPicture`s for paths."""
@@ -134,7 +134,7 @@ def pack_folder(path: str | Path) -> Path | None:
         if (folder / "dataset_info.json").exists() or any(folder.glob("*.array_record*")):
             raise DataError(f"{path}: a tensorflow-datasets set, but no pack: {_MADE}")
         return None
-    tfds, name = imported_tfds(), str(path).removeprefix(PREFIX)
+    tfds, name = import_tfds(), str(path).removeprefix(PREFIX)
     try:
         found = Path(tfds.builder(f"{name}/{PARTS[1]}", try_gcs=False).data_dir).parents[1]
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -153,7 +153,7 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def refuse_pack(path: str | Path, needed: str) -> None:
+def check_not_pack(path: str | Path, needed: str) -> None:
     """Raises DataError where `path` names a pack: `needed` says what for its files are needed."""
     if pack_folder(path) is not None:
         raise DataError(f"{path}: a pack has no files, which {needed}: give the data set that it was made of")
@@ -163,7 +163,7 @@ def _undecoded(tfds, features: Mapping) -> dict:
     return {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
 
 
-def imported_tfds():
+def import_tfds():
     """The library, which is imported where packs are used: it is one of the optional ones."""
     try:
         import tensorflow_datasets as tfds

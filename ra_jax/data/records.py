@@ -12,9 +12,18 @@ from ra_jax.data.formats import Entry, RawData, read_entries
 from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask, width_by_height
 from ra_jax.data.packs import PackedPicture
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
-from ra_jax.errors import DataError, Fault
+from ra_jax.errors import DataError, RecordError
 
-__all__ = ["SCORE_NAMES", "DataError", "Fault", "Record", "check_entries", "check_records", "load_records", "scene_ids"]
+__all__ = [
+    "SCORE_NAMES",
+    "DataError",
+    "Record",
+    "RecordError",
+    "check_entries",
+    "check_records",
+    "load_records",
+    "scene_ids",
+]
 
 FIELDS = ("ref", "src", "mask", "result", "scores", "id", "split", "annotator", "source")
 IMAGE_FIELDS = ("src", "mask", "ref", "result")
@@ -59,10 +68,10 @@ class _Draft:
 
     entry: Entry
     values: dict
-    faults: list[Fault]
+    errors: list[RecordError]
 
-    def blame(self, field: str, message: str) -> None:
-        self.faults.append(Fault(message, self.entry.record, self.entry.line, field))
+    def add_error(self, field: str, message: str) -> None:
+        self.errors.append(RecordError(message, self.entry.record, self.entry.line, field))
 
 
 def load_records(
@@ -80,11 +89,11 @@ def load_records(
     Raises:
         DataError: with every faulty record of the data set, 20 in full and the rest counted.
     """
-    records, faults = check_records(
+    records, errors = check_records(
         path, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
     )
-    if faults:
-        raise DataError.from_faults(path, faults)
+    if errors:
+        raise DataError.from_errors(path, errors)
     return records
 
 
@@ -94,7 +103,7 @@ def check_records(
     need_result: bool = True,
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
-) -> tuple[list[Record], list[Fault]]:
+) -> tuple[list[Record], list[RecordError]]:
     """As `load_records`, but returns the sound records and the faults of the others.
 
     Raises:
@@ -111,22 +120,24 @@ def check_entries(
     need_result: bool = True,
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
-) -> tuple[list[Record], list[Fault]]:
+) -> tuple[list[Record], list[RecordError]]:
     """As `check_records`, of entries that need not come from a data file."""
-    faults = list(raw.faults)
-    if not raw.entries and not faults:
-        return [], [Fault("no records: expected at least one")]
+    errors = list(raw.errors)
+    if not raw.entries and not errors:
+        return [], [RecordError("no records: expected at least one")]
     rules = _Rules(need_result, use_human_scores, score_format)
     if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
         # One fault for the file rather than one a record: these are triplets, or the wrong file.
-        faults.append(Fault(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record"))
+        errors.append(
+            RecordError(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
+        )
         rules = _Rules(need_result, False, score_format)
     drafts = [_draft(entry, raw.base, rules) for entry in raw.entries]
     _check_ids(drafts)
     _check_pictures(drafts)
-    faults += [fault for draft in drafts for fault in draft.faults]
-    faults.sort(key=lambda fault: -1 if fault.record is None else fault.record)
-    return [Record(**draft.values) for draft in drafts if not draft.faults], faults
+    errors += [error for draft in drafts for error in draft.errors]
+    errors.sort(key=lambda error: -1 if error.record is None else error.record)
+    return [Record(**draft.values) for draft in drafts if not draft.errors], errors
 
 
 def scene_ids(records: Sequence[Record]) -> np.ndarray:
@@ -144,12 +155,12 @@ def _draft(entry: Entry, base: Path, rules: _Rules) -> _Draft:
     draft = _Draft(entry, dict.fromkeys(field.name for field in fields(Record)), [])
     if not isinstance(entry.fields, dict):
         message = f"expected an object with src, mask and result, got {type(entry.fields)}"
-        draft.faults.append(Fault(message, entry.record, entry.line))
+        draft.errors.append(RecordError(message, entry.record, entry.line))
         return draft
     draft.values["index"] = entry.record
     for name in entry.fields:
         if name not in FIELDS:
-            draft.blame(name, f"unknown field: {nearest(name, FIELDS)}")
+            draft.add_error(name, f"unknown field: {nearest(name, FIELDS)}")
     _draft_paths(draft, base, rules)
     _draft_scores(draft, rules)
     _draft_labels(draft)
@@ -162,11 +173,11 @@ def _draft_paths(draft: _Draft, base: Path, rules: _Rules) -> None:
         value = draft.entry.fields.get(name)
         if value is None:
             if name in required:
-                draft.blame(name, f"missing: expected the path of a picture, relative to {base}")
+                draft.add_error(name, f"missing: expected the path of a picture, relative to {base}")
         elif isinstance(value, PackedPicture):
             draft.values[name] = value
         elif not isinstance(value, str) or not value:
-            draft.blame(name, f"got {value!r} ({type(value).__name__}): expected the path of a picture")
+            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected the path of a picture")
         else:
             draft.values[name] = base / value
 
@@ -175,13 +186,13 @@ def _draft_scores(draft: _Draft, rules: _Rules) -> None:
     value = draft.entry.fields.get("scores")
     if value is None:
         if rules.use_human_scores:
-            draft.blame("scores", NO_SCORES)
+            draft.add_error("scores", NO_SCORES)
         return
     written = not isinstance(draft.values["src"], PackedPicture)  # a pack holds them in its own form
     scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores and written else None)
     draft.values["scores"] = scores
     for field, message in problems:
-        draft.blame(field, message)
+        draft.add_error(field, message)
 
 
 def _draft_labels(draft: _Draft) -> None:
@@ -191,15 +202,15 @@ def _draft_labels(draft: _Draft) -> None:
     if identity is None:
         identity = f"{number:06d}_{src.stem}" if src else f"{number:06d}"
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-        draft.blame("id", f"got {identity!r} ({type(identity).__name__}): expected a text or a whole number")
+        draft.add_error("id", f"got {identity!r} ({type(identity).__name__}): expected a text or a whole number")
     else:
         draft.values["id"] = str(identity)
     for name in ("split", "annotator", "source"):
         value = given.get(name)
         if value is not None and not isinstance(value, str):
-            draft.blame(name, f"got {value!r} ({type(value).__name__}): expected a text")
+            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected a text")
         elif name == "source" and value is not None and value not in SOURCES:
-            draft.blame(name, f"got {value!r}: expected one of {', '.join(SOURCES)}")
+            draft.add_error(name, f"got {value!r}: expected one of {', '.join(SOURCES)}")
         else:
             draft.values[name] = value
 
@@ -212,7 +223,7 @@ def _check_ids(drafts: Iterable[_Draft]) -> None:
             continue
         earlier = first.setdefault(identity, draft.entry.record)
         if earlier != draft.entry.record:
-            draft.blame("id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids")
+            draft.add_error("id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids")
 
 
 def _check_pictures(drafts: Sequence[_Draft]) -> None:
@@ -229,7 +240,7 @@ def _check_pictures(drafts: Sequence[_Draft]) -> None:
                 size, problem = looked_at[name == "mask", path]
                 sizes[name] = size
                 if problem:
-                    draft.blame(name, problem)
+                    draft.add_error(name, problem)
         _check_sizes(draft, sizes)
 
 
@@ -238,7 +249,7 @@ def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
     for name in ("mask", "result"):
         given = sizes.get(name)
         if expected and given and given != expected:
-            draft.blame(
+            draft.add_error(
                 name,
                 f"size {width_by_height(given)}, but src is {width_by_height(expected)}: "
                 "expected the same (width × height)",

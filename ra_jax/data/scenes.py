@@ -48,13 +48,13 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     rng = np.random.default_rng(seed)
     axis = (np.arange(size) + 0.5) / size
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    background, base_colours = _background(rng, 1 / size)
+    background, base_colors = _background(rng, 1 / size)
     outline = _Outline.draw(rng)
     fall = rng.uniform(0.1, 0.9) * np.pi  # where shadows fall: from the right, over down, to the left
     radius, reach, angle = outline.at(x, y)
     alpha = np.clip(0.5 + (reach - radius) * size, 0, 1)[..., None]
     truth = background(x, y)
-    body = _body(rng, outline, base_colours, fall)(x, y, radius / reach, angle)
+    body = _body(rng, outline, base_colors, fall)(x, y, radius / reach, angle)
     source = (1 - alpha) * truth * _shadow(rng, outline, fall)(x, y)[..., None] + alpha * body
     return Scene(
         source=source.astype(np.float32),
@@ -112,7 +112,7 @@ def _mottle(rng: np.random.Generator) -> Field:
     )
 
 
-def _colour(rng: np.random.Generator, low: float, high: float, chroma: float) -> np.ndarray:
+def _color(rng: np.random.Generator, low: float, high: float, chroma: float) -> np.ndarray:
     """A colour [3] of brightness in [low, high] and saturation up to `chroma`."""
     hue = rng.uniform(0, _TAU)
     return rng.uniform(low, high) + chroma * np.sqrt(rng.uniform()) * np.cos(hue - _TAU / 3 * np.arange(3))
@@ -124,36 +124,36 @@ def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray
     slope, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
     mottle, texture = _mottle(rng), _texture(rng)
     room = lit + spotted + marked * tint
-    colour = np.clip(_colour(rng, 0.38, 0.62, 0.2), BACKGROUND_RANGE[0] + room, BACKGROUND_RANGE[1] - room)
+    color = np.clip(_color(rng, 0.38, 0.62, 0.2), BACKGROUND_RANGE[0] + room, BACKGROUND_RANGE[1] - room)
 
     def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         gradient = np.sqrt(2) * ((x - 0.5) * np.cos(slope) + (y - 0.5) * np.sin(slope))
         light = lit * gradient + spotted * mottle(x, y)
-        return colour + light[..., None] + texture(x, y)[..., None] * marked * tint
+        return color + light[..., None] + texture(x, y)[..., None] * marked * tint
 
-    return paint, colour
+    return paint, color
 
 
 def _background(
     rng: np.random.Generator, pixel: float
 ) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
     """One surface, or a wall above a floor; with the mean colours [2, 3] of what is there."""
-    wall, wall_colour = _surface(rng)
-    floor, floor_colour = _surface(rng)
+    wall, wall_color = _surface(rng)
+    floor, floor_color = _surface(rng)
     horizon, tilt, single = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
 
     def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         below = np.clip(0.5 + (y - horizon - tilt * (x - 0.5)) / pixel, 0, 1)[..., None]
         return wall(x, y) * (1 - below) + floor(x, y) * below
 
-    return (wall, np.stack([wall_colour] * 2)) if single else (paint, np.stack([wall_colour, floor_colour]))
+    return (wall, np.stack([wall_color] * 2)) if single else (paint, np.stack([wall_color, floor_color]))
 
 
 @dataclass(frozen=True)
 class _Outline:
     """A star-shaped outline: its distance from the centre in every direction, in fractions of the picture."""
 
-    centre: np.ndarray  # x, y
+    center: np.ndarray  # x, y
     margin: float  # how far the mask reaches out of the object
     reach: np.ndarray  # [721] in the directions _ANGLES
 
@@ -185,33 +185,33 @@ class _Outline:
 
     def at(self, x: np.ndarray, y: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, ...]:
         """Polar coordinates about the (shifted) centre: radius, the outline's reach there, and angle."""
-        dx, dy = x - self.centre[0] - shift[0], y - self.centre[1] - shift[1]
+        dx, dy = x - self.center[0] - shift[0], y - self.center[1] - shift[1]
         angle = np.arctan2(dy, dx)
         return np.hypot(dx, dy), np.interp(angle, _ANGLES, self.reach), angle
 
 
 def _body(
-    rng: np.random.Generator, outline: _Outline, base_colours: np.ndarray, fall: float
+    rng: np.random.Generator, outline: _Outline, base_colors: np.ndarray, fall: float
 ) -> Callable[..., np.ndarray]:
     """The object's surface: (x, y, radius / reach, angle) -> [h, w, 3]."""
     # The most visible of a few colours: the ghost of an object that hides in its background has no measure.
-    palette = np.stack([_colour(rng, *span, 0.4) for span in ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))])
-    contrast = np.abs(palette[:, None] - base_colours).mean(-1).min(-1)
-    colour = palette[contrast.argmax()]
-    second = colour + rng.uniform(0.12, 0.25) * rng.choice([-1.0, 1.0])
+    palette = np.stack([_color(rng, *span, 0.4) for span in ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))])
+    contrast = np.abs(palette[:, None] - base_colors).mean(-1).min(-1)
+    color = palette[contrast.argmax()]
+    second = color + rng.uniform(0.12, 0.25) * rng.choice([-1.0, 1.0])
     kind = rng.choice(["plain", "stripes", "spots"])
     bulge, turn = rng.uniform(0.15, 0.5), rng.uniform(0, _TAU)
     first, across = _wave(rng, rng.uniform(0.08, 0.14)), _wave(rng, rng.uniform(0.08, 0.14))
 
     def paint(x: np.ndarray, y: np.ndarray, depth: np.ndarray, angle: np.ndarray) -> np.ndarray:
-        u = (x - outline.centre[0]) * np.cos(turn) + (y - outline.centre[1]) * np.sin(turn)
-        v = (y - outline.centre[1]) * np.cos(turn) - (x - outline.centre[0]) * np.sin(turn)
+        u = (x - outline.center[0]) * np.cos(turn) + (y - outline.center[1]) * np.sin(turn)
+        v = (y - outline.center[1]) * np.cos(turn) - (x - outline.center[0]) * np.sin(turn)
         mark = {"plain": 0 * u, "stripes": first(u), "spots": first(u) * across(v)}[str(kind)]
         inside = np.minimum(depth, 1.0)
         facing = -inside * np.cos(angle - fall)
         shade = 1 + bulge * (0.6 * facing + 0.4 * np.sqrt(1 - inside**2) - 0.3)
         blend = (0.5 + 0.5 * mark)[..., None]
-        return np.clip((colour * (1 - blend) + second * blend) * shade[..., None], *OBJECT_RANGE)
+        return np.clip((color * (1 - blend) + second * blend) * shade[..., None], *OBJECT_RANGE)
 
     return paint
 

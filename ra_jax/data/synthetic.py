@@ -32,7 +32,7 @@ __all__ = [
     "defect_basis",
     "make_scene",
     "measure_defects",
-    "quantise",
+    "quantize",
     "rule_scores",
     "scenes",
     "stack",
@@ -120,7 +120,7 @@ def measure_defects(image: np.ndarray, scene: Scene) -> np.ndarray:
     return np.linalg.solve(basis @ basis.mT, projection)[..., 0]
 
 
-def quantise(image: np.ndarray) -> np.ndarray:
+def quantize(image: np.ndarray) -> np.ndarray:
     """[0, 1] to uint8, clipped and rounded."""
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -307,8 +307,8 @@ def _documents(settings: DatasetSettings, records: list[dict]) -> list[str]:
 
 def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], strengths: np.ndarray) -> np.ndarray:
     """Write a scene's four pictures and its results, one of `files` a row of strengths; returns their scores."""
-    results = quantise(apply_defects(scene, strengths))
-    pictures = [quantise(picture) for picture in (scene.source, scene.mask, scene.truth, scene.reference)]
+    results = quantize(apply_defects(scene, strengths))
+    pictures = [quantize(picture) for picture in (scene.source, scene.mask, scene.truth, scene.reference)]
     for room, picture in zip(ROOMS, pictures, strict=True):
         Image.fromarray(picture).save(folder / room / f"{name}.png", compress_level=1)
     for file, picture in zip(files, results, strict=True):

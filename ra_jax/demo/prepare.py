@@ -178,8 +178,8 @@ def _make_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
 def _train_vae(settings: DemoSettings):
     """On the scenes' sources, truths and masked sources, beside their references."""
     drawn = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
-    masked = np.where(drawn.mask[..., None], 0.5, drawn.source)
-    photos = np.concatenate([drawn.source, drawn.truth, masked]).astype(np.float32)
+    apply_mask = np.where(drawn.mask[..., None], 0.5, drawn.source)
+    photos = np.concatenate([drawn.source, drawn.truth, apply_mask]).astype(np.float32)
     references = np.concatenate([drawn.reference] * 3).astype(np.float32)
     order = np.random.default_rng(settings.seed).permutation(len(photos))
     training = VAETraining(steps=settings.vae_steps, crop=settings.size // 2, seed=settings.seed)

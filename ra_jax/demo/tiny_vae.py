@@ -117,7 +117,7 @@ def _whitened(graph, weights, images: np.ndarray):
     values, vectors = np.linalg.eigh(np.cov(cells.T))
     values = np.maximum(values, 1e-6)
     whiten = jnp.asarray(vectors / np.sqrt(values) @ vectors.T, jnp.float32)
-    colour = jnp.asarray(vectors * np.sqrt(values) @ vectors.T, jnp.float32)
+    color = jnp.asarray(vectors * np.sqrt(values) @ vectors.T, jnp.float32)
     mean = jnp.asarray(cells.mean(0), jnp.float32)
     vae = nnx.merge(graph, weights)
     out, first, channels = vae.encoder.conv_out, vae.decoder.conv_in, cells.shape[1]
@@ -126,5 +126,5 @@ def _whitened(graph, weights, images: np.ndarray):
     out.kernel[...] = jnp.concatenate([kernel[..., :channels] @ whiten, kernel[..., channels:]], -1)
     out.bias[...] = jnp.concatenate([(bias[:channels] - mean) @ whiten, bias[channels:] + 2.0 * scale])
     first.bias[...] = first.bias[...] + mean @ first.kernel[...].sum((0, 1))
-    first.kernel[...] = jnp.einsum("ij,hwjo->hwio", colour, first.kernel[...])
+    first.kernel[...] = jnp.einsum("ij,hwjo->hwio", color, first.kernel[...])
     return nnx.split(vae)[1]

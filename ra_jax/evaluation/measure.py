@@ -25,7 +25,9 @@ from ra_jax.rewards.registry import REWARDS, RewardInputs, default_rewards, tota
 
 SEAM = 4  # pixels on each side of the mask's edge
 REGIONS = {"": "picture", "_mask": "mask", "_outside": "outside", "_seam": "seam"}  # suffix of the column: region
-SIZES_HELD = 16  # sizes whose programs stay in memory, about 10 MB each; none is needed again once its size is done
+MAX_COMPILED_SIZES = (
+    16  # sizes whose programs stay in memory, about 10 MB each; none is needed again once its size is done
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Evaluation:
         for i in sorted(range(len(self._pairs)), key=lambda i: (self._pairs[i].size, self._pairs[i].truth or Path())):
             pair = self._pairs[i]
             sizes.add(pair.size)
-            if len(sizes) > SIZES_HELD:
+            if len(sizes) > MAX_COMPILED_SIZES:
                 jax.clear_caches()
                 sizes = {pair.size}
             self._rows[i] = self._row(pair)

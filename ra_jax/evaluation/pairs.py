@@ -13,9 +13,9 @@ import numpy as np
 
 from ra_jax.data.formats import RECORDS, Entry, RawData, pictures_by_stem
 from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask, width_by_height
-from ra_jax.data.packs import refuse_pack
+from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records
-from ra_jax.errors import SHOWN_IN_FULL, DataError
+from ra_jax.errors import MAX_ERRORS_SHOWN, DataError
 
 SAME_MASK = 0.5  # intersection over union of two files' masks from which they are taken for the same object's
 
@@ -64,9 +64,9 @@ def find_pairs(results: str | Path, truth: str | Path | None = None, only: str |
     if truths is None:
         return [_pair(record, None) for record in judged]
     found = [truths.of(record) for record in judged]
-    faults = [f"{record.result}: {path}" for record, path in zip(judged, found, strict=True) if isinstance(path, str)]
-    if faults:
-        raise DataError(_listing(f"{truths.path}: no ground truth for {len(faults)} of {len(judged)} results", faults))
+    errors = [f"{record.result}: {path}" for record, path in zip(judged, found, strict=True) if isinstance(path, str)]
+    if errors:
+        raise DataError(_listing(f"{truths.path}: no ground truth for {len(errors)} of {len(judged)} results", errors))
     _check_sizes(judged, found)
     return [_pair(record, path) for record, path in zip(judged, found, strict=True)]
 
@@ -115,7 +115,7 @@ class _NamedPictures:
 
 def _read_truths(path: Path) -> _Truths | _NamedPictures:
     _refuse_picture(path, "--truth")
-    refuse_pack(path, "truths and results are matched by")
+    check_not_pack(path, "truths and results are matched by")
     if not path.is_dir() or (path / "input").is_dir():
         return _Truths(path, load_records(path))
     pictures = pictures_by_stem(path)
@@ -128,7 +128,7 @@ def _read_truths(path: Path) -> _Truths | _NamedPictures:
 
 def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str | None) -> list[Record]:
     _refuse_picture(path, "--results")
-    refuse_pack(path, "truths and results are matched by")
+    check_not_pack(path, "truths and results are matched by")
     if (path / RECORDS).is_file():
         return load_records(path / RECORDS)
     if not path.is_dir() or (path / "input").is_dir():
@@ -149,21 +149,21 @@ def _named_results(folder: Path, files: Sequence[Path], truths: _Truths) -> list
     """Records of a plain folder's pictures, each with the photo and mask of the scene that has its name."""
     scenes = _grouped(truths.records, lambda record: record.src.stem)
     stems = Counter(file.stem for file in files)
-    entries, faults = [], []
+    entries, errors = [], []
     for number, file in enumerate(files):
         masks = {_scene(record) for record in scenes.get(file.stem, [])}
         if len(masks) != 1:
-            faults.append(f"{file}: {len(masks) or 'no'} scenes whose photo is named {file.stem}: expected one")
+            errors.append(f"{file}: {len(masks) or 'no'} scenes whose photo is named {file.stem}: expected one")
             continue
         src, mask = masks.pop()
         fields = {"id": file.name if stems[file.stem] > 1 else file.stem, "source": "other"}
         fields |= {"src": str(src), "mask": str(mask), "result": str(file.resolve())}
         entries.append(Entry(number, fields))
-    if faults:
-        raise DataError(_listing(f"{truths.path}: no scene for {len(faults)} of {len(files)} results", faults))
+    if errors:
+        raise DataError(_listing(f"{truths.path}: no scene for {len(errors)} of {len(files)} results", errors))
     records, wrong = check_entries(RawData(Path(), entries, []))
     if wrong:
-        raise DataError.from_faults(folder, wrong)
+        raise DataError.from_errors(folder, wrong)
     return records
 
 
@@ -184,16 +184,16 @@ def _check_sizes(judged: Sequence[Record], found: Sequence[Path]) -> None:
             sizes[path] = probe_photo(path)
         except UNREADABLE as error:
             sizes[path] = f"unreadable picture {path}: {error}"
-    faults = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
+    errors = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
     for record, path in zip(judged, found, strict=True):
         size = sizes[path]
         if not isinstance(size, str) and size != record.size:
-            faults.append(
+            errors.append(
                 f"{record.result} is {width_by_height(record.size)}, but its ground truth {path} is "
                 f"{width_by_height(size)}: expected the same size (width × height)"
             )
-    if faults:
-        raise DataError(_listing("ground truth that cannot be compared with", faults))
+    if errors:
+        raise DataError(_listing("ground truth that cannot be compared with", errors))
 
 
 def _pair(record: Record, truth: Path | None) -> Pair:
@@ -227,6 +227,6 @@ def _names(paths: Iterable[Path]) -> str:
 
 
 def _listing(head: str, lines: Sequence[str]) -> str:
-    shown = [f"  {line}" for line in lines[:SHOWN_IN_FULL]]
-    hidden = len(lines) - SHOWN_IN_FULL
+    shown = [f"  {line}" for line in lines[:MAX_ERRORS_SHOWN]]
+    hidden = len(lines) - MAX_ERRORS_SHOWN
     return "\n".join([head, *shown, *([f"  … and {hidden} more"] if hidden > 0 else [])])

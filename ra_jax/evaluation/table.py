@@ -59,7 +59,7 @@ def measured_columns(rows: Sequence[Row]) -> list[Column]:
     return [column for column in COLUMNS if any(row.get(column.name) is not None for row in rows)]
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
+def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
     """Mean, median, standard deviation (divisor n) and count of every metric, over the pictures that have it."""
     summary = {}
     for column in measured_columns(rows):

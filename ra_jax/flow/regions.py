@@ -14,7 +14,7 @@ LOSS_REGIONS = ("balanced", "panel", "mask", "all")
 DILATION = 2  # latent cells
 
 
-def _normalised(region: jax.Array) -> jax.Array:
+def _normalized(region: jax.Array) -> jax.Array:
     """Weights [B, h, w] that sum to 1 over a region, or to 0 where the region is empty."""
     return region / jnp.maximum(region.sum((1, 2), keepdims=True), 1.0)
 
@@ -33,15 +33,15 @@ def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.
     panel = jnp.broadcast_to(jnp.arange(w // factor) >= w // factor // 2, cells.shape).astype(jnp.float32)
     edited = (edited > 0) * panel
     if kind == "balanced":
-        rest = _normalised(panel - edited)
+        rest = _normalized(panel - edited)
         share = 1.0 - 0.5 * rest.sum((1, 2), keepdims=True)
-        weights = share * _normalised(edited) + 0.5 * rest
+        weights = share * _normalized(edited) + 0.5 * rest
     elif kind == "panel":
-        weights = _normalised(panel)
+        weights = _normalized(panel)
     elif kind == "mask":
-        weights = _normalised(edited)
+        weights = _normalized(edited)
     elif kind == "all":
-        weights = _normalised(jnp.ones_like(panel))
+        weights = _normalized(jnp.ones_like(panel))
     else:
         raise ValueError(f"loss_region={kind!r}: expected one of {', '.join(LOSS_REGIONS)}")
     return pack(weights[..., None])

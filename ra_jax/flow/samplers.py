@@ -14,10 +14,10 @@ from ra_jax.flow.path import noise_from_velocity
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
-NOISY_BELOW = 0.9  # g = η·√(t/(1 − t)) is infinite at t = 1: above this time steps are those of the ODE
+MAX_NOISY_TIME = 0.9  # g = η·√(t/(1 − t)) is infinite at t = 1: above this time steps are those of the ODE
 
 
-def euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array:
+def sample_euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array:
     """Integrate dx/dt = v(x, t) from times[0] to times[-1] by x' = x − (t − t')·v(x, t).
 
     velocity: (x [B, ...], t [B]) -> [B, ...]; latents [B, ...] at times[0]; times [steps + 1], decreasing. float32.
@@ -32,9 +32,9 @@ def euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array
     return final
 
 
-def diffusion(t: jax.Array, noise_level: float) -> jax.Array:
+def diffusion_coefficient(t: jax.Array, noise_level: float) -> jax.Array:
     """g(t) = η·√(t/(1 − t)), η = `noise_level`; 0 above t = 0.9."""
-    return jnp.where(t > NOISY_BELOW, 0.0, noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 - NOISY_BELOW)))
+    return jnp.where(t > MAX_NOISY_TIME, 0.0, noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 - MAX_NOISY_TIME)))
 
 
 def sde_transition(
@@ -44,13 +44,13 @@ def sde_transition(
 
     μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ
     """
-    g, delta = diffusion(t, noise_level), t - t_next
+    g, delta = diffusion_coefficient(t, noise_level), t - t_next
     over = t.shape + (1,) * (x.ndim - t.ndim)
     drift = velocity + (g**2 / (2.0 * t)).reshape(over) * noise_from_velocity(x, velocity, t)
     return x - delta.reshape(over) * drift, g * jnp.sqrt(delta)
 
 
-def stochastic(
+def sample_sde(
     velocity: Velocity,
     latents: jax.Array,
     times: jax.Array,
@@ -87,4 +87,4 @@ def window_starts(times: np.ndarray, count: int) -> np.ndarray:
     """
     steps = len(times) - 1
     starts = np.arange(1, steps - count + 1)
-    return starts[(starts < steps / 2) & (times[starts] <= NOISY_BELOW)]
+    return starts[(starts < steps / 2) & (times[starts] <= MAX_NOISY_TIME)]

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.formats import RECORDS, Entry, RawData, named_alike, pictures_by_stem
+from ra_jax.data.formats import RECORDS, Entry, RawData, match_stem, pictures_by_stem
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
-from ra_jax.data.packs import refuse_pack
+from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
 from ra_jax.errors import DataError
 from ra_jax.outputs import replace_file, write_file
@@ -49,9 +49,9 @@ def find_scenes(
     source = Path(source_image)
     if source_mask is None:
         return _data_set_scenes(source, ref_image)
-    records, faults = check_entries(_loose_entries(source, Path(source_mask), ref_image), need_result=False)
-    if faults:
-        raise DataError.from_faults(source, faults)
+    records, errors = check_entries(_loose_entries(source, Path(source_mask), ref_image), need_result=False)
+    if errors:
+        raise DataError.from_errors(source, errors)
     return records
 
 
@@ -62,7 +62,7 @@ def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: 
     return [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named for seed in seeds]
 
 
-def check_replaced(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
+def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
     """Check that candidates replace earlier results only, and those only if `overwrite` is given.
 
     An earlier result is one that `records.json` names, whether its picture is there or not: the record may hold scores.
@@ -126,7 +126,7 @@ def scene_names(scenes: Sequence[Record]) -> list[str]:
 
 
 def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]:
-    refuse_pack(source, "removal writes the paths of")
+    check_not_pack(source, "removal writes the paths of")
     if source.suffix.lower() in SUFFIXES or (source.is_dir() and not (source / "input").is_dir()):
         raise DataError(f"{source}: no --source_mask; expected the mask of this photo, or the folder of these photos'")
     if ref_image is not None:
@@ -149,14 +149,14 @@ def _loose_entries(source: Path, mask: Path, ref_image: str | Path | None) -> Ra
     masks, references = pictures_by_stem(mask), {} if reference is None else pictures_by_stem(reference)
     if not photos:
         raise DataError(f"{source}: no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}")
-    if missing := [photo.name for photo in photos if named_alike(photo.name, masks) is None]:
+    if missing := [photo.name for photo in photos if match_stem(photo.name, masks) is None]:
         named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
             f"{mask}: no mask for {len(missing)} of {len(photos)} photos in {source} ({named}); "
             "expected files named as the photos are"
         )
     return _entries(
-        [_fields(photo, named_alike(photo.name, masks), named_alike(photo.name, references)) for photo in photos]
+        [_fields(photo, match_stem(photo.name, masks), match_stem(photo.name, references)) for photo in photos]
     )
 
 

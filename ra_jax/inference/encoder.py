@@ -12,7 +12,7 @@ from ra_jax.data.packs import Encoding
 from ra_jax.data.panels import Panels
 from ra_jax.inference.sampling import as_diptych, diptych_mask
 from ra_jax.interop.diffusers import load_encoders
-from ra_jax.models.fill_model import encode_image, masked
+from ra_jax.models.fill_model import apply_mask, encode_image
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
 
@@ -48,7 +48,7 @@ class PanelEncoder:
 
 @jax.jit
 def _condition(vae: AutoencoderKL, redux: Redux, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    seen = masked(as_diptych(batch, "source"), diptych_mask(batch))
+    seen = apply_mask(as_diptych(batch, "source"), diptych_mask(batch))
     return encode_image(vae, seen)[0], redux(batch["redux_pixels"])[0]
 
 

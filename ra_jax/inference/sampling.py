@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ra_jax.data.batch import Batch
 from ra_jax.data.diptych import join, join_mask, right_panel
-from ra_jax.flow.samplers import euler
+from ra_jax.flow.samplers import sample_euler
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import FillModel, Weights
@@ -67,7 +67,7 @@ def make_remover(
                 trainable, frozen, x, t, condition, adapter=Adapter(gates), guidance_scale=guidance_scale
             )
 
-        latents = euler(velocity, noise, schedule.sampling_times(num_inference_steps, noise.shape[1]))
+        latents = sample_euler(velocity, noise, schedule.sampling_times(num_inference_steps, noise.shape[1]))
         images = right_panel(model.decode(frozen, latents, condition.grid))
         return jnp.clip(images, 0.0, 1.0), gates
 

@@ -23,7 +23,7 @@ from ra_jax.interop.diffusers_tables import FLUX, REDUX, SIGLIP, VAE
 from ra_jax.interop.hub import fingerprint, resolve
 from ra_jax.interop.transfer import Place, fill, store
 from ra_jax.models.attention import implementation_for
-from ra_jax.models.fill_model import FillModel, Weights, assemble
+from ra_jax.models.fill_model import FillModel, Weights, assemble_model
 from ra_jax.models.flux import FLOAT32, Flux, FluxConfig, FluxOptions
 from ra_jax.models.lora import LoRAConfig, attach_experts
 from ra_jax.models.options import ModelOptions
@@ -124,7 +124,7 @@ def load_fill_model(
         embedder = load_redux(redux_folder, dtype=options.dtype, param_dtype=options.dtype, placement=placement)
         base += fingerprint(redux_folder)
     router = None if options.router is None else Router(options.router, 4 * vae.config.latent_channels, rngs)
-    model, trainable, frozen = assemble(
+    model, trainable, frozen = assemble_model(
         flux, vae, embedder, router, text_tokens=options.text_tokens, train_base=options.train_base
     )
     if placement is None:

@@ -16,7 +16,7 @@ from flax import nnx
 from ra_jax.errors import WeightError
 from ra_jax.interop.diffusers_tables import Table
 from ra_jax.interop.safetensors_io import FLOATS, StoredTensor, stored_tensors, write_tensors
-from ra_jax.models.quantisation import quantise
+from ra_jax.models.quantization import quantize
 from ra_jax.outputs import write_file
 from ra_jax.parallel.partitioning import parameter_name
 
@@ -95,7 +95,7 @@ def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.n
             continue
         kernel = np.empty(blocks[0].shape, np.float32)
         _copy(source[tensor].read(), parameter.in_file(kernel))
-        blocks[0][...], blocks[1][...] = quantise(kernel)
+        blocks[0][...], blocks[1][...] = quantize(kernel)
     return values
 
 

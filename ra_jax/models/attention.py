@@ -32,13 +32,13 @@ class Rope:
 # xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
 # Pallas kernel of TPUs (head_dim a multiple of 128); by_head: a few heads after one another, for a CPU's cache.
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
-HEADS_AT_ONCE = 4  # of by_head
+HEADS_PER_CALL = 4  # of by_head
 LANES = 128  # a TPU's vector: sequences are padded to a multiple of it
 LARGEST_BLOCK = 512
 # Sequences that a model pads to such a multiple, its kernel and matrix products need not pad in every layer: cuDNN's
 # gradient wants even lengths, tensor cores multiples of 8.
 MULTIPLES = {"cudnn": 8, "splash": LANES}
-SAVED = "attention"  # names what attention's gradient needs beside q, k and v, for `jax.checkpoint`
+ATTENTION_RESIDUALS = "attention"  # names what attention's gradient needs beside q, k and v, for `jax.checkpoint`
 
 
 def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: int, devices: int = 1) -> str:
@@ -87,7 +87,7 @@ def attention(
         k, v = k[:, :tokens], v[:, :tokens]
         if implementation == "by_head":
             return by_head(q, k, v)
-        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), SAVED)
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), ATTENTION_RESIDUALS)
     kernel = partial(splash if implementation == "splash" else cudnn, tokens=tokens)
     if not axis_sizes():
         return kernel(q, k, v)
@@ -128,7 +128,7 @@ def _by_head_forward(q: jax.Array, k: jax.Array, v: jax.Array):
         return (weights @ v) / total, (largest + jnp.log(total))[:, 0]
 
     heads = _heads(q) * q.shape[-1] ** -0.5, _heads(k), _heads(v)
-    out, log_total = checkpoint_name(_map_heads(head, heads), SAVED)
+    out, log_total = checkpoint_name(_map_heads(head, heads), ATTENTION_RESIDUALS)
     return _records(out, len(q), q.dtype), (*heads, out, log_total)
 
 
@@ -152,9 +152,9 @@ by_head.defvjp(_by_head_forward, _by_head_backward)
 
 
 def _map_heads(function: Callable[[Any], Any], heads: Any) -> Any:
-    """`jax.lax.map` of `HEADS_AT_ONCE` turns of its loop in one."""
+    """`jax.lax.map` of `HEADS_PER_CALL` turns of its loop in one."""
     count = len(heads[0])
-    return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_AT_ONCE, count))[1]
+    return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_PER_CALL, count))[1]
 
 
 def _heads(x: jax.Array) -> jax.Array:
@@ -182,7 +182,7 @@ def splash(
         block_sizes=splash_attention.BlockSizes(
             **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
         ),
-        residual_checkpoint_name=SAVED,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

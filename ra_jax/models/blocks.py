@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ra_jax.models.attention import SAVED, Rope
+from ra_jax.models.attention import ATTENTION_RESIDUALS, Rope
 from ra_jax.models.lora import PRODUCT, Adapter
-from ra_jax.parallel.partitioning import STACKED, by_record, gathered, parameter_name
+from ra_jax.parallel.partitioning import STACKED, gather_params, parameter_name, shard_batch
 
 
 def _saves(*names: str) -> Callable:
@@ -27,8 +27,8 @@ def _saves(*names: str) -> Callable:
 # What the backward pass of a block finds saved, beside the block's input; None: everything.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "products": _saves(SAVED, PRODUCT),
-    "blocks": _saves(SAVED),
+    "products": _saves(ATTENTION_RESIDUALS, PRODUCT),
+    "blocks": _saves(ATTENTION_RESIDUALS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -54,7 +54,7 @@ def scan_blocks(
 ) -> Any:
     """Run stacked blocks on `carry`, one after another; dropout keys are folded by block number.
 
-    Parameters may be `blocks_apart`'s.
+    Parameters may be `unstack_blocks`'s.
     """
     if blocks is None:
         return carry
@@ -64,7 +64,7 @@ def scan_blocks(
 
     def step(carry, layer):
         index, params = layer
-        carry, params = by_record(carry), gathered(params)
+        carry, params = shard_batch(carry), gather_params(params)
         block_adapter = adapter if adapter is None else adapter.fold_in(index)
         return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
 
@@ -80,7 +80,7 @@ def scan_blocks(
     return carry
 
 
-def blocks_apart(params: Any) -> Any:
+def unstack_blocks(params: Any) -> Any:
     """A transformer's parameters, or some of them, with a tuple of arrays for each stacked one of few blocks.
 
     To take a block's kernel from a stack, XLA's CPU compiler copies it in every step.

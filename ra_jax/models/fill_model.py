@@ -21,7 +21,7 @@ from ra_jax.models.lora import Adapter
 from ra_jax.models.router import Router, router_features
 from ra_jax.models.siglip import Redux
 from ra_jax.models.vae import AutoencoderKL
-from ra_jax.parallel.partitioning import by_record, gathered
+from ra_jax.parallel.partitioning import gather_params, shard_batch
 
 Weights = dict[str, Any]
 
@@ -53,11 +53,11 @@ class FillModel:
     def decode(self, frozen: Weights, latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Image [B, H, W, 3] in [0, 1], not clipped, of packed latents [B, N, 4C]."""
         vae = nnx.merge(self.vae, frozen["vae"])
-        return (vae.decode(vae.denormalise(unpack(latents, grid))).astype(jnp.float32) + 1.0) / 2.0
+        return (vae.decode(vae.denormalize(unpack(latents, grid))).astype(jnp.float32) + 1.0) / 2.0
 
     def image_tokens(self, frozen: Weights, pixels: jax.Array) -> jax.Array:
         """Redux tokens [B, T, joint_dim] of preprocessed pixels [B, s, s, 3]."""
-        return nnx.merge(self.redux, gathered(frozen["redux"]))(pixels)
+        return nnx.merge(self.redux, gather_params(frozen["redux"]))(pixels)
 
     def condition(
         self,
@@ -82,7 +82,7 @@ class FillModel:
                 "(twice the VAE's factor); resize or pad it"
             )
         if masked_latents is None:
-            masked_latents = self.encode(frozen, masked(image, mask))
+            masked_latents = self.encode(frozen, apply_mask(image, mask))
         fill = jnp.concatenate([masked_latents, pack_mask(mask, self.factor)], axis=-1)
         context = context_tokens(
             image_tokens, batch=b, text_tokens=self.text_tokens, joint_dim=self.joint_dim, text=text
@@ -100,7 +100,7 @@ class FillModel:
         """
         if self.router is None:
             return None, None
-        return self.gates_of(trainable, self.router_features(condition, panel=panel))
+        return self.gates_from_features(trainable, self.router_features(condition, panel=panel))
 
     def router_features(self, condition: Condition, *, panel: slice | None = None) -> jax.Array:
         """What the router sees of a condition, [B, F]: no parameter is in it. `panel` as in `gates`."""
@@ -112,7 +112,7 @@ class FillModel:
             panel_columns=slice(columns // 2, columns) if panel is None else panel,
         )
 
-    def gates_of(self, trainable: Weights, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gates_from_features(self, trainable: Weights, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`gates` of conditions with these `router_features` [B, F]."""
         router = nnx.merge(self.router, trainable["router"])
         gates = router(features)
@@ -130,8 +130,8 @@ class FillModel:
         guidance_scale: float,
     ) -> jax.Array:
         """v_θ(x_t, t, c) [B, N, 4C] in float32; t [B] in (0, 1]. Without gates the experts are off."""
-        flux = nnx.merge(self.flux, *gathered((trainable["flux"], frozen["flux"])))
-        latents, condition = by_record((latents, condition))
+        flux = nnx.merge(self.flux, *gather_params((trainable["flux"], frozen["flux"])))
+        latents, condition = shard_batch((latents, condition))
         guidance = jnp.full(t.shape, guidance_scale, jnp.float32)
         return flux(latents, t, condition, guidance, adapter=adapter).astype(jnp.float32)
 
@@ -139,15 +139,15 @@ class FillModel:
 def encode_image(vae: AutoencoderKL, image: jax.Array) -> jax.Array:
     """`FillModel.encode` by a VAE alone."""
     mean, _ = vae.encode(2.0 * image - 1.0)
-    return pack(vae.normalise(mean).astype(jnp.float32))
+    return pack(vae.normalize(mean).astype(jnp.float32))
 
 
-def masked(image: jax.Array, mask: jax.Array) -> jax.Array:
+def apply_mask(image: jax.Array, mask: jax.Array) -> jax.Array:
     """The image [B, H, W, 3] in [0, 1] with the pixels of `mask` [B, H, W] grey, as the network is shown it."""
     return 0.5 + (image - 0.5) * (1.0 - mask[..., None])
 
 
-def assemble(
+def assemble_model(
     flux: Flux,
     vae: AutoencoderKL,
     redux: Redux | None,

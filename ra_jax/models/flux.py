@@ -323,7 +323,7 @@ class FluxOptions:
     Attributes:
         dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
         param_dtype: of the stored base parameters; experts are float32.
-        int8: the blocks' kernels are stored in 8 bits (`quantisation.quantise`).
+        int8: the blocks' kernels are stored in 8 bits (`quantization.quantize`).
         remat: what is saved for the backward pass: "none" all; "products" each block's input, its products with
             kernels and experts, and attention's output; "blocks" each block's input and attention's output; "full"
             each block's input.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ra_jax.models.fill_model import FillModel, Weights, assemble
+from ra_jax.models.fill_model import FillModel, Weights, assemble_model
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.options import ModelOptions
 from ra_jax.models.router import Router
@@ -76,7 +76,7 @@ def abstract_fill_model(
 
     made = nnx.eval_shape(modules)
     parts = [made.get(name) for name in ("flux", "vae", "redux", "router")]
-    return assemble(*parts, text_tokens=options.text_tokens, train_base=options.train_base)
+    return assemble_model(*parts, text_tokens=options.text_tokens, train_base=options.train_base)
 
 
 def random_weights(shapes: Any, key: jax.Array) -> Any:

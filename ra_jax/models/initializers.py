@@ -12,14 +12,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 
-def drawn_by_xla(initializer: Callable) -> Callable:
+def draw_with_xla(initializer: Callable) -> Callable:
     """The same initializer (key, shape, dtype) -> array, with another generator behind the key."""
 
-    def initialise(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         words = jnp.resize(jax.random.key_data(key), 4)
         return initializer(jax.random.wrap_key_data(words, impl="rbg"), shape, dtype)
 
-    return initialise
+    return initialize
 
 
-lecun_normal = drawn_by_xla(nnx.initializers.lecun_normal())
+lecun_normal = draw_with_xla(nnx.initializers.lecun_normal())

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from ra_jax.errors import TargetError
 from ra_jax.models.initializers import lecun_normal
-from ra_jax.models.products import expert_product, kept_for_gradient
+from ra_jax.models.products import expert_product, save_for_backward
 from ra_jax.parallel.partitioning import parameter_name
 
 # Every linear layer of the blocks: attention, MLPs and modulations.
@@ -96,7 +96,7 @@ class Adapter:
 class ExpertLinear(nnx.Module):
     """A linear layer y = x W + b that `attach_experts` can give LoRA experts.
 
-    `kernel` [in, out] and `bias` [out] are `nnx.Param`; of `param_dtype` int8 the kernel is `quantisation.quantise`'s,
+    `kernel` [in, out] and `bias` [out] are `nnx.Param`; of `param_dtype` int8 the kernel is `quantization.quantize`'s,
     with its `kernel_scale` [out]; with experts, `lora_a` [in, E·r] and `lora_b`
     [E·r, out] are `nnx.LoRAParam` in float32. In stacked blocks each has a leading block axis. Matmuls run
     in `dtype`.
@@ -112,13 +112,13 @@ class ExpertLinear(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.quantised = jnp.dtype(param_dtype) == jnp.int8
-        if self.quantised:  # values come from files, or there are none
+        self.quantized = jnp.dtype(param_dtype) == jnp.int8
+        if self.quantized:  # values come from files, or there are none
             self.kernel = nnx.Param(jnp.zeros((in_features, out_features), jnp.int8))
             self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         else:
             self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), dtype if self.quantised else param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype if self.quantized else param_dtype))
         self.dtype = jnp.dtype(dtype)
         self.lora: LoRAConfig | None = None
         self.stream = 0  # tells this layer's dropout from the others'
@@ -141,7 +141,7 @@ class ExpertLinear(nnx.Module):
         """
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
-        if self.quantised:
+        if self.quantized:
             y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(self.dtype)
         y = y + self.bias[...].astype(self.dtype)
         if self.lora is None or adapter is None or adapter.gates is None:
@@ -158,7 +158,7 @@ class ExpertLinear(nnx.Module):
             x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-        h = checkpoint_name(expert_product(kept_for_gradient(x), self.lora_a[...]), PRODUCT)
+        h = checkpoint_name(expert_product(save_for_backward(x), self.lora_a[...]), PRODUCT)
         # float32: the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
         return expert_product(h, self.lora_b[...])

@@ -22,7 +22,7 @@ class ModelOptions:
         router: mixes the experts; None without experts.
         remat: what the backward pass finds saved, a key of `blocks.REMAT_POLICIES`.
         train_base: the whole transformer is trained, and stored in float32.
-        int8: the kernels of the blocks are stored in 8 bits (`quantisation.quantise`).
+        int8: the kernels of the blocks are stored in 8 bits (`quantization.quantize`).
 
     Raises:
         ValueError: one of `lora` and `router` without the other.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def kept_for_gradient(x: jax.Array) -> jax.Array:
+def save_for_backward(x: jax.Array) -> jax.Array:
     """x, as the input of a product whose weight is trained.
 
     The weight's gradient wants x transposed. Behind a barrier that is a copy of x, without which XLA's CPU compiler
@@ -19,7 +19,7 @@ def kept_for_gradient(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cuda=_unchanged, default=jax.lax.optimization_barrier)
 
 
-def apart_on_gpu(x: jax.Array) -> jax.Array:
+def unfused_on_gpu(x: jax.Array) -> jax.Array:
     """x, as the input of a product that is not to be merged with another product of x.
 
     On a GPU one product of the experts' and the base's would be made, and the bias and their sum be added apart.
@@ -34,7 +34,7 @@ def _unchanged(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def expert_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] @ weight [in, out] in x's dtype; the weight's gradient is a float32 sum over tokens and devices."""
-    return apart_on_gpu(x) @ weight.astype(x.dtype)
+    return unfused_on_gpu(x) @ weight.astype(x.dtype)
 
 
 def _expert_product_forward(x: jax.Array, weight: jax.Array):
@@ -44,14 +44,14 @@ def _expert_product_forward(x: jax.Array, weight: jax.Array):
 def _expert_product_backward(saved, gradient: jax.Array):
     x, weight = saved
     by_x = gradient @ weight.astype(x.dtype).T
-    by_weight = summed_over_tokens(x, gradient, narrow_out=weight.shape[0] > weight.shape[1])
+    by_weight = sum_over_tokens(x, gradient, narrow_out=weight.shape[0] > weight.shape[1])
     return by_x, by_weight.astype(weight.dtype)
 
 
 expert_product.defvjp(_expert_product_forward, _expert_product_backward)
 
 
-def summed_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> jax.Array:
+def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> jax.Array:
     """Σ over all tokens of x ⊗ gradient: [..., in] and [..., out] -> [in, out] in float32.
 
     narrow_out: out < in. XLA's CPU compiler transposes the first factor in memory: that had better be the narrow one.

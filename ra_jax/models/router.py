@@ -192,7 +192,7 @@ def diversity_loss(
     running_mean: jax.Array,
     *,
     decay: float = 0.9,
-    specialisation: float = 0.5,
+    specialization: float = 0.5,
     all_sum: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative mutual information of conditions and experts: L = -H(m̂) + λ·mean_b H(w_b), in nats.
@@ -221,7 +221,7 @@ def diversity_loss(
     mean_entropy = all_sum(weights @ _entropy(gates)) / count
     new_mean = jax.lax.stop_gradient(decay * running_mean + (1 - decay) * batch_mean)
     mean = new_mean + (batch_mean - jax.lax.stop_gradient(batch_mean))
-    return specialisation * mean_entropy - _entropy(mean), new_mean
+    return specialization * mean_entropy - _entropy(mean), new_mean
 
 
 def _entropy(p: jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ from PIL import Image
 from ra_jax.errors import WeightError
 from ra_jax.models.attention import attention
 from ra_jax.models.config_json import known_values
-from ra_jax.models.initializers import drawn_by_xla, lecun_normal
-from ra_jax.parallel.partitioning import by_record, gathered
+from ra_jax.models.initializers import draw_with_xla, lecun_normal
+from ra_jax.parallel.partitioning import gather_params, shard_batch
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
@@ -186,7 +186,7 @@ class SiglipVision(nnx.Module):
             rngs=rngs,
             **common,
         )
-        positions = drawn_by_xla(nnx.initializers.normal(config.hidden_size**-0.5))
+        positions = draw_with_xla(nnx.initializers.normal(config.hidden_size**-0.5))
         self.position_embedding = nnx.Param(
             positions(rngs.params(), (config.num_tokens, config.hidden_size), param_dtype)
         )
@@ -210,7 +210,9 @@ class SiglipVision(nnx.Module):
         x = patches.reshape(pixels.shape[0], config.num_tokens, config.hidden_size)
         x = x + self.position_embedding[...].astype(self.dtype)
         graphdef, params = nnx.split(self.layers)
-        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graphdef, gathered(layer))(by_record(x)), None), x, params)
+        x, _ = jax.lax.scan(
+            lambda x, layer: (nnx.merge(graphdef, gather_params(layer))(shard_batch(x)), None), x, params
+        )
         return self.post_layernorm(x).astype(jnp.float32)
 
 

@@ -345,11 +345,11 @@ class AutoencoderKL(nnx.Module):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).astype(jnp.float32)
 
-    def normalise(self, latents: jax.Array) -> jax.Array:
+    def normalize(self, latents: jax.Array) -> jax.Array:
         """z -> (z - shift_factor)·scaling_factor, of about unit variance: what the transformer works on."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
-    def denormalise(self, latents: jax.Array) -> jax.Array:
+    def denormalize(self, latents: jax.Array) -> jax.Array:
         """The inverse of `normalise`: z/scaling_factor + shift_factor."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ra_jax.parallel.partitioning import batch_shards, by_record
+from ra_jax.parallel.partitioning import batch_shards, shard_batch
 
 
 def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
@@ -23,10 +23,10 @@ def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, s
     if size == rows:
         return function(x)
     # [B] = [shards, turns, size] -> [turns, shards, size]: each turn takes rows of every shard.
-    turns = by_record(x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1), axis=1)
+    turns = shard_batch(x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1), axis=1)
     out = jax.lax.map(lambda rows: function(rows.reshape(-1, *x.shape[1:])), turns)
     out = out.reshape(-1, shards, size, *out.shape[2:]).swapaxes(0, 1)
-    return by_record(out.reshape(-1, *out.shape[3:]))
+    return shard_batch(out.reshape(-1, *out.shape[3:]))
 
 
 def all_sum(x: jax.Array, axis_name: str | None = None) -> jax.Array:

@@ -12,14 +12,14 @@ from jax.experimental import multihost_utils
 from ra_jax.xla_flags import exact_options
 
 
-def compiled(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
     """The program for such devices; memory of the host that its compiler needed goes back to the system."""
     program = lowered.compile(compiler_options=exact_options(platform))
     trim_host_memory()
     return program
 
 
-def forget_traces(platform: str) -> None:
+def clear_jit_caches(platform: str) -> None:
     """Clear JAX's caches where the host's memory is the devices' own: a tenth of what a small step takes.
 
     Compiled steps stay; any other function is traced and compiled again when it is called again.
@@ -35,7 +35,7 @@ def trim_host_memory() -> None:
         libc.malloc_trim(0)
 
 
-def keep_compiled(where: str) -> None:
+def enable_compilation_cache(where: str) -> None:
     """Have JAX keep compiled programs in a folder between runs: see `--jax_compilation_cache_dir`."""
     if where == "auto" and jax.config.jax_compilation_cache_dir:
         return
@@ -44,7 +44,7 @@ def keep_compiled(where: str) -> None:
     jax.config.update("jax_compilation_cache_dir", None if where == "none" else where)
 
 
-def memory_needed(program: jax.stages.Compiled) -> int:
+def program_memory(program: jax.stages.Compiled) -> int:
     """Bytes that a compiled program needs at its peak: arguments, results that are not arguments, temporaries."""
     memory = program.memory_analysis()
     return (

@@ -49,7 +49,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
+def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold, in order."""
     check_batch(mesh, batch)
     parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from ra_jax.config.settings import ParallelConfig
 from ra_jax.errors import ConfigError
-from ra_jax.parallel.compilation import compiled
-from ra_jax.parallel.mesh import check_heads, check_width, make_mesh, rows_of_process
+from ra_jax.parallel.compilation import compile_lowered
+from ra_jax.parallel.mesh import check_heads, check_width, make_mesh, process_rows
 from ra_jax.parallel.partitioning import BATCH, Placement
 
 Step = Callable[..., tuple[Any, dict[str, jax.Array]]]  # (state, frozen, batch, *, axis_name) -> (state, metrics)
@@ -27,7 +27,7 @@ Step = Callable[..., tuple[Any, dict[str, jax.Array]]]  # (state, frozen, batch,
 REPLICA = "replica"
 
 
-class Launch(Protocol):
+class Partitioner(Protocol):
     """placement: where weights are put as they are loaded; shards: parts into which a batch is divided."""
 
     placement: Placement | None
@@ -42,16 +42,16 @@ class Launch(Protocol):
     def scope(self) -> AbstractContextManager:
         """Within, functions that are compiled outside of steps (previews, drift) know of the mesh."""
 
-    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+    def init(self, function: Callable[..., Any], *weights: Any) -> Any:
         """What `function` makes of weights, one copy of it, on the devices where it is to live; takes the weights."""
 
-    def spread(self, tree: Any) -> Any:
+    def shard(self, tree: Any) -> Any:
         """State or weights of which there is one copy, to where steps want them."""
 
-    def whole(self, tree: Any) -> Any:
+    def unshard(self, tree: Any) -> Any:
         """One copy of a state or of weights from where steps left them, over all devices: what a checkpoint holds."""
 
-    def local(self, tree: Any) -> Any:
+    def addressable(self, tree: Any) -> Any:
         """Weights for what this process computes outside of steps, within `scope`."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
@@ -62,7 +62,7 @@ class Launch(Protocol):
 
 
 @dataclass(frozen=True)
-class MeshLaunch:
+class MeshPartitioner:
     """`jax.jit`: weights and optimizer divided by `parallel.partitioning`'s table, batches over data and fsdp."""
 
     mesh: Mesh
@@ -84,27 +84,27 @@ class MeshLaunch:
 
     def rows(self, batch: int) -> np.ndarray:
         """Rows of a global microbatch that this process's devices hold."""
-        return rows_of_process(self.mesh, batch)
+        return process_rows(self.mesh, batch)
 
     def scope(self) -> AbstractContextManager:
         """The mesh in force."""
         return jax.set_mesh(self.mesh)
 
-    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+    def init(self, function: Callable[..., Any], *weights: Any) -> Any:
         """`function`'s result, computed where the table divides it to; the weights are donated."""
         places = self.placement.shardings(jax.eval_shape(function, *weights))
         every = tuple(range(len(weights)))
         return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
 
-    def spread(self, tree: Any) -> Any:
+    def shard(self, tree: Any) -> Any:
         """Divide state or weights over the mesh."""
         return jax.device_put(tree, self.placement.shardings(tree))
 
-    def whole(self, tree: Any) -> Any:
+    def unshard(self, tree: Any) -> Any:
         """The state as it is: it is one copy, divided over the mesh."""
         return tree
 
-    def local(self, tree: Any) -> Any:
+    def addressable(self, tree: Any) -> Any:
         """The weights as they are: programs outside of steps run on the mesh too."""
         return tree
 
@@ -123,11 +123,11 @@ class MeshLaunch:
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
             lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
-        return compiled(lowered, self.mesh.devices.flat[0].platform)
+        return compile_lowered(lowered, self.mesh.devices.flat[0].platform)
 
 
 @dataclass(frozen=True)
-class PmapLaunch:
+class PmapPartitioner:
     """`jax.pmap`: every device has a copy of all weights, placed once on a leading replica axis, and a part of the
     batch's conditions."""
 
@@ -159,11 +159,11 @@ class PmapLaunch:
         """No mesh: outside of steps one device computes."""
         return nullcontext()
 
-    def make(self, function: Callable[..., Any], *weights: Any) -> Any:
+    def init(self, function: Callable[..., Any], *weights: Any) -> Any:
         """`function`'s result on the default device."""
         return function(*weights)
 
-    def spread(self, tree: Any) -> Any:
+    def shard(self, tree: Any) -> Any:
         """A copy for each replica on a leading axis: [...] -> [replicas, ...]."""
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
@@ -174,7 +174,7 @@ class PmapLaunch:
 
         return jax.tree.map(copies, tree)
 
-    def whole(self, tree: Any) -> Any:
+    def unshard(self, tree: Any) -> Any:
         """The replicas' copies as one array that every device holds: [replicas, ...] -> [...]."""
         everywhere = NamedSharding(self.mesh, P())
 
@@ -184,7 +184,7 @@ class PmapLaunch:
 
         return jax.tree.map(one, tree)
 
-    def local(self, tree: Any) -> Any:
+    def addressable(self, tree: Any) -> Any:
         """This process's first copy, on one device: [replicas, ...] -> [...]."""
         # On one device: the compiler can neither divide a Pallas kernel over several nor repeat it on each.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
@@ -202,19 +202,19 @@ class PmapLaunch:
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         """The step by `jax.pmap`, which reduces over the axis of the replicas; the state is donated."""
         mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
-        return compiled(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
+        return compile_lowered(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
 
 
-def make_launch(config: ParallelConfig) -> Launch:
+def make_partitioner(config: ParallelConfig) -> Partitioner:
     """The launch that the settings ask for, over all devices. Raises ConfigError where they do not fit them."""
     if config.parallelism == "mesh":
-        return MeshLaunch(make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor))
+        return MeshPartitioner(make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor))
     if (config.mesh_fsdp, config.mesh_tensor) != (1, 1) or config.mesh_data not in (-1, jax.device_count()):
         raise ConfigError(
             f"--parallelism pmap keeps a copy of the weights on each of the {jax.device_count()} devices and knows no "
             "mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out, or give --parallelism mesh"
         )
-    return PmapLaunch(Mesh(np.asarray(jax.devices()), (REPLICA,)))
+    return PmapPartitioner(Mesh(np.asarray(jax.devices()), (REPLICA,)))
 
 
 def abstract(tree: Any) -> Any:

@@ -1,8 +1,8 @@
 """Where parameters and activations live on a mesh of devices with the axes data, fsdp and tensor.
 
     data     the batch is shared out, weights are repeated
-    fsdp     the batch is shared out, and so are weights at rest: a block's are gathered when it is computed (ZeRO-3,
-             Rajbhandari et al. 1910.02054)
+    fsdp     the batch is shared out, and so are weights at rest: a block's are gathered when it is computed
+             (ZeRO-3, Rajbhandari et al. 1910.02054)
     tensor   attention heads and MLP features are shared out (Megatron-LM, Shoeybi et al. 1909.08053)
 
 One table says it for all parameters, and for what has their names: gradients, optimizer state, averages. Functions here
@@ -110,7 +110,7 @@ def batch_shards() -> int:
     return sizes[DATA] * sizes[FSDP] if sizes else 1
 
 
-def by_record(tree: Any, *, axis: int = 0) -> Any:
+def shard_batch(tree: Any, *, axis: int = 0) -> Any:
     """Pytree of arrays whose dimension `axis` counts records: each device holds its part of them.
 
     Records that the devices cannot share out evenly, such as a preview's, are left where they are.
@@ -130,7 +130,7 @@ def batch_axes(records: int) -> tuple[str, ...] | None:
     return BATCH if records % batch_shards() == 0 else None
 
 
-def gathered(params: Any) -> Any:
+def gather_params(params: Any) -> Any:
     """Parameters about to be used: brought together from `fsdp`, still divided over `tensor`.
 
     Stacked blocks stay as they are: the loop over them gathers one block at a time, under its own names. Gradients

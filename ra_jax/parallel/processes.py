@@ -22,7 +22,7 @@ OPEN_MPI_ADDRESS = "OMPI_MCA_orte_hnp_uri"
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
-def initialise(config: ParallelConfig) -> None:
+def initialize(config: ParallelConfig) -> None:
     """`jax.distributed.initialize`, where the settings or the environment say that there are several processes.
 
     To be called before anything else of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are recognised;
@@ -31,12 +31,12 @@ def initialise(config: ParallelConfig) -> None:
     Raises ConfigError for a host that nobody knows, for a port of this machine that is taken, and for an Open MPI that
     does not tell JAX where its first process is.
     """
-    gpus = own_gpus(os.environ, Path("/dev"))
+    gpus = local_gpu_ids(os.environ, Path("/dev"))
     if config.coordinator_address is not None:
         check_address(config.coordinator_address, serves=config.process_id == 0)
         log.info("waiting for %d processes at %s", config.num_processes, config.coordinator_address)
         jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id, gpus)
-    elif launcher := launched_by(os.environ, Path("/").joinpath):
+    elif launcher := detect_launcher(os.environ, Path("/").joinpath):
         if launcher == "Open MPI" and OPEN_MPI_ADDRESS not in os.environ:
             raise ConfigError(
                 f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which versions before 5 set and JAX reads: give "
@@ -52,7 +52,7 @@ def initialise(config: ParallelConfig) -> None:
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 
 
-def launched_by(environment: dict[str, str], at: Callable[[str], Path]) -> str | None:
+def detect_launcher(environment: dict[str, str], at: Callable[[str], Path]) -> str | None:
     """The launcher of a run of several processes, or None; at: a path of the file system."""
     for variable, launcher in LAUNCHERS.items():
         if int(environment.get(variable, "1")) > 1:
@@ -81,7 +81,7 @@ def check_address(address: str, *, serves: bool) -> None:
             ) from error
 
 
-def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:
+def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | None:
     """Which of the GPUs that it sees a process of Slurm or Open MPI takes: an equal part of those that the processes of
     its machine share, or all that are its own. devices: the folder with the cards' device files.
 
@@ -94,7 +94,7 @@ def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         processes, rank = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("SIZE", "RANK"))
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
-        nodes = tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
+        nodes = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
         processes, rank = nodes[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
     else:
         return None
@@ -106,23 +106,23 @@ def own_gpus(environment: Mapping[str, str], devices: Path) -> list[int] | None:
     return list(range(rank * part, (rank + 1) * part))
 
 
-def tasks_of_nodes(told: str) -> list[int]:
+def tasks_per_node(told: str) -> list[int]:
     """How many tasks each node has, of Slurm's way to say it: "2(x3),1" is [2, 2, 2, 1]."""
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in told.split(",")]
     return [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
 
 
-def is_speaker() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what is written once: metrics, previews, reports, the output folder's files."""
     return jax.process_index() == 0
 
 
-def wait_for_all(where: str) -> None:
+def barrier(where: str) -> None:
     """Go on when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def all_stop(here: bool, step: int) -> bool:
+def should_stop(here: bool, step: int) -> bool:
     """Whether the run ends after `step`: this process was told to, `here`; of several any was, and all have heard."""
     return here if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

@@ -12,7 +12,7 @@ from typing import Any
 
 WIDTH, HEIGHT = 360, 190  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 56, 344, 10, 166  # of the plot in it
-COLOURS = 6  # classes s0 to s5; more series begin again
+COLORS = 6  # classes s0 to s5; more series begin again
 MARKED = 20  # up to so many points are marked one by one
 DENSE = 150  # of more rows, lines are thinner
 MAX_POINTS = 500  # rows of a chart; of more, the extremes of equal stretches are drawn
@@ -53,9 +53,9 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def colour(i: int) -> str:
+def color(i: int) -> str:
     """The style's class for series i."""
-    return f"s{i % COLOURS}"
+    return f"s{i % COLORS}"
 
 
 def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, reference: float | None = None) -> Chart:
@@ -79,9 +79,9 @@ def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, refer
     fine = " fine" if len(rows) > DENSE else ""
     for i, series in enumerate(values):
         points = [(x(row["step"]), y(value)) for row, value in zip(rows, series, strict=True) if value is not None]
-        parts.append(f'<polyline class="{colour(i)}{fine}" points="{joined(points)}"/>')
+        parts.append(f'<polyline class="{color(i)}{fine}" points="{joined(points)}"/>')
         if len(points) <= MARKED:
-            parts += [f'<circle class="{colour(i)}" cx="{px:.1f}" cy="{py:.1f}" r="2.2"/>' for px, py in points]
+            parts += [f'<circle class="{color(i)}" cx="{px:.1f}" cy="{py:.1f}" r="2.2"/>' for px, py in points]
     return Chart(drawing(parts, summary(names.values(), values)), chart_data(rows, values, x, y))
 
 
@@ -98,7 +98,7 @@ def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
         ceiling = [a + b for a, b in zip(floor, series, strict=True)]
         outline = list(zip(across, map(y, ceiling * repeat), strict=True))
         outline += reversed(list(zip(across, map(y, floor * repeat), strict=True)))
-        areas.append(f'<polygon class="{colour(i)}" points="{joined(outline)}"/>')
+        areas.append(f'<polygon class="{color(i)}" points="{joined(outline)}"/>')
         floor = ceiling
     data = chart_data(rows, values, x, y) | {"stacked": True}
     return Chart(drawing([*areas, *grid(x, y)], summary(names.values(), values)), data)

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from ra_jax.outputs import replace_file
-from ra_jax.reporting.trackers import FILE, read_rows
+from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
 # One panel each: metrics by name or pattern. Left out where none was recorded; two more show the experts.
@@ -52,7 +52,7 @@ def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[
 
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
     """Draw the run's metrics.jsonl as `curves.png` in its folder; returns the picture's path."""
-    rows = read_rows(output_dir / FILE)
+    rows = read_rows(output_dir / METRICS_FILE)
     panels = recorded_panels(rows, expert_names)
     height = max(1, -(-len(panels) // COLUMNS))
     figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.6 * height), squeeze=False)

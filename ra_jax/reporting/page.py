@@ -12,10 +12,10 @@ from typing import Any
 from ra_jax.config.parse import from_checkpoint, to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.outputs import write_file
-from ra_jax.reporting.charts import Chart, Rows, area_chart, colour, line_chart, number
+from ra_jax.reporting.charts import Chart, Rows, area_chart, color, line_chart, number
 from ra_jax.reporting.curves import DRIFT, GATES, USAGE, recorded_panels
 from ra_jax.reporting.preview_strip import preview_strip
-from ra_jax.reporting.trackers import FILE, read_rows
+from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
 
 REPORT = "report.html"
@@ -68,7 +68,7 @@ def write_report(
     """
     if not isinstance(config, TrainConfig):
         config = from_checkpoint(config)
-    metrics = output_dir / FILE
+    metrics = output_dir / METRICS_FILE
     rows = read_rows(metrics) if metrics.exists() else []
     name = output_dir.resolve().name
     charts, curves = curve_sections(rows, expert_names, config)
@@ -184,7 +184,7 @@ def panel(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
     for i, (label, values) in enumerate(zip(labels, chart.data["values"], strict=True)):
         last = next((value for value in reversed(values) if value is not None), None)
         shown = "" if last is None else exactly(last)
-        entries.append(f'<li class="{colour(i)}"><span>{escape(label)}</span> <b>{shown}</b></li>')
+        entries.append(f'<li class="{color(i)}"><span>{escape(label)}</span> <b>{shown}</b></li>')
     aside = f"<small>{escape(note)}</small>" if note else ""
     return (
         f'<figure class="panel"><figcaption>{escape(title)} <span class="at"></span>{aside}</figcaption>'

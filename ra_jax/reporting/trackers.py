@@ -11,7 +11,7 @@ import numpy as np
 from ra_jax.errors import ConfigError, OutputError
 from ra_jax.outputs import write_file
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 # Measured at single steps: the latest value is reported; everything else is a mean over the steps since the last row.
 LATEST = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
 ALWAYS = ("train_loss", "grad_norm")
@@ -31,7 +31,7 @@ class JsonLines:
     """`metrics.jsonl`: one flat JSON object a row, with `step`. On resume, rows after `first_step` are dropped."""
 
     def __init__(self, output_dir: Path, first_step: int):
-        path = output_dir / FILE
+        path = output_dir / METRICS_FILE
         kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() and first_step else []
         # Beside the earlier rows first: a run that is killed here still has them.
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -120,7 +120,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def summarise(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+def summarize(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """One row for several steps' metrics: the mean of each over the steps that measured it, or its latest value.
 
     What is not finite counts as not measured, but in `ALWAYS`, the metrics that every step has: there it is passed on.

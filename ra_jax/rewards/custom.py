@@ -130,7 +130,7 @@ def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
         returned = [jax.eval_shape(partial(_named_call, reward, passing=UNTRACEABLE), inputs) for inputs in shapes]
     except UNTRACEABLE as reason:
         for inputs in shapes:
-            _checked(reward, _named_call(reward, _grey_inputs(inputs)), _batch(inputs))
+            _checked(reward, _named_call(reward, _gray_inputs(inputs)), _batch(inputs))
         log.warning(
             "reward '%s' is no function of JAX (%s): it runs in Python on the host at every step, which is slower",
             reward.name,
@@ -146,13 +146,13 @@ def _batch(inputs: RewardInputs) -> int:
     return inputs.image.shape[0]
 
 
-def _grey_inputs(shapes: RewardInputs) -> RewardInputs:
+def _gray_inputs(shapes: RewardInputs) -> RewardInputs:
     """NumPy arrays of these shapes: mid-grey pictures, and masks of the middle quarter."""
-    grey = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
+    gray = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     mask = np.zeros(shapes.mask.shape, np.float32)
     height, width = mask.shape[1:]
     mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 1.0
-    return replace(grey, mask=mask)
+    return replace(gray, mask=mask)
 
 
 def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Exception], ...] = ()) -> object:

@@ -94,12 +94,12 @@ def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
 
 def gradients(image: jax.Array) -> jax.Array:
     """Central differences (x₊₁ − x₋₁)/2 along both axes, [B, h, w, C] -> [B, h, w, 2·C]."""
-    return jnp.concatenate([(after - before) / 2.0 for before, after in _neighbours(image)], axis=-1)
+    return jnp.concatenate([(after - before) / 2.0 for before, after in _neighbors(image)], axis=-1)
 
 
 def laplacian(image: jax.Array) -> jax.Array:
     """The sum of the four neighbours less four times the pixel, [B, h, w, C] -> [B, h, w, C]."""
-    return sum(before + after - 2.0 * image for before, after in _neighbours(image))
+    return sum(before + after - 2.0 * image for before, after in _neighbors(image))
 
 
 def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +143,7 @@ def _pad(image: jax.Array, axis: int, pixels: int) -> jax.Array:
     return jnp.pad(image, width, mode="edge")
 
 
-def _neighbours(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+def _neighbors(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """The pixel before and the pixel after, along rows (axis 1) and columns (axis 2)."""
     pairs = []
     for axis in (1, 2):

@@ -12,7 +12,7 @@ from ra_jax.rewards.registry import total_reward
 
 STD_FLOOR = 0.02
 ADVANTAGE_LIMIT = 5.0
-DEAD_GROUP_STD = 1e-3
+MIN_GROUP_STD = 1e-3
 
 BASE_LOSS_WEIGHTINGS = ("none", "score", "softmax", "best")
 
@@ -29,10 +29,10 @@ def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return (_group_sums(values, groups) / counts)[groups]
 
 
-def dead_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def zero_std_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Records [R] of groups of at least two whose total rewards have std < 1e-3: they say nothing."""
     variance = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
-    return (np.sqrt(variance) < DEAD_GROUP_STD) & (np.bincount(groups)[groups] > 1)
+    return (np.sqrt(variance) < MIN_GROUP_STD) & (np.bincount(groups)[groups] > 1)
 
 
 def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndarray:
@@ -43,17 +43,17 @@ def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndar
     scores [R, 3] in [0, 1]; groups [R] scene numbers in 0…G−1; weights [3]. σ_i is the *pooled within-group* standard
     deviation over the data set, with the degrees of freedom that the groups' means leave: a group of two or four says
     too little about its own. A scene with a single record is centred on the data set's mean. Groups whose total reward
-    does not vary (`dead_groups`) get 0.
+    does not vary (`zero_std_groups`) get 0.
     """
     scores = np.asarray(scores, np.float64)
     single = np.bincount(groups)[groups] == 1
     residual = scores - group_means(scores, groups)
     freedom = len(groups) - len(np.unique(groups))
     pooled = np.sqrt((residual**2).sum(0) / freedom) if freedom else scores.std(0)
-    centred = np.where(single[:, None], scores - scores.mean(0), residual)
-    standard = np.clip(centred / np.maximum(pooled, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    centered = np.where(single[:, None], scores - scores.mean(0), residual)
+    standard = np.clip(centered / np.maximum(pooled, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
     advantages = standard @ np.asarray(weights, np.float64)
-    return np.where(dead_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
+    return np.where(zero_std_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
 
 
 def group_advantages(
@@ -69,16 +69,16 @@ def group_advantages(
     scores: [G, C, S] in [0, 1] of G rollouts of C conditions; weights: [S]. Returns A [G, C] float32, 0 in groups whose
     total reward has a std below 1e-3, and that std [C].
     """
-    centred = scores - scores.mean(0)
-    standard = jnp.clip(centred / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    centered = scores - scores.mean(0)
+    standard = jnp.clip(centered / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
     spread = total_reward(scores, weights).std(0)
     advantages = standard @ jnp.asarray(weights, jnp.float32)
     if drop_negative:
         advantages = jnp.maximum(advantages, 0.0)
-    return jnp.where(spread < DEAD_GROUP_STD, 0.0, advantages), spread
+    return jnp.where(spread < MIN_GROUP_STD, 0.0, advantages), spread
 
 
-def imitation_weights(
+def sample_weights(
     rewards: np.ndarray, groups: np.ndarray, kind: str, *, limit: float = 1.0, temperature: float = 0.05
 ) -> np.ndarray:
     """Weight of each record in the base loss, [R] float32, with mean 1 over the data set.

@@ -25,7 +25,7 @@ from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
 # (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]: K rows of the first record's condition, then K of the second's, …
-Velocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
+PolicyVelocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def repeat(x: jax.Array, count: int) -> jax.Array:
@@ -82,7 +82,7 @@ def matching_cache(
 
 
 def matching_log_prob(
-    velocity: Velocity, params: Any, cache: MatchingCache, *, temperature: jax.Array | float
+    velocity: PolicyVelocity, params: Any, cache: MatchingCache, *, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """ℓ [B] = −(1/τ)·mean_k mean_Ω ‖v_θ(x_{t_k}) − (ε_k − x0)‖², and the velocities it took [B·K, N, 4C]."""
     predicted = velocity(params, *cache.rows())
@@ -115,7 +115,7 @@ class TransitionCache:
 
 
 def sde_log_prob(
-    velocity: Velocity, params: Any, cache: TransitionCache
+    velocity: PolicyVelocity, params: Any, cache: TransitionCache
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """ℓ [B] = mean over steps and Ω of log N(x'; μ_θ(x), std²), by element.
 
@@ -130,7 +130,7 @@ def sde_log_prob(
     return log_density.reshape(-1, cache.points).mean(1), mean, std, predicted
 
 
-def normalised_log_ratio(
+def normalized_log_ratio(
     log_ratio: jax.Array, mean: jax.Array, old_mean: jax.Array, std: jax.Array, region: jax.Array
 ) -> jax.Array:
     """log ρ̂ [B], which has neither the bias nor the tiny spread of a mean log-ratio ℓ_θ − ℓ_old over D elements.

@@ -73,6 +73,6 @@ def flow_matching_error(predicted: jax.Array, clean: jax.Array, noise: jax.Array
     return region_mean((predicted - velocity_target(clean, noise)) ** 2, region)
 
 
-def adapted_temperature(temperature: jax.Array, clip_fraction: jax.Array) -> jax.Array:
+def next_temperature(temperature: jax.Array, clip_fraction: jax.Array) -> jax.Array:
     """τ ← τ·exp(0.1·(clip_fraction − 0.15)): a policy that clips too often is judged at a higher temperature."""
     return temperature * jnp.exp(0.1 * (clip_fraction - 0.15))

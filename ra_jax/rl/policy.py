@@ -1,7 +1,7 @@
-"""The policy's loss by each estimator: what a policy thinks of a group's member, and how it should come to think.
+"""Policy loss per estimator: the log-probability of a sample under the policy, and the loss against the old policy.
 
-`judge` says what a policy θ makes of a member, and leaves a `record` of it; `policy_loss` compares that with the old
-policy's record. Both are the same graph whoever θ is, so that equal parameters leave equal records.
+`evaluate_policy` computes what the loss needs of a policy θ on a sample. `policy_loss` compares the values of the
+current policy with those of the old one. Both policies run the same graph, so equal parameters give equal values.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,28 @@ from ra_jax.flow.path import velocity_target
 from ra_jax.flow.regions import region_mean
 from ra_jax.rl.estimators import (
     MatchingCache,
+    PolicyVelocity,
     TransitionCache,
-    Velocity,
     matching_cache,
     matching_log_prob,
-    normalised_log_ratio,
+    normalized_log_ratio,
     repeat,
     sde_log_prob,
 )
 from ra_jax.rl.losses import Mean, clipped_policy_loss, nft_loss, optimality
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.rollouts import Sample
 
-Record = dict[str, jax.Array]
+OldPolicy = dict[str, jax.Array]  # `PolicyOutput.values` under the old policy's parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """estimator: matching, sde or nft; clip_range: ε of matching, sde_clip_range: that of sde; pairs, fraction:
-    K pairs (t, ε) from the noisiest part of time (matching, nft); noise_level: η of sde; nft_beta: β of nft."""
+    """How the policy is estimated.
+
+    estimator: "matching", "sde" or "nft"; clip_range: ε of matching; sde_clip_range: ε of sde; pairs: K, the number of
+    pairs (t, ε) (matching, nft); fraction: the share of the schedule, from its noisy end, that t is drawn from;
+    noise_level: η of sde; nft_beta: β of nft.
+    """
 
     estimator: str
     clip_range: float
@@ -44,87 +48,93 @@ class PolicySettings:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """record: what is remembered of it, [B, ...] arrays; velocity [R, N, 4C] at the R points judged, R/B a record side
-    by side; std [R]: of the sampler's steps (sde)."""
+class PolicyOutput:
+    """A policy's output on a batch of B samples.
 
-    record: Record
+    values: the arrays [B, ...] that `policy_loss` compares with the old policy's: log_prob and routing (matching),
+    these and mean (sde), or velocity (nft); velocity: [R, N, 4C] at all R = B·K points, K per sample, side by side;
+    cache: the points; std: [R], standard deviation of each sampler step (sde only).
+    """
+
+    values: OldPolicy
     velocity: jax.Array
     cache: MatchingCache | TransitionCache
     std: jax.Array | None = None
 
 
 def policy_cache(
-    member: Member, keys: jax.Array, region: jax.Array, settings: PolicySettings
+    sample: Sample, keys: jax.Array, region: jax.Array, settings: PolicySettings
 ) -> MatchingCache | TransitionCache:
-    """The points at which policies are compared over a member of each group.
+    """The points at which the current and the old policy are compared on these samples.
 
-    keys: [B], equal within a group, of the pairs (t, ε); region: mean_Ω's weights [B, N, 4].
+    keys: [B], equal within a group, from which the pairs (t, ε) are drawn; region: mean_Ω's weights [B, N, 4].
     """
     if settings.estimator == "sde":
-        return TransitionCache(member.states, member.times, region, settings.noise_level)
-    return matching_cache(keys, member.clean, region, count=settings.pairs, fraction=settings.fraction)
+        return TransitionCache(sample.states, sample.times, region, settings.noise_level)
+    return matching_cache(keys, sample.clean, region, count=settings.pairs, fraction=settings.fraction)
 
 
-def judge(
-    velocity: Velocity,
+def evaluate_policy(
+    velocity: PolicyVelocity,
     params: Any,
     cache: MatchingCache | TransitionCache,
     settings: PolicySettings,
     *,
     temperature: jax.Array | float,
     routing_log_prob: jax.Array | None = None,
-) -> Judgement:
-    """What the policy `params` thinks of a member of each group, at the points of `policy_cache`.
+) -> PolicyOutput:
+    """Evaluate the policy `params` on B samples, at the points of `policy_cache`.
 
-    routing_log_prob: log w_e [B] of the experts that were drawn, which joins the log-probability.
+    routing_log_prob: log w_e [B] of the sampled experts, which is added to the log-probability.
     """
     routing = jnp.zeros(cache.region.shape[:1]) if routing_log_prob is None else routing_log_prob
     if settings.estimator == "sde":
         log_prob, mean, std, predicted = sde_log_prob(velocity, params, cache)
-        return Judgement({"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache, std)
+        return PolicyOutput({"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache, std)
     log_prob, predicted = matching_log_prob(velocity, params, cache, temperature=temperature)
-    record = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
-    return Judgement(record, predicted, cache)
+    values = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
+    return PolicyOutput(values, predicted, cache)
 
 
 def policy_loss(
-    judgement: Judgement, old: Record, advantages: jax.Array, settings: PolicySettings, *, mean: Mean = jnp.mean
+    output: PolicyOutput, old: OldPolicy, advantages: jax.Array, settings: PolicySettings, *, mean: Mean = jnp.mean
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss (a scalar) of judged members [B] with these advantages [B], and its metrics.
+    """The policy loss (a scalar) of B samples with advantages [B], and its metrics.
 
-    old: the old policy's record of the same members, through which no gradient flows. matching, sde: PPO's clipped
-    surrogate (`clipped_policy_loss`), sde's of a normalised ratio. nft: `nft_loss`, whose metric
+    old: the old policy's values on the same samples; no gradient flows through them. matching and sde take PPO's
+    clipped surrogate (`clipped_policy_loss`), sde of a normalized ratio. nft takes `nft_loss`; its metric
     `policy_change` is mean_Ω ‖v_θ − v_old‖².
     """
-    old, record = jax.lax.stop_gradient(old), judgement.record
-    region = judgement.cache.region
+    old, values = jax.lax.stop_gradient(old), output.values
+    region = output.cache.region
     if settings.estimator == "nft":
-        return _nft(judgement, old["velocity"], advantages, settings, mean)
-    # Differences first: of equal records they are exactly 0, whatever the compiler makes of the rest.
-    log_ratio, clip_range = record["log_prob"] - old["log_prob"], settings.clip_range
+        return _nft(output, old["velocity"], advantages, settings, mean)
+    # Subtract first: equal values then give exactly 0, however the compiler reorders the rest.
+    log_ratio, clip_range = values["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
-        log_ratio = normalised_log_ratio(log_ratio, record["mean"], old["mean"], judgement.std, region)
+        log_ratio = normalized_log_ratio(log_ratio, values["mean"], old["mean"], output.std, region)
         clip_range = settings.sde_clip_range
-    log_ratio = log_ratio + (record["routing"] - old["routing"])
+    log_ratio = log_ratio + (values["routing"] - old["routing"])
     return clipped_policy_loss(log_ratio, advantages, clip_range=clip_range, mean=mean)
 
 
-def _nft(judgement: Judgement, old: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean):
-    cache, points = judgement.cache, judgement.cache.points
+def _nft(output: PolicyOutput, old: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean):
+    cache, points = output.cache, output.cache.points
     region = repeat(cache.region, points)
     target = velocity_target(repeat(cache.clean, points), cache.flat_noise())
     optimal = repeat(optimality(advantages), points)
-    losses = nft_loss(judgement.velocity, old, target, region, optimal, beta=settings.nft_beta)
-    change = jax.lax.stop_gradient(region_mean((judgement.velocity - old) ** 2, region))
+    losses = nft_loss(output.velocity, old, target, region, optimal, beta=settings.nft_beta)
+    change = jax.lax.stop_gradient(region_mean((output.velocity - old) ** 2, region))
 
-    def by_record(values: jax.Array) -> jax.Array:
+    def per_sample_mean(values: jax.Array) -> jax.Array:
         return mean(values.reshape(-1, points).mean(1))
 
-    return by_record(losses), {"policy_change": by_record(change)}
+    return per_sample_mean(losses), {"policy_change": per_sample_mean(change)}
 
 
-def distance(velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean) -> jax.Array:
-    """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C]; region [B, N, 4], R/B points a record."""
+def velocity_distance(
+    velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean
+) -> jax.Array:
+    """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C] at R/B points per record; region [B, N, 4]."""
     square = (velocity - jax.lax.stop_gradient(reference)) ** 2
     return mean(region_mean(square, repeat(region, len(velocity) // len(region))))

@@ -14,7 +14,7 @@ from ra_jax.data.records import Record, scene_ids
 from ra_jax.errors import ConfigError
 
 # Settings that may differ between the processes of a run: where files lie on a machine, and which process it is.
-OWN_SETTINGS = {
+PER_PROCESS_SETTINGS = {
     "train_json_path",
     "val_json_path",
     "output_dir",
@@ -29,8 +29,8 @@ OWN_SETTINGS = {
 }
 
 
-def plan_of(
-    config: TrainConfig, records: Sequence[Record], previewed: Sequence[Record], resume_from: Path | None
+def run_signature(
+    config: TrainConfig, records: Sequence[Record], held_out: Sequence[Record], resume_from: Path | None
 ) -> dict[str, object]:
     """What decides which rows a step takes, which program it is and when something else is due, by what it is in words.
 
@@ -38,14 +38,14 @@ def plan_of(
     """
     settings = to_flat_dict(config)
     return {
-        f"records ({config.data.train_json_path})": told_of(records),
-        f"records to preview ({config.data.val_json_path})": told_of(previewed),
+        f"records ({config.data.train_json_path})": record_signature(records),
+        f"records to preview ({config.data.val_json_path})": record_signature(held_out),
         "checkpoint to resume from": None if resume_from is None else resume_from.name,
-        "settings": {name: value for name, value in settings.items() if name not in OWN_SETTINGS},
+        "settings": {name: value for name, value in settings.items() if name not in PER_PROCESS_SETTINGS},
     }
 
 
-def told_of(records: Sequence[Record]) -> list[tuple]:
+def record_signature(records: Sequence[Record]) -> list[tuple]:
     """All that files of records say but where the pictures are."""
     scenes = scene_ids(records).tolist()
     return [
@@ -54,7 +54,7 @@ def told_of(records: Sequence[Record]) -> list[tuple]:
     ]
 
 
-def refuse_other_plans(plan: Mapping[str, object]) -> None:
+def check_same_plan(plan: Mapping[str, object]) -> None:
     """Raise ConfigError unless every process has the same plan: what steps depend on, by what it is in words."""
     if jax.process_count() == 1:
         return

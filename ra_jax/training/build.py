@@ -23,10 +23,10 @@ def objective_settings(config: TrainConfig) -> ObjectiveSettings:
         diversity_loss_weight=losses.diversity_loss_weight,
         kl_weight=config.grpo.kl_weight,
         policy=policy_settings(config) if config.uses_policy else None,
-        points_apart=config.model.gradient_checkpointing == "points",
+        sequential_timesteps=config.model.gradient_checkpointing == "points",
         dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
         routing_decay=config.experts.routing_mean_decay,
-        routing_specialisation=config.experts.routing_specialisation,
+        routing_specialization=config.experts.routing_specialization,
     )
 
 
@@ -73,7 +73,7 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSetti
     )
 
 
-def first_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
+def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
     """The state before step 0 of training these weights."""
     temperature = config.grpo.policy_temperature
     return init_state(

@@ -9,13 +9,13 @@ import numpy as np
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Part
 from ra_jax.data.images import Size
-from ra_jax.data.loader import Loader, LoaderOptions, encoding_of, parse_buckets
+from ra_jax.data.loader import Loader, LoaderOptions, pack_encoding, parse_buckets
 from ra_jax.data.records import Record, load_records, scene_ids
 from ra_jax.errors import ConfigError, DataError
 from ra_jax.interop.diffusers import LoadedModel, encoders_fingerprint
-from ra_jax.parallel.partitioner import Launch
+from ra_jax.parallel.partitioner import Partitioner
 from ra_jax.rewards.registry import total_reward
-from ra_jax.rl.advantages import dead_groups, group_means, human_advantages, imitation_weights
+from ra_jax.rl.advantages import group_means, human_advantages, sample_weights, zero_std_groups
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class RunData:
 
     records: Sequence[Record]
     values: Mapping[str, np.ndarray]
-    previewed: Sequence[Record]
+    held_out: Sequence[Record]
     buckets: Sequence[Size]
     latents: bool
 
@@ -45,13 +45,13 @@ def load_run_data(config: TrainConfig) -> RunData:
     """Read and check all records of a run. Raises DataError or ConfigError; no weights are read."""
     records = load_training_records(config)
     latents = has_latents(config, records)
-    previewed = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
+    held_out = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
     buckets = parse_buckets(config.data.aspect_ratio_buckets)
-    return RunData(records, record_values(config, records), previewed, buckets, latents)
+    return RunData(records, record_values(config, records), held_out, buckets, latents)
 
 
 def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, rows: np.ndarray) -> Loader:
-    """The batches of the run's steps; rows: of the global batch, which this process loads (`rows_of_step`)."""
+    """The batches of the run's steps; rows: of the global batch, which this process loads (`step_rows`)."""
     parts = batch_parts(config, results=data.has_target, latents=data.latents)
     options = LoaderOptions(
         batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
@@ -85,10 +85,10 @@ def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozens
     return frozenset(part for part, present in parts.items() if present)
 
 
-def rows_of_step(config: TrainConfig, launch: Launch) -> np.ndarray:
+def step_rows(config: TrainConfig, partitioner: Partitioner) -> np.ndarray:
     """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
     batch = config.run.train_batch_size
-    rows = launch.rows(batch)
+    rows = partitioner.rows(batch)
     return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
 
 
@@ -115,7 +115,7 @@ def load_training_records(config: TrainConfig) -> list[Record]:
 
 def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
     """Whether the records are of a pack with latents. Raises ConfigError where training would make other ones."""
-    encoding = encoding_of(records)
+    encoding = pack_encoding(records)
     if encoding is None:
         return False
     model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
@@ -136,13 +136,13 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """What each record brings to a step beside its pictures: the arrays [R, ...] of `data.batch.VALUES`."""
     if config.mode != "human":
-        return {"imitation_weight": np.ones(len(records), np.float32)}
+        return {"sample_weight": np.ones(len(records), np.float32)}
     scenes = scene_ids(records)
     weights = config.grpo.reward_weights
     scores = np.asarray([record.scores for record in records], np.float32)
     rewards = total_reward(scores, weights).astype(np.float32)
     try:
-        imitation = imitation_weights(
+        sample_weight = sample_weights(
             rewards,
             scenes,
             config.base_loss_weighting,
@@ -151,7 +151,7 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
         )
     except ValueError as error:
         raise DataError(f"{config.data.train_json_path}: {error}") from None
-    values = {"imitation_weight": imitation}
+    values = {"sample_weight": sample_weight}
     if config.grpo.enable_grpo_rewards:
         spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
         values |= {
@@ -159,12 +159,12 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
             "reward": rewards,
             "advantage": human_advantages(scores, scenes, weights),
             "group_reward_std": spread.astype(np.float32),
-            "dead_group": dead_groups(rewards, scenes).astype(np.float32),
+            "zero_std_group": zero_std_groups(rewards, scenes).astype(np.float32),
         }
     return values
 
 
-def plain_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
+def single_record_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
     """Records one by one as they are, masks not augmented."""
     options = LoaderOptions(
         batch_size=1,

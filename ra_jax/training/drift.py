@@ -18,11 +18,11 @@ from ra_jax.parallel.partitioner import fetch
 from ra_jax.rl.estimators import matching_cache, repeat
 from ra_jax.training.step.encode import encode
 from ra_jax.training.step.objective import Objective, norm_ratio
-from ra_jax.training.step.state import keys_for, stream
+from ra_jax.training.step.state import example_keys, stream_key
 
 log = logging.getLogger(__name__)
 
-PAIRS = 4  # (t, ε) of each record, over all of time
+NUM_TIMES = 4  # (t, ε) of each record, over all of time
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DriftGuard:
         self.best_score = score
         return True
 
-    def remember(self, rows: Iterable[Mapping[str, float]], mode: str) -> None:
+    def restore_best_score(self, rows: Iterable[Mapping[str, float]], mode: str) -> None:
         """Take the best of earlier rows of a run's metrics for its best so far."""
         for row in rows:
             if "held_out_flow_loss" in row:
@@ -89,12 +89,12 @@ def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int)
     """Of each record: flow loss of the experts and of the base, and the ratio of their velocities' norms, [B] each."""
     model = objective.model
     encoded = encode(model, frozen, batch, objective.settings.loss_region)
-    keys = keys_for(stream(seed, "held-out"), batch["record_id"])
-    cache = matching_cache(keys, encoded.clean, encoded.region, count=PAIRS, fraction=1.0)
+    keys = example_keys(stream_key(seed, "held-out"), batch["record_id"])
+    cache = matching_cache(keys, encoded.clean, encoded.region, count=NUM_TIMES, fraction=1.0)
     gates, _ = model.gates(trainable, encoded.condition)
     condition, gates, region = jax.tree.map(
-        lambda leaf: repeat(leaf, PAIRS), (encoded.condition, gates, encoded.region)
+        lambda leaf: repeat(leaf, NUM_TIMES), (encoded.condition, gates, encoded.region)
     )
-    policy, base = objective.with_and_without_experts(trainable, frozen, *cache.rows(), condition, gates)
-    ratio = norm_ratio(policy, base, region).reshape(-1, PAIRS).mean(1)
+    policy, base = objective.policy_and_base_velocity(trainable, frozen, *cache.rows(), condition, gates)
+    ratio = norm_ratio(policy, base, region).reshape(-1, NUM_TIMES).mean(1)
     return cache.errors(policy).mean(1), cache.errors(base).mean(1), ratio

@@ -93,7 +93,7 @@ class StepPasses:
     kl: bool = False
     old_policy_share: float = 0.0
     updates: int = 1
-    members: int = 1
+    samples: int = 1
     rollout_steps: int = 0
     base_loss: bool = True
 
@@ -101,9 +101,9 @@ class StepPasses:
 def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
     """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients."""
     policy = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
-    policy = policy * passes.policy_points * passes.members
+    policy = policy * passes.policy_points * passes.samples
     update = cost.trained * passes.base_loss + policy
-    return passes.records * (passes.updates * update + passes.rollout_steps * passes.members * cost.total)
+    return passes.records * (passes.updates * update + passes.rollout_steps * passes.samples * cost.total)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def flops_of_step(
         kl=config.grpo.kl_weight > 0.0,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
         updates=config.updates,
-        members=config.rollouts.num_generations if automatic else 1,
+        samples=config.rollouts.num_generations if automatic else 1,
         rollout_steps=config.rollouts.rollout_steps if automatic and config.rollouts.due(step) else 0,
         base_loss=has_results(batch),
     )

@@ -12,16 +12,15 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ra_jax.checkpoints import BEST, Checkpoints
+from ra_jax.checkpoints import BEST_DIR, Checkpoints
 from ra_jax.config.parse import to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
-from ra_jax.parallel.compilation import keep_compiled
-from ra_jax.parallel.processes import all_stop, is_speaker
+from ra_jax.parallel.compilation import enable_compilation_cache
+from ra_jax.parallel.processes import is_main_process, should_stop
 from ra_jax.reporting.curves import plot_curves
 from ra_jax.reporting.page import write_report
-from ra_jax.reporting.trackers import FILE as METRICS
-from ra_jax.reporting.trackers import open_trackers, read_rows, summarise
+from ra_jax.reporting.trackers import METRICS_FILE, open_trackers, read_rows, summarize
 from ra_jax.training.fallbacks import RewardFallbacks
 from ra_jax.training.flops import ModelSizes, flops_of_step
 from ra_jax.training.setup import Setup, set_up
@@ -29,7 +28,7 @@ from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", "velocity_norm_ratio", "step_time")
+PROGRESS_METRICS = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", "velocity_norm_ratio", "step_time")
 
 
 def train(config: TrainConfig) -> Path:
@@ -40,7 +39,7 @@ def train(config: TrainConfig) -> Path:
     (no checkpoint is written then). SIGTERM ends the run after the step in progress with a checkpoint and exit status
     143. With `--max_drift` a run that drifts ends early, with its best checkpoint in `best/`.
     """
-    keep_compiled(config.run.jax_compilation_cache_dir)
+    enable_compilation_cache(config.run.jax_compilation_cache_dir)
     setup = set_up(config)
     checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
     ending = "interrupted"
@@ -52,7 +51,7 @@ def train(config: TrainConfig) -> Path:
     finally:
         checkpoints.close()
         recorder.close()
-        if is_speaker():
+        if is_main_process():
             curves = plot_curves(setup.output, config.experts.names)
             report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
             log.info("%s; curves: %s, report: %s", ending, curves, report)
@@ -61,39 +60,38 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str:
     """Every step from `first_step` on, with what is due after each; returns how the run ended, in words."""
-    state, step, total, whole = setup.state, setup.step_programs(), setup.total_steps, setup.launch.whole
+    state, step, total, unshard = setup.state, setup.compiled_steps(), setup.total_steps, setup.partitioner.unshard
     interval = config.run.checkpointing_steps or total
     if setup.first_step >= total:
         return "completed"
     batches = setup.batches()
     first = next(batches)
-    for number in setup.first_of_each_kind():
+    for number in setup.first_step_per_program():
         step.prepare(state, setup.frozen, first, number)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
-    batches = recorder.timed(chain([first], batches))
-    with sigterm_noted() as stop:
+    batches = recorder.time_waits(chain([first], batches))
+    with catch_sigterm() as stop:
         for done, batch in zip(range(setup.first_step + 1, total + 1), batches, strict=False):
             state, metrics = step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
-            step.forget_traces()
-            stopping = all_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
+            step.clear_jit_caches()
+            stopping = should_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
-                with recorder.paused(), setup.launch.scope():
-                    drift = setup.guard.measure(*setup.launch.local((state.trainable, setup.frozen)))
+                with recorder.paused(), setup.partitioner.scope():
+                    drift = setup.guard.measure(*setup.partitioner.addressable((state.trainable, setup.frozen)))
                 row = recorder.flush(done, drift.metrics())
                 if (excess := drift.excess(setup.guard.limit)) and not stopping:
-                    return (
-                        f"stopped at step {done} by max_drift = {setup.guard.limit:g}: {excess}; {checkpoints.told()}"
-                    )
+                    limit, best = setup.guard.limit, checkpoints.describe_best()
+                    return f"stopped at step {done} by max_drift = {limit:g}: {excess}; {best}"
                 if setup.guard.is_best(drift, row, config.mode):
-                    checkpoints.save_best(done, whole(state))
+                    checkpoints.save_best(done, unshard(state))
             elif last or done % interval == 0 or recorder.due(done):
                 recorder.flush(done)
             if last or done % interval == 0:
-                checkpoints.save(done, whole(state))
+                checkpoints.save(done, unshard(state))
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
             if last or due(done, config.logging.validation_steps):
@@ -106,21 +104,21 @@ class RunCheckpoints:
     """A run's checkpoints, and in `best/` the best one of a run with `--max_drift`."""
 
     def __init__(self, config: TrainConfig, setup: Setup):
-        self._about = {"config": to_flat_dict(config), "base": setup.loaded.fingerprint}
+        self._metadata = {"config": to_flat_dict(config), "base": setup.loaded.fingerprint}
         self._regular = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
-        self._best = None if setup.guard is None else Checkpoints(setup.output, folder=BEST, limit=1)
+        self._best = None if setup.guard is None else Checkpoints(setup.output, folder=BEST_DIR, limit=1)
         if self._best is not None:
-            self._best.forget_after(setup.first_step)
+            self._best.delete_after(setup.first_step)
 
     def save(self, done: int, state: TrainState) -> None:
         """Start saving a regular checkpoint of the state after `done` steps."""
-        self._regular.save(done, state, position=done, **self._about)
+        self._regular.save(done, state, position=done, **self._metadata)
 
     def save_best(self, done: int, state: TrainState) -> None:
         """Start saving the state after `done` steps as the best so far."""
-        self._best.save(done, state, position=done, **self._about)
+        self._best.save(done, state, position=done, **self._metadata)
 
-    def told(self) -> str:
+    def describe_best(self) -> str:
         """Where the best checkpoint is, in words."""
         found = self._best.latest()
         return "no checkpoint was within it" if found is None else f"the best checkpoint is {found}"
@@ -141,8 +139,8 @@ def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
     """A preview by the averaged weights, where there are any."""
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
-        with setup.launch.scope():
-            log.info("preview: %s", setup.previews.draw(step, *setup.launch.local((weights, setup.frozen))))
+        with setup.partitioner.scope():
+            log.info("preview: %s", setup.previews.draw(step, *setup.partitioner.addressable((weights, setup.frozen))))
 
 
 class Recorder:
@@ -153,11 +151,11 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, setup: Setup):
         self._config, self._setup = config, setup
-        speaks = is_speaker()
+        speaks = is_main_process()
         self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if speaks else []
         quiet = {} if speaks else {"disable": True}
         self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **quiet)
-        earlier = read_rows(setup.output / METRICS) if speaks else []  # no one else has the file
+        earlier = read_rows(setup.output / METRICS_FILE) if speaks else []  # no one else has the file
         self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
         self._pending: list[dict[str, jax.Array]] = []
         self._images = self._tflops = self._waited = 0.0
@@ -171,7 +169,7 @@ class Recorder:
         yield
         self._since += time.perf_counter() - before
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, while it is noted how long they are waited for."""
         while True:
             since = time.perf_counter()
@@ -199,7 +197,7 @@ class Recorder:
         Raises FloatingPointError where the loss is not finite, or rewards were not in ten steps in a row.
         """
         steps = jax.device_get(self._pending)
-        row = summarise(steps) | dict(more or {})
+        row = summarize(steps) | dict(more or {})
         if self._setup.step_settings.rollouts is not None:
             row["reward_fallbacks"] = self._fallbacks.count(steps, done)
         seconds = time.perf_counter() - self._since
@@ -212,7 +210,7 @@ class Recorder:
         }
         for tracker in self._trackers:
             tracker.write(done, row)
-        self._bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row}, refresh=False)
+        self._bar.set_postfix({name: f"{row[name]:.4g}" for name in PROGRESS_METRICS if name in row}, refresh=False)
         self._bar.update(done - self._bar.n)
         self._pending, self._images, self._tflops, self._waited = [], 0.0, 0.0, 0.0
         self._since = time.perf_counter()
@@ -236,10 +234,10 @@ class _Stop:
 
 
 @contextmanager
-def sigterm_noted():
+def catch_sigterm():
     """Within, SIGTERM only sets `is_set` of the value yielded, so that the step in progress can end.
 
-    With several processes JAX itself listens for it, in the name of all (`distributed.all_stop`).
+    With several processes JAX itself listens for it, in the name of all (`distributed.should_stop`).
     """
     stop = _Stop()
     if jax.process_count() > 1:

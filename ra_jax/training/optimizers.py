@@ -35,7 +35,7 @@ def _names(params):
     return jax.tree_util.tree_map_with_path(name, params)
 
 
-def decayed(params):
+def weight_decay_mask(params):
     """True for the leaves that weight decay applies to: matrices, not biases, norms or scales."""
     return jax.tree.map(lambda name: name in MATRICES, _names(params))
 
@@ -58,13 +58,13 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
     b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
     match config.optimizer:
         case "adamw":
-            return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=decayed)
+            return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=weight_decay_mask)
         case "adafactor":
             # Optax applies its decay undivided by the learning rate: scaled here to mean what it means for AdamW.
             return optax.chain(
                 optax.adafactor(None, multiply_by_parameter_scale=False),
                 # adafactor without a learning rate returns descent directions; decay pulls the same way.
-                optax.add_decayed_weights(-decay, mask=decayed),
+                optax.add_decayed_weights(-decay, mask=weight_decay_mask),
                 optax.scale_by_schedule(schedule),
             )
         case "muon":
@@ -72,7 +72,7 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
                 schedule,
                 beta=b1,
                 weight_decay=decay,
-                weight_decay_mask=decayed,
+                weight_decay_mask=weight_decay_mask,
                 adam_b1=b1,
                 adam_b2=b2,
                 eps=eps,

@@ -12,10 +12,10 @@ from ra_jax.inference.sampling import initial_noise
 from ra_jax.models.fill_model import FillModel
 from ra_jax.outputs import replace_file
 from ra_jax.parallel.partitioner import fetch
-from ra_jax.parallel.processes import is_speaker
+from ra_jax.parallel.processes import is_main_process
 from ra_jax.reporting.contact_sheet import contact_sheet
 from ra_jax.rewards.registry import total_reward
-from ra_jax.training.step.state import keys_for, stream
+from ra_jax.training.step.state import example_keys, stream_key
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
@@ -38,7 +38,7 @@ class Previews:
 
     def __init__(self, output_dir: Path, model: FillModel, remove: Callable, loader: Loader, seed: int):
         self.folder = output_dir / "previews"
-        self._model, self._remove, self._key = model, remove, stream(seed, "previews")
+        self._model, self._remove, self._key = model, remove, stream_key(seed, "previews")
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
 
     def draw(self, step: int, trainable, frozen) -> Path:
@@ -46,7 +46,7 @@ class Previews:
         rows = []
         for batch in self._batches:
             panels = {name: batch[name] for name in ("source", "reference", "mask", "redux_pixels") if name in batch}
-            keys = keys_for(self._key, batch["record_id"])
+            keys = example_keys(self._key, batch["record_id"])
             noise = np.asarray(initial_noise(self._model, keys, *batch["mask"].shape[1:]))
             images, _ = self._remove(trainable, frozen, panels, noise)
             images = np.asarray(fetch(images) * 255.0 + 0.5, np.uint8)
@@ -54,7 +54,7 @@ class Previews:
             truth = batch.get("result", np.full_like(batch["source"], 255))  # white where nobody knows it
             rows += zip(batch["source"], masks, images, truth, strict=True)
         path = self.folder / f"step_{step:06d}.png"
-        if is_speaker():
+        if is_main_process():
             self.folder.mkdir(exist_ok=True)
             sheet = contact_sheet(rows)
             with replace_file(path) as draft:

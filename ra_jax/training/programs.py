@@ -13,8 +13,8 @@ import numpy as np
 from ra_jax.data.batch import Batch, has_results
 from ra_jax.errors import ConfigError
 from ra_jax.models.fill_model import Weights
-from ra_jax.parallel.compilation import device_memory, forget_traces, memory_needed
-from ra_jax.parallel.partitioner import Launch, Step, abstract, scalars
+from ra_jax.parallel.compilation import clear_jit_caches, device_memory, program_memory
+from ra_jax.parallel.partitioner import Partitioner, Step, abstract, scalars
 from ra_jax.training.fallbacks import FALLBACK
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
@@ -22,7 +22,7 @@ from ra_jax.training.step.state import TrainState
 log = logging.getLogger(__name__)
 
 
-class StepPrograms:
+class CompiledSteps:
     """`train_step` with the state donated, launched as `launch` does; len(): programs so far.
 
     make_step: settings -> train step; conditions: of a microbatch on one device; rewarded: whether rewards are due in
@@ -38,23 +38,23 @@ class StepPrograms:
         self,
         make_step: Callable[[StepSettings], Step],
         settings: StepSettings,
-        launch: Launch,
+        partitioner: Partitioner,
         conditions: int,
-        rewarded: Callable[[int], bool] = lambda step: True,
+        computes_rewards: Callable[[int], bool] = lambda step: True,
     ):
-        self._make_step, self._settings, self._launch, self._due = make_step, settings, launch, rewarded
+        self._make_step, self._settings, self._launch, self._due = make_step, settings, partitioner, computes_rewards
         self._conditions = conditions
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._fallbacks = 0  # not yet told
-        self._traced = False  # something since `forget_traces`
+        self._traced = False  # something since `clear_jit_caches`
 
     def prepare(self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0) -> None:
         """Have the program for batches of these shapes, now or soon. Only shapes and types are read."""
         key = self._key(batch, step)
         if key not in self._programs:
             arguments = abstract((state, frozen, batch))
-            if self._rewarded(step):
+            if self._computes_rewards(step):
                 # Asked here, in the order of all processes, not in the thread.
                 compiling = self._compiler.submit(self._compile_with_rewards, arguments, device_memory())
             else:
@@ -73,21 +73,21 @@ class StepPrograms:
             self._fallbacks = 0
         return state, metrics
 
-    def forget_traces(self) -> None:
-        """`launch.forget_traces`, once programs have been compiled and none is being compiled."""
+    def clear_jit_caches(self) -> None:
+        """`launch.clear_jit_caches`, once programs have been compiled and none is being compiled."""
         if self._traced and all(compiling.done() for compiling in self._programs.values()):
-            forget_traces(jax.default_backend())
+            clear_jit_caches(jax.default_backend())
             self._traced = False
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def _rewarded(self, step: int) -> bool:
+    def _computes_rewards(self, step: int) -> bool:
         return self._settings.rollouts is not None and self._due(step)
 
     def _key(self, batch: Batch, step: int) -> tuple:
         shapes = tuple((name, array.shape, str(array.dtype)) for name, array in sorted(batch.items()))
-        return shapes, self._rewarded(step)
+        return shapes, self._computes_rewards(step)
 
     def _compile(self, settings: StepSettings, arguments):
         return self._launch.compile(self._make_step(settings), *arguments)
@@ -131,4 +131,4 @@ class StepPrograms:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return None, math.inf
-        return program, memory_needed(program)
+        return program, program_memory(program)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ra_jax.checkpoints import BEST
+from ra_jax.checkpoints import BEST_DIR
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
@@ -22,31 +22,37 @@ from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
 from ra_jax.interop.diffusers import FILL_PARTS, LoadedModel, load_fill_model, read_configs
 from ra_jax.interop.hub import resolve
-from ra_jax.models.blocks import blocks_apart
+from ra_jax.models.blocks import unstack_blocks
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import FillGeometry, abstract_fill_model
 from ra_jax.models.options import model_options
 from ra_jax.parallel.compilation import device_memory
-from ra_jax.parallel.partitioner import Launch, make_launch
-from ra_jax.parallel.processes import is_speaker, wait_for_all
-from ra_jax.reporting.trackers import FILE as METRICS
-from ra_jax.reporting.trackers import read_rows
+from ra_jax.parallel.partitioner import Partitioner, make_partitioner
+from ra_jax.parallel.processes import barrier, is_main_process
+from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
 from ra_jax.rewards.registry import RewardInputs
-from ra_jax.training.agreement import plan_of, refuse_other_plans
-from ra_jax.training.build import first_state, objective_settings, step_settings
-from ra_jax.training.dataset import RunData, batch_parts, load_run_data, plain_loader, rows_of_step, training_loader
+from ra_jax.training.agreement import check_same_plan, run_signature
+from ra_jax.training.build import initial_state, objective_settings, step_settings
+from ra_jax.training.dataset import (
+    RunData,
+    batch_parts,
+    load_run_data,
+    single_record_loader,
+    step_rows,
+    training_loader,
+)
 from ra_jax.training.drift import DriftGuard
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.previews import Previews, preview_records
-from ra_jax.training.programs import StepPrograms
+from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.resume import (
     check_run_outputs,
+    check_seed,
     checkpoint_to_resume,
-    claim_output_dir,
-    first_weights,
-    refuse_another_seed,
-    resumed,
+    initial_params,
+    prepare_output_dir,
+    restore_state,
 )
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
@@ -68,31 +74,31 @@ class Setup:
     """
 
     output: Path
-    launch: Launch
+    partitioner: Partitioner
     loaded: LoadedModel
     frozen: Weights
     loader: Loader
     parts: frozenset[Part]
-    accumulation: int
+    microbatches: int
     conditions: int
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     step_settings: StepSettings
-    rewarded: Callable[[int], bool]
+    computes_rewards: Callable[[int], bool]
     state: TrainState
     first_step: int
     total_steps: int
     previews: Previews | None
     guard: DriftGuard | None
 
-    def step_programs(self) -> StepPrograms:
+    def compiled_steps(self) -> CompiledSteps:
         """`train_step` as programs; it compiles once a bucket, and once more for steps without rewards."""
 
         def make_step(settings: StepSettings):
             return make_train_step(self.objective_of(settings), self.optimizer, settings)
 
-        return StepPrograms(make_step, self.step_settings, self.launch, self.conditions, self.rewarded)
+        return CompiledSteps(make_step, self.step_settings, self.partitioner, self.conditions, self.computes_rewards)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of this run's steps, where the launch wants them.
@@ -104,13 +110,13 @@ class Setup:
         first = next(batches)
         check_schema(first, self.parts)
         for rows in chain([first], batches):
-            yield self.launch.put_batch(rows, self.accumulation)
+            yield self.partitioner.put_batch(rows, self.microbatches)
 
-    def first_of_each_kind(self) -> list[int]:
+    def first_step_per_program(self) -> list[int]:
         """The first steps of this run that need a program of their own: with rewards, and without."""
         first = {}
         for step in range(self.first_step, self.total_steps):
-            first.setdefault(self.rewarded(step), step)
+            first.setdefault(self.computes_rewards(step), step)
             if len(first) == 2 or self.step_settings.rollouts is None:
                 break
         return list(first.values())
@@ -131,45 +137,45 @@ def set_up(config: TrainConfig) -> Setup:
     resume_from = checkpoint_to_resume(config, output)
     check_run_outputs(config, output, resume_from)
     if resume_from is not None:
-        refuse_another_seed(resume_from, config.run.seed)
+        check_seed(resume_from, config.run.seed)
     data = load_run_data(config)
-    refuse_other_plans(plan_of(config, data.records, data.previewed, resume_from))
-    launch = make_launch(config.parallel)
-    rows = rows_of_step(config, launch)
-    rewards = rewards_of(config, data.buckets, has_target=data.has_target)
-    loaded = load_model(config, launch)
-    refuse_other_plans({"base model": loaded.fingerprint})
+    check_same_plan(run_signature(config, data.records, data.held_out, resume_from))
+    partitioner = make_partitioner(config.parallel)
+    rows = step_rows(config, partitioner)
+    rewards = make_rewards(config, data.buckets, has_target=data.has_target)
+    loaded = load_model(config, partitioner)
+    check_same_plan({"base model": loaded.fingerprint})
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, data.buckets, schedule, loaded)
     loader = training_loader(config, data, loaded, rows)
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
-    state = launch.make(partial(first_state, config, optimizer), first_weights(config, loaded))
+    state = partitioner.init(partial(initial_state, config, optimizer), initial_params(config, loaded))
     first_step = 0
     if resume_from is not None:
-        state, first_step = resumed(resume_from, state, loaded.fingerprint, config)
+        state, first_step = restore_state(resume_from, state, loaded.fingerprint, config)
     objective = Objective(loaded.model, schedule, objective_settings(config))
     previews = make_previews(config, output, data, loaded, schedule)
     guard = make_guard(config, data, loaded, objective)
     if guard is not None and first_step:
-        remember_best(guard, output, first_step, config.mode)
-    claim_once(config, output, keep=resume_from is not None)
+        restore_best(guard, output, first_step, config.mode)
+    prepare_output_dir_once(config, output, keep=resume_from is not None)
     shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
     return Setup(
         output=output,
-        launch=launch,
+        partitioner=partitioner,
         loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # no second copy stays
-        frozen=launch.spread(frozen_for_steps(loaded.frozen)),
+        frozen=partitioner.shard(prepare_frozen(loaded.frozen)),
         loader=loader,
         parts=batch_parts(config, results=data.has_target, latents=data.latents),
-        accumulation=config.run.gradient_accumulation_steps,
-        conditions=config.run.train_batch_size // launch.shards,
+        microbatches=config.run.gradient_accumulation_steps,
+        conditions=config.run.train_batch_size // partitioner.shards,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
         step_settings=step_settings(config, rewards),
-        rewarded=config.rollouts.due,
-        state=launch.spread(state),
+        computes_rewards=config.rollouts.due,
+        state=partitioner.shard(state),
         first_step=first_step,
         total_steps=total_steps,
         previews=previews,
@@ -177,22 +183,22 @@ def set_up(config: TrainConfig) -> Setup:
     )
 
 
-def claim_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """`claim_output_dir` by the main process, once every process has come through its checks."""
-    wait_for_all("checked")  # nobody may take what is claimed now for an earlier run
-    if is_speaker():
-        claim_output_dir(config, output, keep=keep)
-    wait_for_all("claimed")
+def prepare_output_dir_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
+    """`prepare_output_dir` by the main process, once every process has come through its checks."""
+    barrier("checked")  # nobody may take what is claimed now for an earlier run
+    if is_main_process():
+        prepare_output_dir(config, output, keep=keep)
+    barrier("claimed")
 
 
-def frozen_for_steps(frozen: Weights) -> Weights:
-    """The frozen weights as steps are compiled for: on a CPU alone, blocks as arrays of their own (`blocks_apart`)."""
+def prepare_frozen(frozen: Weights) -> Weights:
+    """The frozen weights in the form that steps take: on one CPU device, an array per block (`unstack_blocks`)."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
-        return frozen | {"flux": blocks_apart(frozen["flux"])}
+        return frozen | {"flux": unstack_blocks(frozen["flux"])}
     return frozen
 
 
-def refuse_too_large(config: TrainConfig, geometry: FillGeometry) -> None:
+def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
     """Raise ConfigError where a device has no room for all weights, of which each has a copy under pmap."""
     _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
     needed, room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
@@ -203,26 +209,26 @@ def refuse_too_large(config: TrainConfig, geometry: FillGeometry) -> None:
         )
 
 
-def load_model(config: TrainConfig, launch: Launch) -> LoadedModel:
+def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
     """The base with fresh experts and router, or without them where the whole transformer is trained.
 
     Raises ConfigError, before any weights are read, where the launch does not suit a transformer of these sizes.
     """
     fill = config.model.pretrained_model_name_or_path
     geometry = FillGeometry(*read_configs(resolve(fill, FILL_PARTS), None))
-    launch.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
+    partitioner.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
     if config.parallel.parallelism == "pmap":
-        refuse_too_large(config, geometry)
+        check_fits(config, geometry)
     return load_fill_model(
         fill,
         config.model.pretrained_redux_model_name_or_path,
         model_options(config),
         seed=config.run.seed,
-        placement=launch.placement,
+        placement=partitioner.placement,
     )
 
 
-def rewards_of(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
+def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
     """The rewards of automatic mode, each tried on shapes of every bucket; none in the other modes.
 
     Raises RewardError for one that is unknown, raises, or returns anything but [B] numbers.
@@ -260,8 +266,8 @@ def make_previews(
     """Previews of some of the records' scenes; None with `--validation_steps 0`."""
     if not config.logging.validation_steps:
         return None
-    chosen = preview_records(data.previewed, config.grpo.reward_weights, config.logging.num_validation_images)
-    loader = plain_loader(config, chosen, loaded)
+    chosen = preview_records(data.held_out, config.grpo.reward_weights, config.logging.num_validation_images)
+    loader = single_record_loader(config, chosen, loaded)
     remove = make_remover(
         loaded.model,
         schedule,
@@ -275,13 +281,13 @@ def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objectiv
     """The guard of --max_drift over some of the held-out records; None without it."""
     if config.run.max_drift is None:
         return None
-    chosen = preview_records(data.previewed, config.grpo.reward_weights, HELD_OUT_RECORDS)
-    loader = plain_loader(config, chosen, loaded)
+    chosen = preview_records(data.held_out, config.grpo.reward_weights, HELD_OUT_RECORDS)
+    loader = single_record_loader(config, chosen, loaded)
     return DriftGuard(objective, loader, limit=config.run.max_drift, seed=config.run.seed)
 
 
-def remember_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
+def restore_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
     """Tell a resumed run's guard which of the run's checkpoints was its best so far."""
-    kept = {int(path.name) for path in (output / BEST).glob("*") if path.name.isdecimal()}
-    rows = (row for row in read_rows(output / METRICS) if row["step"] <= first_step)
-    guard.remember((row for row in rows if row["step"] in kept), mode)
+    kept = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
+    rows = (row for row in read_rows(output / METRICS_FILE) if row["step"] <= first_step)
+    guard.restore_best_score((row for row in rows if row["step"] in kept), mode)

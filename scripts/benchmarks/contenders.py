@@ -105,7 +105,7 @@ def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
 
     from ra_jax.config.settings import ExpertsConfig
     from ra_jax.models.attention import implementation_for
-    from ra_jax.models.blocks import blocks_apart
+    from ra_jax.models.blocks import unstack_blocks
     from ra_jax.models.flux import FluxConfig
     from ra_jax.models.geometry import FillGeometry, abstract_fill_model, random_weights
     from ra_jax.models.options import ModelOptions, expert_configs
@@ -129,7 +129,7 @@ def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
     )
     trainable, frozen = random_weights(shapes, jax.random.key(0))
     if not on_gpu:
-        frozen["flux"] = blocks_apart(frozen["flux"])  # as training does on a CPU
+        frozen["flux"] = unstack_blocks(frozen["flux"])  # as training does on a CPU
     return model, trainable, frozen
 
 
@@ -155,7 +155,7 @@ def our_experience(model, geometry: Geometry):
     region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
     encoded = Encoded(condition, normal(b, n, 64), region)
     batch = {"record_id": jnp.arange(b), "mask": jnp.zeros((b, 1, 1), jnp.uint8)}
-    batch |= {name: jnp.ones(b) for name in ("imitation_weight", "condition_weight")}
+    batch |= {name: jnp.ones(b) for name in ("sample_weight", "condition_weight")}
     return jax.tree.map(lambda x: x[None], Experience(encoded, model.router_features(condition), batch))
 
 
@@ -209,14 +209,14 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
     """The step that trains, compiled as training compiles it."""
     import jax
 
-    from ra_jax.parallel.compilation import compiled, forget_traces
+    from ra_jax.parallel.compilation import clear_jit_caches, compile_lowered
 
     learn_step, arguments = our_step(geometry, experts, rank, options["gradient_checkpointing"])
     since = time.perf_counter()
     lowered = jax.jit(learn_step, donate_argnums=0).lower(*arguments)
-    compiled_step = compiled(lowered, jax.default_backend())
+    compiled_step = compile_lowered(lowered, jax.default_backend())
     seconds = time.perf_counter() - since
-    forget_traces(jax.default_backend())  # as training does
+    clear_jit_caches(jax.default_backend())  # as training does
     kind = jax.devices()[0].device_kind
     trainable = arguments[0].trainable["flux"]
     facts = {
@@ -340,7 +340,7 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
         fits = False
     if not fits:  # what the exception held is free now
         optimizer.zero_grad(set_to_none=True)
-        gc.collect()
+        gc.collect_experience()
         torch.cuda.empty_cache()
         model.enable_gradient_checkpointing()
         since = time.perf_counter()

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from ra_jax.config.parse import load_toml
-from ra_jax.reporting.trackers import FILE, read_rows
+from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def main(measurement: Measurement) -> None:
     }
     flags = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
     trained, train_memory, first = timed(
-        "ra_jax.train", "--config", str(measurement.config), *flags, watched=run / FILE
+        "ra_jax.train", "--config", str(measurement.config), *flags, watched=run / METRICS_FILE
     )
     removal = ("--source_image", held_out, "--experts", str(run), "--output_dir", str(root / "removals"))
     removed, remove_memory, _ = timed("ra_jax.infer", *removal, "--num_inference_steps", "12")
 
-    rows = read_rows(run / FILE)
+    rows = read_rows(run / METRICS_FILE)
     renewal = load_toml(measurement.config)["policy_sync_steps"]
     clip = [row["clip_fraction_at_sync"] for row in rows if row["step"] % renewal == 0]
     total = prepared + trained + removed

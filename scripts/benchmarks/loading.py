@@ -63,12 +63,12 @@ def load(folder: str, address: str, count: int, number: int) -> None:
     from ra_jax.interop.diffusers import load_fill_model
     from ra_jax.models.options import ModelOptions
     from ra_jax.parallel.mesh import make_mesh
-    from ra_jax.parallel.partitioner import MeshLaunch
+    from ra_jax.parallel.partitioner import MeshPartitioner
 
-    launch = MeshLaunch(make_mesh(fsdp=count))
+    partitioner = MeshPartitioner(make_mesh(fsdp=count))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = held("VmRSS")
-    loaded = load_fill_model(folder, None, ModelOptions("float32", 512), placement=launch.placement)
+    loaded = load_fill_model(folder, None, ModelOptions("float32", 512), placement=partitioner.placement)
     jax.block_until_ready(loaded.frozen)
     print(json.dumps({"peak": held("VmHWM") - before, "kept": held("VmRSS") - before}), flush=True)
     if count > 1:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tyro
 
 from ra_jax.checkpoints import find_checkpoint
-from ra_jax.reporting.trackers import FILE, read_rows
+from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 CLOCK = ("step_time", "data_wait", "images_per_second", "tflops_per_second_per_device")
 
@@ -44,7 +44,7 @@ def main(check: Check) -> None:
     subprocess.run(check.command("straight", "--overwrite_output_dir"), check=True)
     killed = subprocess.Popen(check.command("killed", "--overwrite_output_dir"))
     run, half = check.root / "killed", check.steps // 2
-    while not ((run / "checkpoints" / str(half)).exists() and len(read_rows(run / FILE)) >= half + 3):
+    while not ((run / "checkpoints" / str(half)).exists() and len(read_rows(run / METRICS_FILE)) >= half + 3):
         if killed.poll() is not None:
             sys.exit("the run that was to be killed ended by itself: give more --steps")
         time.sleep(0.05)
@@ -52,7 +52,7 @@ def main(check: Check) -> None:
     killed.wait()
     if (found := find_checkpoint(run).name) != str(half):
         sys.exit(f"killed too late: the newest checkpoint is {found}, not {half}; give more --steps")
-    print(f"killed after step {read_rows(run / FILE)[-1]['step']}, checkpoint {half}", flush=True)
+    print(f"killed after step {read_rows(run / METRICS_FILE)[-1]['step']}, checkpoint {half}", flush=True)
     subprocess.run(check.command("killed", "--resume_from_checkpoint", "latest"), check=True)
 
     states = []
@@ -62,7 +62,7 @@ def main(check: Check) -> None:
     ours, theirs = states
     differing = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
     rows = [
-        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(check.root / name / FILE)]
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(check.root / name / METRICS_FILE)]
         for name in ("straight", "killed")
     ]
     print(f"arrays of the state that differ: {len(differing)} of {len(ours)} {differing[:5]}")

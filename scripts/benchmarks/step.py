@@ -32,12 +32,12 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import random_weights
-from ra_jax.parallel.compilation import memory_needed
-from ra_jax.training.build import first_state
+from ra_jax.parallel.compilation import program_memory
+from ra_jax.training.build import initial_state
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.encode import Context, encode
-from ra_jax.training.step.experience import Experience, collect
-from ra_jax.training.step.generation import decode_panels, reward_inputs, roll_out_members, scores_of
+from ra_jax.training.step.experience import Experience, collect_experience
+from ra_jax.training.step.generation import decode_panels, generate_samples, reward_inputs
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
@@ -80,7 +80,7 @@ class Step:
         state, frozen, batch = traced.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
         batch = {name: drawn(name, x) for name, x in batch.items()}
-        state = jax.jit(partial(first_state, config, traced.optimizer))(trainable)
+        state = jax.jit(partial(initial_state, config, traced.optimizer))(trainable)
         return cls(traced.objective, traced.optimizer, traced.settings, state, frozen, batch)
 
 
@@ -115,7 +115,7 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     """Compiled functions of no arguments, in the order of a step, and the `whole` of it."""
     objective, settings, optimizer = step.objective, step.settings, step.optimizer
     state, frozen, batch, rollouts = step.state, step.frozen, step.batch, step.settings.rollouts
-    region, fresh = objective.settings.loss_region, jnp.asarray(True)
+    region, on_policy = objective.settings.loss_region, jnp.asarray(True)
     first = jax.tree.map(lambda x: x[0], batch)
 
     encode_ = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
@@ -125,10 +125,10 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
         return Context(frozen, first, encoded, state.seed, state.temperature)
 
     roll_out = jax.jit(
-        lambda state, frozen: roll_out_members(objective, replace(rollouts, rewards=()), state, context_of(frozen))[0]
+        lambda state, frozen: generate_samples(objective, replace(rollouts, rewards=()), state, context_of(frozen))[0]
     )
-    members = roll_out(state, frozen)
-    clean = members.clean
+    samples = roll_out(state, frozen)
+    clean = samples.clean
     grid = encoded.condition.grid
     decode = jax.jit(
         lambda frozen, clean: jax.lax.map(lambda x: decode_panels(objective, rollouts, frozen, x, grid), clean)
@@ -136,23 +136,21 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     images = decode(frozen, clean)
     inputs = jax.jit(lambda frozen: reward_inputs(objective, rollouts, context_of(frozen)))(frozen)
     score = jax.jit(
-        lambda inputs, images: jax.lax.map(
-            lambda image: scores_of(rollouts.rewards, replace(inputs, image=image)), images
-        )
+        lambda inputs, images: jax.lax.map(lambda image: score(rollouts.rewards, replace(inputs, image=image)), images)
     )
 
     def gather(state, frozen):
-        return collect(objective, replace(settings, drift_interval=0), state, frozen, batch, fresh)[0]
+        return collect_experience(objective, replace(settings, drift_interval=0), state, frozen, batch, on_policy)[0]
 
     # What `gather` would bring, without compiling rollouts and decoding once more; advantages do not change the time.
     old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
     advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
-    of_first = Experience(encoded, objective.features(encoded), members=members, advantages=advantages, old=old)
+    of_first = Experience(encoded, objective.features(encoded), samples=samples, advantages=advantages, old=old)
     experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), of_first)
-    experience = replace(experience, batch=batch, sound=jnp.asarray(True))
+    experience = replace(experience, batch=batch, rewards_finite=jnp.asarray(True))
     update = jax.jit(
         lambda state, frozen, experience: learn(
-            StepProgram(objective, optimizer, settings), state, frozen, experience, fresh=fresh
+            StepProgram(objective, optimizer, settings), state, frozen, experience, on_policy=on_policy
         )
     )
     found = {
@@ -205,12 +203,12 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
         setup = prepared(measurement, folder, num_generations=generations)
         batch = next(setup.batches())
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
-        program = setup.launch.compile(step, setup.state, setup.frozen, batch)
+        program = setup.partitioner.compile(step, setup.state, setup.frozen, batch)
         microbatches, rows, height, width, _ = batch["source"].shape
         tokens = 2 * height * width // setup.loaded.model.multiple**2
         latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
         temporary = program.memory_analysis().temp_size_in_bytes
-        print(f"| {generations} | {temporary / 1e6:.2f} | {memory_needed(program) / 1e6:.2f} | {latents / 1e6:.3f} |")
+        print(f"| {generations} | {temporary / 1e6:.2f} | {program_memory(program) / 1e6:.2f} | {latents / 1e6:.3f} |")
 
 
 def main(measurement: Measurement) -> None:

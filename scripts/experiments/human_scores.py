@@ -26,7 +26,7 @@ from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantise, rule_scores, scenes, stack
+from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantize, rule_scores, scenes, stack
 from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import initial_noise, make_remover
@@ -38,7 +38,7 @@ from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import total_reward
 from ra_jax.training.loop import train
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.state import keys_for, stream
+from ra_jax.training.step.state import example_keys, stream_key
 
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
 UNSCORED = dict.fromkeys(SCORED, False) | {
@@ -177,7 +177,7 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
     for name in seconds:
         output = experiment.root / "runs" / f"{mix}-time-{name}"
         setup = set_up(training_config(experiment, paths, name, output, steps=steps, seed=0))
-        runs[name] = [setup, setup.step_programs(), setup.state, setup.batches()]
+        runs[name] = [setup, setup.compiled_steps(), setup.state, setup.batches()]
     for _ in range(steps):
         for name, (setup, step, state, batches) in runs.items():
             batch = next(batches)
@@ -198,7 +198,7 @@ def measure_limits(experiment: Experiment, measure: "Measure", mix: str) -> None
 def measure_run(measure: "Measure", output: Path, cell: Path, about: dict) -> None:
     """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
     images = measure.generate(output)
-    np.savez_compressed(output / "generated.npz", images=quantise(images[:8]))
+    np.savez_compressed(output / "generated.npz", images=quantize(images[:8]))
     write_cell(measure.experiment, cell, measure(images), about)
 
 
@@ -279,7 +279,7 @@ class Measure:
 
     def panels(self) -> dict[str, np.ndarray]:
         """The held-out scenes as the loader would give them."""
-        as_bytes = {name: quantise(getattr(self.scenes, name)) for name in ("source", "reference")}
+        as_bytes = {name: quantize(getattr(self.scenes, name)) for name in ("source", "reference")}
         pixels = np.stack([self.loaded.preprocess(Image.fromarray(panel)) for panel in as_bytes["reference"]])
         return as_bytes | {"mask": self.scenes.mask.astype(np.uint8), "redux_pixels": pixels}
 
@@ -293,7 +293,7 @@ class Measure:
     def generate_with(self, weights: dict) -> np.ndarray:
         """The same by these experts and router."""
         panels, count = self.panels(), self.experiment.held_out
-        keys = keys_for(stream(0, "held-out"), jnp.arange(count))
+        keys = example_keys(stream_key(0, "held-out"), jnp.arange(count))
         noise = initial_noise(self.loaded.model, keys, *panels["mask"].shape[1:])
         batches = [slice(i, i + 32) for i in range(0, count, 32)]
         images = [
@@ -395,7 +395,7 @@ def print_differences(cells: dict) -> None:
 def draw_sheet(experiment: Experiment, mix: str) -> None:
     """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
     held_out = stack(scenes(DemoSettings().seed, experiment.first_scene, 8, DemoSettings().size))
-    columns = [quantise(panel) for panel in (held_out.source, held_out.truth)]
+    columns = [quantize(panel) for panel in (held_out.source, held_out.truth)]
     for method in METHODS:
         file = experiment.run_dir(mix, method, experiment.seeds[0]) / "generated.npz"
         if file.exists():

@@ -30,7 +30,7 @@ def main(
     """Print a row a run; `scenes` held-out ones are looked at."""
     measure = Measure(Experiment(held_out=scenes, first_scene=HELD_OUT + 60_000), DemoPaths(demo))
     model, panels = measure.loaded.model, measure.panels()
-    gates_of = jax.jit(
+    gates_from_features = jax.jit(
         lambda weights, frozen, panels: model.gates(weights, diptych_condition(model, frozen, panels))[0]
     )
     order = np.argsort(measure.scenes.mask.mean((1, 2)), kind="stable")
@@ -39,7 +39,7 @@ def main(
     print("| run | usage | gates, small masks | gates, large masks | gates, all |\n" + "| --- " * 5 + "|")
     for run in runs:
         weights = restore(find_checkpoint(run), measure.loaded.trainable, prefix="trainable")
-        gates = np.asarray(gates_of(weights, measure.loaded.frozen, panels))
+        gates = np.asarray(gates_from_features(weights, measure.loaded.frozen, panels))
         usage = np.bincount(gates.argmax(1), minlength=gates.shape[1]) / scenes
         differs = np.abs(gates[small].mean(0) - gates[large].mean(0)).max() > LEAST_DIFFERENCE
         columns = (usage, gates[small].mean(0), gates[large].mean(0), gates.mean(0))

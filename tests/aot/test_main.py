@@ -11,12 +11,12 @@ from jax.experimental import topologies
 
 from ra_jax.aot import __main__ as aot
 from ra_jax.aot import topology
-from ra_jax.aot.abstract_step import geometry_of, smaller, trace
+from ra_jax.aot.abstract_step import read_geometry, smaller_configs, trace
 from ra_jax.aot.topology import Chip, topology_devices
 from ra_jax.config.parse import parse
 from ra_jax.errors import ConfigError
 from ra_jax.models.geometry import FLUX_FILL_DEV
-from ra_jax.parallel.partitioner import MeshLaunch
+from ra_jax.parallel.partitioner import MeshPartitioner
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.training.flops import attention_flops, expert_flops, forward_flops
 
@@ -80,10 +80,10 @@ def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsy
     whole = size((state, frozen, batch))
     # What a standard step does not look at, such as the VAE's decoder, takes no room.
     assert whole - size(frozen["vae"]) <= told["argument_bytes"] * 1.001 <= whole * 1.001
-    forward = forward_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    forward = forward_flops(read_geometry(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
     shapes = {name: x.shape for name, x in named_leaves(state.trainable["flux"]).items()}
     experts = expert_flops(shapes, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
-    attention = attention_flops(geometry_of(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
+    attention = attention_flops(read_geometry(config).flux, image_tokens=2 * 32 * 32 // 8**2, context_tokens=8 + 4)
     # 4 records; forward, the gradient of activations, of which attention's products have two, the experts' own.
     assert told["flops"] == pytest.approx(4 * (2 * forward + attention + 3 * experts))
     assert told["compute_seconds"] == pytest.approx(told["flops"] / CHIP.peak)
@@ -100,7 +100,7 @@ def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, m
         tried.append(batch["mask"].shape[:2])
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
 
-    monkeypatch.setattr(MeshLaunch, "compile", compile_)
+    monkeypatch.setattr(MeshPartitioner, "compile", compile_)
     on_this_cpu(CHIP)
     with pytest.raises(SystemExit) as ended:
         aot.main(["--topology", "v5e:1x1", *flags])
@@ -114,21 +114,21 @@ def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, m
 def test_with_a_policy_its_points_may_be_taken_one_by_one(flags):
     human = ["--use_grpo", "--use_human_scores", "--enable_grpo_rewards", "--enable_grpo_loss"]
     config = parse([*flags, *human, "--train_json_path", "none", "--output_dir", "none"])
-    assert [one.model.gradient_checkpointing for one in smaller(config, 1)[:2]] == ["full", "points"]
+    assert [one.model.gradient_checkpointing for one in smaller_configs(config, 1)[:2]] == ["full", "points"]
 
 
 def test_without_a_folder_only_flux_fills_sizes_are_known():
     places = ["--train_json_path", "none", "--output_dir", "none"]
-    assert geometry_of(parse(places)) == FLUX_FILL_DEV
+    assert read_geometry(parse(places)) == FLUX_FILL_DEV
     with pytest.raises(ConfigError, match="someone/other: no folder here, and only the sizes of"):
-        geometry_of(parse([*places, "--pretrained_model_name_or_path", "someone/other"]))
+        read_geometry(parse([*places, "--pretrained_model_name_or_path", "someone/other"]))
 
 
 def test_each_model_is_read_from_its_folder_or_known(flags, tiny_fill, tiny_redux):
     places = ["--train_json_path", "none", "--output_dir", "none"]
-    fill = geometry_of(parse([*places, "--pretrained_model_name_or_path", str(tiny_fill)]))
-    redux = geometry_of(parse([*places, "--pretrained_redux_model_name_or_path", str(tiny_redux)]))
-    both = geometry_of(parse([*places, *flags]))
+    fill = read_geometry(parse([*places, "--pretrained_model_name_or_path", str(tiny_fill)]))
+    redux = read_geometry(parse([*places, "--pretrained_redux_model_name_or_path", str(tiny_redux)]))
+    both = read_geometry(parse([*places, *flags]))
     assert (fill.flux, fill.vae, fill.vision) == (both.flux, both.vae, FLUX_FILL_DEV.vision)
     assert (redux.flux, redux.vision, redux.embedder) == (FLUX_FILL_DEV.flux, both.vision, both.embedder)
 
@@ -224,7 +224,7 @@ def test_figures_replace_earlier_ones_beside_a_run(tmp_path, monkeypatch):
     (tmp_path / "checkpoints/4").mkdir(parents=True)
     (tmp_path / "fits.json").write_text('{"topology": "v5e:1x1", "fits": false}')
     report = {"topology": "v6e:1x1", "fits": True}
-    monkeypatch.setattr(aot, "tell", lambda *of: report)
+    monkeypatch.setattr(aot, "report", lambda *of: report)
     given = ["--json", str(tmp_path / "fits.json"), "--use_lora", "--init_experts_from", str(tmp_path)]
     aot.main(["--topology", "v6e:1x1", *given])
     assert json.loads((tmp_path / "fits.json").read_text()) == report

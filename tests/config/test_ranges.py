@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from ra_jax.config.checks import problems
+from ra_jax.config.checks import find_problems
 from ra_jax.config.parse import from_flat_dict
 from ra_jax.config.ranges import (
     Range,
@@ -127,7 +127,7 @@ def test_every_flags_edges(name, config):
 
     def messages(value):
         changed = replace(getattr(config, field), **{name: (value,) if many else value})
-        return list(problems(replace(config, **{field: changed})))
+        return list(find_problems(replace(config, **{field: changed})))
 
     def message(value):
         return f"{name} = {value}: expected {limit.expected}"

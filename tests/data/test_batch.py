@@ -24,7 +24,7 @@ def zeros(parts, **changes):
         ({"photos", "redux", "results"}, {"source", "reference", "redux_pixels", "result"}),
         ({"latents", "results"}, {"masked_latents", "image_tokens", "result_latents"}),
         ({"photos", "latents"}, {"source", "reference", "masked_latents", "image_tokens"}),
-        ({"training"}, {"imitation_weight"}),
+        ({"training"}, {"sample_weight"}),
         ({"training", "rewards"}, set(VALUES)),
     ],
 )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ra_jax.data.formats import named_alike, pictures_by_stem
+from ra_jax.data.formats import match_stem, pictures_by_stem
 
 
 def folder_with(folder, *names):
@@ -21,6 +21,6 @@ def test_pictures_are_found_by_stem_sorted_and_nothing_else(tmp_path):
 
 def test_the_picture_of_the_same_name_goes_before_those_of_the_stem():
     pictures = {"a": [Path("masks/a.jpg"), Path("masks/a.png")]}
-    assert named_alike("a.png", pictures) == Path("masks/a.png")
-    assert named_alike("photos/a.webp", pictures) == Path("masks/a.jpg")
-    assert named_alike("b.png", pictures) is None
+    assert match_stem("a.png", pictures) == Path("masks/a.png")
+    assert match_stem("photos/a.webp", pictures) == Path("masks/a.jpg")
+    assert match_stem("b.png", pictures) is None

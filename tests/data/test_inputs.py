@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ra_jax.data.inputs import flag_inputs, input_paths, loose_paths, record_paths
+from ra_jax.data.inputs import flag_inputs, image_paths, input_paths, record_paths
 from ra_jax.data.packs import Pack, PackedPicture
 from ra_jax.data.records import load_records
 
@@ -55,9 +55,9 @@ def test_of_a_folder_of_pictures_its_files_are_read_and_nothing_below(data):
     Path("elsewhere.png").write_bytes(b"")
     Path("set/mask/link.png").symlink_to("../../elsewhere.png")
     expected = {Path("set/mask"), Path("set/mask/link.png"), *names("mask")}
-    assert set(input_paths("set/mask")) == set(loose_paths(Path("set/mask"))) == expected
-    assert set(loose_paths(Path("set"))) == {Path("set")}  # though it is a data set, too
-    assert loose_paths(Path("elsewhere.png")) == [Path("elsewhere.png")]
+    assert set(input_paths("set/mask")) == set(image_paths(Path("set/mask"))) == expected
+    assert set(image_paths(Path("set"))) == {Path("set")}  # though it is a data set, too
+    assert image_paths(Path("elsewhere.png")) == [Path("elsewhere.png")]
 
 
 def test_records_name_files_or_their_pack(data, monkeypatch):

@@ -11,8 +11,8 @@ def blobs(seed, size=(48, 64)):
     y, x = np.mgrid[: size[0], : size[1]]
     mask = np.zeros(size, bool)
     for _ in range(rng.integers(1, 4)):
-        centre, radii = rng.uniform([5, 5], [size[0] - 5, size[1] - 5]), rng.uniform(1, 9, 2)
-        mask |= ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 <= 1
+        center, radii = rng.uniform([5, 5], [size[0] - 5, size[1] - 5]), rng.uniform(1, 9, 2)
+        mask |= ((y - center[0]) / radii[0]) ** 2 + ((x - center[1]) / radii[1]) ** 2 <= 1
     mask[rng.integers(size[0]), rng.integers(size[1])] = True
     return mask
 

@@ -82,8 +82,8 @@ def test_records_are_checked_as_those_of_files(data_folder, tmp_path):
     folder = data_folder(results=2)
     del folder.records[1]["result"], folder.records[1]["scores"]
     write_pack(load_records(folder.write(), need_result=False), tmp_path / "packed")
-    _, faults = check_records(tmp_path / "packed", use_human_scores=True)
-    assert [(fault.record, fault.field) for fault in faults] == [(1, "result"), (1, "scores")]
+    _, errors = check_records(tmp_path / "packed", use_human_scores=True)
+    assert [(fault.record, fault.field) for fault in errors] == [(1, "result"), (1, "scores")]
 
 
 def test_pictures_that_records_share_are_written_once(files, pack):

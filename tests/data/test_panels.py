@@ -35,7 +35,7 @@ def test_crop_holds_the_mask_and_the_shape_of_the_bucket():
     assert 50 < stretched < 450
 
 
-def test_crop_centres_the_mask_as_far_as_the_photo_reaches():
+def test_crop_centers_the_mask_as_far_as_the_photo_reaches():
     assert crop_window((100, 300), (64, 64), (140, 40, 160, 60)) == (100, 0, 200, 100)
     assert crop_window((100, 300), (64, 64), (0, 40, 20, 60)) == (0, 0, 100, 100)
     assert crop_window((300, 100), (64, 64), (40, 270, 60, 300)) == (0, 200, 100, 300)
@@ -124,7 +124,7 @@ def test_turned_by_exif(data_folder):
     np.testing.assert_array_equal(turned.mask, upright.mask)
 
 
-def test_reference_of_another_size_is_whole_and_centred_on_white(record):
+def test_reference_of_another_size_is_whole_and_centered_on_white(record):
     panels = load_panels(record((24, 24), Image.new("RGB", (10, 20), "red")), (32, 32))
     expected = np.full((32, 32, 3), 255)
     expected[:, 8:24] = (255, 0, 0)

@@ -334,15 +334,15 @@ def test_all_faults_together_twenty_in_full(data_folder):
     assert message.startswith(f"{path}: 28 faults")
     assert sum("no such file" in line for line in message.splitlines()) == 20
     assert "and 8 more: `python -m ra_jax.data validate" in message
-    records, faults = check_records(path)
-    assert not records and len(faults) == 28
-    fields = {fault.field for fault in faults if fault.record == 23}
+    records, errors = check_records(path)
+    assert not records and len(errors) == 28
+    fields = {fault.field for fault in errors if fault.record == 23}
     assert fields == {"extra", "src", "scores[0]", "scores[1]", "scores[2]"}
 
 
 def test_sound_records_survive_the_check(data_folder):
     data = data_folder(sizes=[(24, 24)] * 2)
     data.records[2]["mask"] = "none.png"
-    records, faults = check_records(data.write())
+    records, errors = check_records(data.write())
     assert [record.index for record in records] == [0, 1, 3]
-    assert len(faults) == 1
+    assert len(errors) == 1

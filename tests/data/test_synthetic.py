@@ -17,7 +17,7 @@ from ra_jax.data.synthetic import (
     defect_basis,
     make_scene,
     measure_defects,
-    quantise,
+    quantize,
     rule_scores,
     scenes,
     stack,
@@ -112,7 +112,7 @@ def test_strengths_are_measured_jointly_and_with_their_sign(views):
 def test_strengths_survive_8_bits():
     for number, scene in enumerate(scenes(5, 0, 60, 64)):
         strengths = candidate_strengths("no_clean", 5, number)
-        written = quantise(apply_defects(scene, strengths)) / 255
+        written = quantize(apply_defects(scene, strengths)) / 255
         assert np.abs(measure_defects(written, scene) - strengths).max() < 0.03
 
 

@@ -44,7 +44,7 @@ def test_training_reconstructs_and_standardises(images):
     vae = train_vae(images, images[::-1], replace(TINY_VAE, block_out_channels=(8, 8, 8)), training)
     diptych = np.concatenate([images, images[::-1]], axis=2)
     mean, _ = vae.encode(2.0 * diptych - 1.0)
-    latents = np.asarray(vae.normalise(mean))
+    latents = np.asarray(vae.normalize(mean))
     assert abs(latents.mean()) < 0.05 and abs(latents.std() - 1.0) < 0.05
     error = np.asarray(vae.decode(mean) + 1.0) / 2.0 - diptych
     assert (error**2).mean() < 0.5 * diptych.var()  # most of the variance; an untrained one explains none of it

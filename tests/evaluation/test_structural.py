@@ -46,7 +46,7 @@ def test_equal_pictures_are_1_and_inverted_ones_below_0(pictures):
     assert mean_ssim(ssim_map(first, 1.0 - first)) < 0.0
 
 
-def test_a_region_counts_the_windows_centred_in_it(pictures):
+def test_a_region_counts_the_windows_centered_in_it(pictures):
     similarity = ssim_map(*pictures)
     region = np.zeros((17, 20), bool)
     region[6, 7] = True

@@ -3,7 +3,7 @@ import io
 
 import numpy as np
 
-from ra_jax.evaluation.table import COLUMNS, csv_text, summarise, table_text, worst_first
+from ra_jax.evaluation.table import COLUMNS, csv_text, summarize, table_text, worst_first
 
 ROWS = [
     {
@@ -22,7 +22,7 @@ ROWS = [
 
 
 def test_statistics_are_of_the_values_that_are_there():
-    summary = summarise(ROWS)
+    summary = summarize(ROWS)
     assert summary["psnr"] == {"mean": 20.0, "median": 20.0, "std": 10.0, "count": 2}
     lpips = np.array([0.1, 0.4, 0.2])
     assert summary["lpips"] == {"mean": lpips.mean(), "median": 0.2, "std": lpips.std(), "count": 3}

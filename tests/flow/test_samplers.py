@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.flow.samplers import diffusion, euler, sde_transition, stochastic, window_starts
+from ra_jax.flow.samplers import diffusion_coefficient, sample_euler, sample_sde, sde_transition, window_starts
 from ra_jax.flow.schedule import FlowSchedule
 
 if find_spec("torch"):
@@ -27,14 +27,16 @@ def test_steps_are_those_of_diffusers():
     for timestep in scheduler.timesteps:
         x = scheduler.step(torch.sin(3 * x) + timestep / 1000 * x, timestep, x).prev_sample
 
-    ours = euler(lambda x, t: jnp.sin(3 * x) + t[:, None, None] * x, NOISE, schedule.sampling_times(steps, tokens))
+    ours = sample_euler(
+        lambda x, t: jnp.sin(3 * x) + t[:, None, None] * x, NOISE, schedule.sampling_times(steps, tokens)
+    )
     np.testing.assert_allclose(ours, x.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_field_gives_the_product_of_its_steps():
     times = np.array([1.0, 0.7, 0.65, 0.2, 0.0])
     rates = np.array([0.5, -2.0], np.float32)[:, None, None]
-    ours = euler(lambda x, t: rates * x, NOISE, times)
+    ours = sample_euler(lambda x, t: rates * x, NOISE, times)
     growth = np.prod([1 - (a - b) * rates for a, b in pairwise(times)], axis=0)
     np.testing.assert_allclose(ours, growth * NOISE, rtol=1e-5)
 
@@ -43,12 +45,12 @@ def test_the_field_of_one_clean_image_leads_to_it_in_any_steps():
     clean = np.random.default_rng(1).normal(size=NOISE.shape).astype(np.float32)
     for steps in (1, 9):
         times = FlowSchedule().sampling_times(steps, 256)
-        ours = euler(lambda x, t: (x - clean) / t[:, None, None], NOISE, times)
+        ours = sample_euler(lambda x, t: (x - clean) / t[:, None, None], NOISE, times)
         np.testing.assert_allclose(ours, clean, atol=1e-5)
 
 
 def test_latents_of_half_precision_are_integrated_in_float32():
-    ours = euler(lambda x, t: jnp.full_like(x, 1e-4), jnp.ones((1, 2), jnp.bfloat16), np.linspace(1, 0, 11))
+    ours = sample_euler(lambda x, t: jnp.full_like(x, 1e-4), jnp.ones((1, 2), jnp.bfloat16), np.linspace(1, 0, 11))
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, 1 - 1e-4, rtol=1e-6)
 
@@ -84,7 +86,7 @@ def sample(times, level, start, *, steps_noisy=None, first=0):
         return jax.random.normal(jax.random.fold_in(key, step), start.shape)
 
     run = jax.jit(
-        lambda x: stochastic(optimal_velocity, x, times, draw, noise_level=level, first=first, count=steps_noisy)
+        lambda x: sample_sde(optimal_velocity, x, times, draw, noise_level=level, first=first, count=steps_noisy)
     )
     return run(start)
 
@@ -105,7 +107,7 @@ def test_eight_stochastic_steps_have_the_moments_of_the_discrete_recursion():
     # The recursion is not the ODE's, and the samples would tell.
     ode_mean, ode_variance = affine_recursion(times, 0.0)
     assert abs(ode_variance - variance) > 20 * variance * np.sqrt(2 / final.size)
-    assert_moments(np.asarray(euler(optimal_velocity, start, times), np.float64), ode_mean, ode_variance)
+    assert_moments(np.asarray(sample_euler(optimal_velocity, start, times), np.float64), ode_mean, ode_variance)
 
 
 def test_many_stochastic_steps_keep_the_marginals():
@@ -124,9 +126,9 @@ def test_noise_comes_in_the_window_alone_and_its_states_are_kept():
     quiet, _ = sample(times, 0.0, start)
     final, states = sample(times, LEVEL, start, steps_noisy=2, first=3)
     assert states.shape == (3, 4, 3)
-    np.testing.assert_allclose(quiet, euler(optimal_velocity, start, times), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(states[0], euler(optimal_velocity, start, times[:4]), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(final, euler(optimal_velocity, states[2], times[5:]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(quiet, sample_euler(optimal_velocity, start, times), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[0], sample_euler(optimal_velocity, start, times[:4]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(final, sample_euler(optimal_velocity, states[2], times[5:]), rtol=1e-5, atol=1e-6)
     assert np.abs(final - quiet).max() > 0.01
     for before, after, step in ((states[0], states[1], 3), (states[1], states[2], 4)):
         t, t_next = (jnp.full(4, times[step + i]) for i in (0, 1))
@@ -137,7 +139,7 @@ def test_noise_comes_in_the_window_alone_and_its_states_are_kept():
 
 def test_diffusion_is_off_where_it_would_be_infinite():
     t = jnp.asarray([0.1, 0.5, 0.9, 0.91, 1.0])
-    np.testing.assert_allclose(diffusion(t, 0.7), [0.7 / 3, 0.7, 2.1, 0.0, 0.0], rtol=1e-5)
+    np.testing.assert_allclose(diffusion_coefficient(t, 0.7), [0.7 / 3, 0.7, 2.1, 0.0, 0.0], rtol=1e-5)
 
 
 def test_windows_start_after_step_0_in_the_noisier_half_where_there_is_noise():

@@ -85,8 +85,8 @@ def test_training_times_are_logit_normal_around_the_shift(tokens, dynamic):
     assert times.dtype == np.float32
     times = np.sort(np.asarray(times, np.float64))
     assert 0 < times[0] < times[-1] < 1
-    centre = calculate_shift(tokens) if dynamic else math.log(schedule.shift)
-    normal = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in np.log(times / (1 - times)) - centre])
+    center = calculate_shift(tokens) if dynamic else math.log(schedule.shift)
+    normal = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in np.log(times / (1 - times)) - center])
     steps = np.arange(count + 1) / count
     distance = max(np.abs(normal - steps[1:]).max(), np.abs(normal - steps[:-1]).max())
     assert distance < 1.95 / math.sqrt(count)

@@ -5,9 +5,9 @@ from ra_jax.inference.blend import blend_weights, paste
 from ra_jax.inference.crop import Crop, panel_sizes, plan_crop
 
 
-def disc(shape, centre, radius):
+def disc(shape, center, radius):
     y, x = np.ogrid[: shape[0], : shape[1]]
-    distance = np.hypot(y - centre[0], x - centre[1])
+    distance = np.hypot(y - center[0], x - center[1])
     return np.where(distance <= radius, 255, 0).astype(np.uint8), distance - radius
 
 

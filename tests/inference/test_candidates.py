@@ -8,7 +8,7 @@ from ra_jax.data.formats import RECORDS
 from ra_jax.data.records import load_records
 from ra_jax.errors import DataError
 from ra_jax.inference.candidates import (
-    check_replaced,
+    check_overwrite,
     find_scenes,
     plan_candidates,
     scene_names,
@@ -18,9 +18,9 @@ from ra_jax.inference.candidates import (
 SIZE = (40, 30)
 
 
-def photo(path, colour=(200, 100, 50)):
+def photo(path, color=(200, 100, 50)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", SIZE, colour).save(path)
+    Image.new("RGB", SIZE, color).save(path)
     return path
 
 
@@ -48,7 +48,7 @@ def constant(photo, mask, reference, seed):
 
 def make(scenes, seeds, folder, remove=constant, overwrite=False):
     candidates = plan_candidates(scenes, seeds, folder)
-    check_replaced(candidates, overwrite=overwrite)
+    check_overwrite(candidates, overwrite=overwrite)
     return list(write_candidates(candidates, remove))
 
 

@@ -62,7 +62,7 @@ def test_random_masks_keep_every_promise():
             assert (height / (bottom - top)) / (width / (right - left)) == pytest.approx(1, abs=0.02)
 
 
-def test_a_small_mask_is_enlarged_up_to_the_limit_and_centred():
+def test_a_small_mask_is_enlarged_up_to_the_limit_and_centered():
     mask = blob((1000, 1000), 500, 480, 510, 490)
     crop = plan_crop(mask, SIZES, multiple=MULTIPLE, max_upscale=2.0)
     assert crop.size == (512, 512)

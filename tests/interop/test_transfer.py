@@ -81,11 +81,11 @@ def test_a_long_report_is_cut_and_counted(copied):
     assert len(missing) == 20
 
 
-def test_quantised_files_are_refused(copied, change_tensors):
-    def quantise(tensors):
+def test_quantized_files_are_refused(copied, change_tensors):
+    def quantize(tensors):
         tensors["decoder.conv_in.bias"] = np.zeros(tensors["decoder.conv_in.bias"].shape, np.int8)
 
-    change_tensors(copied, "vae", quantise)
+    change_tensors(copied, "vae", quantize)
     message = r"1 of a type other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"
     with pytest.raises(WeightError, match=message):
         load_vae(copied)

@@ -11,7 +11,7 @@ from PIL import Image
 from ra_jax.interop.diffusers import load_fill_model, load_flux, load_vae
 from ra_jax.interop.hub import fingerprint
 from ra_jax.models.conditioning import Condition
-from ra_jax.models.fill_model import assemble
+from ra_jax.models.fill_model import assemble_model
 from ra_jax.models.lora import Adapter, LoRAConfig
 from ra_jax.models.options import ModelOptions
 from ra_jax.models.router import RouterConfig
@@ -135,4 +135,4 @@ def test_a_transformer_and_a_vae_of_different_models_are_told(make_tiny_fill):
     with pytest.raises(
         ValueError, match=r"takes 96 channels and gives 16, .* \(4 latent channels, factor 8\) takes 288"
     ):
-        assemble(flux, vae, None, None, text_tokens=8)
+        assemble_model(flux, vae, None, None, text_tokens=8)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.attention import rope_table
-from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, blocks_apart
+from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, unstack_blocks
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.flux import Flux, FluxConfig, FluxOptions, RotaryNorm, gelu, modulate
 
@@ -108,7 +108,7 @@ def test_blocks_apart_compute_the_same(tmp_path):
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, (2, 3))
     graph, stacked = nnx.split(flux)
-    apart = blocks_apart(stacked)
+    apart = unstack_blocks(stacked)
     double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # the only ones that are few enough
     assert len(jax.tree.leaves(apart)) == len(jax.tree.leaves(stacked)) + double
     run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
@@ -192,8 +192,8 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(np.asarray(norm, np.float64), expected, rtol=1.01 * 2**-8)  # rounded once
     shift, scale = (jnp.full((2, 512), value, jnp.bfloat16) for value in (0.5, 2.0))
-    centred = exact - exact.mean(-1, keepdims=True)
-    expected = 3 * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + 0.5
+    centered = exact - exact.mean(-1, keepdims=True)
+    expected = 3 * centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6) + 0.5
     got = modulate(x, shift, scale)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.models.products import apart_on_gpu, expert_product, kept_for_gradient, summed_over_tokens
+from ra_jax.models.products import expert_product, save_for_backward, sum_over_tokens, unfused_on_gpu
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 3), (3, 12), (5, 5)])
@@ -33,12 +33,12 @@ def test_types_of_gradients_are_those_of_what_they_are_of():
 def test_the_sum_over_tokens_is_exact_beyond_the_bits_of_its_factors(narrow_out):
     """2 · 4096 ones in bfloat16, whose own sums stop at 256."""
     x, gradient = jnp.ones((2, 4096, 3), jnp.bfloat16), jnp.ones((2, 4096, 2), jnp.bfloat16)
-    found = jax.jit(summed_over_tokens, static_argnames="narrow_out")(x, gradient, narrow_out=narrow_out)
+    found = jax.jit(sum_over_tokens, static_argnames="narrow_out")(x, gradient, narrow_out=narrow_out)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, np.full((3, 2), 8192.0))
 
 
-@pytest.mark.parametrize("barrier", [kept_for_gradient, apart_on_gpu])
+@pytest.mark.parametrize("barrier", [save_for_backward, unfused_on_gpu])
 def test_barriers_change_no_value_and_no_gradient(barrier):
     x = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
     value, gradient = jax.value_and_grad(lambda x: (barrier(x) ** 3).sum())(x)

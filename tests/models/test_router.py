@@ -189,13 +189,13 @@ def loss_of(gates, mean, **options):
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
-@pytest.mark.parametrize("specialisation", [0.5, 0.2])
-def test_diversity_loss_of_uniform_and_one_hot_gates(experts, specialisation):
+@pytest.mark.parametrize("specialization", [0.5, 0.2])
+def test_diversity_loss_of_uniform_and_one_hot_gates(experts, specialization):
     mean = np.full(experts, 1 / experts, np.float32)
     uniform, one_hot = np.tile(mean, (2 * experts, 1)), np.tile(np.eye(experts, dtype=np.float32), (2, 1))
     full = math.log(experts)
-    options = {"specialisation": specialisation}
-    np.testing.assert_allclose(loss_of(uniform, mean, **options), (specialisation - 1) * full, rtol=1e-5)
+    options = {"specialization": specialization}
+    np.testing.assert_allclose(loss_of(uniform, mean, **options), (specialization - 1) * full, rtol=1e-5)
     np.testing.assert_allclose(loss_of(one_hot, mean, **options), -full, rtol=1e-5)  # the minimum
     collapsed = np.tile(np.eye(experts, dtype=np.float32)[0], (4, 1))
     np.testing.assert_allclose(loss_of(collapsed, collapsed[0], **options), 0, atol=1e-5)
@@ -206,7 +206,7 @@ def test_diversity_value_and_running_mean_follow_the_formula():
     gates = rng.dirichlet(np.ones(3), size=5).astype(np.float32)
     weights = np.array([1, 0.5, 0.5, 1, 0], np.float32)  # rows 1 and 2 are one condition, row 4 is padding
     mean = rng.dirichlet(np.ones(3)).astype(np.float32)
-    loss, new_mean = diversity_loss(gates, weights, mean, decay=0.8, specialisation=0.3)
+    loss, new_mean = diversity_loss(gates, weights, mean, decay=0.8, specialization=0.3)
     batch_mean = (weights[:, None] * gates).sum(0) / 3
     expected_mean = 0.8 * mean + 0.2 * batch_mean
     np.testing.assert_allclose(new_mean, expected_mean, rtol=1e-6)
@@ -224,7 +224,7 @@ def test_balance_gradient_is_not_scaled_by_the_decay():
     mean = gates.mean(axis=0)  # then the mixed mean is the same for every decay, and the gradient known
     expected = np.tile((np.log(mean) + 1) / 4, (4, 1))
     for decay in (0.0, 0.9, 0.99):
-        grad = jax.grad(lambda gates, decay=decay: loss_of(gates, mean, decay=decay, specialisation=0.0))(gates)
+        grad = jax.grad(lambda gates, decay=decay: loss_of(gates, mean, decay=decay, specialization=0.0))(gates)
         np.testing.assert_allclose(grad, expected, rtol=1e-5)
     # The running mean passes no gradient.
     carried = jax.grad(lambda gates: diversity_loss(gates, jnp.ones(4), jnp.asarray(mean))[1].sum())(gates)
@@ -251,7 +251,7 @@ def test_sums_over_devices_give_the_loss_of_the_whole_batch():
         np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-5)
 
 
-def test_a_lopsided_router_balances_and_specialises():
+def test_a_lopsided_router_balances_and_specializes():
     features = make_features(64)
     start_weights = (0.8, 0.12, 0.08)  # no two equal: nothing here would tell them apart
     router = make_router(trained=False, fixed_weights=start_weights)

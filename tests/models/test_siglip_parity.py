@@ -105,7 +105,7 @@ def test_preprocess_is_that_of_transformers(saved, mode, size):
     np.testing.assert_array_equal(ours, theirs.transpose(1, 2, 0))
 
 
-def test_preprocess_of_a_picture_that_fits_only_normalises(saved):
+def test_preprocess_of_a_picture_that_fits_only_normalizes(saved):
     values = np.random.default_rng(2).integers(0, 256, (30, 30, 3), np.uint8)
     np.testing.assert_allclose(preprocess(saved)(Image.fromarray(values)), values / 127.5 - 1.0, atol=1e-6)
 

@@ -130,11 +130,11 @@ def test_a_fresh_model_learns_to_reconstruct():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_normalise_is_that_of_flux_and_is_undone():
+def test_normalize_is_that_of_flux_and_is_undone():
     vae = AutoencoderKL(replace(SMALL, scaling_factor=0.5, shift_factor=0.2), rngs=nnx.Rngs(0))
     latents = jnp.linspace(-2, 2, 12).reshape(1, 2, 2, 3)
-    np.testing.assert_allclose(vae.normalise(latents), (latents - 0.2) * 0.5, rtol=1e-6)
-    np.testing.assert_allclose(vae.denormalise(vae.normalise(latents)), latents, rtol=1e-6)
+    np.testing.assert_allclose(vae.normalize(latents), (latents - 0.2) * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(vae.denormalize(vae.normalize(latents)), latents, rtol=1e-6)
 
 
 def test_bfloat16_compute_stays_close():

@@ -9,7 +9,7 @@ launch then restores every other's checkpoint, and those. Prints a JSON line:
 
     places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
     restored  {"name in launch": the leaves whose values or places differ from what they should be}
-    local     {launch: on how many devices the state's `Launch.local` is}
+    local     {launch: on how many devices the state's `Partitioner.addressable` is}
     attention {launch: the implementation that was chosen}
     gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
               the shapes of the compiled step's all-gathers
@@ -42,13 +42,13 @@ from ra_jax.config.parse import from_flat_dict  # noqa: E402
 from ra_jax.interop import diffusers as weights_of  # noqa: E402
 from ra_jax.models import blocks as block_loop  # noqa: E402
 from ra_jax.parallel.mesh import make_mesh  # noqa: E402
-from ra_jax.parallel.partitioner import MeshLaunch, fetch, scalars  # noqa: E402
+from ra_jax.parallel.partitioner import MeshPartitioner, fetch, scalars  # noqa: E402
 from ra_jax.parallel.partitioning import STACKED, named_leaves  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.step.train_step import make_train_step  # noqa: E402
 
 block_loop.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
-folder, make_launch = Path(job["folder"]), setting_up.make_launch
+folder, make_partitioner = Path(job["folder"]), setting_up.make_partitioner
 implementation_for, chosen = weights_of.implementation_for, []
 
 
@@ -76,23 +76,23 @@ def run(name: str, flags: dict):
     """(one copy of the state after the steps, places, devices of `local`, `gathered_blocks`) with files written."""
     config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
     setup = setting_up.set_up(config)
-    state, launch, losses, program = setup.state, setup.launch, [], None
+    state, partitioner, losses, program = setup.state, setup.partitioner, [], None
     for batch in islice(setup.batches(), job["steps"]):
         if program is None:
             settings = replace(setup.step_settings, drift_interval=0)  # a smaller program
             step = make_train_step(setup.objective, setup.optimizer, settings)
-            program = launch.compile(step, state, setup.frozen, batch)
+            program = partitioner.compile(step, state, setup.frozen, batch)
         state, metrics = program(state, setup.frozen, batch)
         losses.append(float(scalars(metrics)["train_loss"]))
     places = {leaf: spec_of(x) for leaf, x in named_leaves((state, setup.frozen, batch)).items()}
-    whole = launch.whole(state)
+    whole = partitioner.unshard(state)
     checkpoints = Checkpoints(config.run.output_dir)
     checkpoints.save(job["steps"], whole, position=job["steps"], config={}, base=setup.loaded.fingerprint)
     checkpoints.close()
     values = values_of(whole)
     if jax.process_index() == 0:
         np.savez(folder / f"{name}.npz", losses=losses, **values)
-    local = len(jax.tree.leaves(launch.local(state))[0].devices())
+    local = len(jax.tree.leaves(partitioner.addressable(state))[0].devices())
     return whole, places, local, gathered_blocks((state.trainable, setup.frozen), program.as_text())
 
 
@@ -121,17 +121,17 @@ def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list
 states, places, local, gathered, attention = {}, {}, {}, {}, {}
 for name, flags in job["launches"].items():
     if flags.pop("one_device", False):
-        setting_up.make_launch = lambda config: MeshLaunch(make_mesh(devices=jax.devices()[:1]))
+        setting_up.make_partitioner = lambda config: MeshPartitioner(make_mesh(devices=jax.devices()[:1]))
     states[name], places[name], local[name], gathered[name] = run(name, flags)
-    setting_up.make_launch = make_launch
+    setting_up.make_partitioner = make_partitioner
     attention[name] = chosen[-1]
 found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
-for launch, state in states.items():
+for partitioner, state in states.items():
     for name, at in found.items():
-        if name != launch:
+        if name != partitioner:
             with np.load(at.with_suffix(".npz")) as saved:
                 checkpoint = at / "checkpoints" / str(job["steps"])
-                restored[f"{name} in {launch}"] = differences(checkpoint, state, saved)
+                restored[f"{name} in {partitioner}"] = differences(checkpoint, state, saved)
 told = {"places": places, "restored": restored, "local": local, "attention": attention, "gathered": gathered}
 print(json.dumps(told))

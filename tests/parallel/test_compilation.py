@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from ra_jax.parallel.compilation import device_memory, keep_compiled
+from ra_jax.parallel.compilation import device_memory, enable_compilation_cache
 
 
 def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
@@ -24,11 +24,11 @@ def cache_dir():
 
 
 def test_compiled_programs_are_kept_by_default(cache_dir, monkeypatch, tmp_path):
-    keep_compiled("auto")
+    enable_compilation_cache("auto")
     assert jax.config.jax_compilation_cache_dir == cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled("auto")
+    enable_compilation_cache("auto")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ra_jax/compiled")
-    keep_compiled("none")
+    enable_compilation_cache("none")
     assert jax.config.jax_compilation_cache_dir is None

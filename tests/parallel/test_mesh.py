@@ -14,7 +14,7 @@ from ra_jax.errors import ConfigError
 from ra_jax.models.flux import FluxConfig
 from ra_jax.parallel.collectives import map_microbatches
 from ra_jax.parallel.mesh import check_batch, check_heads, check_width, make_mesh
-from ra_jax.parallel.partitioner import MeshLaunch, PmapLaunch, make_launch
+from ra_jax.parallel.partitioner import MeshPartitioner, PmapPartitioner, make_partitioner
 from ra_jax.parallel.partitioning import partition_spec
 from ra_jax.training import setup as setting_up
 from ra_jax.training.setup import set_up
@@ -74,10 +74,10 @@ def test_batches_and_heads_that_a_mesh_does_not_divide_are_refused():
 
 @pytest.mark.parametrize(("heads", "told"), [(9, "--mesh_tensor 2 does not"), (2, "--mesh_fsdp 8 does not")])
 def test_a_launch_refuses_what_its_mesh_does_not_divide(heads, told):
-    launch = MeshLaunch(AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor")))
+    partitioner = MeshPartitioner(AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor")))
     flux = FluxConfig(num_attention_heads=heads, attention_head_dim=14, axes_dims_rope=(4, 4, 6))
     with pytest.raises(ConfigError, match=told):
-        launch.check(heads=flux.num_attention_heads, width=flux.inner_dim)
+        partitioner.check(heads=flux.num_attention_heads, width=flux.inner_dim)
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,17 @@ def test_slices_of_chips_are_joined_by_data_and_nodes_of_gpus_by_any_axis():
 
 def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
     with pytest.raises(ConfigError, match="knows no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
-        make_launch(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
-    assert list(make_launch(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
+        make_partitioner(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
+    assert list(make_partitioner(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
     with pytest.raises(ConfigError, match="= 6 cannot be shared out over 4 replicas; give --train_batch_size 8"):
-        PmapLaunch(AbstractMesh((4,), ("replica",))).rows(6)
+        PmapPartitioner(AbstractMesh((4,), ("replica",))).rows(6)
 
 
 def test_heads_are_looked_at_before_any_weights_are_read(make_config, monkeypatch):
     def refuse(self, *, heads, width):
         raise ConfigError(f"{heads} heads")
 
-    monkeypatch.setattr(MeshLaunch, "check", refuse)
+    monkeypatch.setattr(MeshPartitioner, "check", refuse)
     monkeypatch.setattr("ra_jax.training.setup.load_fill_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match="heads"):
         set_up(make_config())

@@ -12,7 +12,7 @@ import pytest
 
 from ra_jax.checkpoints import restore
 from ra_jax.config.parse import from_flat_dict, to_flat_dict
-from ra_jax.parallel.compilation import forget_traces
+from ra_jax.parallel.compilation import clear_jit_caches
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.training.setup import set_up
 
@@ -156,7 +156,7 @@ def test_replicas_on_one_device_have_the_same_base(make_config):
     mesh, replicas = (
         set_up(make_config(parallelism=parallelism, overwrite_output_dir=True)) for parallelism in ("mesh", "pmap")
     )
-    jax.tree.map(np.testing.assert_array_equal, replicas.launch.whole(replicas.frozen), mesh.frozen)
+    jax.tree.map(np.testing.assert_array_equal, replicas.partitioner.whole(replicas.frozen), mesh.frozen)
     leaves = jax.tree.leaves(mesh.frozen["flux"], is_leaf=lambda x: isinstance(x, tuple))
     assert any(isinstance(leaf, tuple) for leaf in leaves)
 
@@ -165,9 +165,9 @@ def test_traces_are_forgotten_where_they_take_memory_of_the_devices():
     traced = []
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
     double(1.0)
-    forget_traces("tpu")
+    clear_jit_caches("tpu")
     double(1.0)
     assert len(traced) == 1
-    forget_traces("cpu")
+    clear_jit_caches("cpu")
     double(1.0)
     assert len(traced) == 2

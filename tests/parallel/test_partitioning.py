@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from ra_jax.parallel.partitioning import AXES, by_record, gathered
+from ra_jax.parallel.partitioning import AXES, gather_params, shard_batch
 
 
 @pytest.fixture
@@ -24,18 +24,18 @@ def constraints():
 
 def test_records_are_shared_out_where_the_devices_divide_them(constraints):
     batch = P(("data", "fsdp"))
-    assert constraints(by_record, (jnp.zeros((16, 3)), jnp.zeros(8))) == [batch, batch]
-    assert constraints(lambda x: by_record(x, axis=1), jnp.zeros((3, 16))) == [P(None, ("data", "fsdp"))]
-    assert constraints(by_record, jnp.zeros((3, 16))) == []  # a preview's
+    assert constraints(shard_batch, (jnp.zeros((16, 3)), jnp.zeros(8))) == [batch, batch]
+    assert constraints(lambda x: shard_batch(x, axis=1), jnp.zeros((3, 16))) == [P(None, ("data", "fsdp"))]
+    assert constraints(shard_batch, jnp.zeros((3, 16))) == []  # a preview's
 
 
 def test_a_blocks_parameters_are_gathered_from_fsdp_and_stay_on_tensor(constraints):
     block = {"attn": {"to_q": {"kernel": jnp.zeros((64, 64)), "lora_a": jnp.zeros((64, 12))}}}
-    assert constraints(gathered, block) == [P(None, "tensor"), P(None, None)]
+    assert constraints(gather_params, block) == [P(None, "tensor"), P(None, None)]
     model = {"x_embedder": {"kernel": jnp.zeros((384, 64))}, "transformer_blocks": {"stacked": jnp.zeros((2, 64, 64))}}
-    assert constraints(gathered, model) == [P(None, None)]  # of the blocks each is gathered on its turn
+    assert constraints(gather_params, model) == [P(None, None)]  # of the blocks each is gathered on its turn
 
 
 def test_without_a_mesh_nothing_is_asked_for():
-    jaxpr = jax.make_jaxpr(lambda x: by_record(gathered({"kernel": x})))(jnp.zeros((16, 16)))
+    jaxpr = jax.make_jaxpr(lambda x: shard_batch(gather_params({"kernel": x})))(jnp.zeros((16, 16)))
     assert not jaxpr.eqns

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ra_jax.checkpoints import find_checkpoint, read_about
+from ra_jax.checkpoints import find_checkpoint, read_metadata
 from ra_jax.config.parse import from_flat_dict, to_toml
 from ra_jax.config.settings import ParallelConfig
 from ra_jax.errors import ConfigError
 from ra_jax.parallel import processes as distributed
-from ra_jax.parallel.processes import check_address, launched_by, own_gpus, tasks_of_nodes
+from ra_jax.parallel.processes import check_address, detect_launcher, local_gpu_ids, tasks_per_node
 from ra_jax.reporting.trackers import read_rows
 
 
@@ -35,16 +35,16 @@ def machine(tmp_path, monkeypatch):
 
 def test_launchers_tell_by_their_number_of_processes(machine):
     at = machine(False)
-    assert launched_by({"SLURM_STEP_NUM_TASKS": "4"}, at) == "Slurm"
-    assert launched_by({"OMPI_COMM_WORLD_SIZE": "2"}, at) == "Open MPI"
-    assert launched_by({"SLURM_STEP_NUM_TASKS": "1"}, at) is None
-    assert launched_by({}, at) is None
+    assert detect_launcher({"SLURM_STEP_NUM_TASKS": "4"}, at) == "Slurm"
+    assert detect_launcher({"OMPI_COMM_WORLD_SIZE": "2"}, at) == "Open MPI"
+    assert detect_launcher({"SLURM_STEP_NUM_TASKS": "1"}, at) is None
+    assert detect_launcher({}, at) is None
 
 
 def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
-    assert launched_by({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
-    assert launched_by({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
-    assert launched_by({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+    assert detect_launcher({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
+    assert detect_launcher({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
+    assert detect_launcher({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
 
 
 def test_processes_of_a_machine_share_its_gpus(tmp_path):
@@ -58,30 +58,32 @@ def test_processes_of_a_machine_share_its_gpus(tmp_path):
         return {"OMPI_COMM_WORLD_LOCAL_SIZE": size, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
 
     eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
-    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0"), tmp_path) == [0, 1]
-    assert own_gpus(slurm("1(x4)", SLURM_LOCALID="0", **eight), tmp_path) == list(range(8))
-    assert own_gpus(slurm("8(x2)", **eight), tmp_path) == [1]
-    assert own_gpus(slurm("1,4", **eight), tmp_path) == [2, 3]
-    assert own_gpus(slurm("8", SLURM_NODEID="0", CUDA_VISIBLE_DEVICES="3"), tmp_path) == [0]  # the others have others
-    assert own_gpus(slurm("2(x2)", SLURM_GPUS_PER_TASK="2", CUDA_VISIBLE_DEVICES="0,1"), tmp_path) == [0, 1]
-    assert own_gpus(slurm("2(x2)", CUDA_VISIBLE_DEVICES=""), tmp_path) is None
-    assert own_gpus(slurm("1(x4)"), tmp_path / "none") is None
-    assert own_gpus(mpi("1", "0"), tmp_path) == [0, 1]
-    assert own_gpus(mpi("2", "1") | slurm("1(x2)"), tmp_path) == [1]  # mpirun, started by Slurm
-    assert own_gpus(eight, tmp_path) is None
+    assert local_gpu_ids(slurm("1(x4)", SLURM_LOCALID="0"), tmp_path) == [0, 1]
+    assert local_gpu_ids(slurm("1(x4)", SLURM_LOCALID="0", **eight), tmp_path) == list(range(8))
+    assert local_gpu_ids(slurm("8(x2)", **eight), tmp_path) == [1]
+    assert local_gpu_ids(slurm("1,4", **eight), tmp_path) == [2, 3]
+    assert local_gpu_ids(slurm("8", SLURM_NODEID="0", CUDA_VISIBLE_DEVICES="3"), tmp_path) == [
+        0
+    ]  # the others have others
+    assert local_gpu_ids(slurm("2(x2)", SLURM_GPUS_PER_TASK="2", CUDA_VISIBLE_DEVICES="0,1"), tmp_path) == [0, 1]
+    assert local_gpu_ids(slurm("2(x2)", CUDA_VISIBLE_DEVICES=""), tmp_path) is None
+    assert local_gpu_ids(slurm("1(x4)"), tmp_path / "none") is None
+    assert local_gpu_ids(mpi("1", "0"), tmp_path) == [0, 1]
+    assert local_gpu_ids(mpi("2", "1") | slurm("1(x2)"), tmp_path) == [1]  # mpirun, started by Slurm
+    assert local_gpu_ids(eight, tmp_path) is None
 
 
 def test_slurms_way_to_say_how_many_tasks_nodes_have():
-    assert tasks_of_nodes("2(x3),1") == [2, 2, 2, 1]
-    assert tasks_of_nodes("16") == [16]
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("16") == [16]
 
 
-def test_an_open_mpi_that_jax_does_not_recognise_is_told_what_to_say(monkeypatch):
+def test_an_open_mpi_that_jax_does_not_recognize_is_told_what_to_say(monkeypatch):
     for name in (*distributed.LAUNCHERS, distributed.OPEN_MPI_ADDRESS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"without OMPI_MCA_orte_hnp_uri.*--process_id \$OMPI_COMM_WORLD_RANK"):
-        distributed.initialise(ParallelConfig())
+        distributed.initialize(ParallelConfig())
 
 
 def test_a_coordinator_that_cannot_be_is_refused():
@@ -126,7 +128,7 @@ def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, told
     steps = [row["step"] for row in read_rows(metrics)]
     assert steps == list(range(1, len(steps) + 1))
-    assert read_about(find_checkpoint(run)).position == len(steps)
+    assert read_metadata(find_checkpoint(run)).position == len(steps)
     assert [path.name for path in (run / "previews").iterdir()] == ["step_000000.png"]
     assert "preview: " in told[0] and "preview: " not in told[1]
 

@@ -4,8 +4,8 @@ from PIL import Image
 from ra_jax.reporting.contact_sheet import LINE, MARGIN, captioned, contact_sheet, thumbnail
 
 
-def flat(colour, height=100, width=120):
-    return np.full((height, width, 3), colour, np.uint8)
+def flat(color, height=100, width=120):
+    return np.full((height, width, 3), color, np.uint8)
 
 
 def test_panels_of_any_size_stand_in_rows_and_columns():

@@ -83,13 +83,13 @@ def write_rows(folder, rows):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_sheet(folder, step, sizes, colour=(200, 100, 50)):
+def write_sheet(folder, step, sizes, color=(200, 100, 50)):
     """A sheet with a scene for each (height, width): black masks, results of one colour, the rest noise."""
     noise = np.random.default_rng(1)
     scenes = []
     for size in sizes:
         source, truth = noise.integers(0, 255, (2, *size, 3), np.uint8)
-        scenes.append((source, np.zeros((*size, 3), np.uint8), np.full((*size, 3), colour, np.uint8), truth))
+        scenes.append((source, np.zeros((*size, 3), np.uint8), np.full((*size, 3), color, np.uint8), truth))
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(scenes).save(folder / f"step_{step:06d}.png")
 
@@ -116,7 +116,7 @@ def run(tmp_path):
     folder = tmp_path / "street"
     write_rows(folder, rows_of([1, *range(10, 210, 10)]))
     for step in (0, 100, 200):
-        write_sheet(folder / "previews", step, [(96, 96), (96, 96)], colour=(step, 50, 50))
+        write_sheet(folder / "previews", step, [(96, 96), (96, 96)], color=(step, 50, 50))
     (folder / "config.toml").write_text(to_toml(config_of(folder)))
     return folder
 

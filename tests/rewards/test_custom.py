@@ -204,7 +204,7 @@ def test_a_failure_at_run_time_is_named_too(inputs, function, cause):
         jax.block_until_ready(jax.jit(reward.function)(inputs))
 
 
-def test_the_grey_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
+def test_the_gray_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
     seen = []
 
     def look(inputs):
@@ -212,10 +212,10 @@ def test_the_grey_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
         return np.asarray(inputs.image).mean((1, 2, 3))
 
     checked(look)
-    grey = seen[-1]
-    assert np.all(grey.image == 0.5) and np.all(grey.target == 0.5) and grey.target_decoded is None
-    assert set(np.unique(grey.mask)) == {0, 1} and grey.mask[:, SIZE // 2, SIZE // 2].all()
-    assert not grey.mask[:, 0].any()
+    gray = seen[-1]
+    assert np.all(gray.image == 0.5) and np.all(gray.target == 0.5) and gray.target_decoded is None
+    assert set(np.unique(gray.mask)) == {0, 1} and gray.mask[:, SIZE // 2, SIZE // 2].all()
+    assert not gray.mask[:, 0].any()
 
 
 def test_rewards_that_all_weigh_nothing():

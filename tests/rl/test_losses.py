@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ra_jax.rl.losses import adapted_temperature, clipped_policy_loss, flow_matching_error
+from ra_jax.rl.losses import clipped_policy_loss, flow_matching_error, next_temperature
 
 if find_spec("torch"):
     import torch
@@ -101,6 +101,6 @@ def test_flow_matching_error_is_the_squared_error_of_the_velocity_over_the_regio
 
 def test_temperature_rises_with_the_clip_fraction():
     temperature = jnp.float32(0.1)
-    assert float(adapted_temperature(temperature, 0.15)) == pytest.approx(0.1)
-    assert float(adapted_temperature(temperature, 0.65)) == pytest.approx(0.1 * np.exp(0.05))
-    assert float(adapted_temperature(temperature, 0.0)) == pytest.approx(0.1 * np.exp(-0.015))
+    assert float(next_temperature(temperature, 0.15)) == pytest.approx(0.1)
+    assert float(next_temperature(temperature, 0.65)) == pytest.approx(0.1 * np.exp(0.05))
+    assert float(next_temperature(temperature, 0.0)) == pytest.approx(0.1 * np.exp(-0.015))

@@ -10,8 +10,8 @@ import pytest
 
 from ra_jax.rl.estimators import repeat
 from ra_jax.rl.losses import nft_loss, optimality
-from ra_jax.rl.policy import PolicySettings, distance, judge, policy_cache, policy_loss
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.policy import PolicySettings, evaluate_policy, policy_cache, policy_loss, velocity_distance
+from ra_jax.rl.rollouts import Sample
 
 if find_spec("torch"):
     import torch
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 CLEAN = jnp.asarray(RNG.normal(size=(B, N, C4)), jnp.float32)
 STATES = jnp.asarray(RNG.normal(size=(B, 3, N, C4)), jnp.float32)
 REGION = jnp.full((B, N, 4), 1 / (4 * N), jnp.float32)
-MEMBER = Member(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
+MEMBER = Sample(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
 KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
 
 MATCHING = PolicySettings(
@@ -45,11 +45,13 @@ PARAMS = jnp.asarray([0.6, -0.2])
 
 
 def judged(params, settings, **more):
-    return judge(velocity, params, policy_cache(MEMBER, KEYS, REGION, settings), settings, temperature=0.5, **more)
+    return evaluate_policy(
+        velocity, params, policy_cache(MEMBER, KEYS, REGION, settings), settings, temperature=0.5, **more
+    )
 
 
 def loss_of(settings, params, old_params, **more):
-    old = judged(old_params, settings, **more).record
+    old = judged(old_params, settings, **more).values
     return policy_loss(judged(params, settings, **more), old, ADVANTAGES, settings)
 
 
@@ -62,7 +64,7 @@ def test_first_gradient_is_the_advantage_weighted_gradient_of_the_log_probabilit
     assert float(metrics["mean_ratio"]) == 1.0
 
     def log_prob(params):
-        return judged(params, settings).record["log_prob"]
+        return judged(params, settings).values["log_prob"]
 
     scale = 1.0 if estimator == "matching" else np.sqrt(N * C4 * 2)  # elements of a step, two steps
     expected = -scale * (ADVANTAGES[:, None] * jax.jacobian(log_prob)(PARAMS)).mean(0)
@@ -80,7 +82,7 @@ def test_sde_is_clipped_at_its_own_scale():
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 def test_the_draw_of_an_expert_joins_the_ratio(estimator):
     settings = replace(MATCHING, estimator=estimator)
-    old = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).record
+    old = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).values
     new = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.55)))
     _, metrics = policy_loss(new, old, ADVANTAGES, settings)
     assert float(metrics["mean_ratio"]) == pytest.approx(1.1, rel=1e-4)
@@ -137,6 +139,6 @@ def test_distance_is_the_mean_square_over_each_records_region():
     region = np.zeros((B, N, 4), np.float32)
     region[np.arange(B), np.arange(B), 0] = 1.0  # record i: the first cell of token i alone
     velocities = np.random.default_rng(1).normal(size=(2 * B, N, C4)).astype(np.float32)  # two points a record
-    ours = distance(jnp.asarray(velocities), jnp.zeros_like(velocities), jnp.asarray(region))
+    ours = velocity_distance(jnp.asarray(velocities), jnp.zeros_like(velocities), jnp.asarray(region))
     cells = [(velocities[row, row // 2].reshape(C4 // 4, 4)[:, 0] ** 2).mean() for row in range(2 * B)]
     assert float(ours) == pytest.approx(np.mean(cells), rel=1e-5)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ra_jax.flow.samplers import euler
+from ra_jax.flow.samplers import sample_euler
 from ra_jax.rl.rollouts import NoisySteps, panel_noise, roll_out
 
 GRID, FEATURES = (4, 6), 5
@@ -40,7 +40,7 @@ def draw(number):
 
 def test_a_rollout_of_the_ode_is_eulers_from_the_first_noise():
     member = roll_out(pull, draw, TIMES, None)
-    np.testing.assert_allclose(member.clean, euler(pull, draw(0), TIMES), rtol=1e-6)
+    np.testing.assert_allclose(member.clean, sample_euler(pull, draw(0), TIMES), rtol=1e-6)
     assert member.states is None and member.times is None
 
 
@@ -54,9 +54,11 @@ def test_a_stochastic_rollout_keeps_its_noisy_steps():
         member = jax.jit(run)(jnp.asarray(first))
         assert member.states.shape == (2, 3, 24, FEATURES)
         np.testing.assert_allclose(member.times, TIMES[first : first + 3])
-        np.testing.assert_allclose(member.states[:, 0], euler(pull, draw(0), TIMES[: first + 1]), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
-            member.clean, euler(pull, member.states[:, 2], TIMES[first + 2 :]), rtol=1e-5, atol=1e-6
+            member.states[:, 0], sample_euler(pull, draw(0), TIMES[: first + 1]), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            member.clean, sample_euler(pull, member.states[:, 2], TIMES[first + 2 :]), rtol=1e-5, atol=1e-6
         )
         t, t_next = TIMES[first], TIMES[first + 1]
         g = 0.7 * np.sqrt(t / (1 - t))

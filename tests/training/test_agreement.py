@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from ra_jax.errors import ConfigError
-from ra_jax.training.agreement import plan_of, refuse_other_plans
+from ra_jax.training.agreement import check_same_plan, run_signature
 from ra_jax.training.dataset import load_training_records
 from ra_jax.training.setup import set_up
 
@@ -28,26 +28,26 @@ def beside(monkeypatch):
 
 def test_processes_with_other_plans_are_refused(beside):
     plan = {"records": [1, 2], "settings": {"a": 1}}
-    refuse_other_plans(plan | {"records": [2]})
+    check_same_plan(plan | {"records": [2]})
     beside(plan)
-    refuse_other_plans(plan)
+    check_same_plan(plan)
     with pytest.raises(ConfigError, match="the processes do not have the same records: give"):
-        refuse_other_plans(plan | {"records": [2, 1]})
+        check_same_plan(plan | {"records": [2, 1]})
     with pytest.raises(ConfigError, match="the same records and settings: give"):
-        refuse_other_plans({"records": [], "settings": {}})
+        check_same_plan({"records": [], "settings": {}})
 
 
 def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, beside):
     config = make_config()
     records = load_training_records(config)
-    plan = plan_of(config, records, records, None)
+    plan = run_signature(config, records, records, None)
     elsewhere = shutil.copytree(scored_scenes, tmp_path / "elsewhere") / "labeled_dict.json"
     moved = make_config(train_json_path=str(elsewhere), data_workers=2, output_dir=str(tmp_path / "other"))
-    same = plan_of(moved, load_training_records(moved), records, None)
+    same = run_signature(moved, load_training_records(moved), records, None)
     assert list(same.values()) == list(plan.values())
 
-    def differs(config, records, previewed, resume_from):
-        other = plan_of(config, records, previewed, resume_from)
+    def differs(config, records, held_out, resume_from):
+        other = run_signature(config, records, held_out, resume_from)
         return [name.split(" (")[0] for name in plan if other[name] != plan[name]]
 
     assert differs(config, records[::-1], records, None) == ["records"]

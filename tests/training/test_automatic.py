@@ -17,8 +17,8 @@ from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import REWARDS
 from ra_jax.training.loop import RunCheckpoints, train
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.experience import collect
-from ra_jax.training.step.train_step import StepProgram, learn, of_the_step
+from ra_jax.training.step.experience import collect_experience
+from ra_jax.training.step.train_step import StepProgram, learn, reduce_metrics
 
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
 
@@ -30,7 +30,9 @@ def updates_of(setup, steps=2, drift=0):
 
     @jax.jit
     def step(state, frozen, microbatches):
-        experience, measured = collect(program.objective, settings, state, frozen, microbatches, jnp.asarray(True))
+        experience, measured = collect_experience(
+            program.objective, settings, state, frozen, microbatches, jnp.asarray(True)
+        )
         state, metrics = learn(program, state, frozen, experience, fresh=jnp.asarray(True))
         return replace(state, step=state.step + 1), metrics, measured
 
@@ -63,7 +65,7 @@ def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(automati
 def test_a_step_reports_the_ratio_of_its_last_update():
     """In the first it is 1 by construction."""
     updates = {"mean_ratio": jnp.asarray([1.0, 0.8]), "clip_fraction": jnp.asarray([0.0, 0.5])}
-    assert of_the_step(updates | {"base_loss": jnp.asarray([1.0, 2.0])}) == {
+    assert reduce_metrics(updates | {"base_loss": jnp.asarray([1.0, 2.0])}) == {
         "mean_ratio": np.float32(0.8),
         "clip_fraction": 0.5,
         "base_loss": 1.5,

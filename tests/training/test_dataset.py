@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ra_jax.aot.abstract_step import batch_shapes, geometry_of
+from ra_jax.aot.abstract_step import batch_shapes, read_geometry
 from ra_jax.data.batch import VALUES, batch_fields, check_schema
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import Encoding
 from ra_jax.data.records import load_records
 from ra_jax.interop.diffusers import encoders_fingerprint
-from ra_jax.training.dataset import batch_parts, load_run_data, plain_loader, training_loader
+from ra_jax.training.dataset import batch_parts, load_run_data, single_record_loader, training_loader
 
 LOADED = SimpleNamespace(model=SimpleNamespace(multiple=8), preprocess=lambda image: np.zeros((28, 28, 3), np.float32))
 
@@ -85,7 +85,7 @@ def test_batches_of_a_pack_with_latents(make_config, automatic, standard, packed
 
 def test_batches_outside_of_steps(make_config):
     config = make_config()
-    batch = next(plain_loader(config, load_run_data(config).previewed, LOADED).iterate())
+    batch = next(single_record_loader(config, load_run_data(config).held_out, LOADED).iterate())
     check_schema(batch, {"photos", "results", "redux"})
 
 
@@ -102,5 +102,5 @@ def test_values_of_records_are_those_of_the_schema(make_config, flags):
 def test_a_step_is_compiled_ahead_for_the_batches_that_the_loader_brings(make_config):
     config = make_config(gradient_accumulation_steps=1)
     batch, _ = first_batch(config)
-    shapes = {name: (x.shape, x.dtype) for name, x in batch_shapes(config, geometry_of(config)).items()}
+    shapes = {name: (x.shape, x.dtype) for name, x in batch_shapes(config, read_geometry(config)).items()}
     assert shapes == {name: ((1, *array.shape), array.dtype) for name, array in batch.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ra_jax.checkpoints import find_checkpoint, read_about, restore
+from ra_jax.checkpoints import find_checkpoint, read_metadata, restore
 from ra_jax.config.parse import from_flat_dict, load_toml
 from ra_jax.data.loader import Loader
 from ra_jax.errors import CheckpointError, ConfigError, DataError
@@ -19,7 +19,7 @@ from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.pipeline import RemovalPipeline
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.training.loop import Recorder, train
-from ra_jax.training.resume import CONFIG_FILE, RUN_FILES, RUN_FOLDERS, claim_output_dir
+from ra_jax.training.resume import CONFIG_FILE, RUN_FILES, RUN_FOLDERS, prepare_output_dir
 from ra_jax.training.setup import set_up
 
 CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}
@@ -132,10 +132,10 @@ def test_trained_experts_load_into_the_pipeline(straight, tiny_fill, tiny_redux,
 
 def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_redux, monkeypatch):
     def tracked_by_wandb(checkpoint):
-        about = read_about(checkpoint)
+        about = read_metadata(checkpoint)
         return replace(about, config=about.config | {"report_to": ["wandb"]})
 
-    monkeypatch.setattr("ra_jax.pipeline.read_about", tracked_by_wandb)
+    monkeypatch.setattr("ra_jax.pipeline.read_metadata", tracked_by_wandb)
     monkeypatch.setattr("ra_jax.config.checks.find_spec", lambda name: None)
     RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
 
@@ -148,18 +148,18 @@ def test_other_run_in_the_folder_is_refused_and_kept(straight, config_in):
 
 
 def test_written_configuration_can_resume_a_run_that_overwrote_another(make_config, tmp_path):
-    claim_output_dir(make_config(overwrite_output_dir=True), tmp_path, keep=False)
+    prepare_output_dir(make_config(overwrite_output_dir=True), tmp_path, keep=False)
     written = load_toml(tmp_path / "config.toml")
     assert from_flat_dict(written | {"resume_from_checkpoint": "latest"}).run.resume_from_checkpoint == "latest"
 
 
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(make_config, tmp_path):
     config = make_config(overwrite_output_dir=True)
-    claim_output_dir(config, tmp_path, keep=False)
+    prepare_output_dir(config, tmp_path, keep=False)
     for folder in ("checkpoints", "removed"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
-    claim_output_dir(config, tmp_path, keep=False)
+    prepare_output_dir(config, tmp_path, keep=False)
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "removed" / "file").exists()
 
@@ -249,7 +249,7 @@ def test_human_scores_with_triplets_are_refused(make_config, scored_scenes):
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(make_config, monkeypatch):
     """And until then what tracing left went back, once."""
     forgotten = []
-    monkeypatch.setattr("ra_jax.training.programs.forget_traces", forgotten.append)
+    monkeypatch.setattr("ra_jax.training.programs.clear_jit_caches", forgotten.append)
     config = make_config(learning_rate=1e30, max_train_steps=6, checkpointing_steps=1, ema_decay=0.9)
     with pytest.raises(FloatingPointError, match=r"train_loss is nan at step \d.*lower --learning_rate"):
         train(config)

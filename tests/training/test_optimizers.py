@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ra_jax.config.settings import OptimizationConfig
-from ra_jax.training.optimizers import build_optimizer, decayed, learning_rate, muon_dimensions
+from ra_jax.training.optimizers import build_optimizer, learning_rate, muon_dimensions, weight_decay_mask
 
 if find_spec("torch"):
     import torch
@@ -43,7 +43,7 @@ def by_name(tree):
 
 
 def test_decay_falls_on_matrices_only(params):
-    marked = {name for name, flag in by_name(decayed(params)).items() if flag}
+    marked = {name for name, flag in by_name(weight_decay_mask(params)).items() if flag}
     assert marked == {"flux/kernel", "flux/lora_a", "flux/lora_b", "router/kernel"}
 
 

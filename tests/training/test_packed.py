@@ -12,7 +12,7 @@ from ra_jax.data.records import load_records
 from ra_jax.errors import ConfigError
 from ra_jax.inference.encoder import PanelEncoder
 from ra_jax.parallel.partitioner import abstract
-from ra_jax.training.programs import StepPrograms
+from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.encode import encode
 
@@ -36,7 +36,7 @@ def losses(setup, steps_of):
 def convolutions(setup) -> int:
     """In the program of a step without rewards: the VAE has them, and SigLIP's patches."""
     batch = next(islice(setup.batches(), 1))
-    programs: StepPrograms = setup.step_programs()
+    programs: CompiledSteps = setup.compiled_steps()
     return programs._compile_plain(abstract((setup.state, setup.frozen, batch))).as_text().count(" convolution(")
 
 

@@ -33,13 +33,13 @@ def uncompiled(automatic, monkeypatch):
         tried.append(settings)
         return Compiled(settings)
 
-    monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
-    monkeypatch.setattr(programs, "memory_needed", lambda program: 10**9 * program.settings.rollouts.decode_batch_size)
+    monkeypatch.setattr(programs.CompiledSteps, "_compile", compile_)
+    monkeypatch.setattr(programs, "program_memory", lambda program: 10**9 * program.settings.rollouts.decode_batch_size)
 
     def run(memory, steps=1, interval=1, results=True):
         monkeypatch.setattr(programs, "device_memory", lambda: memory)
         due = RolloutConfig(reward_interval=interval).due
-        step, batch = replace(setup, rewarded=due).step_programs(), dict(next(setup.batches()))
+        step, batch = replace(setup, computes_rewards=due).compiled_steps(), dict(next(setup.batches()))
         if not results:
             del batch["result"]
         rows = [step(setup.state, setup.frozen, batch, number)[1] for number in range(steps)]
@@ -81,8 +81,8 @@ def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypa
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return Compiled(settings)
 
-    monkeypatch.setattr(programs.StepPrograms, "_compile", compile_)
-    _, row = setup.step_programs()(setup.state, setup.frozen, next(setup.batches()))
+    monkeypatch.setattr(programs.CompiledSteps, "_compile", compile_)
+    _, row = setup.compiled_steps()(setup.state, setup.frozen, next(setup.batches()))
     assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
     def temporaries(generations):
         setup = set_up(automatic(num_generations=generations, log_freq=100, **photos))
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
-        program = setup.launch.compile(step, setup.state, setup.frozen, next(setup.batches()))
+        program = setup.partitioner.compile(step, setup.state, setup.frozen, next(setup.batches()))
         latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one member of each condition
         return program.memory_analysis().temp_size_in_bytes, latents
 
@@ -103,19 +103,19 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
 
 def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(automatic, monkeypatch):
     setup, going_on, forgotten = set_up(automatic()), threading.Event(), []
-    monkeypatch.setattr(programs, "forget_traces", forgotten.append)
+    monkeypatch.setattr(programs, "clear_jit_caches", forgotten.append)
 
     def compile_(self, *_):
         return going_on.wait(60) and Compiled(setup.step_settings)
 
-    monkeypatch.setattr(programs.StepPrograms, "_compile_with_rewards", compile_)
-    step, batch = setup.step_programs(), next(setup.batches())
-    step.forget_traces()
+    monkeypatch.setattr(programs.CompiledSteps, "_compile_with_rewards", compile_)
+    step, batch = setup.compiled_steps(), next(setup.batches())
+    step.clear_jit_caches()
     step.prepare(setup.state, setup.frozen, batch)
-    step.forget_traces()
+    step.clear_jit_caches()
     assert forgotten == []
     going_on.set()
     step(setup.state, setup.frozen, batch)
-    step.forget_traces()
-    step.forget_traces()
+    step.clear_jit_caches()
+    step.clear_jit_caches()
     assert forgotten == ["cpu"]

@@ -5,7 +5,7 @@ import pytest
 from ra_jax.config.parse import from_flat_dict, load_toml, to_toml
 from ra_jax.errors import OutputError
 from ra_jax.training import resume
-from ra_jax.training.resume import CONFIG_FILE, FORMER_CONFIG, check_own_config, claim_output_dir
+from ra_jax.training.resume import CONFIG_FILE, PREVIOUS_CONFIG, check_config_unedited, prepare_output_dir
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def config(tmp_path):
 
 @pytest.fixture
 def output(config, tmp_path):
-    claim_output_dir(config, tmp_path / "run", keep=False)
+    prepare_output_dir(config, tmp_path / "run", keep=False)
     return tmp_path / "run"
 
 
 def test_a_runs_own_configuration_is_known(output):
-    check_own_config(output / CONFIG_FILE)
+    check_config_unedited(output / CONFIG_FILE)
 
 
 @pytest.mark.parametrize("change", ["# mine: a second try\n", "seed = 3  # as in the paper\n", "# mine\n", None])
@@ -37,22 +37,22 @@ def test_a_configuration_with_a_users_comments_is_not(output, change):
     text = file.read_text()
     file.write_text("seed = 3\n" if change is None else text + change)
     with pytest.raises(OutputError, match=r"config\.toml: the run would replace it .*no run wrote it; move it"):
-        check_own_config(file)
+        check_config_unedited(file)
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_edited_values_are_kept_beside_the_settings_that_replace_them(output, config, keep, caplog):
-    file, former = output / CONFIG_FILE, output / FORMER_CONFIG
-    claim_output_dir(config, output, keep=keep)
+    file, former = output / CONFIG_FILE, output / PREVIOUS_CONFIG
+    prepare_output_dir(config, output, keep=keep)
     assert not former.exists() and not caplog.messages  # the same settings
     settings = file.read_bytes()
     edited = settings.replace(b"use_lora = true", b"use_lora = false")
     assert edited != settings
     file.write_bytes(edited)
-    claim_output_dir(config, output, keep=keep)
+    prepare_output_dir(config, output, keep=keep)
     assert (file.read_bytes(), former.read_bytes()) == (settings, edited)
     assert caplog.messages == [f"{file} says other settings than this run's: kept as {former}"]
-    check_own_config(former)
+    check_config_unedited(former)
 
 
 def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):
@@ -63,7 +63,7 @@ def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(resume, "write_file", killed)
-        claim_output_dir(config, output, keep=False)
+        prepare_output_dir(config, output, keep=False)
     assert load_toml(output / CONFIG_FILE)["target_modules"] == r"blocks\.#"
     assert not (output / "metrics.jsonl").exists()
 
@@ -75,7 +75,7 @@ def test_links_in_the_folder_are_deleted_and_what_they_lead_to_stays(output, con
     (output / CONFIG_FILE).rename(tmp_path / "mine.toml")
     (output / CONFIG_FILE).symlink_to(tmp_path / "mine.toml")
     before = (tmp_path / "mine.toml").stat().st_mtime_ns
-    claim_output_dir(config, output, keep=False)
+    prepare_output_dir(config, output, keep=False)
     assert not (output / "previews").is_symlink()
     assert (tmp_path / "album/a.png").read_text() == "mine"
     assert (tmp_path / "mine.toml").stat().st_mtime_ns == before
@@ -84,4 +84,4 @@ def test_links_in_the_folder_are_deleted_and_what_they_lead_to_stays(output, con
 
 def test_what_to_toml_writes_is_a_runs_own(config, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(to_toml(config))
-    check_own_config(tmp_path / CONFIG_FILE)
+    check_config_unedited(tmp_path / CONFIG_FILE)

@@ -10,8 +10,8 @@ from ra_jax.data.batch import Batch
 from ra_jax.flow.regions import region_weights
 from ra_jax.inference.sampling import as_diptych, diptych_condition, diptych_mask
 from ra_jax.models.conditioning import Condition
-from ra_jax.models.fill_model import FillModel, Weights, masked
-from ra_jax.training.step.state import keys_for, stream
+from ra_jax.models.fill_model import FillModel, Weights, apply_mask
+from ra_jax.training.step.state import example_keys, stream_key
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) ->
     region = region_weights(diptych_mask(batch), model.factor, loss_region)
     if "masked_latents" in batch:
         return Encoded(diptych_condition(model, frozen, batch), batch.get("result_latents"), region)
-    photos = [masked(as_diptych(batch, "source"), diptych_mask(batch))]
+    photos = [apply_mask(as_diptych(batch, "source"), diptych_mask(batch))]
     if "result" in batch:
         photos.append(as_diptych(batch, "result"))
     # One after another in a loop: one copy of the encoder to compile, and memory for one photo a record.
@@ -56,6 +56,6 @@ def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) ->
     return Encoded(condition, clean[0] if clean else None, region)
 
 
-def group_keys_of(batch: Batch, seed: jax.Array) -> jax.Array:
+def group_keys(batch: Batch, seed: jax.Array) -> jax.Array:
     """Keys [B] of the policy's (t, ε): of (seed, epoch, group), so that a group shares them wherever it stands."""
-    return keys_for(stream(seed, "policy"), batch["epoch"], batch["group_id"])
+    return example_keys(stream_key(seed, "policy"), batch["epoch"], batch["group_id"])

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from ra_jax.data.batch import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.rewards.registry import total_reward
-from ra_jax.rl.advantages import DEAD_GROUP_STD, group_advantages
-from ra_jax.rl.policy import Record
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.advantages import MIN_GROUP_STD, group_advantages
+from ra_jax.rl.policy import OldPolicy
+from ra_jax.rl.rollouts import Sample
 from ra_jax.training.step.encode import Context, Encoded, encode
-from ra_jax.training.step.generation import roll_out_members
+from ra_jax.training.step.generation import generate_samples
 from ra_jax.training.step.objective import Metrics, Objective
 from ra_jax.training.step.settings import RolloutSettings, StepSettings
 from ra_jax.training.step.state import TrainState
@@ -28,28 +28,30 @@ from ra_jax.training.step.state import TrainState
 class Experience:
     """A microbatch to learn from. Without a policy or rewards what belongs to them is None.
 
-    features: what the router sees [B, F], None without a router; batch: the microbatch, None until `collect` adds it;
-    members: [G, B, ...]; advantages: [G, B]; old: the old policy's record of each member [G, ...]; sound: whether all
+    features: what the router sees [B, F], None without a router; batch: the microbatch, None until
+    `collect_experience` adds it;
+    samples: [G, B, ...]; advantages: [G, B]; old: the old policy's values of each
+    sample [G, ...]; rewards_finite: whether all
     rewards of the step are finite, a scalar; where not, advantages are 0 and members blank. But for `sound` all have
-    microbatches as their first axis once `collect` returns them.
+    microbatches as their first axis once `collect_experience` returns them.
     """
 
     encoded: Encoded
     features: jax.Array | None
     batch: Batch | None = None
-    members: Member | None = None
+    samples: Sample | None = None
     advantages: jax.Array | None = None
-    old: Record | None = None
-    sound: jax.Array | None = None
+    old: OldPolicy | None = None
+    rewards_finite: jax.Array | None = None
 
 
-def collect(
+def collect_experience(
     objective: Objective,
     settings: StepSettings,
     state: TrainState,
     frozen: Weights,
     microbatches: Batch,
-    renewed: jax.Array,
+    sync: jax.Array,
 ) -> tuple[Experience, Metrics]:
     """The experience of a step's microbatches [A, B, ...], and the metrics of rewards and drift.
 
@@ -62,42 +64,44 @@ def collect(
         context = Context(frozen, batch, encoded, state.seed, state.temperature)
         experience, scores = Experience(encoded, objective.features(encoded)), None
         if rollouts is not None:
-            members, scores = roll_out_members(objective, rollouts, state, context)
-            experience = replace(experience, members=members)
+            samples, scores = generate_samples(objective, rollouts, state, context)
+            experience = replace(experience, samples=samples)
         elif policy is not None:
-            members, advantages = Member(encoded.clean[None]), batch["advantage"][None]
-            experience = replace(experience, members=members, advantages=advantages)
+            samples, advantages = Sample(encoded.clean[None]), batch["advantage"][None]
+            experience = replace(experience, samples=samples, advantages=advantages)
         if policy is not None:
-            experience = replace(experience, old=old_records(objective, state, context, experience.members, renewed))
-        drift = drift_metrics(objective, state, context, experience.members, settings.drift_interval)
+            experience = replace(
+                experience, old=evaluate_old_policy(objective, state, context, experience.samples, sync)
+            )
+        drift = drift_metrics(objective, state, context, experience.samples, settings.drift_interval)
         return experience, scores, drift
 
     experience, scores, measured = jax.lax.map(microbatch, microbatches)
     experience, measured = replace(experience, batch=microbatches), jax.tree.map(jnp.mean, measured)
     if rollouts is None:
-        return experience, measured | recorded_rewards(objective, microbatches)
-    experience, rewards = with_rewards(objective, experience, scores, rollouts)
+        return experience, measured | human_reward_metrics(objective, microbatches)
+    experience, rewards = add_rewards(objective, experience, scores, rollouts)
     if policy is None:  # rewards were only to be looked at
-        experience = replace(experience, members=None, advantages=None)
+        experience = replace(experience, samples=None, advantages=None)
     return experience, measured | rewards
 
 
-def old_records(objective: Objective, state: TrainState, context: Context, members: Member, renewed) -> Record:
+def evaluate_old_policy(objective: Objective, state: TrainState, context: Context, samples: Sample, sync) -> OldPolicy:
     """What the old policy makes of every member [G, ...]; blank where it is the current weights anyway."""
 
-    def records(weights):
-        def member(_, member):
-            return None, objective.judge(weights, context, member).record
+    def evaluate(weights) -> OldPolicy:
+        def next_sample(_, sample: Sample):
+            return None, objective.evaluate_policy(weights, context, sample).values
 
-        return jax.lax.scan(member, None, members)[1]
+        return jax.lax.scan(next_sample, None, samples)[1]
 
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(records, state.trainable))
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
     if state.old_params is None:
         return blank
-    return jax.lax.cond(renewed, lambda: blank, lambda: records(state.old_params))
+    return jax.lax.cond(sync, lambda: blank, lambda: evaluate(state.old_params))
 
 
-def with_rewards(
+def add_rewards(
     objective: Objective, experience: Experience, scores: jax.Array, settings: RolloutSettings
 ) -> tuple[Experience, Metrics]:
     """The experience with advantages from the rollouts' scores [A, G, B, S], and the rewards' metrics.
@@ -106,27 +110,29 @@ def with_rewards(
     mean scores tell which it was.
     """
     weights = settings.reward_weights
-    sound = objective.sum((~jnp.isfinite(scores)).sum()) == 0
+    rewards_finite = objective.sum((~jnp.isfinite(scores)).sum()) == 0
     raw = objective.mean(scores.reshape(-1, scores.shape[-1]))
-    scores = jnp.where(sound, scores, 0.5)
-    judge = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
-    advantages, spread = jax.vmap(judge)(scores)
+    scores = jnp.where(rewards_finite, scores, 0.5)
+    advantages_of = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
+    advantages, spread = jax.vmap(advantages_of)(scores)
     # Pictures that have no reward may not be finite either, and the base loss's gradient has to be.
     blank = jax.tree.map(
-        lambda x: jnp.where(sound, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.members
+        lambda x: jnp.where(rewards_finite, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.samples
     )
-    members = replace(blank, times=experience.members.times)
+    samples = replace(blank, times=experience.samples.times)
     metrics = {
         "mean_reward": total_reward(raw, weights),
         "reward_std": objective.mean(spread.reshape(-1)),
-        "frac_reward_zero_std": objective.mean((spread < DEAD_GROUP_STD).reshape(-1)),
+        "frac_reward_zero_std": objective.mean((spread < MIN_GROUP_STD).reshape(-1)),
     }
-    metrics = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics) | {"reward_fallbacks": 1.0 - sound}
+    metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics) | {
+        "reward_fallbacks": 1.0 - rewards_finite
+    }
     metrics |= {f"{reward.name}_score": raw[i] for i, reward in enumerate(settings.rewards)}
-    return replace(experience, members=members, advantages=advantages, sound=sound), metrics
+    return replace(experience, samples=samples, advantages=advantages, rewards_finite=rewards_finite), metrics
 
 
-def recorded_rewards(objective: Objective, batch: Batch) -> Metrics:
+def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
     """Human mode's metrics: means over the records [A, B] of reward and each score; over distinct scenes: within-group
     std, share of dead groups."""
     if "reward" not in batch:
@@ -137,7 +143,7 @@ def recorded_rewards(objective: Objective, batch: Batch) -> Metrics:
     return {
         "mean_reward": objective.mean(batch["reward"]),
         "reward_std": objective.mean(batch["group_reward_std"], scenes),
-        "frac_reward_zero_std": objective.mean(batch["dead_group"], scenes),
+        "frac_reward_zero_std": objective.mean(batch["zero_std_group"], scenes),
         "removal_score": removal,
         "background_score": background,
         "smoothness_score": smoothness,
@@ -145,15 +151,15 @@ def recorded_rewards(objective: Objective, batch: Batch) -> Metrics:
 
 
 def drift_metrics(
-    objective: Objective, state: TrainState, context: Context, members: Member | None, interval: int
+    objective: Objective, state: TrainState, context: Context, samples: Sample | None, interval: int
 ) -> Metrics:
     """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others.
 
     Over the microbatch's results, or where there are none over the first rollout of each condition.
     """
     clean = context.encoded.clean
-    if clean is None and members is not None:
-        clean = members.clean[0]
+    if clean is None and samples is not None:
+        clean = samples.clean[0]
     if not interval or objective.model.router is None or clean is None:
         return {}
 

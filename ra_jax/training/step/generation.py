@@ -17,63 +17,65 @@ from ra_jax.models.lora import Adapter
 from ra_jax.parallel.collectives import map_microbatches
 from ra_jax.rewards.custom import Reward
 from ra_jax.rewards.registry import RewardInputs
-from ra_jax.rl.rollouts import Member, NoisySteps, panel_noise, roll_out
+from ra_jax.rl.rollouts import NoisySteps, Sample, panel_noise, roll_out
 from ra_jax.training.step.encode import Context
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import RolloutSettings
-from ra_jax.training.step.state import TrainState, keys_for, stream
+from ra_jax.training.step.state import TrainState, example_keys, stream_key
 
 
-def roll_out_members(
+def generate_samples(
     objective: Objective, settings: RolloutSettings, state: TrainState, context: Context
-) -> tuple[Member, jax.Array]:
+) -> tuple[Sample, jax.Array]:
     """G rollouts of every condition by the current weights, and their scores [G, B, S].
 
     Draws derive from (seed, step, record, member); of the initial noise all members share the left panel's.
     """
     model, condition = objective.model, context.encoded.condition
     times = objective.schedule.sampling_times(settings.steps, condition.fill.shape[1])
-    group_keys = keys_for(jax.random.fold_in(stream(state.seed, "rollouts"), state.step), context.batch["record_id"])
+    group_keys = example_keys(
+        jax.random.fold_in(stream_key(state.seed, "rollouts"), state.step), context.batch["record_id"]
+    )
     gates_of_all, _ = model.gates(state.trainable, condition)
-    noisy = noisy_steps(settings, times, state)
+    noisy = choose_noisy_steps(settings, times, state)
     inputs = reward_inputs(objective, settings, context)
 
-    def member(_, number):
-        shared_keys = keys_for(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
-        member_keys = keys_for(group_keys, jnp.broadcast_to(number + 1, group_keys.shape))
-        gates, experts = drawn_experts(settings, gates_of_all, member_keys)
+    def generate(_, number):
+        shared_keys = example_keys(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
+        sample_keys = example_keys(group_keys, jnp.broadcast_to(number + 1, group_keys.shape))
+        gates, experts = sample_experts(settings, gates_of_all, sample_keys)
 
         def noise(draw):
-            keys = [keys_for(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (shared_keys, member_keys)]
+            keys = [example_keys(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (shared_keys, sample_keys)]
             return panel_noise(*keys, condition.grid, model.latent_features)
 
         def velocity(x, t):
             return objective.velocity(state.trainable, context.frozen, x, t, condition, Adapter(gates))
 
-        made = replace(roll_out(velocity, noise, times, noisy), experts=experts)
-        image = decode_panels(objective, settings, context.frozen, made.clean, condition.grid)
-        return None, (made, scores_of(settings.rewards, replace(inputs, image=image)))
+        sample = replace(roll_out(velocity, noise, times, noisy), experts=experts)
+        image = decode_panels(objective, settings, context.frozen, sample.clean, condition.grid)
+        return None, (sample, score(settings.rewards, replace(inputs, image=image)))
 
-    _, (members, scores) = jax.lax.scan(member, None, jnp.arange(settings.generations))
-    return members, scores
+    _, (samples, scores) = jax.lax.scan(generate, None, jnp.arange(settings.generations))
+    return samples, scores
 
 
-def scores_of(rewards: Sequence[Reward], inputs: RewardInputs) -> jax.Array:
+def score(rewards: Sequence[Reward], inputs: RewardInputs) -> jax.Array:
     """Every reward of a batch of images, [B, S]."""
     scores = [reward.function(inputs)[:, None] for reward in rewards]
     return jnp.concatenate(scores, axis=1) if scores else jnp.zeros((len(inputs.image), 0))
 
 
-def noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState) -> NoisySteps | None:
+def choose_noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState) -> NoisySteps | None:
     """This step's window of noisy steps, the same for all rollouts."""
     if not settings.noisy_steps:
         return None
     starts = jnp.asarray(window_starts(times, settings.noisy_steps))
-    key = jax.random.fold_in(stream(state.seed, "window"), state.step)
+    key = jax.random.fold_in(stream_key(state.seed, "window"), state.step)
     return NoisySteps(jax.random.choice(key, starts), settings.noisy_steps, settings.noise_level)
 
 
-def drawn_experts(
+def sample_experts(
     settings: RolloutSettings, gates: jax.Array | None, keys: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Gates [B, E] of a member and, with `sample` routing, the expert [B] that each rollout drew from the router's."""

@@ -14,8 +14,8 @@ from ra_jax.rl.policy import PolicySettings
 class ObjectiveSettings:
     """What a step optimizes: the weights and options of its loss.
 
-    policy: None without a policy term (it needs rewards and `--enable_grpo_loss`); points_apart: the policy's points in
-    time are visited one after another, so that memory is that of one, for a forward pass more of each.
+    policy: None without a policy term (it needs rewards and `--enable_grpo_loss`); sequential_timesteps: the policy's
+    points in time are computed one after another: memory of one point, at the price of one more forward pass of each.
     """
 
     guidance_scale: float
@@ -25,10 +25,10 @@ class ObjectiveSettings:
     diversity_loss_weight: float
     kl_weight: float
     policy: PolicySettings | None
-    points_apart: bool
+    sequential_timesteps: bool
     dropout: bool
     routing_decay: float
-    routing_specialisation: float
+    routing_specialization: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,6 @@ class StepSettings:
     drift_interval: int
     rollouts: RolloutSettings | None
 
-    def renews(self, step: jax.Array) -> jax.Array:
+    def sync_due(self, step: jax.Array) -> jax.Array:
         """Whether a step's weights become the old policy before it."""
         return jnp.asarray(True) if not self.sync_steps else step % self.sync_steps == 0

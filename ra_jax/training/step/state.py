@@ -63,7 +63,7 @@ def init_state(
 
     return TrainState(
         trainable=trainable,
-        opt_state=_apart(optimizer.init(trainable), trainable),
+        opt_state=_copy_shared(optimizer.init(trainable), trainable),
         old_params=copy() if with_old_params else None,
         ema=copy() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
@@ -74,18 +74,18 @@ def init_state(
     )
 
 
-def _apart(opt_state: Any, trainable: Any) -> Any:
+def _copy_shared(opt_state: Any, trainable: Any) -> Any:
     """The optimizer's state with copies of what it shares with the weights: prodigy keeps those it began with."""
     shared = {id(leaf) for leaf in jax.tree.leaves(trainable)}
     return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, opt_state)
 
 
-def stream(seed: int | jax.Array, name: str) -> jax.Array:
+def stream_key(seed: int | jax.Array, name: str) -> jax.Array:
     """The key of a named stream of random numbers; a draw folds in the step (or epoch) and the global example's id."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def keys_for(key: jax.Array, *ids: jax.Array) -> jax.Array:
+def example_keys(key: jax.Array, *ids: jax.Array) -> jax.Array:
     """One key for each example: `key` with every one of `ids` [B] folded in, in order. Returns [B] keys.
 
     Each key depends on the example's global id alone, so that draws do not depend on how a batch is laid out.

@@ -1,7 +1,7 @@
 """One training step: a pure function of (state, frozen, batch), compiled as one program.
 
-The way to the policy's gradient: `train_step` → `learn` → `gradients_of` → `Objective.policy` → `rl.policy.policy_loss`
-→ `rl.losses.clipped_policy_loss`.
+The way to the policy's gradient: `train_step` → `learn` → `compute_gradients` → `Objective.policy` →
+`rl.policy.policy_loss` → `rl.losses.clipped_policy_loss`.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ import optax
 from ra_jax.data.batch import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.collectives import mean_gradients
-from ra_jax.rl.losses import adapted_temperature
+from ra_jax.rl.losses import next_temperature
 from ra_jax.training.step.encode import Context
-from ra_jax.training.step.experience import Experience, collect
+from ra_jax.training.step.experience import Experience, collect_experience
 from ra_jax.training.step.objective import Metrics, Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 
 # What a step reports of its last update alone: in the first the old policy may be the current one.
-OF_THE_LAST_UPDATE = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
+LAST_UPDATE_METRICS = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
     def train_step(state: TrainState, frozen: Weights, batch: Batch, *, axis_name: str | None = None):
         program = StepProgram(replace(objective, axis_name=axis_name), optimizer, settings)
-        renewed = settings.renews(state.step)
-        state = replace(state, old_params=renewed_old_params(state, renewed))
-        experience, measured = collect(program.objective, settings, state, frozen, batch, renewed)
-        state, metrics = learn(program, state, frozen, experience, fresh=renewed)
+        sync = settings.sync_due(state.step)
+        state = replace(state, old_params=sync_old_params(state, sync))
+        experience, measured = collect_experience(program.objective, settings, state, frozen, batch, sync)
+        state, metrics = learn(program, state, frozen, experience, on_policy=sync)
         if "clip_fraction" in metrics:
-            temperature, clip_at_sync = at_sync(state, metrics["clip_fraction"][-1], settings)
+            temperature, clip_at_sync = update_temperature(state, metrics["clip_fraction"][-1], settings)
             measured |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
             state = replace(state, temperature=temperature, clip_at_sync=clip_at_sync)
-        ema = averaged(state, state.trainable, settings.ema_decay)
-        return replace(state, ema=ema, step=state.step + 1), of_the_step(metrics) | measured
+        ema = update_ema(state, state.trainable, settings.ema_decay)
+        return replace(state, ema=ema, step=state.step + 1), reduce_metrics(metrics) | measured
 
     return train_step
 
 
 def learn(
-    program: StepProgram, state: TrainState, frozen: Weights, experience: Experience, *, fresh: jax.Array
+    program: StepProgram, state: TrainState, frozen: Weights, experience: Experience, *, on_policy: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """The step's updates of weights, optimizer and the router's running mean, and metrics of each [updates].
 
@@ -70,15 +70,15 @@ def learn(
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
         state, old = carry
-        gradients, metrics, old = gradients_of(
+        gradients, metrics, old = compute_gradients(
             objective,
             state,
             frozen,
             replace(experience, old=old),
             update=state.step * settings.updates + number,
-            fresh=fresh & (number == 0),
+            on_policy=on_policy & (number == 0),
         )
-        gradients, new_mean, metrics = with_diversity(
+        gradients, new_mean, metrics = add_diversity_gradient(
             objective, replace(state, router_mean=router_mean), experience, gradients, metrics
         )
         gradients = jax.tree.map(lambda g: mean_gradients(g, objective.axis_name), gradients)
@@ -91,26 +91,26 @@ def learn(
     return state, metrics
 
 
-def of_the_step(metrics: Metrics) -> Metrics:
-    """Scalars from the metrics of each update [updates]: the mean, or the last (`OF_THE_LAST_UPDATE`)."""
-    return {name: x[-1] if name in OF_THE_LAST_UPDATE else x.mean() for name, x in metrics.items()}
+def reduce_metrics(metrics: Metrics) -> Metrics:
+    """Scalars from the metrics of each update [updates]: the mean, or the last (`LAST_UPDATE_METRICS`)."""
+    return {name: x[-1] if name in LAST_UPDATE_METRICS else x.mean() for name, x in metrics.items()}
 
 
-def renewed_old_params(state: TrainState, renewed: jax.Array) -> Any:
+def sync_old_params(state: TrainState, sync: jax.Array) -> Any:
     """The old policy: the current weights where it is `renewed`, else what it was."""
     if state.old_params is None:
         return None
-    return jax.tree.map(lambda new, old: jnp.where(renewed, new, old), state.trainable, state.old_params)
+    return jax.tree.map(lambda new, old: jnp.where(sync, new, old), state.trainable, state.old_params)
 
 
-def gradients_of(
+def compute_gradients(
     objective: Objective,
     state: TrainState,
     frozen: Weights,
     experience: Experience,
     *,
     update: jax.Array,
-    fresh: jax.Array,
+    on_policy: jax.Array,
 ) -> tuple[Any, Metrics, Any]:
     """Mean gradient of base and policy losses over microbatches [A, B] and members, their metrics, and the records of
     the old policy that the next update compares with.
@@ -120,12 +120,12 @@ def gradients_of(
 
     def policy(total, given, context: Context):
         loss = jax.value_and_grad(objective.policy, has_aux=True)
-        (value, (metrics, old)), gradient = loss(state.trainable, context, *given, fresh=fresh)
+        (value, (metrics, old)), gradient = loss(state.trainable, context, *given, on_policy=on_policy)
         count = experience.advantages.shape[1]
         # Chosen rather than multiplied by 0: a gradient through blank members need not be finite.
-        total = jax.tree.map(lambda t, g: t + jnp.where(sound, g / count, 0.0), total, gradient)
-        metrics = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics)  # NaN: not measured
-        return total, (metrics | {"train_loss": jnp.where(sound, value, 0.0)}, old)
+        total = jax.tree.map(lambda t, g: t + jnp.where(rewards_finite, g / count, 0.0), total, gradient)
+        metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics)  # NaN: not measured
+        return total, (metrics | {"train_loss": jnp.where(rewards_finite, value, 0.0)}, old)
 
     def microbatch(total, experience: Experience):
         context = Context(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
@@ -136,20 +136,20 @@ def gradients_of(
             total = jax.tree.map(jnp.add, total, gradient)
             metrics = base | {"train_loss": value}
         if experience.advantages is not None:
-            given = (experience.members, experience.advantages, experience.old)
-            total, (terms, old) = jax.lax.scan(lambda total, member: policy(total, member, context), total, given)
+            given = (experience.samples, experience.advantages, experience.old)
+            total, (terms, old) = jax.lax.scan(lambda total, sample: policy(total, sample, context), total, given)
             terms = jax.tree.map(lambda x: x.mean(0), terms)
             metrics = metrics | terms | {"train_loss": metrics["train_loss"] + terms["train_loss"]}
         return total, (metrics, old)
 
-    sound = jnp.asarray(True) if experience.sound is None else experience.sound
+    rewards_finite = jnp.asarray(True) if experience.rewards_finite is None else experience.rewards_finite
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    gradients, (metrics, old) = jax.lax.scan(microbatch, zeros, replace(experience, sound=None))
+    gradients, (metrics, old) = jax.lax.scan(microbatch, zeros, replace(experience, rewards_finite=None))
     gradients = jax.tree.map(lambda g: g / len(experience.batch["mask"]), gradients)
     return gradients, jax.tree.map(lambda x: x.mean(0), metrics), old
 
 
-def with_diversity(
+def add_diversity_gradient(
     objective: Objective, state: TrainState, experience: Experience, gradients: Any, metrics: Metrics
 ) -> tuple[Any, Any, Metrics]:
     """(gradients, the router's running mean, metrics) with the diversity loss of the whole step's conditions.
@@ -171,16 +171,18 @@ def with_diversity(
     return jax.tree.map(jnp.add, gradients, update), router_mean, metrics
 
 
-def at_sync(state: TrainState, clip_fraction: jax.Array, settings: StepSettings) -> tuple[jax.Array, jax.Array]:
+def update_temperature(
+    state: TrainState, clip_fraction: jax.Array, settings: StepSettings
+) -> tuple[jax.Array, jax.Array]:
     """(τ, clip_fraction) as they stand after this step; both change only at the last step before a renewal."""
-    last = settings.renews(state.step + 1) & ~jnp.isnan(clip_fraction)
+    last = settings.sync_due(state.step + 1) & ~jnp.isnan(clip_fraction)
     clip = jnp.where(last, clip_fraction, state.clip_at_sync)
     if not settings.adapt_temperature:
         return state.temperature, clip
-    return jnp.where(last, adapted_temperature(state.temperature, clip), state.temperature), clip
+    return jnp.where(last, next_temperature(state.temperature, clip), state.temperature), clip
 
 
-def averaged(state: TrainState, trainable: Any, decay: float) -> Any:
+def update_ema(state: TrainState, trainable: Any, decay: float) -> Any:
     """Exponential moving average of the weights, with the decay warmed up as (1 + n)/(10 + n)."""
     if state.ema is None:
         return None

@@ -8,14 +8,14 @@ import pytest
 
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rewards.custom import Reward
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.rollouts import Sample
 from ra_jax.training.build import step_settings
 from ra_jax.training.setup import set_up
 from ra_jax.training.step import experience
 from ra_jax.training.step.objective import Objective
 
 
-def with_rewards(setup, rewards):
+def add_rewards(setup, rewards):
     rollouts = replace(setup.step_settings.rollouts, rewards=rewards)
     return replace(setup, step_settings=replace(setup.step_settings, rollouts=rollouts))
 
@@ -28,7 +28,7 @@ def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic, phot
     """A constant reward: advantages are 0, so that without the other losses no weight moves."""
     setup = set_up(automatic(diversity_loss_weight=0.0, adam_weight_decay=0.0, **photos))
     constant = (Reward("constant", lambda inputs: jnp.full(inputs.image.shape[:1], 0.7), 1.0),)
-    _, rows = steps_of(with_rewards(setup, constant), 1)
+    _, rows = steps_of(add_rewards(setup, constant), 1)
     assert rows[0]["grad_norm"] == 0.0
     assert rows[0]["frac_reward_zero_std"] == 1.0
     assert rows[0]["mean_reward"] == pytest.approx(0.4)
@@ -46,10 +46,10 @@ def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic, phot
 )
 def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(automatic, flags, dropped):
     settings = step_settings(automatic(**flags), (Reward("mine", broken, 1.0),)).rollouts
-    members = Member(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
+    samples = Sample(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
     scores = jnp.asarray([0.1, 0.4, 0.6, 0.9]).reshape(1, 4, 1, 1)
     objective = Objective(None, None, None)  # means over the replicas are all that is asked of it
-    found, _ = experience.with_rewards(objective, experience.Experience(None, None, members=members), scores, settings)
+    found, _ = experience.add_rewards(objective, experience.Experience(None, None, samples=samples), scores, settings)
     signs = np.sign(np.asarray(found.advantages).ravel())
     assert list(signs) == ([0, 0, 1, 1] if dropped else [-1, -1, 1, 1])
 
@@ -64,12 +64,12 @@ def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automati
     """The weights then are those of a step without rewards; what only rewards could tell is not told."""
     flags = {"policy_estimator": estimator, "log_freq": 100, "adam_weight_decay": 0.0}
     setups = [set_up(automatic(**flags)) for _ in range(2)]
-    state, rows = steps_of(with_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
+    state, rows = steps_of(add_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
     assert rows[0]["reward_fallbacks"] == 1.0
     assert np.isfinite(rows[0]["train_loss"])
     assert all(np.isnan(rows[0][name]) for name in ("mean_reward", "policy_loss", "mean_ratio"))
     assert np.isnan(state.clip_at_sync) and state.temperature == setups[1].state.temperature
-    without = replace(setups[1], rewarded=lambda step: False).step_programs()
+    without = replace(setups[1], computes_rewards=lambda step: False).compiled_steps()
     reference, row = without(setups[1].state, setups[1].frozen, next(setups[1].batches()))
     assert "mean_reward" not in row
     ours, theirs = named_leaves(state.trainable), named_leaves(reference.trainable)

@@ -10,10 +10,10 @@ import pytest
 from ra_jax.data.diptych import right_panel
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rewards.registry import REWARDS, RewardInputs
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.rollouts import Sample
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.encode import Context, encode
-from ra_jax.training.step.generation import decode_panels, drawn_experts, roll_out_members
+from ra_jax.training.step.generation import decode_panels, generate_samples, sample_experts
 
 GENERATIONS, CONDITIONS = 3, 2
 
@@ -36,7 +36,7 @@ def generated(setup, batch, **changes):
     def generate(state, frozen, batch):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
         context = Context(frozen, batch, encoded, state.seed, state.temperature)
-        return encoded, *roll_out_members(setup.objective, settings, state, context)
+        return encoded, *generate_samples(setup.objective, settings, state, context)
 
     return generate(setup.state, setup.frozen, batch)
 
@@ -45,21 +45,21 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
     """By `make_remover`, and by the scores of its pictures."""
     setup, batch, *_ = rolled_out
 
-    def fixed(group_keys, member_keys, grid, features):
+    def fixed(group_keys, sample_keys, grid, features):
         keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
         return initial_noise(setup.loaded.model, keys, 32, 32)
 
     monkeypatch.setattr("ra_jax.training.step.generation.panel_noise", fixed)
-    encoded, members, scores = generated(setup, batch)
+    encoded, samples, scores = generated(setup, batch)
     keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
     remove = make_remover(setup.loaded.model, setup.objective.schedule, num_inference_steps=6, guidance_scale=30.0)
     images, _ = remove(setup.state.trainable, setup.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32))
-    for member in range(GENERATIONS):
+    for sample in range(GENERATIONS):
         made = decode_panels(
             setup.objective,
             setup.step_settings.rollouts,
             setup.frozen,
-            members.clean[member],
+            samples.clean[sample],
             encoded.condition.grid,
         )
         np.testing.assert_allclose(made, images, atol=1e-4)
@@ -76,7 +76,7 @@ def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out,
     """The initial noise, seen where a rollout would begin."""
     setup, batch, encoded, _, _ = rolled_out
     monkeypatch.setattr(
-        "ra_jax.training.step.generation.roll_out", lambda velocity, noise, times, noisy: Member(noise(jnp.asarray(0)))
+        "ra_jax.training.step.generation.roll_out", lambda velocity, noise, times, noisy: Sample(noise(jnp.asarray(0)))
     )
     rows, columns = encoded.condition.grid
     noise = np.asarray(generated(setup, batch)[1].clean).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
@@ -95,16 +95,16 @@ def test_decoding_in_microbatches_gives_the_same_scores(rolled_out):
 
 def test_rollouts_depend_on_step_record_and_member_alone(rolled_out):
     """Conditions in another order generate the same, another step something else."""
-    setup, batch, _, members, _ = rolled_out
+    setup, batch, _, samples, _ = rolled_out
     turned = {name: values[::-1] for name, values in batch.items()}
-    np.testing.assert_allclose(generated(setup, turned)[1].clean[:, ::-1], members.clean, atol=1e-4)
+    np.testing.assert_allclose(generated(setup, turned)[1].clean[:, ::-1], samples.clean, atol=1e-4)
     later = replace(setup, state=replace(setup.state, step=jnp.asarray(1)))
-    assert np.abs(generated(later, batch)[1].clean - members.clean).max() > 0.1
+    assert np.abs(generated(later, batch)[1].clean - samples.clean).max() > 0.1
 
 
 def test_drawn_experts_follow_the_gates(rolled_out):
     settings = replace(rolled_out[0].step_settings.rollouts, sample_experts=True)
     gates = jnp.tile(jnp.asarray([[0.6, 0.3, 0.1]]), (4000, 1))
-    weights, experts = drawn_experts(settings, gates, jax.vmap(jax.random.key)(jnp.arange(4000)))
+    weights, experts = sample_experts(settings, gates, jax.vmap(jax.random.key)(jnp.arange(4000)))
     np.testing.assert_allclose(weights.mean(0), gates[0], atol=0.03)
     np.testing.assert_array_equal(weights.argmax(1), experts)

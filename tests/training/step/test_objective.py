@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ra_jax.parallel.partitioning import named_leaves
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.rollouts import Sample
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.encode import Context, encode
-from ra_jax.training.step.objective import one_by_one
+from ra_jax.training.step.objective import map_timesteps
 
 
 def test_points_one_by_one_are_the_same_rows():
@@ -22,7 +22,7 @@ def test_points_one_by_one_are_the_same_rows():
         seen.append(x.shape)
         return x * t[:, None, None]
 
-    np.testing.assert_array_equal(one_by_one(velocity, x, t, points=3), velocity(x, t))
+    np.testing.assert_array_equal(map_timesteps(velocity, x, t, points=3), velocity(x, t))
     assert seen == [(2, 4, 1), (6, 4, 1)]
 
 
@@ -30,14 +30,14 @@ def test_points_one_by_one_have_the_same_gradient(make_config):
     setup = set_up(make_config(gradient_checkpointing="points", num_policy_timesteps=3, kl_weight=0.1))
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(islice(setup.batches(), 1)))
     encoded = jax.jit(lambda frozen: encode(setup.objective.model, frozen, batch, "balanced"))(setup.frozen)
-    member = Member(encoded.clean)
+    sample = Sample(encoded.clean)
     context = Context(setup.frozen, batch, encoded, state.seed, state.temperature)
 
     def gradient(objective):
         def loss(trainable):
-            old = objective.judge(state.trainable, context, member).record
+            old = objective.evaluate_policy(state.trainable, context, sample).values
             advantages = jnp.ones(len(batch["mask"]))
-            return objective.policy(trainable, context, member, advantages, old, fresh=jnp.asarray(False))
+            return objective.policy(trainable, context, sample, advantages, old, on_policy=jnp.asarray(False))
 
         (value, (_, record)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             jax.tree.map(lambda x: x + 0.01, state.trainable)
@@ -45,10 +45,10 @@ def test_points_one_by_one_have_the_same_gradient(make_config):
         return {"loss": value, **record, **named_leaves(gradient)}
 
     apart, together = (
-        gradient(replace(setup.objective, settings=replace(setup.objective.settings, points_apart=apart)))
-        for apart in (setup.objective.settings.points_apart, False)
+        gradient(replace(setup.objective, settings=replace(setup.objective.settings, sequential_timesteps=apart)))
+        for apart in (setup.objective.settings.sequential_timesteps, False)
     )
-    assert setup.objective.settings.points_apart
+    assert setup.objective.settings.sequential_timesteps
     largest = max(float(jnp.abs(value).max()) for name, value in together.items() if "lora" in name)
     assert largest > 1e-4
     for name, value in together.items():

@@ -10,11 +10,11 @@ import pytest
 
 from ra_jax.parallel.collectives import all_mean
 from ra_jax.parallel.partitioning import named_leaves
-from ra_jax.rl.rollouts import Member
+from ra_jax.rl.rollouts import Sample
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.settings import StepSettings
-from ra_jax.training.step.train_step import at_sync, averaged
+from ra_jax.training.step.train_step import update_ema, update_temperature
 
 STANDARD = {
     "use_grpo": False,
@@ -35,7 +35,7 @@ def run(config, steps):
     """(setup, frozen before, trainable before, state after, metrics of every step, the step's programs)."""
     setup = set_up(config)
     frozen, before = copied(setup.frozen), copied(setup.state.trainable)
-    step, state, metrics = setup.step_programs(), setup.state, []
+    step, state, metrics = setup.compiled_steps(), setup.state, []
     for batch in islice(setup.batches(), steps):
         state, row = step(state, setup.frozen, batch)
         metrics.append(jax.device_get(row))
@@ -168,15 +168,15 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     trainable = {**state.trainable, "flux": random_b}
     objective, frozen = setup.objective, setup.frozen
     encoded = encode(objective.model, frozen, batch, "balanced")
-    member = Member(encoded.clean)
+    sample = Sample(encoded.clean)
     context = Context(frozen, batch, encoded, state.seed, state.temperature)
-    old = objective.judge(trainable, context, member).record
+    old = objective.evaluate_policy(trainable, context, sample).values
 
     def losses(dropout):
         changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
         base, _ = changed.base(trainable, context, state.step)
-        given = (trainable, context, member, batch["advantage"], old)
-        policy, (metrics, _) = changed.policy(*given, fresh=jnp.asarray(False))
+        given = (trainable, context, sample, batch["advantage"], old)
+        policy, (metrics, _) = changed.policy(*given, on_policy=jnp.asarray(False))
         return base, policy, metrics["mean_ratio"]
 
     dropped, kept = losses(True), losses(False)
@@ -187,9 +187,9 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
 
 def test_average_is_the_warmed_up_moving_average(human_run):
     state = replace(human_run[3], ema={"w": jnp.asarray(1.0)}, step=jnp.asarray(4))
-    assert averaged(state, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.0 + (1 - 5 / 14))
+    assert update_ema(state, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.0 + (1 - 5 / 14))
     late = replace(state, step=jnp.asarray(10**6))
-    assert averaged(late, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.01)
+    assert update_ema(late, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.01)
 
 
 def test_temperature_adapts_only_before_a_renewal(human_run):
@@ -197,10 +197,10 @@ def test_temperature_adapts_only_before_a_renewal(human_run):
     settings = StepSettings(
         updates=1, sync_steps=8, adapt_temperature=True, ema_decay=0.0, drift_interval=0, rollouts=None
     )
-    before, _ = at_sync(replace(state, step=jnp.asarray(6)), jnp.asarray(0.9), settings)
-    renewed, clip = at_sync(replace(state, step=jnp.asarray(7)), jnp.asarray(0.9), settings)
+    before, _ = update_temperature(replace(state, step=jnp.asarray(6)), jnp.asarray(0.9), settings)
+    sync, clip = update_temperature(replace(state, step=jnp.asarray(7)), jnp.asarray(0.9), settings)
     assert before == pytest.approx(0.1)
-    assert renewed == pytest.approx(0.1 * np.exp(0.1 * (0.9 - 0.15)))
+    assert sync == pytest.approx(0.1 * np.exp(0.1 * (0.9 - 0.15)))
     assert clip == pytest.approx(0.9)
 
 

@@ -9,13 +9,13 @@ from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.flux import FluxOptions
 from ra_jax.models.lora import ExpertLinear
-from ra_jax.models.quantisation import quantise
+from ra_jax.models.quantization import quantize
 
 
 def test_no_value_is_off_by_more_than_half_a_level_and_the_error_is_that_of_rounding():
     kernel = np.random.default_rng(0).normal(size=(3072, 64)).astype(np.float32)
     kernel[:, 3] = 0.0
-    values, scale = quantise(kernel)
+    values, scale = quantize(kernel)
     assert values.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (64,)
     np.testing.assert_array_equal(np.abs(values).max(0), np.where(np.arange(64) == 3, 0, 127))
     error = values * scale - kernel

@@ -5,7 +5,7 @@ import numpy as np
 LEVELS = 127
 
 
-def quantise(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A kernel [in, out] as int8 and a float32 scale for each output [out], so that kernel ≈ int8 · scale.
 
         scale = max_in |kernel| / 127        int8 = round(kernel / scale)
