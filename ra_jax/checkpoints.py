@@ -75,7 +75,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_orbax_names(leaves)), metadata=ocp.args.JsonSave(metadata)
+                state=ocp.args.StandardSave(_orbax_names(leaves)), about=ocp.args.JsonSave(metadata)
             ),
         )
 

@@ -215,7 +215,7 @@ def test_the_warning_names_the_line_that_imports_too_late(tmp_path):
 LATE_STEP = """
 import jax, jax.numpy as jnp, numpy as np
 jax.devices()
-from ra_jax.parallel.compilation import compiled
+from ra_jax.parallel.compilation import compile_lowered
 
 def errors(h, W, a, b, V, c, d, x):
     return ((jax.nn.silu(h @ (W + a @ b)) @ (V + c @ d) - x) ** 2).mean(-1)
@@ -223,7 +223,7 @@ def errors(h, W, a, b, V, c, d, x):
 rng = np.random.default_rng(0)
 shapes = [(512, 256), (256, 256), (256, 16), (16, 256), (256, 64), (256, 16), (16, 64), (512, 64)]
 inputs = [jnp.asarray(rng.normal(size=s) / 16, jnp.float32) for s in shapes]
-step = compiled(jax.jit(errors).lower(*inputs), jax.default_backend())
+step = compile_lowered(jax.jit(errors).lower(*inputs), jax.default_backend())
 print(float(jnp.abs(step(*inputs) - errors(*inputs)).max()))
 """
 

@@ -200,7 +200,7 @@ def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
     program = StepProgram(objective, optimizer, step_settings(config, ()))
 
     def learn_step(state, frozen, experience):
-        return learn(program, state, frozen, experience, fresh=jnp.asarray(True))
+        return learn(program, state, frozen, experience, on_policy=jnp.asarray(True))
 
     return learn_step, (state, frozen, our_experience(model, geometry))
 

@@ -168,7 +168,7 @@ def test_by_name(pack):
 
 def test_large_sets_are_shards(files, tmp_path, monkeypatch):
     monkeypatch.setattr("ra_jax.data.pack_writer.SHARD_BYTES", 1)
-    monkeypatch.setattr("ra_jax.data.pack_writer.AT_ONCE", 2)
+    monkeypatch.setattr("ra_jax.data.pack_writer.ENCODE_BATCH", 2)
     write_pack(load_records(files), tmp_path / "packed")
     assert len(list((tmp_path / "packed/records").rglob("*array_record*"))) == 15
     one, other = (batches(load_records(data), 5) for data in (tmp_path / "packed", files))

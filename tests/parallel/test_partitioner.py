@@ -156,7 +156,7 @@ def test_replicas_on_one_device_have_the_same_base(make_config):
     mesh, replicas = (
         set_up(make_config(parallelism=parallelism, overwrite_output_dir=True)) for parallelism in ("mesh", "pmap")
     )
-    jax.tree.map(np.testing.assert_array_equal, replicas.partitioner.whole(replicas.frozen), mesh.frozen)
+    jax.tree.map(np.testing.assert_array_equal, replicas.partitioner.unshard(replicas.frozen), mesh.frozen)
     leaves = jax.tree.leaves(mesh.frozen["flux"], is_leaf=lambda x: isinstance(x, tuple))
     assert any(isinstance(leaf, tuple) for leaf in leaves)
 

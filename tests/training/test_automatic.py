@@ -33,7 +33,7 @@ def updates_of(setup, steps=2, drift=0):
         experience, measured = collect_experience(
             program.objective, settings, state, frozen, microbatches, jnp.asarray(True)
         )
-        state, metrics = learn(program, state, frozen, experience, fresh=jnp.asarray(True))
+        state, metrics = learn(program, state, frozen, experience, on_policy=jnp.asarray(True))
         return replace(state, step=state.step + 1), metrics, measured
 
     state, rows = setup.state, []

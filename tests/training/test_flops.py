@@ -16,7 +16,7 @@ def test_human_scored_step():
 def test_automatic_step():
     """3 conditions of 8 rollouts of 6 forward passes; 2 updates of a base pass and 4 passes a rollout."""
     cost = ForwardCost(base=10.0, attention=0.0)
-    count = {"records": 3, "members": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
+    count = {"records": 3, "samples": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
     assert step_flops(cost, StepPasses(**count)) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
     assert step_flops(cost, StepPasses(**count, kl=True, base_loss=False)) == 30 * (8 * 6 + 2 * 8 * 4 * 3)
 
