@@ -1,1 +1,1 @@
-"""Data sets of scored removals: formats and their checks, masks, panels, the loader. Knows of no device."""
+"""Data sets of scored removals: formats, checks, masks, panels and the loader. No module here uses a JAX device."""

@@ -1,5 +1,8 @@
-"""`python -m ra_jax.data`: `validate FILE` checks a data set as training would, `pack FILE FOLDER` makes few large
-files of it, `synth FOLDER` makes one."""
+"""Command line of the data package: `python -m ra_jax.data SUBCOMMAND`.
+
+`validate FILE` checks a data set as training does. `pack FILE FOLDER` writes it as a few large files. `synth FOLDER`
+generates a synthetic data set.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -25,13 +28,15 @@ def validate(
     score_format: ScoreFormat = "dict",
     need_result: bool = True,
 ) -> int:
-    """Print what a data set holds and every faulty record; exit status 1 if there is one.
+    """Print a summary of a data set and all errors in its records; the exit status is 1 if there are errors.
 
     Args:
         file: JSON list, JSONL, mapping JSON, a folder with input/ mask/ gt/, or a pack.
-        use_human_scores: every record must have scores, as training with --use_human_scores wants.
-        score_format: how they are written, {"removal_score": ...} or [removal, background, smoothness].
-        need_result: every record must have a result; training does, removing objects does not.
+        use_human_scores: require scores in every record, as training with --use_human_scores does.
+        score_format: format of the scores: dict is {"removal_score": ...}, tensor is [removal, background, smoothness].
+            It is checked only with --use_human_scores.
+        need_result: require a result in every record. The base loss and human scores need results. Removing objects
+            does not.
     """
     records, errors = check_records(
         file, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
@@ -55,15 +60,15 @@ def pack(
     aspect_ratio_buckets: str = DataConfig.aspect_ratio_buckets,
     mixed_precision: Literal["no", "bf16"] = "bf16",
 ) -> int:
-    """Write a data set as few large files that training reads in its place (--train_json_path FOLDER).
+    """Write a data set as a few large files, which training can read instead (--train_json_path FOLDER).
 
     Args:
         file: JSON list, JSONL, mapping JSON, or a folder with input/ mask/ gt/.
-        folder: where to; its name must be small letters, digits and _.
-        latents: panels of the buckets, their VAE latents and image tokens, in place of the files: training then has
-            nothing to encode. It needs the flags that follow, as training has them, and --no_mask_augmentation.
-        pretrained_model_name_or_path: diffusers folder or hub id, whose VAE encodes.
-        pretrained_redux_model_name_or_path: folder or hub id, which makes image tokens of references.
+        folder: folder to create. Its name consists of lower-case letters, digits and _ and starts with a letter.
+        latents: store resized images with their VAE latents and image tokens instead of the original files. Training
+            then has nothing to encode. It needs --no_mask_augmentation and the same values of the flags below.
+        pretrained_model_name_or_path: diffusers folder or hub id of the model whose VAE encodes the images.
+        pretrained_redux_model_name_or_path: folder or hub id of the model that computes image tokens of references.
         aspect_ratio_buckets: panel sizes "height,width;..." in pixels.
         mixed_precision: compute dtype of the image tokens.
     """
@@ -105,13 +110,14 @@ def synth(
     """Write a data set of synthetic scenes with exact ground truth and scored candidate results.
 
     Args:
-        folder: where to; it gets input/ mask/ gt/ ref/ result/ and the JSON files.
+        folder: folder to write. It receives input/ mask/ gt/ ref/ result/ and the JSON files.
         scenes: number of scenes.
-        size: side of a picture, in pixels.
-        mix: one clean candidate a scene and four with one defect each; or all with several defects.
-        candidates: results a scene of no_clean; one_clean has five.
-        seed: of everything random.
-        first_scene: number of the first scene; other numbers are other scenes of the same seed.
+        size: width and height of each image in pixels.
+        mix: one_clean writes one clean candidate per scene and four with one defect each. no_clean gives every
+            candidate three or four defects.
+        candidates: results per scene for no_clean. one_clean always writes five.
+        seed: seed of all random numbers.
+        first_scene: number of the first scene. Different numbers give different scenes for the same seed.
     """
     settings = DatasetSettings(
         scenes=scenes, size=size, mix=mix, seed=seed, first_scene=first_scene, candidates=candidates
@@ -123,13 +129,13 @@ def synth(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status, 1 for data or values that will not do."""
+    """Run a subcommand and return the exit status: 1 for errors in the data, the flags or the settings, else 0."""
     commands = {"validate": validate, "pack": pack, "synth": synth}
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m ra_jax.data", args=args, use_underscores=True
         )
-    except ValueError as error:  # a UserError, or settings of synth that contradict one another
+    except ValueError as error:  # a UserError, or invalid settings of synth
         print(f"error: {error}", file=sys.stderr)
         return 1
 

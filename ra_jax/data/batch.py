@@ -1,18 +1,18 @@
-"""The schema of a batch: its keys, their types and shapes, and which batches have them.
+"""Schema of a batch: its keys, their dtypes and shapes, and which batches have which keys.
 
-Sizes by letter: B rows, h × w pixels of a panel, s × s pixels that Redux sees, N packed latent tokens of a diptych with
-C4 = 4C features each, T image tokens of D features.
+Letters in shapes: B rows, h × w pixels of a panel, s × s pixels of a Redux input, N packed latent tokens of a diptych
+with C4 = 4C features each, T image tokens with D features each.
 
-A batch has parts, which depend on the run:
+A batch consists of parts. The run decides which parts it has:
 
-    photos    pictures of the panels; all batches but those of a pack with latents, where no rewards are computed
-    results   the records have results
-    latents   of a pack with latents, in place of what encodes the photos
-    redux     the model has image tokens, and they are not among the latents
-    training  the batch is for a training step
-    rewards   human mode with --enable_grpo_rewards
+    photos    images of the panels; absent if a pack has latents and no automatic rewards are computed
+    results   results of the records, if the records have results
+    latents   latents and image tokens from a pack; they replace the encoding of the photos
+    redux     inputs of Redux, if the model has image tokens and no pack provides them
+    training  values for a training step
+    rewards   values for human mode with --enable_grpo_rewards
 
-`LOADED` is what `loader.Loader` makes of records; `VALUES` is what `training.dataset.record_values` adds to each.
+`loader.Loader` produces the keys of `LOADED`. `training.dataset.record_values` adds the keys of `VALUES`.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import jax  # takes seconds, and commands that only read data do without
+    import jax  # The import takes seconds, and commands that only read data do not need JAX.
 
 Batch = dict[str, "jax.Array"]
 Part = Literal["photos", "results", "latents", "redux", "training", "rewards"]
@@ -28,15 +28,20 @@ Part = Literal["photos", "results", "latents", "redux", "training", "rewards"]
 
 @dataclass(frozen=True)
 class Field:
-    """A key of a batch. shape: of sizes and letters for sizes; parts: the batch has the key where it has all of them;
-    dtypes: one of these, the first if nothing else is known."""
+    """A key of a batch.
+
+    Attributes:
+        shape: sizes, or letters that stand for sizes.
+        dtypes: allowed dtypes; the first is the default.
+        parts: a batch has the key if it has all of these parts.
+    """
 
     shape: tuple[str | int, ...]
     dtypes: tuple[str, ...]
     parts: tuple[Part, ...] = ()
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with numbers in the place of letters."""
+        """Return the shape with each letter replaced by its number in `sizes`."""
         return tuple(sizes[side] if isinstance(side, str) else side for side in self.shape)
 
 
@@ -47,43 +52,43 @@ LOADED: dict[str, Field] = {
     "reference": Field(_PANEL, ("uint8",), ("photos",)),
     "result": Field(_PANEL, ("uint8",), ("photos", "results")),
     "mask": Field(("B", "h", "w"), ("uint8",)),  # 1 = remove
-    "redux_pixels": Field(("B", "s", "s", 3), ("float32",), ("redux",)),  # of the reference
-    "masked_latents": Field(_TOKENS, ("float32",), ("latents",)),  # of the source, the mask's pixels grey
+    "redux_pixels": Field(("B", "s", "s", 3), ("float32",), ("redux",)),  # preprocessed reference
+    "masked_latents": Field(_TOKENS, ("float32",), ("latents",)),  # encoded source, mask pixels set to gray
     "image_tokens": Field(("B", "T", "D"), ("float32", "bfloat16"), ("latents",)),
     "result_latents": Field(_TOKENS, ("float32",), ("latents", "results")),
     "group_id": Field(("B",), ("int32",)),  # `records.scene_ids`
     "record_id": Field(("B",), ("int32",)),  # position in the list of records
     "epoch": Field(("B",), ("int32",)),
-    "condition_weight": Field(("B",), ("float32",)),  # 1 / (rows of the record's group in the global batch)
+    "condition_weight": Field(("B",), ("float32",)),  # 1 / (rows of the record's scene in the global batch)
 }
 VALUES: dict[str, Field] = {
-    "sample_weight": Field(("B",), ("float32",), ("training",)),  # of the record in the base loss
+    "sample_weight": Field(("B",), ("float32",), ("training",)),  # weight of the record in the base loss
     "scores": Field(("B", 3), ("float32",), ("training", "rewards")),  # removal, background, smoothness in [0, 1]
     "reward": Field(("B",), ("float32",), ("training", "rewards")),  # weighted sum of 2·score − 1
     "advantage": Field(("B",), ("float32",), ("training", "rewards")),
-    "group_reward_std": Field(("B",), ("float32",), ("training", "rewards")),  # of the record's scene
-    "zero_std_group": Field(("B",), ("float32",), ("training", "rewards")),  # 1: all rewards of the scene are equal
+    "group_reward_std": Field(("B",), ("float32",), ("training", "rewards")),  # in the record's scene
+    "zero_std_group": Field(("B",), ("float32",), ("training", "rewards")),  # 1 if all rewards of the scene are equal
 }
 FIELDS = LOADED | VALUES
-# What packs with latents hold, and the loader takes from them.
+# Keys that the loader reads from a pack with latents.
 LATENTS = tuple(name for name, field in LOADED.items() if "latents" in field.parts)
 
 
 def batch_fields(parts: Collection[Part]) -> dict[str, Field]:
-    """The keys of a batch with these parts."""
+    """Return the keys of a batch with these parts, and their fields."""
     return {name: field for name, field in FIELDS.items() if set(field.parts) <= set(parts)}
 
 
 def has_results(batch: Mapping[str, Any]) -> bool:
-    """Whether the records of a batch have results, as photos or as latents."""
+    """Return whether a batch has results, as photos or as latents."""
     return "result" in batch or "result_latents" in batch
 
 
 def check_schema(batch: Mapping[str, Any], parts: Collection[Part]) -> dict[str, int]:
-    """Compare a batch of arrays with the schema; returns the sizes of its letters.
+    """Check a batch of arrays against the schema and return the size of each letter.
 
     Raises:
-        ValueError: keys that are missing or too many, another type or shape, letters that stand for two sizes.
+        ValueError: a key is missing or unexpected, a dtype or shape is wrong, or one letter has two sizes.
     """
     fields = batch_fields(parts)
     if batch.keys() != fields.keys():

@@ -1,6 +1,7 @@
-"""The diptych: the reference (the object on white) left, the photo right; the mask is 0 on the left.
+"""Diptychs: the reference (the object on white) on the left, the photo on the right.
 
-All functions take NumPy and JAX arrays alike (traced ones too), with any leading dimensions.
+The mask of a diptych is 0 in the left half. All functions accept NumPy arrays and JAX arrays, traced ones too, with
+any leading dimensions.
 """
 
 from typing import TypeVar
@@ -11,13 +12,17 @@ Array = TypeVar("Array")
 
 
 def reference_on_white(source: Array, mask: Array) -> Array:
-    """The masked object where it stands, on white.
+    """Return the masked object at its position on a white background.
 
-    source: [..., h, w, 3], uint8 or floating in [0, 1]; mask: [..., h, w], not 0 = the object. Returns as
-    `source`.
+    Args:
+        source: [..., h, w, 3], uint8 or floating point in [0, 1].
+        mask: [..., h, w]; pixels that are not 0 belong to the object.
+
+    Returns:
+        An array with the shape and dtype of `source`.
 
     Raises:
-        ValueError: a mask that is not the photo without its channels.
+        ValueError: the shape of the mask is not that of the source without channels.
     """
     if source.shape[:-1] != mask.shape:
         raise ValueError(f"mask {mask.shape} does not fit source {source.shape}: expected {source.shape[:-1]}")
@@ -27,10 +32,10 @@ def reference_on_white(source: Array, mask: Array) -> Array:
 
 
 def join(reference: Array, photo: Array) -> Array:
-    """[..., h, w, c] and [..., h, w, c] -> [..., h, 2w, c].
+    """Join two panels to a diptych: [..., h, w, c] and [..., h, w, c] -> [..., h, 2w, c].
 
     Raises:
-        ValueError: panels of different shapes.
+        ValueError: the panels have different shapes.
     """
     if reference.shape != photo.shape:
         raise ValueError(f"panels differ: reference {reference.shape}, photo {photo.shape}; resize them alike")
@@ -38,16 +43,18 @@ def join(reference: Array, photo: Array) -> Array:
 
 
 def join_mask(mask: Array) -> Array:
-    """[..., h, w] -> [..., h, 2w], nothing of the reference to be removed."""
+    """Return the mask of a diptych, [..., h, w] -> [..., h, 2w]: 0 in the left half, where nothing is removed."""
     xp = mask.__array_namespace__()
     return xp.concat([xp.zeros_like(mask), mask], axis=-1)
 
 
 def right_panel(x: Array, axis: int = -2) -> Array:
-    """The photo's half of a diptych [..., h, 2w, c] -> [..., h, w, c]; for masks [..., h, 2w] say axis=-1.
+    """Return the photo's half of a diptych: [..., h, 2w, c] -> [..., h, w, c].
+
+    For masks [..., h, 2w] pass axis=-1.
 
     Raises:
-        ValueError: a width that has no half.
+        ValueError: the width is odd.
     """
     width = x.shape[axis]
     if width % 2:

@@ -1,13 +1,14 @@
-"""The forms a data set comes in, each read into the same entries: record number, line, and a dict of fields.
+"""Read the supported formats of data sets into the same entries: record number, line, and a dict of fields.
 
     JSON list       [{"src": ..., "mask": ..., "result": ..., ...}, ...]
-    JSONL           one such object a line
+    JSONL           one such object per line
     mapping JSON    {"mapping": {gt: [inputs]}}, or the inner object alone, beside gt/ input/ mask/ (ref/)
     folder          with input/ mask/ gt/ (ref/)
-    pack            a folder of `packs`, or "tfds:NAME"
+    pack            a folder written by `pack_writer`, or "tfds:NAME"
 
-In the mapping and the folder src = input, result = gt, and a mask (gt, ref) is the file of the input's name, another
-ending if need be.
+For a mapping and a folder, src is the file in input/ and result is the file in gt/. Files in mask/ and ref/, and in
+gt/ for a folder, are found by the name of the input. A file with the same name is preferred to one with another
+suffix.
 """
 
 import json
@@ -19,14 +20,20 @@ from ra_jax.data.images import SUFFIXES
 from ra_jax.data.packs import Pack, pack_folder
 from ra_jax.errors import DataError, RecordError
 
-RECORDS = "records.json"  # the data set in a folder of results that `python -m ra_jax.infer` wrote
-DEMO = ("output", "demo")  # where configs/tiny.toml looks for its data
+RECORDS = "records.json"  # data file that `python -m ra_jax.infer` writes into its output folder
+DEMO = ("output", "demo")  # folder of the data set that configs/tiny.toml uses
 SUPPORTED = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One record as it was written. `fields` is a dict unless the file is wrong."""
+    """One record before it is checked.
+
+    Attributes:
+        record: position of the record in the data set, from 0.
+        fields: the parsed value; a dict in every valid file.
+        line: line number in a JSONL file, from 1.
+    """
 
     record: int
     fields: object
@@ -35,7 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class RawData:
-    """`base`: the folder that paths are relative to; `faults`: of the form; entries with one are left out."""
+    """The entries of a data set and the errors in its format.
+
+    Attributes:
+        base: folder that relative paths start from.
+        entries: all entries without a format error.
+        errors: format errors, such as broken JSON or a missing mask.
+    """
 
     base: Path
     entries: list[Entry]
@@ -43,10 +56,10 @@ class RawData:
 
 
 def read_entries(path: str | Path) -> RawData:
-    """Read any of the forms above.
+    """Read a data set in any of the formats above.
 
     Raises:
-        DataError: no such file or folder, or a form that this version does not read.
+        DataError: the file or folder does not exist, or it has none of the supported formats.
     """
     if (folder := pack_folder(path)) is not None:
         pack = Pack(folder)
@@ -121,7 +134,7 @@ def _read_folder(folder: Path) -> RawData:
 
 
 def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
-    """Entries of (input, gt) names, the masks and references looked up by the input's name."""
+    """Return entries for pairs of (input, gt) names; masks and references are found by the name of the input."""
     masks, references = pictures_by_stem(base / "mask"), pictures_by_stem(base / "ref")
     entries, errors = [], []
     for record, (name, gt) in enumerate(pairs):
@@ -141,7 +154,7 @@ def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
 
 
 def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The folder's pictures by their names without ending, each list sorted; nothing where there is no such folder."""
+    """Map file names without suffix to the images in a folder, each list sorted; empty if the folder does not exist."""
     pictures: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in SUFFIXES:
@@ -150,6 +163,11 @@ def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def match_stem(name: str, pictures: Mapping[str, Sequence[Path]]) -> Path | None:
-    """Of `pictures_by_stem`, the one of that file name, else the first of that stem, else None."""
+    """Return the image with this file name, else the first one with the same stem, else None.
+
+    Args:
+        name: name or path of a file.
+        pictures: images by stem, from `pictures_by_stem`.
+    """
     candidates = pictures.get(Path(name).stem, ())
     return next((path for path in candidates if path.name == name), next(iter(candidates), None))

@@ -1,7 +1,8 @@
-"""Photos and masks as files hold them: upright by their EXIF orientation, on white where transparent.
+"""Decode photos and masks from files, with EXIF orientation applied.
 
-Sizes are (height, width) in pixels of the upright picture. A window is (left, top, right, bottom) in those
-pixels. A picture is a file's path, or what reads like one (`packs.PackedPicture`).
+Transparent pixels of photos become white and those of masks become black. Sizes are (height, width) in pixels of the
+upright image. A window is (left, top, right, bottom) in those pixels. An image file is a path, or an object with
+the same interface (`packs.PackedPicture`).
 """
 
 import io
@@ -16,34 +17,34 @@ Window = tuple[int, int, int, int]
 
 
 class Picture(Protocol):
-    """An encoded picture: a Path is one."""
+    """An encoded image. Path satisfies this protocol."""
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """Name of the file."""
 
     @property
     def stem(self) -> str:
-        """The file's name without its ending."""
+        """Name of the file without its suffix."""
 
     def read_bytes(self) -> bytes:
-        """The encoded picture."""
+        """Return the bytes of the encoded image."""
 
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MASK_THRESHOLD = 127
-MIN_DECODE_SCALE = 1.5  # a photo is decoded at no less than this factor of the size it is resized to
+MIN_DECODE_SCALE = 1.5  # a photo is decoded to at least this factor times the size that it is resized to
 
-# What Pillow raises for a file that is no picture, is cut short or broken: SyntaxError comes from PNG chunks.
+# Errors that Pillow raises if a file is not an image, is truncated or is broken. Broken PNG chunks raise SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_image(path: Picture) -> Image.Image:
-    """Open without decoding.
+    """Open an image without decoding it.
 
     Raises:
-        OSError, SyntaxError, Image.DecompressionBombError: no readable picture.
-        ValueError: more than 8 bits a channel, which Pillow would clip to white rather than scale.
+        OSError, SyntaxError, Image.DecompressionBombError: the file is not a readable image.
+        ValueError: the image has more than 8 bits per channel; Pillow would clip them to white instead of scaling.
     """
     image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     if image.mode.startswith(("I", "F")):
@@ -53,51 +54,51 @@ def open_image(path: Picture) -> Image.Image:
 
 
 def width_by_height(size: Size) -> str:
-    """A size in words, for messages."""
+    """Format a size (height, width) as "width × height" for messages."""
     return f"{size[1]} × {size[0]}"
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened picture: 1 upright, 2 to 8 turned or mirrored; 1 where none is noted."""
+    """Return the EXIF orientation of an image: 1 is upright (default), 2 to 8 are rotated or mirrored."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def upright_size(image: Image.Image) -> Size:
-    """(height, width) once the EXIF orientation is applied; orientations 5 to 8 lie on their side."""
+    """Return (height, width) after the EXIF orientation is applied; orientations 5 to 8 swap the sides."""
     width, height = image.size
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
 def photo_size(path: Picture) -> Size:
-    """Size of a photo, from the file's head alone; raises one of `UNREADABLE`."""
+    """Read the size of a photo from the file header, without decoding it; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_size(image)
 
 
 def probe_photo(path: Picture) -> Size:
-    """Size of a photo, after decoding all of it; raises one of `UNREADABLE`."""
+    """Decode a photo to check that the file is whole, and return its size; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         size = upright_size(image)
-        # JPEG at an eighth of the size reads every byte, so it finds a cut file, but skips most of the
-        # arithmetic.
+        # Decoding JPEG at an eighth of the size reads every byte, so a truncated file is found, but it skips most of
+        # the arithmetic.
         image.draft(None, (1, 1))
         image.load()
     return size
 
 
 def read_mask(path: Picture) -> np.ndarray:
-    """[h, w] bool, True = remove: `read_soft_mask` above 127; raises one of `UNREADABLE`."""
+    """Read a mask as [h, w] bool, True = remove: `read_soft_mask` > 127; raises one of `UNREADABLE`."""
     return read_soft_mask(path) > MASK_THRESHOLD
 
 
 def read_soft_mask(path: Picture) -> np.ndarray:
-    """[h, w] uint8: luminance, black where transparent; raises one of `UNREADABLE`."""
+    """Read a mask as [h, w] uint8: luminance, 0 where transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return soft_mask(image)
 
 
 def soft_mask(image: Image.Image) -> np.ndarray:
-    """[h, w] uint8 of an opened mask, upright: luminance, black where transparent."""
+    """Convert an opened mask to [h, w] uint8, upright: luminance, 0 where transparent."""
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         upright = _over(upright, "black")
@@ -105,13 +106,16 @@ def soft_mask(image: Image.Image) -> np.ndarray:
 
 
 def read_photo(path: Picture) -> Image.Image:
-    """The whole photo, RGB, upright, on white where it is transparent; raises one of `UNREADABLE`."""
+    """Read a whole photo as upright RGB, white where it is transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_rgb(image)
 
 
 def read_panel(path: Picture, window: Window, size: Size) -> np.ndarray:
-    """[h, w, 3] uint8: the window of a photo resized to `size`, bicubic with antialiasing."""
+    """Read a window of a photo and resize it to `size`: [h, w, 3] uint8, bicubic with antialiasing.
+
+    Raises one of `UNREADABLE`.
+    """
     height, width = size
     with open_image(path) as image:
         shrink = _decode_smaller(image, window, size)
@@ -121,10 +125,11 @@ def read_panel(path: Picture, window: Window, size: Size) -> np.ndarray:
 
 
 def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
-    """Decode JPEG at 1/2, 1/4 or 1/8 if 1.5 times the panel's side remains; returns the divisor of coordinates.
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size if the window then is still at least 1.5 times as large as `size`.
 
-    Only for pictures stored upright: the smaller size is rounded up, and turning would move that padding to
-    the front.
+    Returns the divisor from full-size to decoded coordinates, 1.0 for an image that is decoded at full size. Images
+    that are not stored upright are decoded at full size: the reduced size is rounded up, and a rotation would move this
+    padding to the front.
     """
     left, top, right, bottom = window
     spare = min((bottom - top) / size[0], (right - left) / size[1]) / MIN_DECODE_SCALE
@@ -136,7 +141,7 @@ def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened photo, RGB, upright, on white where it is transparent."""
+    """Convert an opened photo to upright RGB, white where it is transparent."""
     upright = ImageOps.exif_transpose(image)
     return _over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
 

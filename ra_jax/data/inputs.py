@@ -1,6 +1,6 @@
-"""The files and folders that are read for a picture, a folder of pictures, a data set or a pack.
+"""List the files and folders that a command reads for an image, a folder of images, a data set or a pack.
 
-`outputs.check_outputs` compares them with what a command writes.
+`outputs.check_outputs` compares them with the paths that the command writes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,22 @@ from ra_jax.data.images import SUFFIXES, Picture
 from ra_jax.data.packs import PackedPicture, pack_folder
 from ra_jax.data.records import IMAGE_FIELDS, Record
 
-LAYOUT = ("input", "mask", "gt", "ref")  # folders of a data set whose pictures are found by name
+LAYOUT = ("input", "mask", "gt", "ref")  # folders of a data set in which images are found by name
 
 
 def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """What is read for flags that name pictures or data sets, as `outputs.check_outputs` wants it: inputs and nested.
+    """List the paths that are read for flags that name images or data sets.
 
-    Nested are the folders beside a data file in which pictures are found by name: nothing may be written into them,
-    but the folder around them, which is the data file's own, may take results.
+    Args:
+        flags: flag -> its value; flags with the value None are skipped.
+
+    Returns:
+        The arguments `inputs` and `nested` of `outputs.check_outputs`, both by flag. `inputs` holds the paths of
+        `input_paths`. `nested` holds those folders of `LAYOUT` beside the data file from which images are read: nothing
+        may be written into them, but results may be written into the folder that holds them and the data file.
 
     Raises:
-        DataError: as `input_paths` does.
+        DataError: raised by `input_paths`.
     """
     inputs = {flag: input_paths(path) for flag, path in flags.items() if path is not None}
     beside = {flag: {Path(flags[flag]).parent / name for name in LAYOUT} for flag in inputs}
@@ -29,12 +34,15 @@ def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[
 
 
 def input_paths(path: str | Path) -> list[Path]:
-    """The files that reading `path` reads, and the folders of which everything is read.
+    """List the files that are read for `path`, and the folders that are read completely.
 
-    path: a picture; a folder of pictures; a data set in any form of `formats`; a pack. Nothing where it does not exist.
+    Records with errors are skipped. The list is empty if `path` does not exist.
+
+    Args:
+        path: an image, a folder of images, a data set in any format of `formats`, or a pack.
 
     Raises:
-        DataError: a data file that `formats.read_entries` does not read. Faulty records are passed over.
+        DataError: `formats.read_entries` cannot read the data file.
     """
     if (pack := pack_folder(path)) is not None:
         return [pack]
@@ -52,12 +60,15 @@ def input_paths(path: str | Path) -> list[Path]:
 
 
 def image_paths(path: Path) -> list[Path]:
-    """A file; or a folder and the files in it, which may be links to elsewhere: the folders in it are not read."""
+    """Return `path`, and for a folder also the files in it; subfolders are not read.
+
+    The files are listed because they may be links to files outside the folder.
+    """
     return [path, *(file for file in path.iterdir() if file.is_file())] if path.is_dir() else [path]
 
 
 def record_paths(records: Iterable[Record]) -> list[Path]:
-    """The files of records, and the folders of packs that hold their pictures."""
+    """Return the image files of records, each once; for records from a pack, the folder of the pack."""
     pictures: Iterable[Picture | None] = (getattr(record, name) for record in records for name in IMAGE_FIELDS)
     folders = (picture.pack.folder if isinstance(picture, PackedPicture) else picture for picture in pictures)
     return [path for path in dict.fromkeys(folders) if path is not None]

@@ -1,6 +1,7 @@
-"""Batches for a training step: the global plan's rows, loaded ahead by Grain's threads.
+"""Load batches for training steps: rows of the global plan, read ahead by Grain's threads.
 
-Batch i is a pure function of (seed, i): the position in the data is one number, on however many processes.
+Batch i is a pure function of (seed, i). The position in the data is therefore a single number, for any number of
+processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +22,14 @@ from ra_jax.data.records import Record, scene_ids
 from ra_jax.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
-_ENDLESS = 2**62  # rows; Grain wants a length
+_ENDLESS = 2**62  # number of rows; Grain requires a finite length
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """From "h,w;h,w" to ((h, w), (h, w)), the sizes of one panel in pixels.
+    """Parse "h,w;h,w" to ((h, w), (h, w)), the sizes of one panel in pixels.
 
     Raises:
-        DataError: anything else.
+        DataError: the text has another form, or it names a size twice.
     """
     try:
         buckets = tuple(tuple(int(side) for side in part.split(",")) for part in text.strip(" ;").split(";"))
@@ -43,25 +44,26 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader makes of records.
+    """Options of a loader.
 
     Attributes:
-        batch_size: records of a global batch.
+        batch_size: number of records in a global batch.
         buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
-        seed: of the order of records and the augmented masks.
-        multiple: pixels a side of a token.
-        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch, group). A reference that
-            is made from the mask is made from the one in the file.
-        preprocess_reference: a reference panel -> Redux pixels; None: the batches have no `redux_pixels`.
-        rows: which rows of a global batch this process reads, and in which order (None: all).
-        latents: the records are of a pack with latents, which are loaded; then no `redux_pixels`.
-        photos: load source, reference and result; a step on latents alone does without.
-        workers: threads that load batches ahead; 0 loads them when asked.
-        cache_bytes: decoded panels kept in memory.
+        seed: seed of the order of records and of the augmented masks.
+        multiple: side of a token in pixels.
+        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch, scene). A reference that
+            is made from the mask uses the mask in the file.
+        preprocess_reference: function from a reference panel to Redux pixels. If None, batches have no `redux_pixels`.
+        rows: rows of a global batch that this process reads, in this order; None reads all.
+        latents: load the latents of records from a pack with latents. Batches then have no `redux_pixels`.
+        photos: load source, reference and result. A step that uses only latents does not need them.
+        workers: number of threads that load batches ahead. With 0, each batch is loaded when it is requested.
+        cache_bytes: size of the cache of decoded panels in bytes.
 
     Raises:
-        DataError: bucket sides that `multiple` does not divide.
-        ValueError: rows that a batch does not have, latents of masks that are augmented, neither photos nor latents.
+        DataError: a bucket side is not divisible by `multiple`.
+        ValueError: a row is outside the batch, latents are combined with augmented masks, or photos and latents are
+            both off.
     """
 
     batch_size: int
@@ -86,19 +88,20 @@ class LoaderOptions:
 
 
 class Loader:
-    """Endless batches of records, in the order of the epochs' global plans.
+    """Endless iteration over batches of records, in the order of the global plan of each epoch.
 
-    A batch has the keys of `batch.LOADED` and the `extras`, with B rows of the global batch. All records of a group
-    have the same crop, and in an epoch the same augmented mask.
+    A batch has the keys of `batch.LOADED` and those of `extras`. It holds this process's rows of the global batch. All
+    records of a scene have the same crop and, within an epoch, the same augmented mask.
 
     Args:
-        records: of a data set.
-        options: what is made of them.
-        extras: values per record, [len(records), ...], put into the batch under their names.
+        records: records of a data set.
+        options: options of the loader.
+        extras: additional values per record, [len(records), ...], which the batches contain under the same names.
 
     Raises:
-        DataError: no records, or results in some records only.
-        ValueError: extras of another length or with a name of `batch.LOADED`, `latents` of records without.
+        DataError: there are no records, or only some of them have results.
+        ValueError: an entry of `extras` has another length or a name of `batch.LOADED`, or `options.latents` is set
+            for records without latents.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Loader:
         self._scenes = scene_ids(records)
         record_buckets = np.array([nearest_bucket(record.size, buckets) for record in records], np.int32)
         self.batches_per_epoch = batches_per_epoch(record_buckets, batch_size)
-        # A few epochs: workers that run ahead in a small data set are not all in the same one.
+        # Several epochs are cached: in a small data set, workers that read ahead are in different epochs.
         self._plan = lru_cache(maxsize=8)(
             lambda epoch: epoch_plan(
                 self._scenes, record_buckets, batch_size=batch_size, seed=options.seed, epoch=epoch
@@ -124,7 +127,7 @@ class Loader:
         )
 
     def iterate(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Batches start_batch, start_batch + 1, ... for ever; a Grain iterator, close() ends its threads."""
+        """Return an endless Grain iterator over batches start_batch, start_batch + 1, ...; close() ends its threads."""
         workers = self._options.workers
         ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2, workers))
         if not workers:
@@ -133,7 +136,7 @@ class Loader:
         return iter(rows.batch(len(self._rows)).to_iter_dataset(ahead))
 
     def _example(self, position: int) -> dict[str, np.ndarray]:
-        """Row `position` of this process, counted through all batches."""
+        """Load row `position` of this process, counted over all batches."""
         batch, row = divmod(position, len(self._rows))
         epoch, batch = divmod(batch, self.batches_per_epoch)
         plan = self._plan(epoch)
@@ -159,7 +162,7 @@ class Loader:
         return example | {name: values[at] for name, values in self._extras.items()}
 
     def _pictures(self, record: Record, bucket: Size) -> dict[str, np.ndarray]:
-        """Panels and latents of a record, the mask as it is."""
+        """Load the panels and latents of a record; the mask is not augmented."""
         options = self._options
         if not options.photos:
             return {"mask": load_mask(record, bucket, self._cache)} | _packed_latents(record)
@@ -179,7 +182,7 @@ class Loader:
 
 
 def pack_encoding(records: Sequence[Record]) -> Encoding | None:
-    """How the latents of these records' pack were made; None without a pack, or without latents in it."""
+    """Return the encoding of the pack that the records are from; None for records without a pack or latents."""
     source = records[0].src
     return source.pack.encoding if isinstance(source, PackedPicture) else None
 
@@ -190,7 +193,7 @@ def _packed_latents(record: Record) -> dict[str, np.ndarray]:
 
 
 def check_results(records: Sequence[Record]) -> None:
-    """Raise DataError where there are no records, or some have results and others none."""
+    """Raise DataError if there are no records, or if only some of them have results."""
     if not records:
         raise DataError("no records: expected at least one")
     without = [record.id for record in records if record.result is None]
@@ -200,7 +203,7 @@ def check_results(records: Sequence[Record]) -> None:
 
 
 def check_buckets(buckets: Sequence[Size], multiple: int) -> None:
-    """Raise DataError for a panel size with a side that `multiple` does not divide."""
+    """Raise DataError if a side of a panel size is not divisible by `multiple`."""
     for bucket in buckets:
         if any(side % multiple for side in bucket):
             fitting = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)

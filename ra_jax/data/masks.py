@@ -1,7 +1,7 @@
-"""Mask augmentation in training: people paint around objects, loosely, where data sets cut them out.
+"""Mask augmentation for training: masks of data sets follow the object closely, but users paint loosely around it.
 
-Every augmented mask contains the mask it came from, and is a pure function of that mask and the generator's
-state.
+Every augmented mask contains the original mask. It is a pure function of the original mask and the state of the random
+generator.
 """
 
 import numpy as np
@@ -11,18 +11,23 @@ OUTLINE, BOX, DILATION = "outline", "box", "dilation"
 PROBABILITIES = {OUTLINE: 0.4, BOX: 0.4, DILATION: 0.2}
 
 DILATION_SIZE, DILATION_TIMES = 7, 2
-KNOTS = (8, 13)  # control points of an outline, half-open
-SLACK = (1.05, 1.35)  # an outline's control points lie this factor beyond the mask, as seen from its centre
-SAMPLES = 16  # points a Bézier segment is drawn with
+KNOTS = (8, 13)  # half-open range of the number of control points of an outline
+SLACK = (1.05, 1.35)  # distance of a control point from the center, relative to the reach of the mask
+SAMPLES = 16  # points per Bézier segment
 
 
 def augment_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """40 % a smooth outline around the mask, 40 % its bounding box, 20 % a dilation (7×7, twice).
+    """Enlarge a mask at random: 40 % smooth outline, 40 % bounding box, 20 % dilation (7×7, twice).
 
-    mask: [h, w], bool or {0, 1}; returns the same shape and dtype, a superset of it.
+    Args:
+        mask: [h, w], bool or {0, 1}.
+        rng: generator that chooses the kind and the outline.
+
+    Returns:
+        A mask of the same shape and dtype that contains `mask`.
 
     Raises:
-        ValueError: an empty mask.
+        ValueError: the mask is empty.
     """
     inside = mask != 0
     if not inside.any():
@@ -38,13 +43,13 @@ def augment_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a mask that is not empty, right and bottom exclusive."""
+    """Return (left, top, right, bottom) of a mask that is not empty; right and bottom are exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def box(mask: np.ndarray) -> np.ndarray:
-    """The mask's bounding box, filled. [h, w] bool."""
+    """Fill the bounding box of a mask. [h, w] bool."""
     left, top, right, bottom = bounding_box(mask)
     filled = np.zeros(mask.shape, bool)
     filled[top:bottom, left:right] = True
@@ -52,7 +57,7 @@ def box(mask: np.ndarray) -> np.ndarray:
 
 
 def square_dilation(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
-    """[h, w] bool dilated by a size×size square (odd), `times` over: one square of times·(size − 1) + 1."""
+    """Dilate a mask `times` times by a square of odd `size`: one square of side times·(size − 1) + 1. [h, w] bool."""
     reach = times * (size // 2)
     for axis in (0, 1):
         rows = np.moveaxis(mask, axis, 0)
@@ -65,24 +70,25 @@ def square_dilation(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
 
 
 def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random smooth closed curve around the mask, filled. [h, w] bool.
+    """Draw a random smooth closed curve around the mask and fill it. [h, w] bool.
 
-    8 to 12 control points around the bounding box's centre, each at U(1.05, 1.35) times the mask's reach in its
-    direction, are joined by cubic Bézier segments (tangents as Catmull and Rom's). What little of the mask such a
-    curve may leave out is added.
+    8 to 12 control points lie around the center of the bounding box. Each is at U(1.05, 1.35) times the reach of the
+    mask in its direction. Cubic Bézier segments with Catmull-Rom tangents join them. The curve may leave out a few
+    pixels of the mask; these are added.
     """
     left, top, right, bottom = bounding_box(mask)
     center = np.array([(left + right) / 2, (top + bottom) / 2])
-    # The edge is enough: going outwards from any pixel of the mask one leaves through its edge.
+    # The edge pixels suffice: in every direction the mask pixel farthest from the center is an edge pixel.
     edge = mask & ~_eroded(mask)
     offsets = np.argwhere(edge)[:, ::-1] + 0.5 - center
     angles = np.arctan2(offsets[:, 1], offsets[:, 0])
-    distances = np.hypot(offsets[:, 0], offsets[:, 1]) + 1  # to a pixel's far corner, and a little
+    distances = np.hypot(offsets[:, 0], offsets[:, 1]) + 1  # + 1: beyond the far corner of the pixel
 
     knots = int(rng.integers(*KNOTS))
     spacing = 2 * np.pi / knots
     directions = (np.arange(knots) + rng.uniform(-0.25, 0.25, knots)) * spacing + rng.uniform(0, spacing)
-    # So wide that both control points beside a pixel know of it, and the curve between them passes outside.
+    # The range is wide enough that both control points around a pixel take its distance into account. The curve between
+    # them then passes outside the pixel.
     nearby = np.abs((angles - directions[:, None] + np.pi) % (2 * np.pi) - np.pi) <= 1.25 * spacing
     reach = np.where(nearby, distances, 0.0).max(1).clip(min=0.25 * distances.max())
     radii = reach * rng.uniform(*SLACK, knots)
@@ -94,10 +100,9 @@ def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _closed_bezier(points: np.ndarray) -> np.ndarray:
-    """[16·K, 2] points on the closed curve of cubic Béziers through points [K, 2].
+    """Return points [16·K, 2] on the closed curve of cubic Bézier segments through points [K, 2].
 
-    The segment from P to N, whose neighbours are L and M, has the controls P, P + (N − L)/6, N − (M − P)/6,
-    N.
+    For consecutive points L, P, N, M, the segment from P to N has the controls P, P + (N − L)/6, N − (M − P)/6, N.
     """
     before, after, beyond = np.roll(points, 1, 0), np.roll(points, -1, 0), np.roll(points, -2, 0)
     controls = np.stack([points, points + (after - before) / 6, after - (beyond - points) / 6, after])
@@ -107,6 +112,6 @@ def _closed_bezier(points: np.ndarray) -> np.ndarray:
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours are all in the mask; beyond the picture is outside."""
+    """Keep pixels whose four neighbors are all in the mask; pixels beyond the image count as outside."""
     padded = np.pad(mask, 1)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

@@ -1,4 +1,4 @@
-"""Writing a pack (`packs` has its form): the records' files as they are, or panels and their latents."""
+"""Write packs, in the format that `packs` describes: the original image files, or panels with their latents."""
 
 import io
 import re
@@ -21,29 +21,34 @@ from ra_jax.errors import DataError, OutputError
 from ra_jax.outputs import Inputs, Outputs, check_outputs, check_staging, replace_folder, staging_folder
 
 SHARD_BYTES = 256 * 2**20
-ENCODE_BATCH = 16  # examples between two updates of a set's metadata
+ENCODE_BATCH = 16  # examples per call of the writer, which updates the metadata of the set each time
 
 
 class Encoder(Protocol):
-    """Makes the arrays of examples from panels of a bucket."""
+    """Computes the arrays of examples from panels of one bucket."""
 
     encoding: Encoding
     buckets: Sequence[Size]
 
     def condition(self, panels: Panels) -> Mapping[str, np.ndarray]:
-        """Arrays of a photo, its mask and reference."""
+        """Return the arrays for a photo, its mask and its reference."""
 
     def result(self, panels: Panels) -> Mapping[str, np.ndarray]:
-        """Arrays of a result."""
+        """Return the arrays for a result."""
 
 
 def check_target(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> None:
-    """Check that a pack of what `inputs` and `nested` name (as in `check_outputs`) can be written to `folder`.
+    """Check that a pack can be written to `folder` without overwriting an input.
+
+    Args:
+        folder: folder of the pack.
+        inputs: paths that are read, as for `check_outputs`.
+        nested: folders that are read and may lie in `folder`, as for `check_outputs`.
 
     Raises:
-        DataError: a name that tensorflow-datasets does not find again, or the library is not installed.
-        OutputError: `folder`, or the one that is written until it is whole, is or holds what is read or lies in it, or
-            is there already.
+        DataError: tensorflow-datasets does not accept the name of the folder, or it is not installed.
+        OutputError: `folder` already exists; `folder` or FOLDER.partial is, contains or lies in an input; or
+            FOLDER.partial exists and was not left by a stopped run.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", folder.name):
         raise DataError(f"{folder}: {folder.name!r} is no name for a pack; expected small letters, digits and _")
@@ -61,16 +66,25 @@ def write_pack(
     encoder: Encoder | None = None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Write records, their pictures and, with an encoder, its latents. A few examples are in memory at a time.
+    """Write the records and their images to a pack, with an encoder also their latents.
 
-    watch: passes on what it iterates over, such as a progress bar. What is being written is called
-    FOLDER.partial until it is whole. Raises what `check_target` raises, and DataError for latents of results in
-    some records only.
+    Only a few examples are in memory at a time. The pack is written to FOLDER.partial, which is renamed when it is
+    complete.
+
+    Args:
+        records: records to write.
+        folder: folder of the pack; it must not exist.
+        encoder: computes latents and image tokens; None stores the original image files.
+        watch: wraps the iteration over conditions and over records, for example in a progress bar.
+
+    Raises:
+        DataError: raised by `check_target`; or there is an encoder and only some records have results.
+        OutputError: raised by `check_target`.
     """
     check_target(folder, {"the data set": record_paths(records)})
     if encoder is not None:
         check_results(records)
-    first: dict[tuple, int] = {}  # of each condition, its first record
+    first: dict[tuple, int] = {}  # index of the first record of each condition
     scenes: dict[tuple, int] = {}
     for number, record in enumerate(records):
         first.setdefault(_condition_of(record), number)
@@ -104,7 +118,7 @@ def _condition_of(record: Record) -> tuple[Picture, Picture, Picture | None]:
 
 
 def _bucket(encoder: Encoder | None, record: Record) -> Size | None:
-    """The panel that an encoder sees of a record; None without one."""
+    """Return the panel size that the encoder uses for a record; None without an encoder."""
     return None if encoder is None else encoder.buckets[nearest_bucket(record.size, encoder.buckets)]
 
 
@@ -134,11 +148,11 @@ def _png(panel: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-NOTHING = _png(np.zeros((1, 1, 3), np.uint8))  # in the place of a picture: every reader can decode it
+NOTHING = _png(np.zeros((1, 1, 3), np.uint8))  # placeholder for a missing image that every reader can decode
 
 
 def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], about: dict) -> None:
-    """One tensorflow-datasets set, example after example; its features are those of the first."""
+    """Write one tensorflow-datasets set; the first example defines its features."""
     tfds, place = import_tfds(), folder / part / VERSION
     place.mkdir(parents=True)
     some = list(islice(examples, ENCODE_BATCH))
@@ -151,7 +165,7 @@ def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], 
         features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in some[0].items()}),
         metadata=tfds.core.MetadataDict(about),
     )
-    size = max(map(_bytes_of, some))  # not every record has a result
+    size = max(map(_bytes_of, some))  # the maximum, because a record without a result is small
     writer = tfds.core.SequentialWriter(
         info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
     )

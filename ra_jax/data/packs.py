@@ -1,15 +1,20 @@
-"""Packs: a data set as a few large files that are read at any place: two tensorflow-datasets sets of ArrayRecords.
+"""Read packs: a data set in a few large ArrayRecord files with random access.
 
-    FOLDER/conditions/1.0.0   an example for each (src, mask, ref), which records share
-    FOLDER/records/1.0.0      an example for each record: `condition`, the number of its own, and its `result`
+A pack consists of two tensorflow-datasets sets:
 
-Pictures are the files' own bytes (a single pixel where a record has none), so that the same batches come of a pack as
-of the files. With an encoder they are panels of the training's buckets instead, as PNG, beside what training would make
-of them: `masked_latents` [N, 4C] and `image_tokens` [T, D] of a condition, `result_latents` [N, 4C] of a record. What
-is known of the records without their pictures stands in the metadata of FOLDER/records, which is read at once.
+    FOLDER/conditions/1.0.0   one example for each distinct (src, mask, ref)
+    FOLDER/records/1.0.0      one example for each record: `condition`, the index of its condition, and its `result`
 
-`tfds.builder_from_directory` opens either set (`import ml_dtypes` first: image tokens may be bfloat16); FOLDER in
-~/tensorflow_datasets is "tfds:FOLDER". Neither writing nor reading needs TensorFlow.
+Images are stored as the bytes of the original files, so that a pack gives the same batches as the files. A missing
+image is stored as a single pixel. All other information about the records is in the metadata of FOLDER/records, which
+is read when the pack is opened.
+
+A pack that was written with an encoder stores images as PNG, resized to the buckets of the training. It also stores the
+arrays that training would compute from them: `masked_latents` [N, 4C] and `image_tokens` [T, D] of a condition, and
+`result_latents` [N, 4C] of a record.
+
+`tfds.builder_from_directory` opens either set. Import ml_dtypes first, because image tokens may be bfloat16. A pack in
+~/tensorflow_datasets can be named "tfds:FOLDER". Neither writing nor reading needs TensorFlow.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (numpy, and with it tensorflow-datasets, then knows bfloat16)
+import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy, which tensorflow-datasets needs)
 
 from ra_jax.data.images import Size
 from ra_jax.errors import DataError
@@ -28,15 +33,20 @@ PARTS = ("conditions", "records")
 SPLIT = "train"
 PREFIX = "tfds:"
 LABELS = ("id", "scores", "split", "annotator", "source")
-EXAMPLE_CACHE_SIZE = 8  # examples: source, mask and reference are asked for one after another
+EXAMPLE_CACHE_SIZE = 8  # examples in memory: src, mask and ref of one example are read one after another
 
 Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a pack's latents were made with. encoders: fingerprint of VAE and Redux; buckets: as training writes them;
-    mixed_precision: of the image tokens."""
+    """The models and settings that the latents of a pack were computed with.
+
+    Attributes:
+        encoders: fingerprint of the VAE and Redux weights.
+        aspect_ratio_buckets: panel sizes "height,width;..." in pixels, as for --aspect_ratio_buckets.
+        mixed_precision: compute dtype of the image tokens, as for --mixed_precision.
+    """
 
     encoders: str
     aspect_ratio_buckets: str
@@ -44,12 +54,19 @@ class Encoding:
 
 
 class Pack:
-    """An opened pack. encoding: None without latents; entries: what it says of each record.
+    """An opened pack.
 
-    `condition(i)` and `record(i)` are the examples, pictures as bytes.
+    `condition(i)` and `record(i)` return the examples, with images as encoded bytes.
+
+    Attributes:
+        folder: folder of the pack.
+        encoding: how the latents were computed; None for a pack without latents.
+        conditions: metadata of each condition: size, scene (the first condition with the same src and mask), and
+            whether it has a reference.
+        entries: metadata of each record: labels, index of the condition and whether it has a result.
 
     Raises:
-        DataError: files of it are missing or cut short, or it is another data set of this form.
+        DataError: a file is missing or truncated, or the two sets do not form a pack.
     """
 
     def __init__(self, folder: Path):
@@ -69,7 +86,7 @@ class Pack:
                 if len(examples) != len(about[part]):
                     raise RuntimeError(f"{part} has {len(examples)} examples where {len(about[part])} were written")
                 end = 0
-                for length in data.info.splits[SPLIT].shard_lengths:  # the last of each file: whether it is whole
+                for length in data.info.splits[SPLIT].shard_lengths:  # the last example of a truncated file fails
                     end += length
                     examples[end - 1]
         except (RuntimeError, OSError) as error:
@@ -78,7 +95,7 @@ class Pack:
         self.record: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(records.__getitem__)
 
     def fields(self, number: int) -> dict[str, Any]:
-        """A record as a data file would write it, with `PackedPicture`s for paths."""
+        """Return the fields of a record as in a data file, with a `PackedPicture` instead of each path."""
         entry = self.entries[number]
         at = entry["condition"]
         condition = self.conditions[at]
@@ -95,8 +112,17 @@ class Pack:
 
 @dataclass(frozen=True)
 class PackedPicture:
-    """A picture in a pack, in the place of a path. size: of its record's photo, upright, in pixels; same: equal in
-    pictures that came of one file."""
+    """An image in a pack, used instead of a path.
+
+    Two images compare equal if `pack`, `name` and `same` are equal. Their bytes are then the same.
+
+    Attributes:
+        pack: pack that holds the image.
+        name: "src", "mask", "ref" or "result".
+        number: index of the example that holds the image.
+        size: (height, width) in pixels of the record's upright photo, or of its panel in a pack with latents.
+        same: for src and mask the first condition with the same files, for ref and result the index of the example.
+    """
 
     pack: Pack = field(repr=False)
     name: str
@@ -106,15 +132,15 @@ class PackedPicture:
 
     @property
     def stem(self) -> str:
-        """In the place of a file's name: what the picture is, and the number of its example."""
+        """Name and example index of the image, used like the stem of a file name."""
         return f"{self.name}{self.number:06d}"
 
     def example(self) -> Example:
-        """The whole example that it stands in."""
+        """Return the whole example that holds the image."""
         return (self.pack.record if self.name == "result" else self.pack.condition)(self.number)
 
     def read_bytes(self) -> bytes:
-        """The encoded picture."""
+        """Return the bytes of the encoded image."""
         return self.example()[self.name]
 
     def __str__(self) -> str:
@@ -122,10 +148,13 @@ class PackedPicture:
 
 
 def pack_folder(path: str | Path) -> Path | None:
-    """The folder of the pack that `path` names, "tfds:NAME" or the folder itself; None where it names none.
+    """Return the folder of the pack that `path` names; None if `path` is not a pack.
+
+    Args:
+        path: folder of a pack, or "tfds:NAME".
 
     Raises:
-        DataError: no data set of that name, or one that is no pack.
+        DataError: there is no data set with this name, or it is a tensorflow-datasets set but not a pack.
     """
     if not str(path).startswith(PREFIX):
         folder = Path(path)
@@ -154,7 +183,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_not_pack(path: str | Path, needed: str) -> None:
-    """Raises DataError where `path` names a pack: `needed` says what for its files are needed."""
+    """Raise DataError if `path` names a pack; `needed` says in the message what files are needed for."""
     if pack_folder(path) is not None:
         raise DataError(f"{path}: a pack has no files, which {needed}: give the data set that it was made of")
 
@@ -164,7 +193,7 @@ def _undecoded(tfds, features: Mapping) -> dict:
 
 
 def import_tfds():
-    """The library, which is imported where packs are used: it is one of the optional ones."""
+    """Import tensorflow-datasets, an optional dependency that only packs need. Raises DataError if it is missing."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:

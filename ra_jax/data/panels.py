@@ -1,8 +1,8 @@
-"""From a record's files to panels of one size: the same crop and resize in training, previews and removal.
+"""Load the files of a record as panels of one size, with the same crop and resize in training and previews.
 
-A photo is resized to cover the bucket and the rest cropped away, the mask as far inside as the photo lets it.
-Where such a crop would cut the mask, the whole photo is stretched to the bucket instead: a distorted scene
-still teaches removal, half an object does not.
+A photo is resized to cover the bucket, and the rest is cropped away. The crop is centered on the mask as far as the
+borders of the photo allow. If such a crop would cut the mask, the whole photo is stretched to the bucket instead: a
+distorted scene is still useful for training, half an object is not.
 """
 
 import math
@@ -23,7 +23,7 @@ from ra_jax.data.records import Record
 
 @dataclass(frozen=True)
 class Panels:
-    """One record in a bucket (h, w): photos [h, w, 3] uint8, mask [h, w] uint8, 1 = remove."""
+    """The images of one record in a bucket (h, w): photos [h, w, 3] uint8, mask [h, w] uint8 with 1 = remove."""
 
     source: np.ndarray
     mask: np.ndarray
@@ -32,7 +32,7 @@ class Panels:
 
 
 class PanelCache:
-    """The latest arrays that were asked for, `max_bytes` of them in all; threads may share it."""
+    """Thread-safe cache of the most recently used arrays, up to `max_bytes` in total."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0
@@ -40,7 +40,10 @@ class PanelCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `key` stands for, kept or made: an array or a tuple with arrays, which become read-only."""
+        """Return the cached value of `key`, or compute it with `make`.
+
+        The value is an array or a tuple that contains arrays. The arrays become read-only.
+        """
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -65,24 +68,24 @@ def _arrays(value: Any) -> list[np.ndarray]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """Index of the bucket of the nearest aspect ratio, argmin |log(h/w) − log(h_b/w_b)|.
+    """Return the index of the bucket with the nearest aspect ratio, argmin |log(h/w) − log(h_b/w_b)|.
 
-    Of buckets with the same ratio, the nearest in area.
+    Among buckets with the same ratio, the one with the nearest area is chosen.
     """
 
     def distance(bucket: Size) -> tuple[float, float]:
         ratio = math.log(size[0] / size[1]) - math.log(bucket[0] / bucket[1])
         area = math.log(size[0] * size[1]) - math.log(bucket[0] * bucket[1])
-        return round(abs(ratio), 9), abs(area)  # rounded: 3:2 and 6:4 are the same shape
+        return round(abs(ratio), 9), abs(area)  # rounded so that 3:2 and 6:4 compare equal
 
     return min(range(len(buckets)), key=lambda i: distance(buckets[i]))
 
 
 def crop_window(size: Size, bucket: Size, mask_box: Window) -> Window:
-    """The part of a photo of `size` that a bucket shows, in whole pixels.
+    """Return the window of a photo of `size` that is resized to the bucket, in whole pixels.
 
-    The largest window of the bucket's shape, its centre on the mask's as far as the photo reaches; all of the
-    photo if the mask does not fit into that.
+    It is the largest window with the bucket's aspect ratio. It is centered on the mask as far as the borders of the
+    photo allow. If the mask does not fit into it, the window is the whole photo.
     """
     scale = min(size[0] / bucket[0], size[1] / bucket[1])
     height, width = (min(size[i], max(1, round(bucket[i] * scale))) for i in (0, 1))
@@ -95,26 +98,25 @@ def crop_window(size: Size, bucket: Size, mask_box: Window) -> Window:
 
 
 def resize_mask(mask: np.ndarray, window: Window, size: Size) -> np.ndarray:
-    """[h, w] uint8: a pixel is 1 if any of the mask's falls into it, so that thin masks never vanish."""
-    # Coverage in float32: in 8 bits a single pixel of a large photo rounds to nothing.
+    """Resize a window of a mask to [h, w] uint8; a pixel is 1 if it covers any mask pixel, so thin masks remain."""
+    # Coverage is float32: in 8 bits, a single pixel of a large photo would be rounded to 0.
     coverage = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX, window)
     return (np.asarray(coverage) > 0).astype(np.uint8)
 
 
 def load_mask(record: Record, bucket: Size, cache: PanelCache) -> np.ndarray:
-    """The mask of `load_panels` alone."""
+    """Load only the mask of `load_panels`."""
     return cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))[1]
 
 
 def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -> Panels:
-    """A record's panels of `bucket` = (height, width), decoded, cropped and resized alike.
+    """Load the panels of a record: all images decoded, cropped and resized to `bucket` = (height, width).
 
-    The reference is the record's `ref`: seen through the photo's window if it has the photo's size (the
-    object then stays at its place), otherwise whole, centred on white. Without `ref` it is the masked object
-    on white. With a cache, what records share (source, mask, reference) is decoded once.
+    The reference is made from the record's `ref`. If `ref` has the size of the photo, it is cropped with the same
+    window, so that the object keeps its position. Otherwise the whole image is resized and centered on white. Without
+    `ref`, the reference is the masked object on white. With a cache, files that several records share are decoded once.
 
-    Raises:
-        one of `images.UNREADABLE`: a file that has changed since the records were checked.
+    Raises one of `images.UNREADABLE` if a file has changed since the records were checked.
     """
     cache = cache or PanelCache(0)
     window, mask = cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))

@@ -1,8 +1,8 @@
-"""The global plan of an epoch: which record stands in which row of which batch, for all processes together.
+"""Global plan of an epoch: assigns a record to each row of each batch, for all processes together.
 
-A pure function of (seed, epoch) and of the data set, computed alike by every process, which then reads its
-own rows: all processes are in the same bucket at every step, none runs out first, and a run resumes on
-another number of them.
+The plan is a pure function of (seed, epoch) and the data set. Every process computes the same plan and then reads its
+own rows. All processes therefore use the same bucket at each step and finish an epoch at the same step, and a run can
+resume with another number of processes.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,13 @@ MASK_STREAM = 1
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """rows: [batches, B] int32 positions in the list of records; buckets: [batches] int32;
-    condition_weight: [batches, B] float32, 1 / (rows of the same scene in the batch)."""
+    """The batches of an epoch.
+
+    Attributes:
+        rows: [batches, B] int32, positions in the list of records.
+        buckets: [batches] int32, bucket of each batch.
+        condition_weight: [batches, B] float32, 1 / (number of rows with the same scene in the batch).
+    """
 
     rows: np.ndarray
     buckets: np.ndarray
@@ -24,21 +29,28 @@ class EpochPlan:
 
 
 def random_generator(seed: int, stream: int, *keys: int) -> np.random.Generator:
-    """The generator of (seed, stream, keys), the same wherever and whenever it is asked for."""
+    """Return a random generator that depends on (seed, stream, keys) alone."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, *keys)))
 
 
 def batches_per_epoch(buckets: np.ndarray, batch_size: int) -> int:
-    """Σ over buckets of ⌈records / batch_size⌉. buckets: [R], each record's."""
+    """Return the number of batches: Σ over buckets of ⌈records / batch_size⌉. buckets: [R], bucket of each record."""
     counts = np.unique(buckets, return_counts=True)[1]
     return int((-(-counts // batch_size)).sum())
 
 
 def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> EpochPlan:
-    """Shuffle the scenes, and the records of each; cut each bucket into batches; shuffle the batches.
+    """Shuffle the scenes and the records in each, divide each bucket into batches, and shuffle the batches.
 
-    scenes, buckets: [R] ids, equal scenes in equal buckets. Records of a scene stay adjacent, though a batch
-    may end between them. A bucket's last batch is filled from the bucket's beginning, as often as it takes.
+    Records of a scene stay adjacent, but may be divided over two batches. The last batch of a bucket is filled up with
+    records from the beginning of the bucket, repeatedly if necessary.
+
+    Args:
+        scenes: [R] scene id of each record. Records of one scene have the same bucket.
+        buckets: [R] bucket of each record.
+        batch_size: number of records in a global batch.
+        seed: seed of the run.
+        epoch: number of the epoch.
     """
     rng = random_generator(seed, PLAN_STREAM, epoch)
     shuffled = rng.permutation(len(scenes))
@@ -61,7 +73,7 @@ def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed
 
 
 def _condition_weight(scenes: np.ndarray) -> np.ndarray:
-    """1 / (how often a scene stands in its batch), [batches, B] float32."""
+    """Return 1 / (number of rows with the same scene in the batch), [batches, B] float32."""
     in_batch = scenes + np.arange(len(scenes), dtype=np.int64)[:, None] * (int(scenes.max()) + 1)
     _, inverse, counts = np.unique(in_batch.ravel(), return_inverse=True, return_counts=True)
     return (1.0 / counts[inverse]).reshape(scenes.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Records: what a data set says of one scored removal, everything checked before any model is loaded."""
+"""Read and check the records of a data set before any model is loaded."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -35,11 +35,18 @@ NO_SCORES = "use_human_scores=True but no 'scores' field found in data"
 class Record:
     """One result of one condition (src, mask, ref).
 
-    index: its number in the data set, from 0; id: unique, made of the number and the photo's name where none
-    was given;
-    mask: > 127 = remove; ref: None = to be made from src and mask; result: None where none is needed;
-    scores: (removal, background, smoothness) in [0, 1]; source: who made the result, policy, other or gt;
-    size: (height, width) of src upright, in pixels.
+    Attributes:
+        index: position in the data set, from 0.
+        id: unique id; the default is the index and the stem of the photo's file name.
+        src: photo with the object.
+        mask: mask image; pixels > 127 mark the area to remove.
+        ref: image of the object; None if the reference is to be made from src and mask.
+        result: photo without the object; None if no result is required.
+        scores: (removal, background, smoothness) in [0, 1], or None.
+        split: name of a split, or None.
+        annotator: who gave the scores, or None.
+        source: who made the result: "policy", "other", "gt" or None.
+        size: (height, width) in pixels of the upright src.
     """
 
     index: int
@@ -64,7 +71,7 @@ class _Rules:
 
 @dataclass
 class _Draft:
-    """A record whose fields have been read but whose pictures have not been looked at."""
+    """A record whose fields have been checked, but whose images have not been opened."""
 
     entry: Entry
     values: dict
@@ -81,13 +88,16 @@ def load_records(
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
 ) -> list[Record]:
-    """Read and check a data set, in any form of `formats`.
+    """Read and check a data set in any format of `formats`.
 
-    need_result: every record must have `result`; use_human_scores: every record must have `scores`, written
-    as `score_format` says (otherwise either form will do).
+    Args:
+        path: file or folder of the data set, or "tfds:NAME".
+        need_result: require `result` in every record.
+        use_human_scores: require `scores` in every record, in `score_format`.
+        score_format: "dict" or "tensor". Without `use_human_scores`, both formats are accepted.
 
     Raises:
-        DataError: with every faulty record of the data set, 20 in full and the rest counted.
+        DataError: the data set has errors or cannot be read. The message shows the first 20 errors and counts the rest.
     """
     records, errors = check_records(
         path, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
@@ -104,10 +114,10 @@ def check_records(
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
 ) -> tuple[list[Record], list[RecordError]]:
-    """As `load_records`, but returns the sound records and the faults of the others.
+    """Read a data set like `load_records`, but return the valid records and the errors of the others.
 
     Raises:
-        DataError: no file, or a form that is not read.
+        DataError: the file does not exist, or its format is not supported.
     """
     return check_entries(
         read_entries(path), need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
@@ -121,13 +131,13 @@ def check_entries(
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
 ) -> tuple[list[Record], list[RecordError]]:
-    """As `check_records`, of entries that need not come from a data file."""
+    """Check entries like `check_records`; they need not be from a data file."""
     errors = list(raw.errors)
     if not raw.entries and not errors:
         return [], [RecordError("no records: expected at least one")]
     rules = _Rules(need_result, use_human_scores, score_format)
     if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
-        # One fault for the file rather than one a record: these are triplets, or the wrong file.
+        # One error for the file instead of one per record: the file holds triplets, or it is the wrong file.
         errors.append(
             RecordError(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
         )
@@ -141,7 +151,7 @@ def check_entries(
 
 
 def scene_ids(records: Sequence[Record]) -> np.ndarray:
-    """[R] int32: records with the same source and mask share an id, 0, 1, ... as they first appear."""
+    """Number the scenes 0, 1, ... in order of appearance; returns the scene id of each record, [R] int32."""
     ids: dict[tuple[Picture, Picture], int] = {}
     return np.array([ids.setdefault((record.src, record.mask), len(ids)) for record in records], np.int32)
 
@@ -151,7 +161,7 @@ def _has_scores(entry: Entry) -> bool:
 
 
 def _draft(entry: Entry, base: Path, rules: _Rules) -> _Draft:
-    """Everything that can be said of an entry without opening a picture."""
+    """Check the fields of an entry without opening any image."""
     draft = _Draft(entry, dict.fromkeys(field.name for field in fields(Record)), [])
     if not isinstance(entry.fields, dict):
         message = f"expected an object with src, mask and result, got {type(entry.fields)}"
@@ -188,7 +198,7 @@ def _draft_scores(draft: _Draft, rules: _Rules) -> None:
         if rules.use_human_scores:
             draft.add_error("scores", NO_SCORES)
         return
-    written = not isinstance(draft.values["src"], PackedPicture)  # a pack holds them in its own form
+    written = not isinstance(draft.values["src"], PackedPicture)  # a pack stores scores in its own format
     scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores and written else None)
     draft.values["scores"] = scores
     for field, message in problems:
@@ -227,7 +237,7 @@ def _check_ids(drafts: Iterable[_Draft]) -> None:
 
 
 def _check_pictures(drafts: Sequence[_Draft]) -> None:
-    """Open and decode every picture once, however many records name it; a pack's were looked at when it was made."""
+    """Decode every image once, even if several records name it. Images in a pack were checked when it was written."""
     wanted = dict.fromkeys(
         (name == "mask", draft.values[name]) for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
     )
@@ -257,7 +267,7 @@ def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
 
 
 def _look_at(wanted: tuple[bool, Picture]) -> tuple[Size | None, str | None]:
-    """The size of a picture and what is wrong with it, either of them None."""
+    """Return the size of an image, or None, and a description of what is wrong with it, or None."""
     is_mask, path = wanted
     if isinstance(path, PackedPicture):
         return path.size, None

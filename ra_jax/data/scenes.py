@@ -1,7 +1,8 @@
-"""Draws synthetic removal scenes: tiny photo-like pictures of an object with its shadow, and the view without.
+"""Draw synthetic removal scenes: small photo-like images of an object with its shadow, and the same view without them.
 
-Everything is a function of position in the unit square, so a scene looks the same at any size. What lies
-behind the object can be told from around it: backgrounds are smooth light, slow mottling, regular textures.
+All parts are functions of the position in the unit square, so a scene looks the same at any size. The background behind
+the object can be inferred from its surroundings: it consists of a smooth light gradient, low-frequency mottling and a
+regular texture.
 """
 
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-# Backgrounds and objects stay inside these ranges, so that defects up to strength 1 are hardly ever clipped.
+# Backgrounds and objects stay inside these ranges, so that defects up to strength 1 are rarely clipped.
 BACKGROUND_RANGE = (0.2, 0.8)
 OBJECT_RANGE = (0.04, 0.86)
-# One period for all textures, and a whole number of tokens: a network of a million parameters learns to continue
-# them within minutes. With free periods it only learns to blur.
+# All textures have the same period, a whole number of tokens. A network with a million parameters then learns within
+# minutes to continue them. With random periods it learns only to blur.
 TEXTURE_PERIOD = 0.25
 _TAU = 2 * np.pi
 _ANGLES = np.linspace(-np.pi, np.pi, 721)
@@ -23,11 +24,15 @@ Field = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) -> values of th
 
 @dataclass(frozen=True)
 class Scene:
-    """One view with and without an object, or a stack of views (leading axis) as `stack` makes it.
+    """One view with and without an object, or a stack of views with leading axes (see `stack`).
 
-    source, truth, reference: float32 [..., h, w, 3] in [0, 1]: with object and shadow, without both, and the
-    object on white at its own position. mask: bool [..., h, w], the object and a little around it; the shadow
-    reaches out of it.
+    Photos are float32 [..., h, w, 3] in [0, 1].
+
+    Attributes:
+        source: photo with the object and its shadow.
+        truth: photo without both.
+        reference: the object at its position on white.
+        mask: bool [..., h, w], the object and a margin around it. The shadow extends beyond the mask.
     """
 
     source: np.ndarray
@@ -37,12 +42,12 @@ class Scene:
 
 
 def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
-    """Draw the scene of `seed` as a square of `size` pixels; another size gives the same scene.
+    """Draw the scene of `seed` as a square image with sides of `size` pixels; other sizes show the same scene.
 
-    The mask covers 3–30 % of the picture and stays off its border.
+    The mask covers 3–30 % of the image and does not touch its border.
 
     Raises:
-        ValueError: `size` is below 16, where textures can no longer be told from noise.
+        ValueError: `size` is below 16; textures would be indistinguishable from noise.
     """
     check_size(size)
     rng = np.random.default_rng(seed)
@@ -50,7 +55,7 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     background, base_colors = _background(rng, 1 / size)
     outline = _Outline.draw(rng)
-    fall = rng.uniform(0.1, 0.9) * np.pi  # where shadows fall: from the right, over down, to the left
+    fall = rng.uniform(0.1, 0.9) * np.pi  # direction of the shadow: 0 is right, π/2 is down, π is left
     radius, reach, angle = outline.at(x, y)
     alpha = np.clip(0.5 + (reach - radius) * size, 0, 1)[..., None]
     truth = background(x, y)
@@ -65,31 +70,31 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
 
 
 def check_size(size: int) -> None:
-    """Raise ValueError for a size at which no scene can be drawn."""
+    """Raise ValueError if a size is too small to draw a scene."""
     if size < 16:
         raise ValueError(f"scene size {size}: expected at least 16 pixels")
 
 
 def scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:
-    """Scenes number first … first + count − 1 of `seed`; a scene depends on nothing but (seed, number)."""
+    """Draw the scenes first … first + count − 1 of `seed`; a scene depends on (seed, number) alone."""
     numbers = range(first, first + count)
     return [make_scene(np.random.SeedSequence((seed, number)), size) for number in numbers]
 
 
 def stack(items: list[Scene]) -> Scene:
-    """Scenes of one size as a single `Scene` of arrays with a leading axis."""
+    """Stack scenes of one size to a single `Scene` whose arrays have a leading axis."""
     names = [field.name for field in fields(Scene)]
     return Scene(**{name: np.stack([getattr(item, name) for item in items]) for name in names})
 
 
 def _wave(rng: np.random.Generator, period: float) -> Callable[[np.ndarray], np.ndarray]:
-    """A periodic function of one variable in [−1, 1], between a sine and a square wave."""
+    """Return a random periodic function with values in [−1, 1], in shape between a sine and a square wave."""
     phase, hardness = rng.uniform(0, _TAU), rng.uniform(0.3, 1.8)
     return lambda u: np.tanh(hardness * np.sin(_TAU * u / period + phase)) / np.tanh(hardness)
 
 
 def _texture(rng: np.random.Generator) -> Field:
-    """A regular texture in [−1, 1]: what one period of it shows continues it across a hole."""
+    """Return a random regular texture in [−1, 1]; one period is enough to continue it across a hole."""
     kind, sign = str(rng.choice(["rows", "columns", "diagonal", "plaid", "checks"])), rng.choice([-1.0, 1.0])
     first, second = _wave(rng, TEXTURE_PERIOD), _wave(rng, TEXTURE_PERIOD)
     table: dict[str, Field] = {
@@ -103,7 +108,7 @@ def _texture(rng: np.random.Generator) -> Field:
 
 
 def _mottle(rng: np.random.Generator) -> Field:
-    """Slow irregular light and dark in [−1, 1]: four plane waves no shorter than half the picture."""
+    """Return irregular low-frequency mottling in [−1, 1]: four plane waves no shorter than half the image."""
     angles, phases = rng.uniform(0, _TAU, 4), rng.uniform(0, _TAU, 4)
     frequencies = rng.uniform(0.6, 2.0, 4)
     return lambda x, y: sum(
@@ -113,13 +118,13 @@ def _mottle(rng: np.random.Generator) -> Field:
 
 
 def _color(rng: np.random.Generator, low: float, high: float, chroma: float) -> np.ndarray:
-    """A colour [3] of brightness in [low, high] and saturation up to `chroma`."""
+    """Return a random color [3] with brightness in [low, high] and saturation up to `chroma`."""
     hue = rng.uniform(0, _TAU)
     return rng.uniform(low, high) + chroma * np.sqrt(rng.uniform()) * np.cos(hue - _TAU / 3 * np.arange(3))
 
 
 def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
-    """A wall or a floor, (x, y) -> [h, w, 3], and its mean colour: lit from one side, mottled, textured."""
+    """Return a random surface (x, y) -> [h, w, 3], lit from one side, mottled and textured, and its mean color."""
     lit, spotted, marked = rng.uniform(0.02, 0.08), rng.uniform(0.015, 0.04), rng.uniform(0.085, 0.12)
     slope, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
     mottle, texture = _mottle(rng), _texture(rng)
@@ -137,7 +142,7 @@ def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray
 def _background(
     rng: np.random.Generator, pixel: float
 ) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
-    """One surface, or a wall above a floor; with the mean colours [2, 3] of what is there."""
+    """Return a random background, one surface or a wall above a floor, and the mean colors [2, 3] of wall and floor."""
     wall, wall_color = _surface(rng)
     floor, floor_color = _surface(rng)
     horizon, tilt, single = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
@@ -151,15 +156,15 @@ def _background(
 
 @dataclass(frozen=True)
 class _Outline:
-    """A star-shaped outline: its distance from the centre in every direction, in fractions of the picture."""
+    """A star-shaped outline by its distance from the center in each direction, in fractions of the image side."""
 
     center: np.ndarray  # x, y
-    margin: float  # how far the mask reaches out of the object
-    reach: np.ndarray  # [721] in the directions _ANGLES
+    margin: float  # width of the band around the object that belongs to the mask
+    reach: np.ndarray  # [721], distances in the directions `_ANGLES`
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "_Outline":
-        """An ellipse, a box, a wavy blob or a polygon with rounded corners, stretched along an axis."""
+        """Draw a random ellipse, box, wavy blob or polygon with rounded corners, stretched along an axis."""
         kind = str(rng.choice(["ellipse", "box", "blob", "polygon"]))
         elongation, margin = np.sqrt(rng.uniform(1.0, 1.8)), rng.uniform(0.04, 0.06)
         turn = rng.uniform(-0.25, 0.25) if kind == "box" else rng.uniform(0, _TAU)
@@ -170,12 +175,12 @@ class _Outline:
         inner = np.arctan2(across, along)[:, None]
         if kind in ("box", "polygon"):
             normals = np.arange(4) if kind == "box" else (np.arange(corners) + jitter[:corners]) * 4 / corners
-            # A p-norm of the distances to the sides, where their maximum would give sharp corners.
+            # A p-norm of the distances to the sides rounds the corners. Their maximum would give sharp ones.
             unit = (np.maximum(np.cos(inner - normals * _TAU / 4), 0) ** 16).sum(1) ** (-1 / 16)
         else:
             unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * inner + phases)).sum(1)
         unit = unit / np.hypot(along, across)
-        # The area is drawn, not the radius: it decides how much of the picture has to be made up.
+        # The area is random, not the radius, because it determines how much of the image must be inpainted.
         size = np.sqrt(rng.uniform(0.02, 0.17) / (np.pi * np.mean(unit**2)))
         reach = unit * min(size, 0.4 / unit.max())
 
@@ -184,7 +189,7 @@ class _Outline:
         return cls(low + (high - low) * rng.uniform(size=2), margin, reach)
 
     def at(self, x: np.ndarray, y: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, ...]:
-        """Polar coordinates about the (shifted) centre: radius, the outline's reach there, and angle."""
+        """Return polar coordinates about the shifted center: radius, reach of the outline at the angle, and angle."""
         dx, dy = x - self.center[0] - shift[0], y - self.center[1] - shift[1]
         angle = np.arctan2(dy, dx)
         return np.hypot(dx, dy), np.interp(angle, _ANGLES, self.reach), angle
@@ -193,8 +198,9 @@ class _Outline:
 def _body(
     rng: np.random.Generator, outline: _Outline, base_colors: np.ndarray, fall: float
 ) -> Callable[..., np.ndarray]:
-    """The object's surface: (x, y, radius / reach, angle) -> [h, w, 3]."""
-    # The most visible of a few colours: the ghost of an object that hides in its background has no measure.
+    """Return the surface of the object: (x, y, radius / reach, angle) -> [h, w, 3]."""
+    # Of four colors, the one with the highest contrast is used: if the object matched the background, the strength of
+    # its ghost could not be measured.
     palette = np.stack([_color(rng, *span, 0.4) for span in ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))])
     contrast = np.abs(palette[:, None] - base_colors).mean(-1).min(-1)
     color = palette[contrast.argmax()]
@@ -217,7 +223,7 @@ def _body(
 
 
 def _shadow(rng: np.random.Generator, outline: _Outline, fall: float) -> Field:
-    """How much light is left beside and below the object, in (0, 1]: its own outline, shifted and soft."""
+    """Return the brightness factor of the object's shadow, in (0, 1]: the shifted outline with a soft edge."""
     length, soft, dark = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
     shift = (np.cos(fall) * length, np.sin(fall) * length + 0.02)
 

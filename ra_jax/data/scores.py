@@ -1,4 +1,4 @@
-"""A result's human scores: {"removal_score": s, ...} or [removal, background, smoothness], each in [0, 1]."""
+"""Parse human scores of a result: {"removal_score": s, ...} or [removal, background, smoothness], each in [0, 1]."""
 
 import difflib
 import math
@@ -17,7 +17,12 @@ _FORMATS = {
 
 
 def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Scores | None, list[tuple[str, str]]]:
-    """The three scores, or None and what is wrong: pairs (field, message). A format of None takes either."""
+    """Return the three scores, or None, and the problems as pairs (field, message).
+
+    Args:
+        value: scores as written in the data set.
+        score_format: expected format; None accepts both.
+    """
     given = next((name for name, (kind, _) in _FORMATS.items() if isinstance(value, kind)), None)
     expected = score_format or given or "dict"
     if given != expected:
@@ -32,7 +37,7 @@ def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Score
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The advice for an unknown name."""
+    """Return advice for an unknown name: the known names, and the one that was probably meant."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"expected some of {', '.join(known)}" + (f"; did you mean '{close[0]}'?" if close else "")
@@ -59,7 +64,7 @@ def _list_problems(value: list) -> Iterator[tuple[str, str]]:
 
 
 def _number_problem(number: object) -> str | None:
-    # bool is an int to Python, but "true" is no score.
+    # bool is a subclass of int, but "true" is not a score.
     if isinstance(number, bool) or not isinstance(number, int | float):
         return f"not a number, got {number!r} ({type(number).__name__}): expected a number in [0, 1]"
     if math.isnan(number):

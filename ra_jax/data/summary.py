@@ -1,4 +1,4 @@
-"""What a data set holds, as `python -m ra_jax.data validate` prints it."""
+"""Summarize a data set for `python -m ra_jax.data validate`."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ BINS = 10
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A table: records, scenes, group sizes (results of a scene), each score's histogram in tenths."""
+    """Return a table of records, scenes, scenes by number of results, and a histogram of each score in steps of 0.1."""
     scenes = scene_ids(records)
     groups = Counter(np.bincount(scenes).tolist()) if len(scenes) else {}
     rows = [("records", len(records)), ("scenes", sum(groups.values()))]

@@ -1,11 +1,12 @@
-"""Synthetic scored removals: exact ground truth, candidate results with known defects, scores by a rule.
+"""Generate synthetic data sets: scenes with exact ground truth, and candidate results with known defects and scores.
 
-A candidate is the truth plus a linear mixture of four defects, so that the signed strength of each defect can
-be measured in any image of the scene, a generated one as well:
+A candidate is the ground truth plus a linear combination of four defects B_d with strengths s_d. The signed strength of
+each defect can be measured in any image of the scene, including generated images, by least squares:
 
     candidate = truth + Σ_d s_d · B_d        ŝ = argmin_s ‖image − truth − Σ_d s_d · B_d‖²
 
-Every function takes one scene or a stack of them (`stack`); leading axes of images and scenes broadcast.
+A fixed rule (`rule_scores`) scores the candidates. Every function accepts one scene or a stack of scenes (`stack`);
+leading axes of images and scenes broadcast.
 """
 
 import json
@@ -44,47 +45,48 @@ MIXES = ("one_clean", "no_clean")
 ROOMS = ("input", "mask", "gt", "ref")
 DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "unscored.json", "defects.json")
 
-CAST = np.array([0.22, 0.0, -0.22], np.float32)  # warm, and of no brightness of its own: seams have nothing else
+# A warm tint whose mean over the channels is 0. It changes no brightness, while a seam changes nothing else.
+CAST = np.array([0.22, 0.0, -0.22], np.float32)
 SEAM = 0.25
-EDGE_WIDTH = 0.05  # σ of the softened mask, as a fraction of the picture, like all lengths here
-BLUR_WIDTH = 0.09  # σ of the blur: a third of the textures' period, so that they vanish
+EDGE_WIDTH = 0.05  # σ of the softened mask. All lengths are fractions of the image side.
+BLUR_WIDTH = 0.09  # σ of the blur: a third of the period of textures, so that textures vanish
 
 ONE_CLEAN_STRENGTH = 0.6
 NO_CLEAN_RANGE = (0.2, 1.0)
 NO_CLEAN_DEFECTS = (3, 4)
 
-_PIXELS = (-3, -2, -1)  # rows, columns and channels of an image
+_PIXELS = (-3, -2, -1)  # axes of rows, columns and channels of an image
 
 
 @lru_cache(maxsize=32)
 def _gaussian_matrix(size: int, sigma: float) -> np.ndarray:
-    """[size, size] float32: convolution with a Gaussian of σ pixels, renormalised at the ends."""
+    """Return the [size, size] matrix of a Gaussian blur with σ = `sigma` pixels, renormalized at the ends."""
     at = np.arange(size)
     kernel = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
     return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _smooth(image: np.ndarray, width: float) -> np.ndarray:
-    """Gaussian blur of square images [..., h, h, c] with σ = `width` of their side."""
+    """Blur square images [..., h, h, c] by a Gaussian with σ = `width` · h pixels."""
     kernel = _gaussian_matrix(image.shape[-2], width * image.shape[-2])
     rows = kernel @ image.reshape(*image.shape[:-2], -1)
     return kernel @ rows.reshape(image.shape)
 
 
 def _soft_mask(scene: Scene) -> np.ndarray:
-    """[..., h, w, 1]: ½ at the mask's edge, rising to 1 inside and falling to 0 outside."""
+    """Return the softened mask [..., h, w, 1]: ½ at the edge of the mask, up to 1 inside and down to 0 outside."""
     return _smooth(scene.mask[..., None].astype(np.float32), EDGE_WIDTH)
 
 
 def defect_basis(scene: Scene) -> np.ndarray:
-    """The four defects at strength 1, [..., 4, h, w, 3] float32 in the order of `DEFECTS`.
+    """Return the four defects at strength 1, [..., 4, h, w, 3] float32 in the order of `DEFECTS`.
 
-    With the mask m and the softened mask g (½ at its edge):
+    m is the mask, and g is the softened mask (½ at its edge):
 
-        ghost  m · (source − truth): the object, and what the mask holds of its shadow
-        cast   (1 − m) · (0.22, 0, −0.22): everything around the mask turns warm
-        seam   m · 0.25 · min(1, 2(1 − g)): a bright rim, strongest at the mask's edge
-        blur   min(1, 2g) · (blurred truth − truth): texture is lost in the mask and just around it
+        ghost  m · (source − truth)                   the object, and the part of its shadow inside the mask
+        cast   (1 − m) · (0.22, 0, −0.22)             warmer colors outside the mask
+        seam   m · 0.25 · min(1, 2(1 − g))            a bright rim inside the mask, strongest at its edge
+        blur   min(1, 2g) · (blurred truth − truth)   loss of texture inside the mask and just around it
     """
     inside = scene.mask[..., None].astype(np.float32)
     soft = _soft_mask(scene)
@@ -96,12 +98,15 @@ def defect_basis(scene: Scene) -> np.ndarray:
 
 
 def apply_defects(scene: Scene, strengths: Mapping[str, float] | np.ndarray) -> np.ndarray:
-    """The truth with defects of the given signed strengths, [..., h, w, 3] float32, not clipped.
+    """Add defects to the ground truth; returns [..., h, w, 3] float32, not clipped.
 
-    `strengths` names some of `DEFECTS` (the others are 0) or is an array [..., 4] in their order.
+    Args:
+        scene: scene or stack of scenes.
+        strengths: signed strengths, either by defect name (missing ones are 0) or as an array [..., 4] in the order of
+            `DEFECTS`.
 
     Raises:
-        ValueError: a name that is no defect.
+        ValueError: a name is not in `DEFECTS`.
     """
     if isinstance(strengths, Mapping):
         if unknown := sorted(set(strengths) - set(DEFECTS)):
@@ -112,7 +117,7 @@ def apply_defects(scene: Scene, strengths: Mapping[str, float] | np.ndarray) -> 
 
 
 def measure_defects(image: np.ndarray, scene: Scene) -> np.ndarray:
-    """Signed strengths [..., 4] (float64) of the defects in images [..., h, w, 3]: joint least squares."""
+    """Measure the signed defect strengths [..., 4] (float64) in images [..., h, w, 3] by joint least squares."""
     error = np.asarray(image, np.float64) - scene.truth
     basis = defect_basis(scene).astype(np.float64)
     basis = basis.reshape(*basis.shape[:-3], -1)
@@ -121,17 +126,17 @@ def measure_defects(image: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def quantize(image: np.ndarray) -> np.ndarray:
-    """[0, 1] to uint8, clipped and rounded."""
+    """Convert [0, 1] to uint8 by clipping and rounding."""
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Weighted mean over the pixels and channels of [..., h, w, c]; weight [..., h, w, 1]."""
+    """Return the weighted mean over pixels and channels of [..., h, w, c], with weights [..., h, w, 1]."""
     return (weight * values).sum(_PIXELS) / (weight.sum(_PIXELS) * values.shape[-1])
 
 
 def _pairs(plane: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends [..., P] of all horizontal and vertical pixel pairs `distance` apart in [..., h, w]."""
+    """Return both values [..., P] of all horizontal and vertical pixel pairs at `distance` in [..., h, w]."""
     flat = (*plane.shape[:-2], -1)
     near = plane[..., :-distance, :].reshape(flat), plane[..., :-distance].reshape(flat)
     far = plane[..., distance:, :].reshape(flat), plane[..., distance:].reshape(flat)
@@ -139,23 +144,24 @@ def _pairs(plane: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
-    """Scores (removal, background, smoothness) of candidates [..., h, w, 3] in [0, 1]: [..., 3] in [0, 1].
+    """Score candidates: images [..., h, w, 3] in [0, 1] -> (removal, background, smoothness) [..., 3] in [0, 1].
 
-    From the candidate p, the truth y, the source and the mask alone; e = p − y, o = source − y. "core"
-    weighs the mask's pixels by how deep inside they lie, 2g − 1 with g the softened mask. Negative factors
-    count as 0.
+    The scores depend on the candidate p, the ground truth y, the source and the mask. Let e = p − y and o = source − y.
+    "core" weights each mask pixel by its depth inside the mask, 2g − 1, where g is the softened mask. Negative factors
+    are replaced by 0.
 
         removal     (1 − |α|) · (1 − ½ RMS_core(r) / RMS_core(o))
-                    with α = ⟨e, o⟩_core / ⟨o, o⟩_core and r = e − α·o (in the mask; r = e around it):
-                    how much of the object is left, and whether something else stands in its place
+                    with α = ⟨e, o⟩_core / ⟨o, o⟩_core; r = e − α·o inside the mask and r = e outside.
+                    The first factor drops if part of the object is left, the second if something else replaces it.
         background  1 − RMS_outside(e) / 0.2
         smoothness  (1 − RMS_across(Δr) / 0.3) · (1 − ½ |⟨Δr, Δy⟩_within / ⟨Δy, Δy⟩_within|)
-                    a step at the mask's edge, and texture lost or overdone inside; Δ is the difference in
-                    brightness of two pixels 1/16 of the picture apart, on either side or both within
+                    The first factor drops with a step at the edge of the mask, the second if texture inside it is
+                    lost or exaggerated. Δ is the difference in brightness of two pixels at a distance of 1/16 of the
+                    image side. "across" pairs have one pixel inside the mask, "within" pairs have both.
 
-    The truth scores (1, 1, 1), the source inside the mask scores removal 0. A score falls with the |strength|
-    of its own defect, on both sides of 0 and all the way to 1: removal with ghost (and a little with blur and
-    seam), background with cast, smoothness with seam and blur.
+    The ground truth scores (1, 1, 1). A candidate that equals the source inside the mask has a removal score of 0. Each
+    score decreases as the |strength| of its defect grows from 0 to 1, for positive and negative strengths: removal with
+    ghost (and slightly with blur and seam), background with cast, smoothness with seam and blur.
     """
     inside = scene.mask[..., None].astype(np.float64)
     core = inside * np.clip(2 * _soft_mask(scene) - 1, 0, None)
@@ -167,7 +173,7 @@ def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
     other = np.sqrt(_mean(rest**2, core) / ghost_power)
     around = np.sqrt(_mean(error**2, 1 - inside))
 
-    rest = rest + error * (1 - inside)  # outside the mask nothing is put down to the object
+    rest = rest + error * (1 - inside)  # outside the mask, the whole error counts as residual
     distance = max(1, round(inside.shape[-2] / 16))
     r_near, r_far = _pairs(rest.mean(-1), distance)
     y_near, y_far = _pairs(scene.truth.mean(-1), distance)
@@ -183,14 +189,15 @@ def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -> np.ndarray:
-    """Strengths [K, 4] of the candidates of scene `number` of `seed`, in the order of `DEFECTS`.
+    """Return the defect strengths [K, 4] of the candidates of scene `number` of `seed`, in the order of `DEFECTS`.
 
-        one_clean  K = 5: a clean one, then each defect alone at 0.6; each defect's mean strength is 0.12
-        no_clean   K = `candidates`, each with three or four defects of strengths uniform in [0.2, 1]; each
-                   defect's mean strength is 0.525, or 0.6 where it is present
+        one_clean  K = 5: one clean candidate, then each defect alone at strength 0.6. The mean strength of each
+                   defect is 0.12.
+        no_clean   K = `candidates`: each has three or four defects with strengths uniform in [0.2, 1]. The mean
+                   strength of each defect is 0.525 over all candidates, and 0.6 over those that have it.
 
     Raises:
-        ValueError: an unknown mix, or fewer than two candidates.
+        ValueError: the mix is unknown, or `candidates` is below 2 for no_clean.
     """
     if mix not in MIXES:
         raise ValueError(f"unknown mix {mix!r}: expected one of {MIXES}")
@@ -206,9 +213,15 @@ def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
-    """What decides every byte of a data set: scenes first_scene … first_scene + scenes − 1 of `seed`, of one `mix`.
+    """Settings of a data set; they determine every byte of it.
 
-    scenes: how many; size: side of a picture, in pixels; candidates: results a scene, for the mix "no_clean" alone.
+    Attributes:
+        scenes: number of scenes.
+        size: width and height of each image in pixels.
+        mix: kind of candidates, one of `MIXES`; see `candidate_strengths`.
+        seed: seed of scenes and candidates.
+        first_scene: number of the first scene; the scenes are first_scene … first_scene + scenes − 1 of `seed`.
+        candidates: results per scene of the mix "no_clean"; "one_clean" always has five.
     """
 
     scenes: int
@@ -220,22 +233,22 @@ class DatasetSettings:
 
     @property
     def numbers(self) -> range:
-        """The scenes' numbers [S]."""
+        """The numbers of the scenes [S]."""
         return range(self.first_scene, self.first_scene + self.scenes)
 
     @property
     def names(self) -> list[str]:
-        """The scenes' names [S], which their files begin with."""
+        """The names of the scenes [S]; names of their files start with them."""
         return [f"scene_{number:05d}" for number in self.numbers]
 
     @property
     def results(self) -> list[list[str]]:
-        """The results' files [S][K]."""
+        """The file paths of the results [S][K]."""
         kinds = ("clean", *DEFECTS) if self.mix == "one_clean" else range(self.candidates)
         return [[f"result/{name}_{kind}.png" for kind in kinds] for name in self.names]
 
     def strengths(self) -> np.ndarray:
-        """Strengths of the defects in every result, [S, K, 4]. Raises ValueError for values out of range."""
+        """Return the defect strengths of every result, [S, K, 4]. Raises ValueError if a setting is out of range."""
         if self.scenes < 1:
             raise ValueError(f"scenes={self.scenes}: expected at least 1")
         check_size(self.size)
@@ -243,22 +256,23 @@ class DatasetSettings:
 
 
 def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
-    """Write scored candidates of the scenes; returns the folder.
+    """Write scenes and their scored candidates as a data set; returns its resolved folder.
 
-        input/ mask/ gt/ ref/  result/           PNG: one each a scene, one a candidate
-        labeled_dict.json, labeled_tensor.json   scored records, in the guide's two formats
-        triplets.json                            {"mapping": {gt: [inputs]}}, for standard training
-        unscored.json                            one of its candidates a scene, without scores: flawed pairs
-        defects.json                             settings, and the true strengths of every result
+        input/ mask/ gt/ ref/                    PNG, one per scene
+        result/                                  PNG, one per candidate
+        labeled_dict.json, labeled_tensor.json   scored records, in the score formats "dict" and "tensor"
+        triplets.json                            {"mapping": {gt: [inputs]}}, for training on the ground truth
+        unscored.json                            one candidate per scene, without scores; most have a defect
+        defects.json                             settings, and the true defect strengths of every result
 
-    Paths are relative to the folder; scores are those of `rule_scores` on the written 8-bit images. The bytes depend on
-    the settings alone. The folder appears when it is complete; one that the same settings wrote before is replaced,
-    and what is missing of it is there again.
+    Paths are relative to the folder. Scores are those of `rule_scores` for the written 8-bit images. The bytes depend
+    on the settings alone. The data set is written to FOLDER.partial, which is renamed when it is complete. A data set
+    that was written with the same settings is replaced, so files that were deleted from it are restored.
 
     Raises:
-        OutputError: the folder holds anything else, or a file that was changed since; or FOLDER.partial, which is
-            written first, was left by no run of this.
-        ValueError: an unknown mix; too few candidates or scenes, or too small a size.
+        OutputError: the folder contains other files, a data set with other settings, or a file that was edited; or
+            FOLDER.partial exists and was not left by a stopped run.
+        ValueError: a setting is out of range; see `DatasetSettings.strengths`.
     """
     strengths = settings.strengths()
     known = _json(_known(settings, strengths))
@@ -281,7 +295,7 @@ def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
 
 
 def _known(settings: DatasetSettings, strengths: np.ndarray) -> dict:
-    """The content of defects.json: settings, and the true strengths [S, K, 4] of every result."""
+    """Return the content of defects.json: settings, and the true strengths [S, K, 4] of every result."""
     told = ("mix", "seed", "size", "scenes", "first_scene")
     files = np.ravel(settings.results).tolist()
     return {
@@ -295,18 +309,26 @@ def _known(settings: DatasetSettings, strengths: np.ndarray) -> dict:
 
 
 def _documents(settings: DatasetSettings, records: list[dict]) -> list[str]:
-    """The texts of `DOCUMENTS` but the last, from the scored records in the order of the results."""
+    """Return the texts of all `DOCUMENTS` except defects.json, from the scored records in the order of the results."""
     named = [{**record, "scores": dict(zip(SCORE_NAMES, record["scores"], strict=True))} for record in records]
     mapping = {f"{name}.png": [f"{name}.png"] for name in settings.names}
     kinds = len(records) // settings.scenes
-    unscored = [{**records[kinds * i + i % kinds]} for i in range(settings.scenes)]  # of every kind alike
+    unscored = [{**records[kinds * i + i % kinds]} for i in range(settings.scenes)]  # equally many of each kind
     for record in unscored:
         del record["scores"]
     return [_json(content) for content in (named, records, {"mapping": mapping}, unscored)]
 
 
 def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], strengths: np.ndarray) -> np.ndarray:
-    """Write a scene's four pictures and its results, one of `files` a row of strengths; returns their scores."""
+    """Write the four images of a scene and its results; returns the scores [K, 3] of the results.
+
+    Args:
+        folder: folder of the data set.
+        name: name of the scene.
+        scene: scene to write.
+        files: file paths of the results, one for each row of `strengths`.
+        strengths: [K, 4] defect strengths of the results.
+    """
     results = quantize(apply_defects(scene, strengths))
     pictures = [quantize(picture) for picture in (scene.source, scene.mask, scene.truth, scene.reference)]
     for room, picture in zip(ROOMS, pictures, strict=True):
@@ -322,12 +344,12 @@ def _json(content: object) -> str:
 
 
 def _pictures(settings: DatasetSettings) -> set[str]:
-    """The pictures of a data set, by their paths in its folder."""
+    """Return the paths of all images of a data set, relative to its folder."""
     return {f"{room}/{name}.png" for room in ROOMS for name in settings.names}.union(*settings.results)
 
 
 def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None:
-    """Raise OutputError unless `folder` is absent, empty or an earlier copy of the very data set to write."""
+    """Raise OutputError unless `folder` is absent, empty, or holds a data set with the same settings."""
     advice = "choose another folder"
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder, found a file; {advice}")
@@ -337,7 +359,7 @@ def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None
         name = path.relative_to(folder).as_posix()
         if not path.is_symlink() and path.is_file() and name in files:
             found.add(name)
-        elif path.is_symlink() or not path.is_dir() or name not in folders:  # this command writes no links
+        elif path.is_symlink() or not path.is_dir() or name not in folders:  # `write_dataset` creates no links
             foreign.append(name)
     if foreign:
         raise OutputError(f"{folder}: holds {len(foreign)} other files or folders, {foreign[0]} for one; {advice}")
@@ -348,7 +370,7 @@ def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None
 
 
 def _refuse_edited(folder: Path, new: Path, files: Sequence[str]) -> None:
-    """Raise OutputError where a file in `folder` is not, byte for byte, the one in `new` that would replace it."""
+    """Raise OutputError if a file in `folder` differs from the file in `new` that would replace it."""
     for name in files:
         if (folder / name).exists() and (folder / name).read_bytes() != (new / name).read_bytes():
             raise OutputError(
