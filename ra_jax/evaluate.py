@@ -1,4 +1,4 @@
-"""`python -m ra_jax.evaluate`: metrics of removal results against ground truth, per image and in total."""
+"""`python -m ra_jax.evaluate`: metrics of removals against ground truth, per image and in total."""
 
 import dataclasses
 import json
@@ -31,35 +31,38 @@ METRICS, SUMMARY, SHEET = "metrics.csv", "summary.json", "contact_sheet.png"
 WITHOUT_TRUTH = ("removal_without_target", "background_without_target")
 ALWAYS = ("total_reward", "smoothness", "mask_area", "psnr_source_outside")
 MAIN = ("removal", "background", *WITHOUT_TRUTH, "smoothness", "psnr", "psnr_mask", "ssim_mask", "lpips")
-ID_WIDTH = 34  # letters of an id in one line of a caption
+ID_WIDTH = 34  # characters of an id in one line of a caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measures results of removing objects against their ground truth, per image and in total.
+    """Measures removals against their ground truth, per image and in total.
 
-    Every flag that names weights takes a file or folder that is there; nothing is downloaded.
+    A flag that names weights takes an existing file or folder; nothing is downloaded.
     """
 
-    results: str  # data set, folder written by ra_jax.infer, or folder of pictures named as --truth's photos
-    truth: str | None = None  # triplets, or folder of pictures named as the photos (None: records of source gt)
-    only: str | None = None  # glob on the results' file names, such as "*_model*"; others are left out
+    results: str  # data set, folder written by ra_jax.infer, or folder of images with the names of --truth's photos
+    truth: str | None = None  # triplets, or folder of images with the photos' names (None: records of source gt)
+    only: str | None = None  # measure only results whose file name matches this glob, such as "*_model*"
     output_dir: str  # metrics.csv, summary.json and contact_sheet.png are written here
-    removal_reward_weight: Annotated[float, finite()] = GRPOConfig.removal_reward_weight  # in total_reward
-    background_reward_weight: Annotated[float, finite()] = GRPOConfig.background_reward_weight  # in total_reward
-    smoothness_reward_weight: Annotated[float, finite()] = GRPOConfig.smoothness_reward_weight  # in total_reward
-    lpips: LpipsNet | None = None  # compute LPIPS by this network (extra: metrics)
-    inception_weights: str | None = None  # compute FID by this TorchScript file (extra: torch)
-    clip_model: str | None = None  # compute CLIP similarity by this transformers folder (extra: torch)
-    dino_model: str | None = None  # compute DINO similarity by this transformers folder (extra: torch)
-    sort_by: str = "total_reward"  # the metric by which the contact sheet shows the worst first
-    sheet_rows: Annotated[int, at_least(0)] = 24  # results on the contact sheet (0: no sheet)
-    thumbnail: Annotated[int, at_least(16)] = 192  # largest side of a picture on the contact sheet, in pixels
-    overwrite: bool = False  # replace the three files that an earlier evaluation wrote
+    removal_reward_weight: Annotated[float, finite()] = GRPOConfig.removal_reward_weight
+    """weight of the removal reward in total_reward"""
+    background_reward_weight: Annotated[float, finite()] = GRPOConfig.background_reward_weight
+    """weight of the background reward in total_reward"""
+    smoothness_reward_weight: Annotated[float, finite()] = GRPOConfig.smoothness_reward_weight
+    """weight of the smoothness reward in total_reward"""
+    lpips: LpipsNet | None = None  # compute LPIPS with this network (extra: metrics)
+    inception_weights: str | None = None  # compute FID with this TorchScript file (extra: torch)
+    clip_model: str | None = None  # compute CLIP similarity with the model in this transformers folder (extra: torch)
+    dino_model: str | None = None  # compute DINO similarity with the model in this transformers folder (extra: torch)
+    sort_by: str = "total_reward"  # metric that orders the contact sheet, worst result first
+    sheet_rows: Annotated[int, at_least(0)] = 24  # number of results on the contact sheet (0: no sheet)
+    thumbnail: Annotated[int, at_least(16)] = 192  # largest side of an image on the contact sheet [pixels]
+    overwrite: bool = False  # replace the three files of an earlier evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, find, measure; what a user can mend is told without a traceback, with exit status 1."""
+    """Parses the command line and runs the evaluation; a `UserError` is printed and ends it with exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     config = tyro.cli(EvaluateConfig, args=argv, prog="python -m ra_jax.evaluate", use_underscores=True)
     try:
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Measure what `config` names and write the files; everything is checked before anything is computed."""
+    """Measures the results and writes the files; all settings and files are checked before anything is computed."""
     _check_values(config)
     output = _output_folder(config)
     pairs = find_pairs(config.results, config.truth, config.only)
@@ -95,7 +98,8 @@ def run(config: EvaluateConfig) -> None:
         "warnings": _warnings(fid),
     }
     output.mkdir(parents=True, exist_ok=True)
-    # The summary first: it shows that the files are an evaluation's, also where the program is killed in between.
+    # The summary is written first. It shows that the files are from an evaluation, even if the program is killed before
+    # the last file: then --overwrite may still replace them.
     write_file(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_file(output / METRICS, csv_text(rows))
     if config.sheet_rows:
@@ -103,7 +107,7 @@ def run(config: EvaluateConfig) -> None:
         with replace_file(output / SHEET) as draft:
             sheet.save(draft, "PNG")
     else:
-        (output / SHEET).unlink(missing_ok=True)  # an earlier evaluation's, which would pass for this one's
+        (output / SHEET).unlink(missing_ok=True)  # one of an earlier evaluation would not match the new rows
     for warning in summary["warnings"]:
         logging.warning(warning)
     _print(summary["metrics"], fid, left_out, len(pairs), has_truth)
@@ -111,10 +115,10 @@ def run(config: EvaluateConfig) -> None:
 
 
 def load_networks(config: EvaluateConfig) -> Networks:
-    """The networks that the flags name.
+    """Loads the networks that the flags name.
 
     Raises:
-        DataError: an extra is not installed, or weights are not there or not of the kind expected.
+        DataError: an extra is not installed, or weights do not exist or are of another kind.
     """
 
     def loaded(load, *arguments):
@@ -129,7 +133,7 @@ def load_networks(config: EvaluateConfig) -> Networks:
 
 
 def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfig) -> Image.Image:
-    """The worst `sheet_rows` results: what is known of them, source | mask | result | truth."""
+    """Draws the worst `sheet_rows` results, one in each row: main metrics | source | mask | result | truth."""
     worst = worst_first(rows, config.sort_by)[: config.sheet_rows]
     titles = ("source", "mask", "result", *(("truth",) if pairs[0].truth is not None else ()))
 
@@ -156,15 +160,15 @@ def _check_values(config: EvaluateConfig) -> None:
 
 
 def _output_folder(config: EvaluateConfig) -> Path:
-    """The output folder, whose three files are not there, or are an earlier evaluation's that --overwrite replaces.
+    """Returns the output folder, if its three files can be written or --overwrite may replace them.
 
     Raises:
-        OutputError: they are, hold or lie in what is read.
-        DataError: they are there, and no evaluation wrote them or --overwrite is not given.
+        OutputError: an output file or folder is an input, contains one or lies in one.
+        DataError: one of the files already exists, and --overwrite is not given or no evaluation wrote the file.
     """
     output = Path(config.output_dir)
     files = [output / name for name in (METRICS, SUMMARY, SHEET)]
-    records = Path(config.results) / RECORDS  # of a folder that ra_jax.infer wrote
+    records = Path(config.results) / RECORDS  # exists in a folder that ra_jax.infer wrote
     weights = {name: getattr(config, name) for name in ("inception_weights", "clip_model", "dino_model")}
     inputs, nested = flag_inputs(
         {
@@ -187,7 +191,7 @@ def _output_folder(config: EvaluateConfig) -> Path:
 
 
 def _is_summary(file: Path) -> bool:
-    """Whether an evaluation wrote the file: a JSON object with settings and metrics."""
+    """Returns whether an evaluation wrote the file, that is, whether it is a JSON object with settings and metrics."""
     if not file.is_file():
         return False
     try:
@@ -198,7 +202,7 @@ def _is_summary(file: Path) -> bool:
 
 
 def _not_asked_for(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:
-    """The metrics that will not be computed, and why."""
+    """Returns the metrics that will not be computed, each with the reason."""
     if not has_truth:
         wanted = [column.name for column in COLUMNS if column.name not in (*ALWAYS, *WITHOUT_TRUTH)]
         return dict.fromkeys([*wanted, "fid"], "no ground truth: give --truth, or records of source gt")
@@ -219,7 +223,7 @@ def _check_sort_by(name: str, has_truth: bool, left_out: Mapping[str, str]) -> N
 
 
 def _no_value(rows: Sequence[Row]) -> dict[str, str]:
-    """Of metrics that some pictures have no value of: how many, and why."""
+    """Returns, for each metric that some results lack, how many of them lack it and why."""
     told = {}
     for column in COLUMNS:
         missing = sum(column.name in row and row[column.name] is None for row in rows)

@@ -1,1 +1,1 @@
-"""How good a removal is: metrics of images against a ground truth, or against themselves."""
+"""Metrics of removals, with or without ground truth."""

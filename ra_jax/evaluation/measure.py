@@ -1,7 +1,8 @@
-"""The metrics of every pair: pixels, structure, rewards and networks; what cannot be computed is absent, never made up.
+"""The metrics of every pair: rewards, PSNR, SSIM, and metrics by networks.
 
-Each photo is measured at its own size, since padding or resizing would change gradients, windows and texture. The
-compiled part is compiled once for each size; pictures of a size are measured one after the other.
+A metric that cannot be computed is None or missing in the row. Each photo is measured at its own
+size, since padding or resizing would change gradients, SSIM windows and texture. JAX compiles one program for each
+size, so images of the same size are measured one after the other.
 """
 
 import math
@@ -23,18 +24,22 @@ from ra_jax.evaluation.table import Row
 from ra_jax.rewards.image_metrics import psnr, seam_band
 from ra_jax.rewards.registry import REWARDS, RewardInputs, default_rewards, total_reward
 
-SEAM = 4  # pixels on each side of the mask's edge
-REGIONS = {"": "picture", "_mask": "mask", "_outside": "outside", "_seam": "seam"}  # suffix of the column: region
-MAX_COMPILED_SIZES = (
-    16  # sizes whose programs stay in memory, about 10 MB each; none is needed again once its size is done
-)
+SEAM = 4  # pixels: the seam is the band of this width on each side of the mask's edge
+REGIONS = {"": "picture", "_mask": "mask", "_outside": "outside", "_seam": "seam"}  # suffix of a column -> region
+# Image sizes whose compiled programs stay in memory, about 10 MB each. Images are measured in order of size, so no
+# program is needed again after its size.
+MAX_COMPILED_SIZES = 16
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What measures by a network; None where the user has not asked for it, or has no weights.
+    """The networks to measure with; None for a network that the user has not asked for.
 
-    lpips: two pictures [h, w, 3] in [0, 1] -> distance or None; the others: RGB photo -> features [D].
+    Attributes:
+        lpips: two images [h, w, 3] in [0, 1] -> distance, or None if they are too small.
+        inception: RGB photo -> features [D], for FID.
+        clip: RGB photo -> features [D], for `clip_similarity`.
+        dino: RGB photo -> features [D], for `dino_similarity`.
     """
 
     lpips: Callable[[np.ndarray, np.ndarray], float | None] | None = None
@@ -45,7 +50,14 @@ class Networks:
 
 @dataclass(frozen=True)
 class Fid:
-    """FID of all results and the distinct ground truths; `dimensions` of the features."""
+    """FID between all results and all distinct ground truths.
+
+    Attributes:
+        value: the Fréchet distance, ≥ 0.
+        results: the number of results.
+        truths: the number of distinct ground truths.
+        dimensions: the number of features of an image.
+    """
 
     value: float
     results: int
@@ -54,16 +66,23 @@ class Fid:
 
 
 class Evaluation:
-    """Rows and FID of `pairs`. weights: of the three rewards in the total, in the order of `default_rewards`."""
+    """Evaluation of results: one row of metrics for each pair, and the FID.
+
+    Args:
+        pairs: the results with their photos, masks and ground truths.
+        weights: the weights of the three rewards in `total_reward`, in the order of `default_rewards`.
+        networks: the networks to measure with, if there is ground truth.
+    """
 
     def __init__(self, pairs: Sequence[Pair], weights: Sequence[float], networks: Networks):
         self._pairs, self._weights, self._networks = pairs, weights, networks
         self._rows: dict[int, Row] = {}
-        self._features: list[np.ndarray] = []  # of the results, by the Inception
-        self._truth_features: dict[tuple[str, Path], np.ndarray] = {}  # by network: a scene's results share them
+        self._features: list[np.ndarray] = []  # Inception features of the results
+        # (network, ground truth) -> features. The results of a scene share a ground truth, so this saves time.
+        self._truth_features: dict[tuple[str, Path], np.ndarray] = {}
 
     def measure(self) -> Iterator[Pair]:
-        """Measure every pair, yielding each as it is done; pictures of one size follow each other."""
+        """Measures all pairs in order of image size, and yields each pair after its measurement."""
         sizes: set = set()
         for i in sorted(range(len(self._pairs)), key=lambda i: (self._pairs[i].size, self._pairs[i].truth or Path())):
             pair = self._pairs[i]
@@ -76,11 +95,14 @@ class Evaluation:
 
     @property
     def rows(self) -> list[Row]:
-        """A row a pair, in their order, as `table` describes it."""
+        """One row for each pair, in the order of the pairs, with the columns of `table`.
+
+        `measure` has to be finished before.
+        """
         return [self._rows[i] for i in range(len(self._pairs))]
 
     def fid(self) -> Fid | None:
-        """None without an Inception, or with fewer than two results or ground truths."""
+        """Computes the FID; None without an Inception network, or with fewer than two results or ground truths."""
         truths = [features for (network, _), features in self._truth_features.items() if network == "inception"]
         if min(len(self._features), len(truths)) < 2:
             return None
@@ -124,10 +146,17 @@ class Evaluation:
 def measure_arrays(
     result: np.ndarray, source: np.ndarray, mask: np.ndarray, truth: np.ndarray | None, weights: Sequence[float]
 ) -> dict[str, float | None]:
-    """The metrics of one picture that need no network, by the names of `table.COLUMNS`.
+    """Computes the metrics of one result that need no network, by the names of `table.COLUMNS`.
 
-    result, source, truth: [h, w, 3] float32 in [0, 1]; mask: [h, w] bool; weights: of the three rewards. PSNR is at
-    most 100 dB, which is what equal pictures have; PSNR and SSIM of an empty region are None.
+    PSNR is at most 100 dB, the value for equal images. PSNR of an empty region is None. SSIM of a region is None if no
+    window is centered in it.
+
+    Args:
+        result: [h, w, 3] float32 in [0, 1].
+        source: the photo, [h, w, 3] float32 in [0, 1].
+        mask: [h, w] bool, True = remove.
+        truth: the ground truth, [h, w, 3] float32 in [0, 1], or None.
+        weights: the weights of the three rewards in `total_reward`.
     """
     names = default_rewards(truth is not None)
     batch = [None if x is None else jnp.asarray(x, jnp.float32)[None] for x in (result, source, mask, truth)]
@@ -150,15 +179,16 @@ def measure_arrays(
 
 
 def as_floats(photo: Image.Image) -> np.ndarray:
-    """[h, w, 3] float32 in [0, 1]."""
+    """Converts a photo to [h, w, 3] float32 in [0, 1]."""
     return np.asarray(photo, np.float32) / np.float32(255.0)
 
 
 @partial(jax.jit, static_argnames="names")
 def _scores_and_psnr(inputs: RewardInputs, names: tuple[str, ...]):
-    """Rewards by name, PSNR by region (of the result against the truth; "source": against the photo, outside), regions.
+    """Computes rewards by name [1], PSNR by region [1], and the regions themselves [1, h, w] float32.
 
-    Rewards and PSNR are [1]; regions [1, h, w] float32.
+    PSNR compares the result with the ground truth, if there is one. The PSNR "source" compares it with the photo
+    outside the mask.
     """
     regions = {
         "picture": jnp.ones_like(inputs.mask),

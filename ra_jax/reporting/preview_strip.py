@@ -1,4 +1,7 @@
-"""How a run's previews changed, as one table for its page: a row a scene; source, mask, the results by step, truth."""
+"""The previews of a run as one HTML table for `report.html`.
+
+Each row is a scene. The columns are source, mask, the result at each step, and ground truth.
+"""
 
 import base64
 import io
@@ -13,14 +16,17 @@ from ra_jax.reporting.contact_sheet import MARGIN
 
 PANELS = ("source", "mask", "result", "ground truth")
 RESULT = PANELS.index("result")
-# Tried in this order until the pictures fit: pixels of a picture's longer side, how many steps.
+# (longer side of an image [pixels], number of steps), tried in this order until the table fits its budget.
 SIZES = ((384, 12), (384, 8), (256, 8), (256, 5), (160, 5), (160, 3), (96, 2))
-LOSSLESS = 30_000  # bytes: a picture that is no larger as PNG stays one
-QUALITY = 88  # of JPEG
+LOSSLESS = 30_000  # bytes: an image is stored as PNG if the PNG is at most this large, else as JPEG
+QUALITY = 88  # JPEG quality
 
 
 def preview_strip(folder: Path, budget: int) -> str:
-    """HTML of `folder`'s step_<n>.png, at most about `budget` bytes; says what it leaves out."""
+    """Returns the HTML of the sheets step_<n>.png in `folder`, with notes on what is left out.
+
+    The table has at most `budget` bytes: images become smaller and steps fewer until it fits.
+    """
     paths, unreadable = find_sheets(folder)
     notes = [f"{name} could not be read." for name in unreadable]
     if not paths:
@@ -42,7 +48,12 @@ def preview_strip(folder: Path, budget: int) -> str:
 
 
 def find_sheets(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """{step: its sheet} in order, and the names of files that are no whole picture, as a run that is killed leaves."""
+    """Finds the sheets step_<n>.png in `folder`.
+
+    Returns:
+        The paths of the readable sheets as {step: path}, sorted by step; the names of the files that cannot be read,
+        such as an incomplete file that a killed run left.
+    """
     paths, unreadable = {}, []
     for path in sorted(folder.glob("step_*.png")):
         try:
@@ -57,13 +68,16 @@ def find_sheets(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the steps, evenly spread, with the first and the last."""
+    """Returns at most `count` of the steps, evenly spread, including the first and the last."""
     chosen = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
     return [steps[i] for i in chosen]
 
 
 def picture_columns(sheets: dict[int, Image.Image]) -> dict[str, list[Image.Image]] | None:
-    """The sheets cut up: {caption: a picture for each scene}. None where they are no contact sheets of one layout."""
+    """Cuts the sheets {step: sheet} into columns of images, {caption: [one image for each scene]}.
+
+    Returns None if the sheets differ in size, or are not contact sheets with the columns of `PANELS`.
+    """
     arrays = {step: np.asarray(sheet) for step, sheet in sheets.items()}
     if len({array.shape for array in arrays.values()}) > 1:
         return None
@@ -81,10 +95,14 @@ def picture_columns(sheets: dict[int, Image.Image]) -> dict[str, list[Image.Imag
 
 
 def scene_boxes(sheets: Sequence[np.ndarray]) -> list[list[tuple[int, int, int, int]]] | None:
-    """Where the pictures lie: [scene][panel] (left, top, right, bottom). None where the white margins do not fit.
+    """Finds the images in sheets [h, w, 3] uint8 by the white margins between them.
 
-    Columns are as wide as the widest scene, so that their places follow from the sheet's width; rows are what lies
-    between margins that are white all across, in every sheet. A narrower scene ends where all its panels are white.
+    All columns are as wide as the widest scene, so their positions follow from the sheet's width. Rows are separated
+    by margins that are white over the whole width in every sheet. The images of a narrower scene end where all of
+    them are white up to the end of their columns.
+
+    Returns:
+        [scene][column] (left, top, right, bottom) in pixels; None if the margins are not those of this layout.
     """
     height, total, _ = sheets[0].shape
     inked = np.any([(sheet < 255).any(-1) for sheet in sheets], axis=0)  # [height, total]
@@ -109,7 +127,10 @@ def scene_boxes(sheets: Sequence[np.ndarray]) -> list[list[tuple[int, int, int, 
 
 
 def picture(image: Image.Image, side: int) -> str:
-    """`image`, its longer side at most `side` pixels, as a data URI: a small PNG, or else JPEG."""
+    """Encodes `image` as a data URI, scaled down if its longer side exceeds `side` pixels.
+
+    The format is PNG if that takes at most `LOSSLESS` bytes, else JPEG.
+    """
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
@@ -121,7 +142,10 @@ def picture(image: Image.Image, side: int) -> str:
 
 
 def table(columns: dict[str, list[str]]) -> str:
-    """The pictures' data URIs by caption, a row a scene, in a box that scrolls sideways."""
+    """Returns a table of images in a box that scrolls sideways, one row for each scene.
+
+    columns: {caption: [data URI of one image for each scene]}.
+    """
     heads = "".join(f'<th scope="col">{escape(caption)}</th>' for caption in columns)
     rows = []
     for scene, uris in enumerate(zip(*columns.values(), strict=True), start=1):
@@ -139,5 +163,5 @@ def table(columns: dict[str, list[str]]) -> str:
 
 
 def said(notes: Sequence[str]) -> str:
-    """Notes as one paragraph; nothing for none."""
+    """Returns the notes as one HTML paragraph; an empty string if there are none."""
     return f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard and Weights & Biases; and the arithmetic of speed."""
+"""Trackers write metrics to metrics.jsonl, TensorBoard or Weights & Biases; `summarize` averages metrics over steps."""
 
 import json
 import math
@@ -12,45 +12,49 @@ from ra_jax.errors import ConfigError, OutputError
 from ra_jax.outputs import write_file
 
 METRICS_FILE = "metrics.jsonl"
-# Measured at single steps: the latest value is reported; everything else is a mean over the steps since the last row.
+# `summarize` reports the latest value of these metrics, and the mean over the steps of all others.
 LATEST = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
+# `summarize` keeps the NaN and infinite values of these metrics, which every step has.
 ALWAYS = ("train_loss", "grad_norm")
 
 
 class Tracker(Protocol):
-    """Something that takes a row of scalars a step."""
+    """Interface of a destination for rows of scalar metrics."""
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Record the metrics of a row at this step."""
+        """Records a row of metrics at this step."""
 
     def close(self) -> None:
-        """Write what is left and release the files."""
+        """Writes all buffered rows and closes the files."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one flat JSON object a row, with `step`. On resume, rows after `first_step` are dropped."""
+    """`metrics.jsonl`: one flat JSON object with `step` for each row.
+
+    If a run resumes, rows after `first_step` are removed from the file. A run that starts at step 0 replaces the file.
+    """
 
     def __init__(self, output_dir: Path, first_step: int):
         path = output_dir / METRICS_FILE
         kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() and first_step else []
-        # Beside the earlier rows first: a run that is killed here still has them.
+        # write_file replaces the old file only when the new one is complete: a run that is killed here keeps its rows.
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Append the row and flush it."""
-        # JSON has no NaN: what is not finite is left out.
+        """Appends the row, without values that are not finite, and flushes the file."""
+        # JSON has no NaN and no infinity.
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`; on resume, points after `first_step` are purged."""
+    """TensorBoard's event files in `tensorboard/`; if a run resumes, points after `first_step` are purged."""
 
     def __init__(self, output_dir: Path, first_step: int):
         from tensorboardX import SummaryWriter
@@ -58,17 +62,21 @@ class TensorBoard:
         self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Add one scalar for each metric."""
+        """Adds one scalar for each metric."""
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Flushes and closes the event file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of the `wandb` package, which has to be installed."""
+    """A run of Weights & Biases.
+
+    Raises:
+        ConfigError: the package wandb is not installed.
+    """
 
     def __init__(self, output_dir: Path, first_step: int):
         try:
@@ -80,11 +88,11 @@ class WeightsAndBiases:
         self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Log the row at this step."""
+        """Logs the row at this step."""
         self._run.log(row, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finishes the run."""
         self._run.finish()
 
 
@@ -92,16 +100,16 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -> list[Tracker]:
-    """metrics.jsonl, and what `--report_to` names."""
+    """Opens the tracker of metrics.jsonl and the trackers that `--report_to` names."""
     named = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
     return [JsonLines(output_dir, first_step), *named]
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is passed over.
+    """Reads the rows of a metrics.jsonl; ignores an incomplete last line, which a killed run can leave.
 
     Raises:
-        OutputError: a line is not a JSON object with `step`, so that no run wrote the file.
+        OutputError: a line is not a JSON object with an integer `step`, so the file is not from a run.
     """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
@@ -121,9 +129,11 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def summarize(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """One row for several steps' metrics: the mean of each over the steps that measured it, or its latest value.
+    """Reduces the metrics of several steps to one row.
 
-    What is not finite counts as not measured, but in `ALWAYS`, the metrics that every step has: there it is passed on.
+    A metric becomes its mean over the steps that measured it, or its latest value if it is in `LATEST`. A value that
+    is not finite counts as not measured. Metrics in `ALWAYS` are the exception: if one of their values is not finite,
+    neither is their mean.
     """
     row = {}
     for name in dict.fromkeys(name for step in steps for name in step):
