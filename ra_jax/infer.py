@@ -1,4 +1,4 @@
-"""`python -m ra_jax.infer`: removes objects from a photo, a folder of photos or the scenes of a data set."""
+"""`python -m ra_jax.infer`: removes objects from a photo, a folder of photos, or the scenes of a data set."""
 
 import dataclasses
 import logging
@@ -32,28 +32,28 @@ from ra_jax.outputs import Outputs, check_outputs
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    """Removes objects from photos, and writes what a person needs to score the results.
+    """Removes objects from photos; writes the results and a data set in which they can be scored.
 
-    Settings of the model that are not given are those the experts were trained with.
+    The default of each model setting is the value that the experts were trained with.
     """
 
     source_image: str  # photo, folder of photos, or data set (JSON, JSONL, folder with input/ mask/)
-    source_mask: str | None = None  # mask (> 127 = remove), or folder of masks named as the photos are
-    ref_image: str | None = None  # the object on white, or folder of such (None: made from photo and mask)
-    output_dir: str  # pictures <name>_<seed>.png and records.json are written here
-    experts: str | None = None  # output_dir of a training, or one of its checkpoints (None: the base alone)
+    source_mask: str | None = None  # mask (> 127 = remove), or folder of masks with the photos' names
+    ref_image: str | None = None  # object on white, or folder of these (None: made from photo and mask)
+    output_dir: str  # folder for the images <name>_<seed>.png and for records.json
+    experts: str | None = None  # output_dir of a training run, or one of its checkpoints (None: base alone)
     pretrained_model_name_or_path: str | None = None  # FLUX-Fill, diffusers folder or hub id
-    pretrained_redux_model_name_or_path: str | None = None  # Redux, folder or hub id
+    pretrained_redux_model_name_or_path: str | None = None  # Redux, diffusers folder or hub id
     mixed_precision: Literal["no", "bf16"] | None = None  # compute dtype (None: as trained, else bf16)
     guidance_scale: float | None = None  # embedded guidance (None: as trained, else 30)
-    num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps; more are slower and finer
-    seed: int = 0  # of the first candidate of each scene
-    repeat: Annotated[int, at_least(1)] = 1  # candidates a scene, with the seeds from --seed on
-    overwrite: bool = False  # replace earlier results; no other file is ever replaced
+    num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps; more steps are slower and finer
+    seed: int = 0  # seed of the first candidate of each scene
+    repeat: Annotated[int, at_least(1)] = 1  # candidates per scene, with seeds --seed, --seed + 1, ...
+    overwrite: bool = False  # replace earlier results; other files are never replaced
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, load, remove; what a user can mend is told without a traceback, with exit status 1."""
+    """Parse the flags and run; a UserError exits with its message and status 1, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     config = tyro.cli(InferConfig, args=argv, prog="python -m ra_jax.infer", use_underscores=True)
     try:
@@ -63,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: InferConfig) -> None:
-    """Make every candidate that `config` asks for; scenes and output folder are checked before a model is loaded."""
+    """Write all candidates that `config` asks for; checks scenes and output folder before it loads a model.
+
+    Raises:
+        UserError: a setting is out of range, a scene cannot be used, a file would be overwritten, or a model could not
+            be loaded.
+    """
     if lines := list(out_of_range(config)):
         raise DataError("\n".join(lines))
     scenes = find_scenes(config.source_image, config.source_mask, config.ref_image)
@@ -73,7 +78,8 @@ def run(config: InferConfig) -> None:
     check_inputs_kept(config, settings, candidates)
     check_overwrite(candidates, overwrite=config.overwrite)
 
-    from ra_jax.pipeline import RemovalPipeline  # late: the inputs are known to be sound
+    # Imported after the checks, so that faulty inputs are reported without waiting for this import.
+    from ra_jax.pipeline import RemovalPipeline
 
     pipe = RemovalPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"],
@@ -99,7 +105,7 @@ def run(config: InferConfig) -> None:
 
 
 def check_inputs_kept(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
-    """Raise OutputError where a picture or records.json would be, or lie among, what this command reads."""
+    """Raise OutputError if an image or records.json would replace an input, or be written into an input folder."""
     folder = Path(config.output_dir)
     inputs, nested = _scene_inputs(config, [candidate.scene for candidate in candidates])
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
@@ -111,7 +117,10 @@ def check_inputs_kept(config: InferConfig, settings: Mapping[str, Any], candidat
 
 
 def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """What is read of the scenes, as `flag_inputs` returns it: a folder is a data set only without --source_mask."""
+    """Return the files that are read for the scenes, as inputs and nested inputs by flag (see `flag_inputs`).
+
+    A folder is a data set only if there is no --source_mask.
+    """
     if config.source_mask is None:
         inputs, nested = flag_inputs({"--source_image": config.source_image})
         return {"--source_image": inputs["--source_image"] + record_paths(scenes)}, nested
@@ -124,7 +133,7 @@ def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[s
 
 
 def _experts_folders(experts: str) -> list[Path]:
-    """The checkpoint that is read and, where a run wrote it, the run's folders of checkpoints."""
+    """Return the checkpoint that is read, and the checkpoint folders of the run that it belongs to."""
     checkpoint = find_checkpoint(experts)
     runs = [Path(experts)]
     if checkpoint.parent.name in (CHECKPOINT_DIR, BEST_DIR):
@@ -133,11 +142,15 @@ def _experts_folders(experts: str) -> list[Path]:
 
 
 def model_settings(config: InferConfig) -> dict[str, Any]:
-    """The base, its precision and guidance: as given, else as the experts were trained, else as training's defaults."""
+    """Return the model settings by name: base model, precision, guidance, and the others of `ModelConfig`.
+
+    Each value comes from the first of these that has it: the flag, the experts' training run, the default of training.
+    """
     settings = dataclasses.asdict(ModelConfig())
     if config.experts is not None:
         trained = read_metadata(find_checkpoint(config.experts)).config
-        settings |= {name: trained[name] for name in settings if name in trained}  # an older run lacks the newest
+        # The settings of an older run may lack names that were added since.
+        settings |= {name: trained[name] for name in settings if name in trained}
     given = dataclasses.asdict(config)
     return settings | {name: given[name] for name in settings if given.get(name) is not None}
 

@@ -26,22 +26,30 @@ from ra_jax.models.lora import Adapter
 from ra_jax.models.options import ModelOptions, expert_configs
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-PANEL_AREA = 512 * 512  # pixels of the panel a photo is edited in, unless the experts were trained on larger ones
+# Largest area, in pixels, of the panel that a photo is edited in. With experts, the area of the largest bucket that
+# they were trained on is used instead.
+PANEL_AREA = 512 * 512
 
 
 @dataclass(frozen=True)
 class RemovalOutput:
-    """images: PIL, of the photo's size; gates: the experts' weights, float32 [num_images, num_experts], or None."""
+    """Result of a call to `RemovalPipeline`.
+
+    Attributes:
+        images: PIL images of the photo's size.
+        gates: the experts' weights, float32 [num_images, num_experts]; None without experts.
+    """
 
     images: list[Image.Image]
     gates: np.ndarray | None
 
 
 class RemovalPipeline:
-    """A base with, where given, trained experts; made by `from_pretrained`.
+    """Object removal with FLUX.1-Fill and, optionally, trained experts; create it with `from_pretrained`.
 
-    `pipe(image, mask)` edits photos. `condition`, `redux`, `velocity`, `denoise` and `decode` are its steps on arrays
-    of one panel, comparable with diffusers' FluxFillPipeline number for number.
+    `pipe(image, mask)` edits a photo. The methods `condition`, `redux`, `velocity`, `denoise` and `decode` are its
+    single steps, as functions of arrays. They take single images instead of diptychs, so that their results can be
+    compared with those of diffusers' FluxFillPipeline, number for number.
     """
 
     def __init__(self, loaded: LoadedModel, schedule: FlowSchedule, weights: Weights, panel_area: int = PANEL_AREA):
@@ -68,12 +76,21 @@ class RemovalPipeline:
         *,
         max_sequence_length: int | None = None,
     ) -> "RemovalPipeline":
-        """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`), folders or hub ids.
+        """Load FLUX.1-Fill, FLUX.1-Redux and trained experts.
 
-        experts: a run's output folder or one of its checkpoints; its averaged weights are taken where it has any.
-        dtype: of the matmuls, "bfloat16" or "float32"; max_sequence_length: prompt tokens, by default the experts'
-        own, else training's default. Raises WeightError or CheckpointError where they cannot be had or do not belong
-        together.
+        Args:
+            fill: folder or hub id of FLUX.1-Fill.
+            redux: folder or hub id of FLUX.1-Redux; None for no image tokens.
+            experts: output folder of a training run, or one of its checkpoints; None for the base alone. If the run
+                keeps an exponential moving average of its weights, the averaged weights are loaded.
+            dtype: dtype of the matmuls, "bfloat16" or "float32".
+            max_sequence_length: number of prompt tokens; None uses the value that the experts were trained with or,
+                without experts, the default of training.
+
+        Raises:
+            WeightError: the base could not be loaded.
+            CheckpointError: the checkpoint could not be loaded, or was trained on another base.
+            ValueError: another `dtype`.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
@@ -111,12 +128,20 @@ class RemovalPipeline:
         num_images: int = 1,
         latents: np.ndarray | None = None,
     ) -> RemovalOutput:
-        """Remove what `mask` covers (> 127; soft edges blend softly) from `image`.
+        """Remove the object under `mask` from `image`.
 
-        A window around the mask is edited beside the reference (`ref`, or the object itself on white) and blended
-        back: pixels beyond the feathered mask are the image's own, bit for bit. Image i starts from noise of
-        (seed, i), or from latents[i], the packed noise [num_images, N, 4C] of the diptych. Raises ValueError for a
-        mask that is empty or of another size, and for latents of another shape.
+        A window around the mask is edited next to the reference and blended into the image. Pixels outside the
+        feathered mask stay unchanged, bit for bit. Raises ValueError for an empty mask and for wrong sizes or shapes.
+
+        Args:
+            image: the photo.
+            mask: > 127 = remove; has the size of the photo. Soft edges blend softly.
+            ref: reference image of the object; by default, the masked object on white.
+            num_inference_steps: number of sampling steps.
+            guidance_scale: embedded guidance.
+            seed: image i starts from noise that depends on (seed, i) only.
+            num_images: number of results.
+            latents: packed noise [num_images, N, 4C] of the diptych; replaces the noise of `seed`.
         """
         photo, coverage = np.asarray(upright_rgb(image)), soft_mask(mask)
         if coverage.shape != photo.shape[:2]:
@@ -160,11 +185,17 @@ class RemovalPipeline:
         *,
         masked_latents: jax.Array | None = None,
     ) -> Condition:
-        """Fill channels [B, N, 4C + 4f²], context [B, S, joint_dim] and pooled [B, P] of filling mask in image.
+        """Compute the condition for filling `mask` in `image`.
 
-        image: [B, H, W, 3] in [0, 1]; mask: [B, H, W], ≥ 0.5 = fill; context: replaces the empty prompt (append
-        `redux` tokens there); masked_latents: [B, N, 4C], packed and standardised, replaces the masked image's
-        encoding (diffusers samples it, here the mean is taken).
+        The condition has the fill channels [B, N, 4C + 4f²], the context [B, S, joint_dim] and the pooled text
+        embedding [B, P].
+
+        Args:
+            image: [B, H, W, 3] in [0, 1].
+            mask: [B, H, W], ≥ 0.5 = fill.
+            context: [B, S, joint_dim], replaces the empty prompt. To use `redux` tokens, append them to it.
+            masked_latents: [B, N, 4C], packed and standardized, replaces the encoding of the masked image. By default
+                that is the mean of the VAE's posterior, whereas diffusers draws a sample.
         """
         binary = (jnp.asarray(mask) >= 0.5).astype(jnp.float32)
         return self._condition(
@@ -172,19 +203,22 @@ class RemovalPipeline:
         )
 
     def redux(self, pixels: jax.Array) -> jax.Array:
-        """Image tokens [B, T, joint_dim] of preprocessed pixels [B, h, w, 3]."""
+        """Encode preprocessed pixels [B, h, w, 3] to image tokens [B, T, joint_dim]."""
         if self.model.redux is None:
             raise ValueError("this pipeline has no Redux: give from_pretrained(..., redux=FOLDER)")
         return self._image_tokens(self._loaded.frozen, pixels)
 
     def velocity(self, latents: jax.Array, t: jax.Array, cond: Condition, guidance_scale: float = 30.0) -> jax.Array:
-        """v_θ(x_t, t, c) [B, N, 4C], float32; t [B] in (0, 1]. Experts, where loaded, are mixed by the router."""
+        """Compute the velocity v_θ(x_t, t, c) [B, N, 4C] in float32, for t [B] in (0, 1].
+
+        If experts are loaded, the router mixes them.
+        """
         return self._velocity(self._weights, self._loaded.frozen, latents, t, cond, guidance_scale=guidance_scale)
 
     def denoise(
         self, latents: jax.Array, cond: Condition, num_inference_steps: int = 28, guidance_scale: float = 30.0
     ) -> jax.Array:
-        """Final packed latents [B, N, 4C] of the Euler sampler, from noise [B, N, 4C]."""
+        """Run the Euler sampler from noise [B, N, 4C] to the final packed latents [B, N, 4C]."""
         return self._denoise(
             self._weights,
             self._loaded.frozen,
@@ -195,7 +229,7 @@ class RemovalPipeline:
         )
 
     def decode(self, latents: jax.Array, height: int, width: int) -> jax.Array:
-        """Image [B, height, width, 3] in [0, 1], not clipped, of packed latents [B, N, 4C]."""
+        """Decode packed latents [B, N, 4C] to an image [B, height, width, 3] in [0, 1], not clipped."""
         grid = (height // self.model.multiple, width // self.model.multiple)
         return self._decode(self._loaded.frozen, latents, grid=grid)
 

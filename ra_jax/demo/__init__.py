@@ -1,1 +1,1 @@
-"""The embedded default: synthetic scored scenes and a tiny FLUX-Fill trained on them from scratch."""
+"""The built-in demo: synthetic scored scenes, and a tiny FLUX-Fill trained on them from scratch."""

@@ -1,4 +1,4 @@
-"""`python -m ra_jax.demo`: prepares the embedded default in `output/demo`, once; configs/tiny.toml trains on it."""
+"""`python -m ra_jax.demo`: prepares the data and models in `output/demo` that configs/tiny.toml trains with."""
 
 import logging
 import sys
@@ -13,14 +13,14 @@ from ra_jax.errors import UserError
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """Prepares synthetic scored scenes and a tiny FLUX-Fill trained on them from scratch (minutes on 2 CPU cores)."""
+    """Prepares synthetic scored scenes, and a tiny FLUX-Fill trained on them from scratch (minutes on 2 CPU cores)."""
 
-    output_dir: str = "output/demo"  # where scenes and models go; what is there already is kept
+    output_dir: str = "output/demo"  # folder for scenes and models; parts that already exist are kept
     settings: tyro.conf.OmitArgPrefixes[DemoSettings] = field(default_factory=DemoSettings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, prepare, and say what comes next."""
+    """Parse the flags, prepare the demo, and print the training command to run next."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     command = tyro.cli(DemoCommand, args=argv, prog="python -m ra_jax.demo", use_underscores=True)
     try:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def next_command(command: DemoCommand, paths: DemoPaths) -> str:
-    """How to train on what was made: configs/tiny.toml, and what of it is elsewhere or of another size."""
+    """Return the command that trains on the demo: configs/tiny.toml, with flags for other paths or another size."""
     words = ["python -m ra_jax.train --config configs/tiny.toml"]
     if command.output_dir != DemoCommand.output_dir:
         words += [

@@ -1,7 +1,7 @@
-"""Makes the embedded default on disk: scored scenes, and a tiny FLUX-Fill and Redux in diffusers' layout.
+"""Preparation of the demo on disk: scored scenes, and a tiny FLUX-Fill and Redux in diffusers' layout.
 
-The base is trained uniformly on *all* candidates, scores unused: like FLUX.1-Fill on the web's pictures, it has learnt
-what results look like, good and bad alike, and there is something for scores to teach it.
+The base is trained on *all* candidates with equal weight; their scores are not used. It therefore learns to generate
+good and bad results alike, as FLUX.1-Fill does from images of the web. Training with scores can then improve it.
 """
 
 import json
@@ -39,56 +39,58 @@ TINY_FLUX = FluxConfig(
 TINY_SIGLIP = SiglipConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14
 )
-HELD_OUT = 100_000  # number of the first scene that no training has seen
+HELD_OUT = 100_000  # number of the first held-out scene; the training set starts at scene 0
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """mix: of `ra_jax.data synth`; scenes: in the training set; vae_steps, base_steps: lengths of the two trainings."""
+    """Settings of the data sets and of the two training runs."""
 
-    mix: str = "no_clean"
-    scenes: Annotated[int, at_least(1)] = 400
-    held_out_scenes: Annotated[int, at_least(1)] = 16
-    size: Annotated[int, at_least(16)] = 32
-    vae_steps: Annotated[int, at_least(1)] = 600
-    base_steps: Annotated[int, at_least(1)] = 650
-    batch_size: Annotated[int, at_least(1)] = 32
-    seed: Annotated[int, at_least(0)] = 0
+    mix: str = "no_clean"  # mix of candidates, as for `python -m ra_jax.data synth`
+    scenes: Annotated[int, at_least(1)] = 400  # scenes to train on
+    held_out_scenes: Annotated[int, at_least(1)] = 16  # scenes held out for validation
+    size: Annotated[int, at_least(16)] = 32  # side of the square images, in pixels
+    vae_steps: Annotated[int, at_least(1)] = 600  # training steps of the VAE
+    base_steps: Annotated[int, at_least(1)] = 650  # training steps of the transformer
+    batch_size: Annotated[int, at_least(1)] = 32  # records per training step of the transformer
+    seed: Annotated[int, at_least(0)] = 0  # seed of the scenes, the initial weights and the training runs
 
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where `prepare` puts what: two data sets, and the Fill and Redux folders."""
+    """Paths of the demo's parts below `root`: two data sets, and the Fill and Redux folders."""
 
     root: Path
 
     @property
     def train(self) -> Path:
-        """Scenes to train on, with scores."""
+        """The data set to train on, with scores."""
         return self.root / "data" / "train"
 
     @property
     def held_out(self) -> Path:
-        """Scenes that no training has seen."""
+        """The held-out data set, which no training uses."""
         return self.root / "data" / "held_out"
 
     @property
     def fill(self) -> Path:
-        """The tiny FLUX-Fill, in diffusers' layout."""
+        """The folder of the tiny FLUX-Fill, in diffusers' layout."""
         return self.root / "tiny_flux_fill"
 
     @property
     def redux(self) -> Path:
-        """The tiny FLUX-Redux, in diffusers' layout."""
+        """The folder of the tiny FLUX-Redux, in diffusers' layout."""
         return self.root / "tiny_redux"
 
 
 def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
-    """Make whatever is not there yet; a part that these settings made before is kept.
+    """Create the parts of the demo that do not exist yet, and return their paths.
+
+    Parts that an earlier call created with the same settings are kept.
 
     Raises:
-        ConfigError: the settings are out of range.
-        OutputError: `root` holds the parts of other settings, or anything that no demo wrote.
+        ConfigError: a setting is out of range.
+        OutputError: `root` holds a demo with other settings, or files that no demo wrote.
     """
     paths = DemoPaths(Path(root))
     training, held_out = _datasets(settings)
@@ -107,10 +109,10 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
 
 
 def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]:
-    """The data sets to train on and to hold out. Raises ConfigError for settings that cannot be prepared."""
+    """Return the settings of the training and the held-out data set; raises ConfigError if `settings` are invalid."""
     if lines := list(out_of_range(settings)):
         raise ConfigError("\n".join(lines))
-    multiple = 2 * TINY_VAE.factor  # the VAE's cells are packed two by two
+    multiple = 2 * TINY_VAE.factor  # One token packs 2 × 2 latent cells of the VAE.
     if settings.size % multiple:
         raise ConfigError(f"size = {settings.size}: expected a multiple of {multiple}, the side of a token in pixels")
     common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
@@ -124,9 +126,11 @@ def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]
 
 
 def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
-    """Note the settings in a folder that is new or empty, or compare with those that a demo noted in it.
+    """Write settings.json to a new or empty folder; in any other folder, compare it with `settings`.
 
-    A folder that holds something, but no such note, is none of a demo's: a data set, say, or a link to one.
+    Raises:
+        OutputError: the folder has other settings, or it has files but no settings.json of a demo. It may then be a
+            data set of the user, or a link to one.
     """
     root, note = paths.root, paths.root / "settings.json"
     advice = "give another --output_dir, one that is new or empty"
@@ -147,24 +151,27 @@ def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
 
 
 def _noted_settings(note: Path) -> dict | None:
-    """The settings that a demo noted; None where the file is missing, or something else."""
+    """Return the content of a demo's settings.json; None if the file is missing or has another content."""
     if not note.is_file():
         return None
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
-        return None  # not JSON, or not text
+        return None  # The file is not JSON, or not UTF-8.
     return noted if isinstance(noted, dict) and noted.keys() == asdict(DemoSettings()).keys() else None
 
 
 def _random_redux(seed: int) -> Redux:
-    """SigLIP and embedder at random: fixed random features of the reference tell scenes apart well enough."""
+    """Return SigLIP and embedder with random weights, which are not trained.
+
+    Random features of the reference distinguish the scenes well enough.
+    """
     embedder = ReduxConfig(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=TINY_FLUX.joint_attention_dim)
     return Redux(TINY_SIGLIP, embedder, rngs=nnx.Rngs(seed))
 
 
 def _make_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
-    """Train the VAE, then the transformer on its latents, and save both."""
+    """Train the VAE, then the transformer on its latents, and save both to `folder`."""
     save_vae(_train_vae(settings), folder)
     save_fill_pipeline_config(folder)
     save_flux(Flux(TINY_FLUX, rngs=nnx.Rngs(settings.seed)), folder)
@@ -176,7 +183,7 @@ def _make_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
 
 
 def _train_vae(settings: DemoSettings):
-    """On the scenes' sources, truths and masked sources, beside their references."""
+    """Train the VAE on source, ground truth and masked source of the scenes, each next to the scene's reference."""
     drawn = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
     apply_mask = np.where(drawn.mask[..., None], 0.5, drawn.source)
     photos = np.concatenate([drawn.source, drawn.truth, apply_mask]).astype(np.float32)
@@ -187,7 +194,15 @@ def _train_vae(settings: DemoSettings):
 
 
 def base_config(paths: DemoPaths, folder: Path, settings: DemoSettings):
-    """Full fine-tuning of the whole (fresh) transformer on every candidate alike: the recipe of the tiny base."""
+    """Return the training configuration of the tiny base.
+
+    It trains the whole transformer from its initial weights, on all candidates with equal weight.
+
+    Args:
+        paths: paths of the data set and Redux.
+        folder: Fill folder with the initial weights.
+        settings: settings of the demo.
+    """
     return from_flat_dict(
         {
             "train_json_path": str(paths.train / "labeled_dict.json"),

@@ -1,4 +1,4 @@
-"""Trains a small AutoencoderKL from scratch and standardises its latents, channel by channel."""
+"""Training of a small AutoencoderKL from scratch, with whitened latents."""
 
 from dataclasses import dataclass, replace
 
@@ -15,20 +15,31 @@ TINY_VAE = VAEConfig(
     block_out_channels=(12, 24, 48),
     layers_per_block=1,
     latent_channels=8,
-    norm_num_groups=1,  # groups of three channels would take the picture's colour for a mean, and lose it
+    norm_num_groups=1,  # Groups of three channels would remove the image's color, which is part of a group's mean.
     mid_block_add_attention=False,
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
 
 
-SAMPLE = 128  # diptychs that latents are standardised on
-INITIAL_LOGVAR = -6.0  # where the posterior's log-variance begins: at 0, noise hides what little colour scenes have
+SAMPLE = 128  # number of diptychs on which mean and covariance of the latents are measured
+# Initial log-variance of the posterior. With 0, the noise would hide the weak colors of the scenes.
+INITIAL_LOGVAR = -6.0
 
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Adam on mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL; whitening comes after `whiten_at` of the steps."""
+    """Settings of the VAE's training: Adam on the loss mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL.
+
+    Attributes:
+        steps: number of training steps.
+        batch_size: crops per step.
+        crop: side of the crops in pixels.
+        learning_rate: peak learning rate.
+        kl_weight: weight of the KL divergence to a standard normal distribution.
+        whiten_at: fraction of the steps after which the latents are whitened.
+        seed: seed of the initial weights, the crops and the noise.
+    """
 
     steps: int = 900
     batch_size: int = 16
@@ -40,14 +51,20 @@ class VAETraining:
 
 
 def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, training: VAETraining) -> AutoencoderKL:
-    """An autoencoder of diptychs, with scaling and shift factors measured on them.
+    """Train an autoencoder for diptychs; its scaling and shift factors are measured on them.
 
-    references, photos: [R, H, W, 3] float32 in [0, 1], panels that belong together. It is trained on crops of
-    `crop` pixels of both side by side, whose statistics are those of whole diptychs at a quarter of the cost.
+    Training uses crops of `training.crop` pixels from both panels, side by side. Their statistics are those of whole
+    diptychs, at a quarter of the cost.
 
-    Late in training the latents are whitened once by a linear map folded into the convolutions around them: a
-    diffusion model then learns every channel at the same signal-to-noise ratio. The steps after it heal the borders,
-    where the decoder's zero padding has changed its meaning.
+    Late in training, the latents are whitened once by a linear map, which is folded into the convolutions before and
+    after them. A diffusion model then learns every channel at the same signal-to-noise ratio. The remaining steps
+    adapt the image borders, because whitening changes the latent value that the decoder's zero padding stands for.
+
+    Args:
+        references: left panels [R, H, W, 3] float32 in [0, 1].
+        photos: right panels of the same diptychs [R, H, W, 3] float32 in [0, 1].
+        config: sizes of the autoencoder.
+        training: settings of the training.
     """
     vae = AutoencoderKL(config, rngs=nnx.Rngs(training.seed))
     _quiet(vae)
@@ -75,7 +92,8 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
     for i in tqdm(range(training.steps), desc="VAE", unit="step"):
         if i == int(training.whiten_at * training.steps):
             weights = _whitened(graph, weights, sample)
-            opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)  # keeps the count
+            # Resets Adam's moments, but not the scalar step counts.
+            opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)
         batch = 2.0 * _crops(references, photos, training, rng) - 1.0
         weights, opt_state, _ = step(weights, opt_state, batch, jax.random.fold_in(jax.random.key(training.seed), i))
     mean = _latents(graph, weights, sample)
@@ -85,14 +103,14 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
 
 
 def _quiet(vae: AutoencoderKL) -> None:
-    """Let every posterior begin with the log-variance `INITIAL_LOGVAR`, whatever the picture."""
+    """Set the encoder's log-variance to `INITIAL_LOGVAR` for every image, in place."""
     out, channels = vae.encoder.conv_out, vae.config.latent_channels
     out.kernel[...] = out.kernel[...].at[..., channels:].set(0.0)
     out.bias[...] = out.bias[...].at[channels:].set(INITIAL_LOGVAR)
 
 
 def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rng: np.random.Generator) -> np.ndarray:
-    """[batch_size, crop, 2·crop, 3]: the same window of a reference and its photo, side by side."""
+    """Draw crops [batch_size, crop, 2·crop, 3]: the same random window of a reference and of its photo."""
     rows = rng.integers(len(photos), size=training.batch_size)
     offsets = rng.integers(photos.shape[1] - training.crop + 1, size=(training.batch_size, 2))
     windows = [
@@ -102,16 +120,18 @@ def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rn
 
 
 def _latents(graph, weights, images: np.ndarray) -> np.ndarray:
-    """The posterior's mean of every latent cell, [cells, C]."""
+    """Encode images and return the posterior mean of every latent cell, [cells, C]."""
     mean, _ = jax.jit(lambda weights, x: nnx.merge(graph, weights).encode(x))(weights, 2.0 * images - 1.0)
     return np.asarray(mean).reshape(-1, mean.shape[-1])
 
 
 def _whitened(graph, weights, images: np.ndarray):
-    """The same autoencoder, up to its padding, with latents of zero mean and unit covariance.
+    """Return weights of the same autoencoder, except for padding, whose latents have zero mean and unit covariance.
 
-    z' = W(z − μ) with W = Σ^{−1/2}: the encoder's last convolution is followed by W, the decoder's first preceded by
-    its inverse and by μ, through its bias.
+        z' = W(z − μ),  W = Σ^{−1/2}
+
+    W and μ are folded into the encoder's last convolution. W⁻¹ and μ are folded into kernel and bias of the decoder's
+    first convolution.
     """
     cells = _latents(graph, weights, images)
     values, vectors = np.linalg.eigh(np.cov(cells.T))
@@ -121,7 +141,7 @@ def _whitened(graph, weights, images: np.ndarray):
     mean = jnp.asarray(cells.mean(0), jnp.float32)
     vae = nnx.merge(graph, weights)
     out, first, channels = vae.encoder.conv_out, vae.decoder.conv_in, cells.shape[1]
-    scale = jnp.log(jnp.diag(whiten))  # the log-variance head follows its channel's own scale
+    scale = jnp.log(jnp.diag(whiten))  # Each channel's log-variance grows by twice the log of its scale.
     kernel, bias = out.kernel[...], out.bias[...]
     out.kernel[...] = jnp.concatenate([kernel[..., :channels] @ whiten, kernel[..., channels:]], -1)
     out.bias[...] = jnp.concatenate([(bias[:channels] - mean) @ whiten, bias[channels:] + 2.0 * scale])

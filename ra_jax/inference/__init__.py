@@ -1,1 +1,1 @@
-"""Around the network when a photo is edited: the window it sees, the way back, the candidates on disk."""
+"""Photo editing with the network: crops, sampling, blending, and the candidates written to disk."""

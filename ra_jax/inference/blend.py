@@ -1,21 +1,25 @@
-"""Pasting what the network made back into the photo: inside the mask, with a soft edge, and nowhere else."""
+"""Blending of the network's output into the photo: inside the mask and across a soft edge, nowhere else."""
 
 import numpy as np
 from PIL import Image
 
 from ra_jax.inference.crop import SOFT_FLOOR, Crop
 
-FEATHER = 8  # pixels of the photo
+FEATHER = 8  # width of the soft edge around the mask, in pixels of the photo
 
 
 def blend_weights(mask: np.ndarray, feather: int = FEATHER) -> np.ndarray:
-    """How much of the new picture each pixel takes, [H, W] float32 in [0, 1].
+    """Compute the weight of the edited image at each pixel, [H, W] float32 in [0, 1].
 
-    m, the mask's own values, count: soft masks stay soft (up to 16 is nothing and from 239 everything, since
-    JPEG leaves noise there). Outwards weights fall by 1/feather a pixel, so that the object's own edge is not
-    mixed back in:  w(p) = max(0, max_q m(q) − |p − q| / feather).
+        w(p) = max(0, max_q m(q) − |p − q| / feather)
 
-    mask: [H, W] uint8; feather: width of the falling edge in pixels, 0 for none.
+    Here m is the mask, scaled linearly from values 16 … 239 to weights 0 … 1 and clipped. Soft masks stay soft, but
+    the noise that JPEG leaves near 0 and 255 is removed. Outside the mask, weights fall by 1/feather per pixel, so
+    that the edge of the removed object is not blended back in.
+
+    Args:
+        mask: [H, W] uint8.
+        feather: width of the falling edge in pixels; 0 for none.
     """
     soft = (mask.astype(np.float32) - SOFT_FLOOR) / (255 - 2 * SOFT_FLOOR)
     weights = np.clip(soft, 0.0, 1.0)
@@ -30,14 +34,20 @@ def blend_weights(mask: np.ndarray, feather: int = FEATHER) -> np.ndarray:
 
 
 def paste(photo: np.ndarray, panel: np.ndarray, mask: np.ndarray, crop: Crop, feather: int = FEATHER) -> np.ndarray:
-    """The photo with the panel blended into the crop's window by `blend_weights`, [H, W, 3] uint8.
+    """Blend the panel into the crop's window of the photo with `blend_weights`; returns [H, W, 3] uint8.
 
-    Pixels of weight 0, all those `feather` and more away from the mask, are the photo's, bit for bit.
+    Pixels of weight 0 keep the photo's values, bit for bit. These include all pixels at a distance of `feather` or
+    more from the mask.
 
-    photo: [H, W, 3] uint8; panel: [h, w, 3], uint8 or floating in [0, 1]; mask: [H, W] uint8.
+    Args:
+        photo: [H, W, 3] uint8.
+        panel: [h, w, 3], uint8, or float in [0, 1].
+        mask: [H, W] uint8.
+        crop: the crop that the panel was edited in.
+        feather: as in `blend_weights`.
 
     Raises:
-        ValueError: a panel that is not of the crop's size, or a mask that is not of the photo's.
+        ValueError: `panel` does not have the crop's panel size, or `mask` does not have the photo's size.
     """
     if panel.shape != (*crop.size, 3) or mask.shape != photo.shape[:2]:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""The scenes that a user names and the candidates made for them: pictures, and records ready to be scored.
+"""Scenes to be edited, and the candidates written for them: images, and records ready to be scored.
 
-Beside the pictures stands `records.json`, a data set as training reads it, in which only the scores are missing.
+The records are written to `records.json` in the folder of the images. This file is a data set that training can read
+once scores are added.
 """
 
 import json
@@ -27,7 +28,13 @@ Remove = Callable[[Image.Image, np.ndarray, Image.Image | None, int], Image.Imag
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture to be made: the scene it is made from, the seed, and the file it becomes."""
+    """A removal to be written.
+
+    Attributes:
+        scene: record with the photo, mask and reference.
+        seed: seed of the sampler's noise.
+        path: image file to be written.
+    """
 
     scene: Record
     seed: int
@@ -37,14 +44,18 @@ class Candidate:
 def find_scenes(
     source_image: str | Path, source_mask: str | Path | None = None, ref_image: str | Path | None = None
 ) -> list[Record]:
-    """The scenes to remove objects from, one record each, everything checked.
+    """Find the scenes to remove objects from, and check their files; returns one record per scene.
 
-    source_image: a photo; a folder of photos; or, without source_mask, a data set in any of its forms, of which each
-    scene (photo and mask) counts once, whatever its results. source_mask, ref_image: a picture, or for a folder of
-    photos a folder in which each has a mask (and may have a reference) of its name, with another ending if need be.
+    Args:
+        source_image: a photo, a folder of photos, or a data set of any format. A data set is expected if there is no
+            `source_mask`. Each of its scenes (photo and mask) is returned once, however many results it has.
+        source_mask: mask of the photo. For a folder of photos: a folder with a mask for each photo, named as the photo
+            is; the suffix may differ.
+        ref_image: reference for the photo. For a folder of photos: a folder of references, named as the photos are;
+            photos without a reference are allowed.
 
     Raises:
-        DataError: with every scene that cannot be used.
+        DataError: scenes that cannot be used. The message lists them.
     """
     source = Path(source_image)
     if source_mask is None:
@@ -56,21 +67,27 @@ def find_scenes(
 
 
 def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: str | Path) -> list[Candidate]:
-    """A candidate for every scene and seed, to become `<photo's name>_<seed>.png`."""
+    """Return a candidate for every scene and seed, with the path `output_dir`/<scene name>_<seed>.png.
+
+    Scene names are those of `scene_names`.
+    """
     folder = Path(output_dir)
     named = zip(scenes, scene_names(scenes), strict=True)
     return [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named for seed in seeds]
 
 
 def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
-    """Check that candidates replace earlier results only, and those only if `overwrite` is given.
+    """Check that candidates replace nothing but earlier results, and these only with `overwrite`.
 
-    An earlier result is one that `records.json` names, whether its picture is there or not: the record may hold scores.
+    An earlier result is a result in `records.json`. It counts even if its image file is missing, because its record
+    may have scores.
 
     Raises:
-        DataError: a picture is there that `records.json` does not name, or a record of a candidate's id names another
-            picture; an earlier result is there, without `overwrite`. Also where `records.json` is not a list of records
-            with ids that differ.
+        DataError: one of these holds.
+            - A candidate's file exists, but `records.json` does not name it.
+            - The record with a candidate's id names another image.
+            - A candidate is an earlier result, and `overwrite` is False.
+            - `records.json` is not a list of records with unique ids.
     """
     folder = candidates[0].path.parent
     earlier = _earlier_records(folder / RECORDS)
@@ -94,10 +111,10 @@ def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None
 
 
 def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterator[Path]:
-    """Make the candidates: each one's picture, and its record in `records.json` beside it.
+    """Compute each candidate; write its image, and its record to `records.json` in the same folder.
 
-    Yields each picture's path once it and its record are written, so that a run that is stopped leaves a complete data
-    set of what it made. Records of other pictures that `records.json` holds already are kept.
+    Yields the path of each image after image and record are written. A run that is stopped therefore leaves a complete
+    data set of the candidates written so far. Other records that are already in `records.json` are kept.
     """
     for _, group in groupby(candidates, key=lambda candidate: candidate.scene.index):
         inputs = None
@@ -114,7 +131,10 @@ def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterato
 
 
 def scene_names(scenes: Sequence[Record]) -> list[str]:
-    """The photos' names, made to differ: `street`, `street-2` for another photo or mask of that name, ..."""
+    """Return a unique name for each scene: the photo's file name without suffix.
+
+    If it is already in use, `-2`, `-3`, ... is appended: `street`, `street-2`.
+    """
     names: dict[str, None] = {}
     for scene in scenes:
         name, count = scene.src.stem, 1
@@ -137,7 +157,7 @@ def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]
 
 
 def _loose_entries(source: Path, mask: Path, ref_image: str | Path | None) -> RawData:
-    """Entries of a photo, or of every photo in a folder, as a data file would hold them."""
+    """Return data-set entries for a single photo, or for every photo in a folder."""
     reference = None if ref_image is None else Path(ref_image)
     if not source.is_dir():
         return _entries([_fields(source, mask, reference)])
@@ -175,7 +195,7 @@ def _read_inputs(scene: Record) -> tuple[Image.Image, np.ndarray, Image.Image | 
 
 
 def _record(candidate: Candidate) -> dict[str, str]:
-    """The record of a candidate, with paths relative to the folder that its data file lies in."""
+    """Return the record of a candidate, with paths relative to the folder of `records.json`."""
     scene, folder = candidate.scene, candidate.path.parent.resolve()
     fields = {"id": candidate.path.stem}
     for name, file in (("ref", scene.ref), ("src", scene.src), ("mask", scene.mask), ("result", candidate.path)):
@@ -185,10 +205,10 @@ def _record(candidate: Candidate) -> dict[str, str]:
 
 
 def _earlier_records(path: Path) -> dict[str, dict]:
-    """The records of an earlier run into the same folder, by id.
+    """Return the records in the file `path` by id; an empty dict if there is no file.
 
     Raises:
-        DataError: the file is not a list of records with ids that differ, of which none would be lost.
+        DataError: the file is not a list of records with unique ids. Rewriting it could lose records.
     """
     if not os.path.lexists(path):
         return {}
@@ -209,6 +229,6 @@ def _earlier_records(path: Path) -> dict[str, dict]:
 
 
 def _names_result(record: dict, path: Path) -> bool:
-    """Whether a record of the data file beside `path` has that picture as its result."""
+    """Whether the record names `path` as its result; relative results are relative to the folder of `path`."""
     result = record.get("result")
     return isinstance(result, str) and os.path.abspath(path.parent / result) == os.path.abspath(path)

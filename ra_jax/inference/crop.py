@@ -1,7 +1,8 @@
-"""The part of a photo that the network sees: a window around the mask, resized to a panel.
+"""The crop of a photo that the network edits: a window around the mask, resized to a panel.
 
-A photo is edited through one panel of bounded size. Panels come in a few fixed sizes, since each size is a
-compilation; the window takes the panel's shape, so that nothing is distorted, unless only the whole photo will do.
+Each photo is edited in one panel of bounded area. There are only a few panel sizes, because each size needs its own
+compilation. The window has the aspect ratio of the panel, so that resizing does not distort the photo. If no such
+window fits into the photo, the whole photo is resized to a panel of nearly its own aspect ratio.
 """
 
 import math
@@ -17,32 +18,46 @@ from ra_jax.data.masks import bounding_box
 from ra_jax.data.panels import resize_mask
 
 ASPECTS = (1 / 2, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 2.0)  # height / width
-# Soft masks: from here on a pixel counts as painted. JPEG leaves noise of some levels around a mask.
+# Values of a soft mask up to this one count as 0. JPEG leaves noise of a few levels around a mask.
 SOFT_FLOOR = 16
-MIN_MARGIN = 16  # pixels of the photo
+MIN_MARGIN = 16  # smallest margin between mask and window, in pixels of the photo
 
 
 @dataclass(frozen=True)
 class Crop:
-    """window: (left, top, right, bottom) in the photo's pixels; size: (height, width) of the panel made of it."""
+    """A window of the photo, and the size of the panel that it is resized to.
+
+    Attributes:
+        window: (left, top, right, bottom) in pixels of the photo.
+        size: (height, width) of the panel.
+    """
 
     window: Window
     size: Size
 
     def photo(self, photo: np.ndarray) -> np.ndarray:
-        """The window of a photo [H, W, 3] uint8 as a panel [h, w, 3] uint8, bicubic as in training."""
+        """Resize the window of a photo [H, W, 3] uint8 to a panel [h, w, 3] uint8; bicubic, as in training."""
         panel = Image.fromarray(photo).resize(self.size[::-1], Image.Resampling.BICUBIC, self.window)
         return np.asarray(panel)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """What a mask [H, W] uint8 removes (> 127), [h, w] uint8 {0, 1}; thin lines are kept."""
+        """Resize the window of a mask [H, W] uint8 to a panel [h, w] uint8 {0, 1}, 1 = remove (mask > 127).
+
+        A pixel of the panel is 1 if any masked pixel falls into it, so that thin lines are kept.
+        """
         return resize_mask(mask > MASK_THRESHOLD, self.window, self.size)
 
     def reference(self, reference: np.ndarray | None, photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The reference panel [h, w, 3] uint8, made as in training.
+        """Compute the reference panel [h, w, 3] uint8, as in training.
 
-        Without a reference it is the object of photo and mask on white; one of the photo's size is seen
-        through the window, so that the object stays at its place; any other is shown whole, centred on white.
+        Without a reference, the panel is the masked object of the photo on white. A reference of the photo's size is
+        cropped to the window, so that the object keeps its position. Any other reference is shown as a whole, centered
+        on white.
+
+        Args:
+            reference: [H', W', 3] uint8, or None.
+            photo: [H, W, 3] uint8.
+            mask: [H, W] uint8, > 127 = remove.
         """
         if reference is None:
             return reference_on_white(self.photo(photo), self.mask(mask))
@@ -53,16 +68,18 @@ class Crop:
 
 
 def panel_sizes(max_area: int, multiple: int) -> tuple[Size, ...]:
-    """Panel sizes (h, w) of at most `max_area` pixels, sides multiples of `multiple`, from 1:2 to 2:1.
+    """List panel sizes (h, w) with aspect ratios from 1:2 to 2:1.
+
+    Each size has at most `max_area` pixels, and both sides are multiples of `multiple`.
 
     Raises:
-        ValueError: an area that does not hold one `multiple` by `multiple` square.
+        ValueError: `max_area` is smaller than a square of side `multiple`.
     """
     if max_area < multiple * multiple:
         raise ValueError(f"max_area = {max_area}: expected at least {multiple}² pixels, the smallest panel")
     sides = [(math.sqrt(max_area * aspect), math.sqrt(max_area / aspect)) for aspect in ASPECTS]
     sizes = [(_at_most(height, multiple), _at_most(width, multiple)) for height, width in sides]
-    return tuple(dict.fromkeys(sizes))  # small areas give several aspects the same size
+    return tuple(dict.fromkeys(sizes))  # With a small area, several aspect ratios round to the same size.
 
 
 def plan_crop(
@@ -73,17 +90,25 @@ def plan_crop(
     context: float = 0.5,
     max_upscale: float = 2.0,
 ) -> Crop:
-    """The window in which to edit a photo, and the panel to edit it in.
+    """Choose the window in which to edit a photo, and the size of its panel.
 
-    The window holds the mask and `context` times its longer side around it (at least 16 pixels), as far as the
-    photo reaches. Of the sizes whose window fits into the photo, the one that shows the object largest is taken,
-    of equals the nearest in shape. Where none fits (a large mask, a small or oblong photo) the window is the whole
-    photo, and the panel has its shape, rounded down to `multiple`, and at most the largest area of `sizes`.
+    The window contains the mask with its soft edge (values > 16) and a margin around it, as far as the photo extends.
+    Among the panel sizes whose window fits into the photo, the one that shows the object largest is chosen. Ties go
+    to the size whose aspect ratio is nearest to that of mask and margin.
 
-    mask: [H, W] uint8, > 127 = remove; max_upscale: panel pixels for one pixel of the photo, at most.
+    If no window fits (large mask, small or elongated photo), the window is the whole photo. Its panel has the photo's
+    aspect ratio, apart from rounding both sides down to multiples of `multiple`. Its area is at most the largest area
+    in `sizes`.
+
+    Args:
+        mask: [H, W] uint8, > 127 = remove.
+        sizes: panel sizes (h, w) to choose from.
+        multiple: divisor of both sides of a panel, in pixels.
+        context: width of the margin, as a fraction of the mask's longer side; the margin is at least 16 pixels.
+        max_upscale: largest number of panel pixels per pixel of the photo, along each side.
 
     Raises:
-        ValueError: a mask that removes nothing.
+        ValueError: the mask has no pixel > 127.
     """
     if not (mask > MASK_THRESHOLD).any():
         raise ValueError(
@@ -116,5 +141,8 @@ def _whole(photo: Size, sizes: Sequence[Size], multiple: int, max_upscale: float
 
 
 def _at_most(length: float, multiple: int) -> int:
-    """The multiple next below a length, or the first; the allowance is for the rounding of square roots."""
+    """Round a length down to a multiple of `multiple`, but not to 0.
+
+    The factor 1 + 1e-9 compensates for rounding errors of square roots.
+    """
     return max(1, int(length * (1 + 1e-9)) // multiple) * multiple

@@ -1,4 +1,4 @@
-"""What packs hold of panels beside them: latents and image tokens, as a train step would make them."""
+"""Encoding of panels for packs: the latents and image tokens that a train step would compute from them."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,21 @@ from ra_jax.models.vae import AutoencoderKL
 
 
 class PanelEncoder:
-    """`pack_writer.Encoder` of a FLUX.1-Fill's VAE and a FLUX.1-Redux.
+    """Encodes panels with the VAE of FLUX.1-Fill and with FLUX.1-Redux, as a `pack_writer.Encoder`.
+
+    Args:
+        fill: folder or hub id of FLUX.1-Fill.
+        redux: folder or hub id of FLUX.1-Redux.
+        aspect_ratio_buckets: panel sizes, as in the training flag of this name.
+        mixed_precision: "bf16" computes the image tokens in bfloat16; any other value, in float32.
+
+    Attributes:
+        buckets: the panel sizes (height, width).
+        encoding: description of the encoding, stored in the pack.
 
     Raises:
-        WeightError: weights that cannot be had.
-        DataError: buckets that cannot be read, or that the VAE's factor does not divide.
+        WeightError: the weights could not be loaded.
+        DataError: `aspect_ratio_buckets` is malformed, or a side is not a multiple of twice the VAE's factor.
     """
 
     buckets: tuple[Size, ...]
@@ -35,14 +45,14 @@ class PanelEncoder:
         self._vae, self._redux, self._preprocess = encoders.vae, encoders.redux, encoders.preprocess
 
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
-        """masked_latents [N, 4C] float32 and image_tokens [T, D] of a condition."""
+        """Encode a condition: masked_latents [N, 4C] float32 and image_tokens [T, D]."""
         pixels = np.asarray(self._preprocess(Image.fromarray(panels.reference)), np.float32)
         batch = _batch(panels, "source", "mask", "reference") | {"redux_pixels": jnp.asarray(pixels)[None]}
         latents, tokens = _condition(self._vae, self._redux, batch)
         return {"masked_latents": np.asarray(latents), "image_tokens": np.asarray(tokens)}
 
     def result(self, panels: Panels) -> dict[str, np.ndarray]:
-        """result_latents [N, 4C] float32 of a record."""
+        """Encode the result of a record: result_latents [N, 4C] float32."""
         return {"result_latents": np.asarray(_result(self._vae, _batch(panels, "result", "reference")))}
 
 
@@ -58,5 +68,5 @@ def _result(vae: AutoencoderKL, batch: Batch) -> jax.Array:
 
 
 def _batch(panels: Panels, *names: str) -> dict[str, jax.Array]:
-    """A batch of one."""
+    """Return a batch of size 1 with the named panels."""
     return {name: jnp.asarray(getattr(panels, name))[None] for name in names}

@@ -1,4 +1,4 @@
-"""From a batch of panels to pictures with the objects removed: diptych, condition, ODE, decode, in one program."""
+"""Sampling of removals for a batch of panels: diptych, condition, ODE and decoding in one compiled program."""
 
 from collections.abc import Callable
 
@@ -15,22 +15,33 @@ from ra_jax.models.lora import Adapter
 
 
 def as_diptych(batch: Batch, photo: str) -> jax.Array:
-    """The reference beside the photo of that name, uint8 panels [B, h, w, 3] -> float32 [B, h, 2w, 3] in [0, 1]."""
+    """Join the reference (left) and the panel named `photo` (right) into a diptych.
+
+    Panels are uint8 [B, h, w, 3]; the diptych is float32 [B, h, 2w, 3] in [0, 1].
+    """
     return join(batch["reference"], batch[photo]).astype(jnp.float32) / 255.0
 
 
 def diptych_mask(batch: Batch) -> jax.Array:
-    """The mask of the diptych, [B, h, 2w] float32, 0 on the left panel."""
+    """Return the mask of the diptych, [B, h, 2w] float32; it is 0 on the left panel."""
     return join_mask(batch["mask"]).astype(jnp.float32)
 
 
 def diptych_condition(
     model: FillModel, frozen: Weights, batch: Batch, *, masked_latents: jax.Array | None = None
 ) -> Condition:
-    """The condition of removing the mask's object from `source`, shown the `reference` (and its Redux tokens).
+    """Compute the condition for removing the masked object from `source`, given `reference` and its Redux tokens.
 
-    masked_latents [B, N, 4C]: of the photo with the mask's pixels grey, where they are known; those, and the Redux
-    tokens, of a batch that has them are taken as they are.
+    Values that the batch already has are not computed again: `image_tokens` replace the Redux encoding of
+    `redux_pixels`, and `masked_latents` replace the VAE encoding of the masked diptych.
+
+    Args:
+        model: the model.
+        frozen: its frozen weights.
+        batch: uint8 panels `source` and `reference` [B, h, w, 3] and `mask` [B, h, w]; `redux_pixels` if the model has
+            Redux.
+        masked_latents: latents [B, N, 4C] of the diptych with the masked pixels gray; they take precedence over those
+            of the batch.
     """
     tokens = batch.get("image_tokens")
     if tokens is None and model.redux is not None:
@@ -42,7 +53,7 @@ def diptych_condition(
 
 
 def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) -> jax.Array:
-    """ε [B, N, 4C] of a diptych of panels [height, width], each image's from its own key alone."""
+    """Draw the noise ε [B, N, 4C] for diptychs of panels [height, width]; image i depends on keys[i] only."""
     shape = (2 * height * width // model.multiple**2, model.latent_features)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
@@ -50,11 +61,14 @@ def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) ->
 def make_remover(
     model: FillModel, schedule: FlowSchedule, *, num_inference_steps: int, guidance_scale: float
 ) -> Callable[[Weights, Weights, Batch, jax.Array], tuple[jax.Array, jax.Array | None]]:
-    """Compiled `remove(trainable, frozen, batch, noise) -> (images, gates)`.
+    """Return a jitted function `remove(trainable, frozen, batch, noise) -> (images, gates)`.
 
-    batch: uint8 panels `source`, `reference` [B, h, w, 3], `mask` [B, h, w], and `redux_pixels`; noise [B, N, 4C] of
-    the diptych's N tokens (`initial_noise`). Returns the right panels [B, h, w, 3] in [0, 1], clipped, before any
-    blending with the source, and the router's gates [B, E] (None without experts).
+    Its parameters and results are:
+        batch: uint8 panels `source` and `reference` [B, h, w, 3] and `mask` [B, h, w]; `redux_pixels` if the model has
+            Redux.
+        noise: [B, N, 4C] for the N tokens of the diptych (`initial_noise`).
+        images: right panels [B, h, w, 3], clipped to [0, 1], not blended with the source.
+        gates: the router's gates [B, E]; None without experts.
     """
 
     @jax.jit

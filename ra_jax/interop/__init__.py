@@ -1,1 +1,1 @@
-"""Weights in and out of the files of other systems."""
+"""Loading and saving of weights in the file formats of diffusers and transformers."""

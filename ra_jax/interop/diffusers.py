@@ -1,7 +1,7 @@
-"""Models in and out of diffusers' folders: a whole Fill model with fresh experts, or module by module.
+"""Load and save models in diffusers' folder layout: a whole Fill model with new experts, or single modules.
 
-Folders are whole pipelines: FLUX.1-Fill (`transformer/`, `vae/`, `scheduler/`) or FLUX.1-Redux (`image_encoder/`,
-`image_embedder/`, `feature_extractor/`), on disk or on the Hugging Face hub.
+Each folder holds a whole pipeline: FLUX.1-Fill (`transformer/`, `vae/`, `scheduler/`) or FLUX.1-Redux
+(`image_encoder/`, `image_embedder/`, `feature_extractor/`). It is on disk or on the Hugging Face hub.
 """
 
 import json
@@ -67,8 +67,18 @@ SIGLIP_KINDS = ("siglip_vision_model", "siglip")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and its weights. folder: the Fill folder on disk; preprocess: a reference picture -> Redux pixels
-    [s, s, 3], None without Redux; image_tokens: Redux tokens an image; fingerprint: of the base's files."""
+    """A model and its weights.
+
+    Attributes:
+        model: static half of the model: graph definitions and sizes.
+        trainable: the weights that training changes.
+        frozen: all other weights.
+        flux_config: sizes of the transformer.
+        folder: the Fill folder on disk.
+        preprocess: converts a reference image to the pixels [s, s, 3] that Redux encodes; None without Redux.
+        image_tokens: number of Redux tokens per image; 0 without Redux.
+        fingerprint: fingerprint of the Fill weights, followed by that of the Redux weights.
+    """
 
     model: FillModel
     trainable: Weights
@@ -82,7 +92,14 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class LoadedEncoders:
-    """VAE and Redux alone; `preprocess` as in `LoadedModel`; their fingerprint."""
+    """The VAE and Redux, without the transformer.
+
+    Attributes:
+        vae: the autoencoder of FLUX.1-Fill.
+        redux: the image encoder and embedder of FLUX.1-Redux.
+        preprocess: as in `LoadedModel`.
+        fingerprint: fingerprint of both (`encoders_fingerprint`).
+    """
 
     vae: AutoencoderKL
     redux: Redux
@@ -91,7 +108,16 @@ class LoadedEncoders:
 
 
 def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
-    """The encoders of `load_fill_model`, without the transformer. Raises WeightError as it does."""
+    """Load the VAE and Redux as `load_fill_model` does, but not the transformer.
+
+    Args:
+        fill: folder or hub id of FLUX.1-Fill.
+        redux: folder or hub id of FLUX.1-Redux.
+        dtype: dtype in which Redux is stored and computed; the VAE is float32.
+
+    Raises:
+        WeightError: the weights could not be loaded, or do not fit the model.
+    """
     redux_folder = resolve(redux, REDUX_PARTS)
     return LoadedEncoders(
         vae=load_vae(resolve(fill, ENCODER_PARTS)),
@@ -102,17 +128,28 @@ def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
 
 
 def encoders_fingerprint(fill: str, redux: str) -> str:
-    """Changes when the weights of VAE or Redux do. Raises WeightError for weights that cannot be had."""
+    """Return a fingerprint that changes when the weights of the VAE or of Redux change.
+
+    Raises:
+        WeightError: the weights could not be found or downloaded.
+    """
     return fingerprint(resolve(fill, ENCODER_PARTS), ENCODER_PARTS) + fingerprint(resolve(redux, REDUX_PARTS))
 
 
 def load_fill_model(
     fill: str, redux: str | None, options: ModelOptions, *, seed: int = 0, placement: Placement | None = None
 ) -> LoadedModel:
-    """Load FLUX.1-Fill (`fill`) and FLUX.1-Redux (`redux`, None: no image tokens), folders or hub ids.
+    """Load FLUX.1-Fill and FLUX.1-Redux, and create the experts and the router that `options` asks for.
 
-    The VAE stays float32. All live where `placement` says (None: on the default device). First values of experts and
-    router derive from `seed`. Raises WeightError for weights that cannot be had or do not fit.
+    Args:
+        fill: folder or hub id of FLUX.1-Fill.
+        redux: folder or hub id of FLUX.1-Redux; None for a model without image tokens.
+        options: dtypes, experts and router. The VAE is float32 whatever the dtypes are.
+        seed: determines the initial values of experts and router.
+        placement: how all weights are distributed over devices; None for the default device.
+
+    Raises:
+        WeightError: the weights could not be loaded, or do not fit the model.
     """
     folder = resolve(fill, FILL_PARTS)
     rngs = nnx.Rngs(seed)
@@ -129,7 +166,7 @@ def load_fill_model(
     )
     if placement is None:
         frozen = jax.device_put(frozen)
-    else:  # the router was made on the default device
+    else:  # The router was created on the default device, so it has to be moved.
         trainable, frozen = jax.device_put((trainable, frozen), placement.shardings((trainable, frozen)))
     return LoadedModel(
         model=model,
@@ -152,18 +189,23 @@ def load_flux(
     rngs: nnx.Rngs | None = None,
     placement: Placement | None = None,
 ) -> Flux:
-    """The transformer in `folder`/transformer, with fresh experts if `lora` is given.
+    """Load the transformer in `folder`/transformer, and add new experts if `lora` is given.
+
+    The files are read one parameter at a time, so that host memory never holds more than one parameter.
 
     Args:
-        folder: of the pipeline.
-        options, lora: as in `Flux`; the files may be of any float type.
-        attention: as in `Flux`; None: that of the devices here (`attention.implementation_for`).
-        rngs: first values of the experts; needed with `lora` only.
-        placement: where parameters are to live; None: on the default device. Files are read one parameter after
-            another, and host memory never holds more than one of them.
+        folder: folder of the pipeline.
+        options: as in `Flux`. The tensors in the files may have any float dtype.
+        attention: as in `Flux`; None selects the implementation for this machine's devices
+            (`attention.implementation_for`).
+        lora: as in `Flux`.
+        rngs: source of the experts' initial values; required with `lora`, otherwise unused.
+        placement: how parameters are distributed over devices; None for the default device.
 
     Raises:
-        WeightError: with a full report, unless every tensor of the files fits one parameter and all are filled.
+        WeightError: the files could not be read, or their tensors and the parameters do not match one to one in name
+            and shape. The message lists the mismatches.
+        ValueError: `lora` without `rngs`.
     """
     path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
     if attention is None:
@@ -184,7 +226,10 @@ def load_flux(
 
 
 def _first_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
-    """First values of the experts of an abstract base, made on the devices where they are to live."""
+    """Compute the initial values of the experts directly on the devices that `placement` assigns them to.
+
+    `base` is abstract (`nnx.eval_shape`).
+    """
     graphdef, shapes = nnx.split(base)
 
     def experts(key: jax.Array) -> nnx.State:
@@ -203,7 +248,11 @@ def load_vae(
     param_dtype: DTypeLike = jnp.float32,
     placement: Placement | None = None,
 ) -> AutoencoderKL:
-    """The autoencoder in `folder`/vae; arguments and errors as in `load_flux`."""
+    """Load the autoencoder in `folder`/vae.
+
+    `dtype` is the dtype of the computation, `param_dtype` that of the stored parameters. `placement` and errors are
+    as in `load_flux`.
+    """
     path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
     options = {"dtype": dtype, "param_dtype": param_dtype}
     return fill(
@@ -218,7 +267,10 @@ def load_redux(
     param_dtype: DTypeLike = jnp.float32,
     placement: Placement | None = None,
 ) -> Redux:
-    """SigLIP in `folder`/image_encoder and the embedder in `folder`/image_embedder; the rest as in `load_flux`."""
+    """Load SigLIP from `folder`/image_encoder and the embedder from `folder`/image_embedder.
+
+    Arguments and errors are as in `load_vae`. In addition, raises WeightError if the two have different widths.
+    """
     vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
     embedder_path, embedder = _read_config(folder, "image_embedder", ReduxConfig, "ReduxImageEncoder")
     options = {"dtype": dtype, "param_dtype": param_dtype}
@@ -232,41 +284,52 @@ def load_redux(
 
 
 def _place(part: str, placement: Placement | None) -> Place | None:
-    """`Place` of the parameters of this part of the frozen weights."""
+    """Return a function that puts parameters of this part of the frozen weights on their devices.
+
+    Without a placement, the result is None, which stands for the default device.
+    """
     return None if placement is None else lambda name, value: placement.put(f"{part}/{name}", value)
 
 
 def read_configs(
     fill: str | Path, redux: str | Path | None
 ) -> tuple[FluxConfig, VAEConfig, SiglipConfig | None, ReduxConfig | None]:
-    """The sizes of transformer, VAE, vision model and embedder, from the config.json of two folders; no weights."""
+    """Read the sizes of transformer, VAE, SigLIP and Redux embedder from the config.json files, without weights.
+
+    Args:
+        fill: folder of FLUX.1-Fill.
+        redux: folder of FLUX.1-Redux; None returns None for SigLIP and the embedder.
+
+    Raises:
+        WeightError: a config.json is missing, or describes another kind of model.
+    """
     _, flux = _read_config(fill, "transformer", FluxConfig, "FluxTransformer2DModel")
     _, vae = _read_config(fill, "vae", VAEConfig, "AutoencoderKL")
     return flux, vae, *((None, None) if redux is None else read_redux_configs(redux))
 
 
 def read_redux_configs(redux: str | Path) -> tuple[SiglipConfig, ReduxConfig]:
-    """The sizes of vision model and embedder, as `read_configs`."""
+    """Read the sizes of SigLIP and the Redux embedder, as `read_configs` does."""
     _, vision = _read_config(redux, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
     _, embedder = _read_config(redux, "image_embedder", ReduxConfig, "ReduxImageEncoder")
     return vision, embedder
 
 
 def save_flux(flux: Flux, folder: str | Path) -> None:
-    """Write the transformer without its experts to `folder`/transformer, as diffusers' from_pretrained reads it."""
+    """Write the transformer without its experts to `folder`/transformer, for diffusers' from_pretrained."""
     store(flux, flux.config.to_dict(), Path(folder) / "transformer", "diffusion_pytorch_model", FLUX)
 
 
 def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
-    """Write the autoencoder to `folder`/vae, as diffusers' from_pretrained reads it."""
+    """Write the autoencoder to `folder`/vae, for diffusers' from_pretrained."""
     store(vae, vae.config.to_dict(), Path(folder) / "vae", "diffusion_pytorch_model", VAE)
 
 
 def save_redux(redux: Redux, folder: str | Path) -> None:
-    """Write `folder` as a FluxPriorReduxPipeline without text encoders.
+    """Write a FluxPriorReduxPipeline without text encoders to `folder`.
 
-    Writes image_encoder/, image_embedder/, feature_extractor/ (FLUX.1-Redux's preprocessing at this model's size)
-    and model_index.json.
+    The folder gets image_encoder/, image_embedder/, feature_extractor/ and model_index.json. The preprocessing in
+    feature_extractor/ is FLUX.1-Redux's, with the image size of this model.
     """
     folder = Path(folder)
     size = redux.vision.config.image_size
@@ -285,16 +348,16 @@ def save_redux(redux: Redux, folder: str | Path) -> None:
 
 
 def save_fill_pipeline_config(folder: str | Path, scheduler: Mapping[str, Any] | None = None) -> None:
-    """Make `folder`, where `save_flux` and `save_vae` wrote, a FluxFillPipeline without text encoders.
+    """Write scheduler/scheduler_config.json and model_index.json of a FluxFillPipeline without text encoders.
 
-    Writes scheduler/scheduler_config.json and model_index.json.
+    `save_flux` and `save_vae` write the weights into the same folder.
 
     Args:
-        folder: of the pipeline.
-        scheduler: values that differ from FLUX.1-Fill-dev's (`FLUX_SCHEDULER`).
+        folder: folder of the pipeline.
+        scheduler: values that differ from those of FLUX.1-Fill-dev (`FLUX_SCHEDULER`).
 
     Raises:
-        ValueError: for a key of `scheduler` that FLUX's has not.
+        ValueError: a key of `scheduler` that `FLUX_SCHEDULER` does not have.
     """
     scheduler = dict(scheduler or {})
     if unknown := sorted(set(scheduler) - set(FLUX_SCHEDULER)):
@@ -321,7 +384,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_config(folder: str | Path, component: str, config_type: Any, *kinds: str) -> tuple[Path, Any]:
-    """A component's folder and its config.json as `config_type`; the file must say that it is one of `kinds`."""
+    """Return the folder of a component, and its config.json as a `config_type`.
+
+    Raises:
+        WeightError: the file is missing, is not JSON, has values that `config_type` does not accept, or its
+            `_class_name` (without one, its `model_type`) is not one of `kinds`.
+    """
     path = Path(folder) / component
     file = path / "config.json"
     if not file.is_file():

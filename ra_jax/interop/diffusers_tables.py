@@ -1,7 +1,8 @@
-"""Where each parameter is found in diffusers' and transformers' files: tables of (pattern -> tensor, axes).
+"""Tables that map a module's parameters to the tensors in diffusers' and transformers' files.
 
-A pattern is matched against a parameter's whole path in the module; the first rule that matches counts. The tables are
-read from the module's side, so that one table serves loading, saving and the check that every tensor is used once.
+Each rule maps a pattern for parameter paths to a tensor name and an order of axes. The pattern has to match the whole
+path, and the first matching rule applies. Because the tables start from the parameters, one table serves three
+purposes: loading, saving, and the check that every tensor is used exactly once.
 """
 
 import dataclasses
@@ -14,13 +15,14 @@ CONV = (2, 3, 1, 0)  # OIHW in the file -> kernel HWIO
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""One kind of parameter.
+    r"""The rule for one kind of parameter.
 
     Attributes:
-        pattern: regular expression for the parameter's path, such as "transformer_blocks.attn.to_q.kernel".
-        tensor: the tensor's name, with \1 for the pattern's groups; with `{block}` the parameter is a stack on axis 0
-            of as many tensors.
-        axes: permutation that takes the file's axes (of one block) to the parameter's; `AS_IS` for none.
+        pattern: regular expression for paths such as "transformer_blocks.attn.to_q.kernel".
+        tensor: name of the tensor, with \1 for the first group of the pattern. If the name contains `{block}`, the
+            parameter stacks one tensor per block along axis 0.
+        axes: permutation from the axes of the tensor in the file to those of the parameter (of one block, if
+            stacked); `AS_IS` for the same order.
     """
 
     pattern: str
@@ -30,12 +32,13 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rules of one model.
+    """The rules for one model.
 
     Attributes:
-        rules: tried in order.
-        prefix: what files may have before every name; it is written.
-        unused: regular expression for tensors (without the prefix) that belong to parts the model does not have.
+        rules: the rules, tried in this order.
+        prefix: prefix of all tensor names. Saving writes it; files without it can be loaded, too.
+        unused: regular expression for tensor names (without the prefix) that loading skips, because the model has no
+            such part.
     """
 
     rules: tuple[Rule, ...]
@@ -43,10 +46,10 @@ class Table:
     unused: str | None = None
 
     def tensor(self, path: str) -> tuple[str, tuple[int, ...]]:
-        """The tensor's name (perhaps with `{block}`) and axes for the parameter at `path`.
+        """Return tensor name (possibly with `{block}`) and axes for the parameter at `path`.
 
         Raises:
-            KeyError: if no rule matches, which is the table's fault and not the file's.
+            KeyError: no rule matches. This is an error in the table, not in the file.
         """
         for rule in self.rules:
             if match := re.fullmatch(rule.pattern, path):
@@ -54,7 +57,7 @@ class Table:
         raise KeyError(f"no rule for the parameter {path}: expected one in ra_jax/interop/diffusers_tables.py.")
 
     def is_unused(self, tensor: str) -> bool:
-        """Whether a tensor of the file is knowingly left out."""
+        """Whether loading skips this tensor of the file."""
         return self.unused is not None and re.fullmatch(self.unused, tensor) is not None
 
 
@@ -91,7 +94,8 @@ SIGLIP = Table(
         Rule(r"post_layernorm\.bias", r"post_layernorm.bias"),
     ),
     prefix="vision_model.",
-    # The pooling head comes after the last hidden state; the text model is in files of the whole SigLIP.
+    # Redux uses the last hidden state, which comes before the pooling head. Files of a complete SigLIP model also
+    # hold its text model.
     unused=r"head\..+|embeddings\.position_ids|text_model\..+|logit_(scale|bias)",
 )
 

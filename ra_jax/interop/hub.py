@@ -1,4 +1,4 @@
-"""Folders of weights, on disk or on the Hugging Face hub, and the fingerprint of what is in them."""
+"""Folders of weights: local or downloaded from the Hugging Face hub, and fingerprints of their content."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ import numpy as np
 
 from ra_jax.errors import WeightError
 
-# Folders whose weights decide what a base model computes, and so its fingerprint.
+# Subfolders whose weights determine the output of a base model. Its fingerprint covers only these.
 COMPONENTS = ("transformer", "vae", "image_encoder", "image_embedder")
 
 
-SAMPLES, SAMPLE_BYTES = 256, 1024  # evenly spaced in each file
+SAMPLES, SAMPLE_BYTES = 256, 1024  # number and size of the evenly spaced chunks that are hashed in each file
 
 
 def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
-    """The folder of a pipeline: a local one as it is, or what `subfolders` of a hub repository hold, downloaded.
+    """Return the local folder of a pipeline; download it first if `name_or_path` is a hub id.
 
     Args:
         name_or_path: folder in diffusers' layout, or hub id such as "black-forest-labs/FLUX.1-Fill-dev".
-        subfolders: what is needed of it, such as ("transformer", "vae", "scheduler"); nothing else is downloaded.
+        subfolders: required subfolders, such as ("transformer", "vae", "scheduler"); only these are downloaded.
 
     Raises:
-        WeightError: if a subfolder is missing, or the hub cannot give it; it says how to get access.
+        WeightError: a subfolder is missing, or the download failed. The message explains how to get access.
     """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
@@ -37,7 +37,7 @@ def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
 
 
 def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
-    # Late: only those who name a hub id need it.
+    # Imported here because only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -55,7 +55,7 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
             f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/; `python -m ra_jax.demo` makes "
             "those that configs/tiny.toml names."
         ) from None
-    # Gated or missing, offline or disk full: the ways out are the same.
+    # The advice is the same for gated and missing repositories, without a network and with a full disk.
     except (HfHubHTTPError, OSError) as error:
         raise WeightError(
             f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
@@ -69,13 +69,18 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
 
 
 def fingerprint(folder: str | Path, components: Sequence[str] = COMPONENTS) -> str:
-    """A name for the weights in `folder` that changes when they do: 16 hexadecimal digits.
+    """Compute a fingerprint of the weights in `folder`, 16 hexadecimal digits; it changes when the weights change.
 
-    It hashes the config.json of each component and, of each safetensors file, name, length, header and 256 samples
-    of 1 KiB, so that 24 GB take a moment. A change confined to the bytes between samples is not seen.
+    The hash covers the config.json of each component. For each safetensors file it covers name, length, header and
+    256 evenly spaced chunks of 1 KiB, so that 24 GB take only a moment. A change that lies entirely between the
+    chunks does not change the fingerprint.
+
+    Args:
+        folder: folder of a pipeline.
+        components: subfolders whose weights are hashed; missing ones are skipped.
 
     Raises:
-        WeightError: if the folder holds no weights.
+        WeightError: no component has a safetensors file.
     """
     folder = Path(folder)
     files = [path for name in components for path in sorted((folder / name).glob("*.safetensors"))]

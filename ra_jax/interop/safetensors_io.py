@@ -1,4 +1,4 @@
-"""Folders of safetensors as diffusers and transformers write them: one file, or shards and an index."""
+"""Reading and writing of safetensors folders in the layout of diffusers: one file, or shards and an index."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 (safetensors asks NumPy for bfloat16, which this import gives it)
+import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy, where safetensors looks it up)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -15,14 +15,21 @@ from safetensors.numpy import save_file
 from ra_jax.errors import WeightError
 from ra_jax.outputs import replace_file
 
-STEMS = ("diffusion_pytorch_model", "model")  # diffusers', transformers'
+STEMS = ("diffusion_pytorch_model", "model")  # file names without suffix in diffusers and in transformers
 FLOATS = ("BF16", "F16", "F32", "F64")
-SHARD_BYTES = 5 * 10**9  # also what is held in host memory while writing
+SHARD_BYTES = 5 * 10**9  # also the host memory needed for writing, because a shard is written in one piece
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of its file describes it; `kind` is safetensors' name of its type, such as "BF16"."""
+    """A tensor in a safetensors file, as the file's header describes it.
+
+    Attributes:
+        file: the safetensors file.
+        name: name of the tensor in the file.
+        shape: shape of the tensor.
+        kind: safetensors' name of the dtype, such as "BF16".
+    """
 
     file: Path
     name: str
@@ -30,21 +37,21 @@ class StoredTensor:
     kind: str
 
     def read(self) -> np.ndarray:
-        """The values, in the file's type, one of `FLOATS`."""
-        # Opened for this tensor alone: a file that stays mapped counts as memory page by page as it is read.
+        """Read the values, in the dtype of the file, which must be one of `FLOATS`."""
+        # Opens the file for this tensor only. If it stayed mapped, every page read so far would count as used memory.
         with safe_open(self.file, framework="np") as tensors:
             return tensors.get_tensor(self.name)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's safetensors files by name; only headers are read.
+    """List the tensors in a folder's safetensors files by name; reads headers only.
 
     Args:
-        folder: holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, or shards and their
+        folder: holds `diffusion_pytorch_model.safetensors`, `model.safetensors`, or the shards of either and their
             `….safetensors.index.json`.
 
     Raises:
-        WeightError: if there is no such file, a file is missing or damaged, or two shards hold the same tensor.
+        WeightError: there is no such file, a file is missing or damaged, or two shards hold the same tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _files(folder):
@@ -82,13 +89,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Callable[[str], np.ndarray]) -> None:
-    """Write tensors as `stem`.safetensors, or as shards of at most `SHARD_BYTES` and an index.
+    """Write tensors to `stem`.safetensors, or to shards of at most `SHARD_BYTES` each and an index.
+
+    Files that an earlier call wrote with the same stem are replaced. A tensor larger than `SHARD_BYTES` becomes a
+    shard of its own.
 
     Args:
-        folder: made if it is not there; files of an earlier write with this stem are replaced.
+        folder: created if it does not exist.
         stem: one of `STEMS`.
-        sizes: bytes of each tensor by name.
-        read: a tensor by name; called once each, a shard's tensors at a time.
+        sizes: size in bytes of each tensor, by name.
+        read: returns a tensor by name. It is called once per tensor; the tensors of one shard are in memory together.
     """
     shards: list[list[str]] = [[]]
     used = 0
@@ -105,22 +115,25 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
     else:
         files = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as drafts:  # take their names at its end, in reverse: the index last, once its shards are there
+    # At the end of this block the drafts are renamed in reverse order. The index, which is entered first, appears last,
+    # when all of its shards exist.
+    with ExitStack() as drafts:
         if len(files) > 1:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             drafts.enter_context(replace_file(folder / index)).write_text(json.dumps(content, indent=2))
         for file, names in zip(files, shards, strict=True):
             draft = drafts.enter_context(replace_file(folder / file))
-            # transformers refuses files that do not name a framework.
+            # transformers rejects files whose metadata does not name a framework.
             save_file({name: read(name) for name in names}, draft, metadata={"format": "pt"})
     written = {*files, index} if len(files) > 1 else set(files)
-    stale = [file for file in (index, *_shards(folder, stem)) if file not in written]  # the index before its shards
+    # Delete an old index before its shards, so that it never names files that do not exist.
+    stale = [file for file in (index, *_shards(folder, stem)) if file not in written]
     for file in stale:
         (folder / file).unlink(missing_ok=True)
 
 
 def _shards(folder: Path, stem: str) -> list[str]:
-    """Names of the files that a write with this stem may have left in the folder: a single one, and shards."""
+    """Names of the single file and the shards with this stem that exist in the folder."""
     shard = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     return [path.name for path in folder.iterdir() if shard.fullmatch(path.name)]

@@ -1,4 +1,7 @@
-"""Between a module's parameters and a folder's tensors, one parameter at a time, by a table of `diffusers_tables`."""
+"""Copying between a module's parameters and the tensors in a folder, one parameter at a time.
+
+A table of `diffusers_tables` maps parameters to tensors.
+"""
 
 import json
 import math
@@ -22,18 +25,26 @@ from ra_jax.parallel.partitioning import parameter_name
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-# Puts a parameter, given its name (such as "transformer_blocks/attn/to_q/kernel") and value, where it is to live.
+# Puts a parameter on its devices, given its name (such as "transformer_blocks/attn/to_q/kernel") and value.
 Place = Callable[[str, np.ndarray], jax.Array]
 
-SCALE = "kernel_scale"
-REPORT_LINES = 20  # of each kind of problem; the rest is counted
-STRIP = 32  # rows
+SCALE = "kernel_scale"  # name of the variable beside an int8 kernel that holds its scale
+REPORT_LINES = 20  # lines shown for each kind of problem; the report only counts the rest
+STRIP = 32  # rows copied at a time
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter and the tensors of the file that make it up: one, or one a block. scale: of an int8 kernel, the
-    variable beside it, which the same tensors fill."""
+    """A parameter and the tensors that its values are stored in.
+
+    Attributes:
+        path: path of the parameter in the module's state.
+        variable: the parameter.
+        tensors: names of the tensors: one, or one per block.
+        stacked: whether the parameter stacks one tensor per block along axis 0.
+        axes: as in `Rule`.
+        scale: for an int8 kernel, the variable with its scale, which is computed from the same tensors; else None.
+    """
 
     path: tuple
     variable: nnx.Variable
@@ -43,33 +54,35 @@ class Parameter:
     scale: nnx.Variable | None = None
 
     def variables(self) -> list[tuple[tuple, nnx.Variable]]:
-        """Path and variable of all that the tensors fill."""
+        """Path and variable of the parameter and, for an int8 kernel, of its scale."""
         own = [(self.path, self.variable)]
         return own if self.scale is None else [*own, ((*self.path[:-1], SCALE), self.scale)]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each of `tensors`."""
+        """Shape of each tensor in the file."""
         shape = self.variable.shape[self.stacked :]
         return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
 
     def in_file(self, block: np.ndarray) -> np.ndarray:
-        """A view of the parameter, or of one of its blocks, with the file's order of axes."""
+        """Return a view of `block`, the parameter's values for one tensor, with the axes in the file's order."""
         return block.transpose(np.argsort(self.axes)) if self.axes else block
 
 
 def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
-    """The module with the weights of `folder`, in the types of its parameters; kernels of int8 are quantised.
+    """Return `module` with the weights in `folder`, cast to the dtypes of its parameters.
+
+    Kernels whose dtype is int8 are quantized. Host memory holds one parameter at a time.
 
     Args:
-        module: abstract (`nnx.eval_shape`), so that no first values are made.
-        folder: of safetensors.
-        table: the rules of this kind of module.
-        place: None: on the default device. Host memory holds one parameter at a time.
+        module: abstract module (`nnx.eval_shape`), so that no initial values are computed.
+        folder: folder of safetensors files.
+        table: rules for this kind of module.
+        place: puts each parameter on its devices; None for the default device.
 
     Raises:
-        WeightError: if the files cannot be read, or tensors and parameters do not match one to one in name and shape;
-            the report has all that are missing, left over or misshapen.
+        WeightError: the files could not be read, or tensors and parameters do not match one to one in name and shape.
+            The message lists missing, unexpected and misshapen tensors.
     """
     graphdef, state = nnx.split(module)
     source = stored_tensors(folder)
@@ -86,7 +99,7 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
 
 
 def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.ndarray]:
-    """The values of `parameter.variables()`."""
+    """Read the values of `parameter.variables()` from the files, in the same order."""
     values = [np.empty(variable.shape, variable.dtype) for _, variable in parameter.variables()]
     for number, tensor in enumerate(parameter.tensors):
         blocks = [value[number] if parameter.stacked else value for value in values]
@@ -100,13 +113,14 @@ def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.n
 
 
 def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
-    """Write `config` to `folder`/config.json and all parameters but experts, in their own types, beside it.
+    """Write all parameters except experts to `folder`, in their own dtypes, and `config` to `folder`/config.json.
 
     Args:
-        module, table: as in `fill`, the module with weights.
+        module: module with weights.
         config: content of config.json.
-        folder: made if it is not there.
-        stem: see `safetensors_io.write_tensors`.
+        folder: created if it does not exist.
+        stem: as in `safetensors_io.write_tensors`.
+        table: rules for this kind of module.
     """
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     sources = {
@@ -134,7 +148,7 @@ def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
     parameters, variables = [], dict(nnx.to_flat_state(state))
     for path, variable in variables.items():
         if path[-1] == SCALE:
-            continue  # filled with its kernel
+            continue  # The scale of an int8 kernel belongs to the kernel's `Parameter`.
         tensor, axes = table.tensor(parameter_name(path, "."))
         stacked = "{block}" in tensor
         blocks = range(variable.shape[0] if stacked else 1)
@@ -145,8 +159,8 @@ def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
 
 
 def _copy(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy and cast, where either may be a transposed view."""
-    # A strip at a time, which stays in the cache: three times faster than a large matrix transposed at once.
+    """Copy `values` to `out` and cast them; either may be a transposed view."""
+    # A strip of rows fits into the cache. This is three times faster than transposing a large matrix in one piece.
     for start in range(0, values.shape[0], STRIP):
         out[start : start + STRIP] = values[start : start + STRIP]
 
