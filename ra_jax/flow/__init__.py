@@ -1,1 +1,1 @@
-"""Flow matching apart from the network: the path between data and noise, time steps, samplers, regions."""
+"""Flow matching without the network: the path between data and noise, time steps, samplers and loss regions."""

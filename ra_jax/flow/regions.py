@@ -1,8 +1,8 @@
-"""Where a loss is taken: the mean over a region, mean_Ω, as weights over the packed latents of a diptych.
+"""Mean of a loss over a region Ω of a diptych, mean_Ω, as weights over packed latents.
 
-Ω is the right panel, the photo. M, the edited region, is its mask dilated by 2 latent cells. Masks cover 0.4–72 % of a
-photo, so that a plain mean over the panel moves a hundred times more for one scene than for another; `balanced` gives
-the edited region and the rest of the photo half the weight each.
+Ω is usually the right panel, which is the photo. M is the edited region: the photo's mask dilated by 2 latent cells.
+Masks cover 0.4–72 % of a photo. A plain mean over the panel therefore changes a hundred times more for one scene than
+for another. The kind `balanced` gives half of the weight to M and half to the rest of the photo.
 """
 
 import jax
@@ -15,16 +15,31 @@ DILATION = 2  # latent cells
 
 
 def _normalized(region: jax.Array) -> jax.Array:
-    """Weights [B, h, w] that sum to 1 over a region, or to 0 where the region is empty."""
+    """Compute weights [B, h, w] that are equal inside a region and sum to 1; all are 0 if the region is empty."""
     return region / jnp.maximum(region.sum((1, 2), keepdims=True), 1.0)
 
 
 def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.Array:
-    """Weights over packed latents that turn a sum into mean_Ω.
+    """Compute weights over packed latents whose weighted sum is mean_Ω.
 
-    mask: [B, H, W] of the whole diptych in pixels (0 on the left panel), 1 = edited; factor: the VAE's f.
-    Returns [B, N, 4], one weight for each latent cell of a token in the order (row, column); each image sums to 1.
-    `balanced` = ½·mean over M + ½·mean over the rest of the right panel (all of it on M where M is the whole panel).
+    The values of `kind` are:
+
+        balanced  ½·mean over M + ½·mean over the rest of the right panel; if M is the whole panel, the mean over M
+        panel     mean over the right panel
+        mask      mean over M
+        all       mean over the whole diptych
+
+    Args:
+        mask: [B, H, W] of the whole diptych in pixels, 1 = edited; 0 on the left panel.
+        factor: the VAE's f, pixels per latent cell along a side.
+        kind: one of `LOSS_REGIONS`.
+
+    Returns:
+        [B, N, 4]: a weight for each latent cell of a token, in the order (row, column). The weights of an image whose
+        mask is not empty sum to 1.
+
+    Raises:
+        ValueError: if `kind` is unknown.
     """
     b, h, w = mask.shape
     cells = mask.reshape(b, h // factor, factor, w // factor, factor).max((2, 4))
@@ -48,7 +63,10 @@ def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.
 
 
 def region_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """mean_Ω of `values` [B, N, 4C] (packed, channel-major) under `region_weights` [B, N, 4]; returns [B], float32."""
+    """Compute mean_Ω of packed `values` [B, N, 4C] with `region_weights` [B, N, 4]: [B], float32.
+
+    The features of a token are in the order (channel, row, column), as `pack` returns them.
+    """
     b, n, features = values.shape
     by_cell = values.astype(jnp.float32).reshape(b, n, features // 4, 4).mean(2)
     return (by_cell * weights).sum((1, 2))

@@ -1,7 +1,8 @@
-"""Samplers: from noise to data along a velocity field, by an ordinary or a stochastic differential equation.
+"""Samplers that integrate a velocity field from noise to data, as an ODE or as an SDE.
 
-The SDE has the ODE's marginals (Flow-GRPO, Liu et al. 2505.05470, eq. 12): noise that its steps add is taken back by a
-drift along the score. Its steps are Gaussian, and so have a probability.
+At every t the SDE's samples have the same distribution as the ODE's (Flow-GRPO, Liu et al. 2505.05470, eq. 12): its
+steps add noise, and a drift along the score compensates for it. The SDE's steps are Gaussian, so they have a
+log-probability.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,19 @@ from ra_jax.flow.path import noise_from_velocity
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
-MAX_NOISY_TIME = 0.9  # g = η·√(t/(1 − t)) is infinite at t = 1: above this time steps are those of the ODE
+MAX_NOISY_TIME = 0.9  # above this t, steps are the ODE's, because g = η·√(t/(1 − t)) is infinite at t = 1
 
 
 def sample_euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array:
-    """Integrate dx/dt = v(x, t) from times[0] to times[-1] by x' = x − (t − t')·v(x, t).
+    """Integrate dx/dt = v(x, t) from times[0] to times[-1] in Euler steps x' = x − (t − t')·v(x, t), in float32.
 
-    velocity: (x [B, ...], t [B]) -> [B, ...]; latents [B, ...] at times[0]; times [steps + 1], decreasing. float32.
+    Args:
+        velocity: (x [B, ...], t [B]) -> [B, ...].
+        latents: [B, ...] at times[0].
+        times: [steps + 1], decreasing.
+
+    Returns:
+        [B, ...] at times[-1].
     """
     times = jnp.asarray(times, jnp.float32)
 
@@ -33,16 +40,16 @@ def sample_euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> ja
 
 
 def diffusion_coefficient(t: jax.Array, noise_level: float) -> jax.Array:
-    """g(t) = η·√(t/(1 − t)), η = `noise_level`; 0 above t = 0.9."""
+    """Compute g(t) = η·√(t/(1 − t)) with η = `noise_level`; 0 above t = 0.9."""
     return jnp.where(t > MAX_NOISY_TIME, 0.0, noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 - MAX_NOISY_TIME)))
 
 
 def sde_transition(
     x: jax.Array, velocity: jax.Array, t: jax.Array, t_next: jax.Array, noise_level: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean [B, ...] and standard deviation [B] of the step from t to t' < t (both [B]), Δ = t − t':
+    """Compute mean [B, ...] and standard deviation [B] of the SDE's step from t to t' < t, both [B].
 
-    μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ
+    μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ        Δ = t − t'
     """
     g, delta = diffusion_coefficient(t, noise_level), t - t_next
     over = t.shape + (1,) * (x.ndim - t.ndim)
@@ -60,10 +67,22 @@ def sample_sde(
     first: jax.Array | int = 0,
     count: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Euler–Maruyama from times[0] to times[-1]; noise is added in the `count` steps from step `first` on.
+    """Integrate the SDE from times[0] to times[-1] in Euler–Maruyama steps.
 
-    The other steps are the ODE's (all are noisy by default). draw: step's number -> z ~ N(0, I) [B, ...].
-    Returns the final x [B, ...], and the states at the noisy steps and after the last of them [count + 1, B, ...].
+    Noise is added in `count` steps, beginning with step `first`. The other steps are the ODE's. By default all steps
+    add noise.
+
+    Args:
+        velocity: (x [B, ...], t [B]) -> [B, ...].
+        latents: [B, ...] at times[0].
+        times: [steps + 1], decreasing.
+        draw: index of a step -> z ~ N(0, I) [B, ...].
+        noise_level: η of `diffusion_coefficient`.
+        first: index of the first noisy step.
+        count: number of noisy steps; None: all steps.
+
+    Returns:
+        the final x [B, ...], and the states [count + 1, B, ...]: x before each noisy step, and x after the last one.
     """
     times = jnp.asarray(times, jnp.float32)
     steps = len(times) - 1
@@ -81,9 +100,14 @@ def sample_sde(
 
 
 def window_starts(times: np.ndarray, count: int) -> np.ndarray:
-    """First steps at which a window of `count` noisy steps may begin: in the noisier half, after step 0, with g > 0.
+    """Return the steps at which a window of `count` noisy steps may begin.
 
-    times: [steps + 1], decreasing. May be empty: where a sampler is too short for it.
+    These steps are in the noisier half of the sampler, after step 0, and have g > 0. There may be none if the sampler
+    has few steps.
+
+    Args:
+        times: [steps + 1], decreasing.
+        count: number of noisy steps.
     """
     steps = len(times) - 1
     starts = np.arange(1, steps - count + 1)

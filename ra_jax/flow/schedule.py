@@ -1,4 +1,4 @@
-"""Time steps for sampling and for training, with FLUX's shift for the resolution (Esser et al. 2403.03206, eq. 23)."""
+"""Times for sampling and training, shifted by resolution as in FLUX (Esser et al. 2403.03206, eq. 23)."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,9 +10,9 @@ import numpy as np
 
 from ra_jax.errors import WeightError
 
-# What diffusers takes for a value that scheduler_config.json leaves out, where FLUX's own differs from it.
+# Diffusers' defaults for values that are absent from scheduler_config.json, if FLUX's values differ from them.
 ABSENT = {"shift": 1.0, "use_dynamic_shifting": False}
-# Values of diffusers' scheduler that change its times or steps and that FLUX leaves as they are.
+# Settings of diffusers' scheduler that change its times or steps. FLUX uses these values, and no others are supported.
 FIXED = {
     "invert_sigmas": False,
     "shift_terminal": None,
@@ -26,11 +26,13 @@ FIXED = {
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """The parts of diffusers' FlowMatchEulerDiscreteScheduler configuration that FLUX uses.
+    """The settings of diffusers' FlowMatchEulerDiscreteScheduler that FLUX uses. They define how times are shifted.
 
-    With dynamic shifting, time is warped by t' = e^μ / (e^μ + 1/t − 1), where μ is linear in the number of image
-    tokens from `base_shift` at `base_image_seq_len` to `max_shift` at `max_image_seq_len` (and beyond them);
-    without it by t' = s·t / (1 + (s − 1)·t) with s = `shift`.
+        with dynamic shifting        t' = e^μ / (e^μ + 1/t − 1)
+        without dynamic shifting     t' = s·t / (1 + (s − 1)·t)        s = `shift`
+
+    μ is linear in the number of image tokens. It is `base_shift` at `base_image_seq_len` tokens and `max_shift` at
+    `max_image_seq_len` tokens, and is extrapolated outside of this range.
     """
 
     base_shift: float = 0.5
@@ -42,9 +44,10 @@ class FlowSchedule:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "FlowSchedule":
-        """Read `scheduler/scheduler_config.json` of a diffusers folder; FLUX's own values where there is none.
+        """Read `scheduler/scheduler_config.json` in a diffusers folder; without this file, use FLUX's values.
 
-        Raises WeightError for a kind of schedule that FLUX does not use.
+        Raises:
+            WeightError: for a kind of schedule that FLUX does not use.
         """
         path = Path(folder) / "scheduler" / "scheduler_config.json"
         if not path.exists():
@@ -56,33 +59,39 @@ class FlowSchedule:
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
     def mu(self, tokens: int) -> float:
-        """μ for an image of `tokens` packed tokens."""
+        """Compute μ for an image of `tokens` packed tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return self.base_shift + slope * (tokens - self.base_image_seq_len)
 
     def warp(self, t, tokens: int):
-        """Shift times in (0, 1] towards noise; keeps 1 where it is. Works on NumPy and JAX arrays."""
+        """Shift times in (0, 1] towards noise; t = 1 stays 1. Works for NumPy and JAX arrays."""
         if self.use_dynamic_shifting:
             scale = float(np.exp(self.mu(tokens)))
             return scale / (scale + 1.0 / t - 1.0)
         return self.shift * t / (1.0 + (self.shift - 1.0) * t)
 
     def sampling_times(self, steps: int, tokens: int) -> np.ndarray:
-        """The `steps` + 1 decreasing times of a sampler, [steps + 1] float32, from 1 to 0."""
+        """Compute the decreasing times of a sampler from 1 to 0, [steps + 1] float32.
+
+        Raises:
+            ValueError: if `steps` is less than 1.
+        """
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps}: a sampler needs at least 1 step")
         times = self.warp(np.linspace(1.0, 1.0 / steps, steps), tokens)
         return np.append(times, 0.0).astype(np.float32)
 
     def training_time(self, key: jax.Array, tokens: int) -> jax.Array:
-        """One logit-normal time, shifted by the same μ: t = warp(σ(n)), n ~ N(0, 1); float32 in (0, 1)."""
+        """Draw a logit-normal time with the shift of `warp`: t = warp(σ(n)), n ~ N(0, 1); float32 in (0, 1)."""
         return self.warp(jax.nn.sigmoid(jax.random.normal(key, (), jnp.float32)), tokens)
 
 
 def stratified_times(key: jax.Array, count: int, fraction: float) -> jax.Array:
-    """`count` times, one uniform draw from each equal part of the noisiest `fraction` of [0, 1]: [count], decreasing.
+    """Draw `count` decreasing times [count] from the noisiest `fraction` of [0, 1].
 
-    t_k = 1 − fraction·(k + u_k)/count,  u_k ~ U(0, 1).
+    This part of [0, 1] is divided into `count` equal intervals, and one time is drawn uniformly from each:
+
+        t_k = 1 − fraction·(k + u_k)/count        u_k ~ U(0, 1)
     """
     offsets = jax.random.uniform(key, (count,), jnp.float32)
     return 1.0 - fraction * (jnp.arange(count) + offsets) / count

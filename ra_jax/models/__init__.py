@@ -1,1 +1,1 @@
-"""The networks: FLUX transformer, VAE, SigLIP + Redux, LoRA experts and their router, and their weight files."""
+"""The networks: FLUX transformer, VAE, SigLIP + Redux, LoRA experts and their router."""

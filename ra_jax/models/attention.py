@@ -1,4 +1,4 @@
-"""Attention behind one function, by the kernel of the chips that a program is compiled for; rotary positions."""
+"""Attention with a choice of kernels for CPUs, GPUs and TPUs, and rotary positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +20,15 @@ ROPE_THETA = 10_000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a sequence or a part of it: cosines and sines [S, head_dim / 2]. The first `tokens` of the
-    whole sequence are tokens; what follows is padding, which nothing attends to. in_one_pass: how to `rotate`."""
+    """Rotary positions of a sequence or of a part of it.
+
+    Attributes:
+        cos: cosines of the angles [S, head_dim / 2].
+        sin: sines of the angles [S, head_dim / 2].
+        tokens: number of tokens in the whole sequence. They come first. The rest of the sequence is padding, and no
+            token attends to it.
+        in_one_pass: whether `rotate` uses the formulation that is fastest on GPUs.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -29,35 +36,44 @@ class Rope:
     in_one_pass: bool = field(default=False, metadata={"static": True})
 
 
-# xla: fused by the compiler, everywhere; cudnn: the kernel of NVIDIA cards (16 bits, head_dim <= 128); splash: the
-# Pallas kernel of TPUs (head_dim a multiple of 128); by_head: a few heads after one another, for a CPU's cache.
+# xla      XLA's own fusion, on every platform
+# cudnn    the cuDNN kernel for NVIDIA GPUs (16-bit dtypes, head_dim <= 128)
+# splash   the Pallas kernel for TPUs (head_dim a multiple of 128)
+# by_head  a few heads at a time, so that their scores fit into a CPU's cache
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
-HEADS_PER_CALL = 4  # of by_head
-LANES = 128  # a TPU's vector: sequences are padded to a multiple of it
-LARGEST_BLOCK = 512
-# Sequences that a model pads to such a multiple, its kernel and matrix products need not pad in every layer: cuDNN's
-# gradient wants even lengths, tensor cores multiples of 8.
+HEADS_PER_CALL = 4  # heads that `by_head` computes at a time
+LANES = 128  # length of a TPU's vector; `splash` pads sequences to a multiple of it
+LARGEST_BLOCK = 512  # largest block of queries or keys in `splash`
+# A model pads its sequence once to this multiple. Without it, the kernel and the matrix products would pad in every
+# layer: cuDNN's gradient needs even lengths, and tensor cores need multiples of 8.
 MULTIPLES = {"cudnn": 8, "splash": LANES}
-ATTENTION_RESIDUALS = "attention"  # names what attention's gradient needs beside q, k and v, for `jax.checkpoint`
+# `jax.checkpoint` policies save arrays by name. This is the name of the arrays that attention's gradient needs beside
+# q, k and v.
+ATTENTION_RESIDUALS = "attention"
 
 
 def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: int, devices: int = 1) -> str:
-    """The fastest of `IMPLEMENTATIONS` on "cpu", "gpu" or "tpu", where it can compute such heads.
+    """Return the fastest of `IMPLEMENTATIONS` that supports the platform, dtype and head size.
 
-    platform: that the program will run on, which need not be the one it is compiled on; devices: of its mesh.
+    Args:
+        platform: "cpu", "gpu" ("cuda") or "tpu": where the program will run. It may be compiled on another platform.
+        dtype: of queries, keys and values.
+        head_dim: features of a head.
+        devices: number of devices in the mesh.
     """
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128:
         return "cudnn"
     if platform == "cpu":
-        return "by_head" if devices == 1 else "xla"  # a loop over heads that devices share would gather them all
+        # On a mesh, devices may share the heads. A loop over heads would then gather all heads on every device.
+        return "by_head" if devices == 1 else "xla"
     return "splash" if platform == "tpu" and head_dim % LANES == 0 else "xla"
 
 
 def check_implementation(implementation: str) -> str:
-    """Return `implementation` if it is a known name.
+    """Return `implementation` if it is one of `IMPLEMENTATIONS`.
 
     Raises:
-        ValueError: names the known ones.
+        ValueError: if it is not; the message lists the known names.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is unknown: expected one of {', '.join(IMPLEMENTATIONS)}.")
@@ -67,17 +83,17 @@ def check_implementation(implementation: str) -> str:
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla", tokens: int | None = None
 ) -> jax.Array:
-    """softmax(q kᵀ / √D) v with the softmax in float32 whatever the inputs' type.
+    """Compute softmax(q kᵀ / √D) v; the softmax is float32 for inputs of any dtype.
 
     Args:
         q: [B, S, H, D] queries.
         k: [B, T, H, D] keys.
         v: [B, T, H, D] values.
         implementation: one of `IMPLEMENTATIONS`; "splash" needs T = S.
-        tokens: only so many of the keys, the first, are attended to; None: all.
+        tokens: number of keys to attend to, from the first one on; None: all keys.
 
     Returns:
-        [B, S, H, D] in the type of `q`.
+        [B, S, H, D] in the dtype of `q`.
 
     Raises:
         ValueError: if `implementation` is unknown.
@@ -91,7 +107,7 @@ def attention(
     kernel = partial(splash if implementation == "splash" else cudnn, tokens=tokens)
     if not axis_sizes():
         return kernel(q, k, v)
-    # The compiler cannot divide a kernel that it does not know: each device is given its records and heads.
+    # XLA cannot partition a custom kernel. shard_map therefore calls it on each device's own records and heads.
     spec = P(batch_axes(len(q)), None, TENSOR, None)
     return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
@@ -99,7 +115,10 @@ def attention(
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int | None = None, implementation: str = "cudnn"
 ) -> jax.Array:
-    """`attention` by NVIDIA's kernel: a token is added to sequences of odd length, which JAX refuses for a gradient."""
+    """Compute `attention` with cuDNN's kernel for NVIDIA GPUs.
+
+    Sequences of odd length are padded by one token, because JAX refuses to differentiate this kernel at odd lengths.
+    """
     length, tokens = q.shape[1], k.shape[1] if tokens is None else tokens
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     attended = None if tokens == k.shape[1] else jnp.full(len(k), tokens, jnp.int32)
@@ -109,11 +128,13 @@ def cudnn(
 
 @jax.custom_vjp
 def by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` with the scores [S, T] of a few heads in memory at a time, and none of them kept for the gradient.
+    """Compute `attention` a few heads at a time, so that the scores [S, T] of only these heads are in memory.
 
-    The gradient computes them again from the kept logarithm of each row's sum (FlashAttention, Dao et al. 2205.14135,
-    without its tiles). It does so transposed, since XLA's CPU products are slow where the first factor has to be.
-    Heads are taken four by four, each beside the others: small products by themselves do not keep all cores busy.
+    No scores are saved for the gradient. The forward pass saves the logarithm of each row's sum, and the backward pass
+    recomputes the scores from it (FlashAttention, Dao et al. 2205.14135, without its tiles). The backward pass uses
+    the transposed scores [T, S]: XLA's CPU products are slow if their first factor has to be transposed.
+
+    Four heads are computed side by side, because the small products of one head do not keep all cores busy.
     """
     return _by_head_forward(q, k, v)[0]
 
@@ -140,7 +161,9 @@ def _by_head_backward(saved, gradient: jax.Array):
         q, k, v, gradient, log_total, along = given
         weights = jnp.exp(k @ q.T - log_total)  # [T, S]
         by_scores = weights * (v @ gradient.T - along)
-        by_q = jax.lax.optimization_barrier(k.T @ by_scores).T  # without it XLA makes by_scoresᵀ k of it again
+        # The gradient of q is by_scoresᵀ k = (kᵀ by_scores)ᵀ. The second form transposes k, which is small. Without
+        # the barrier XLA rewrites it into the first form, which transposes by_scores [T, S].
+        by_q = jax.lax.optimization_barrier(k.T @ by_scores).T
         return by_q, by_scores @ q, weights @ gradient
 
     gradient = _heads(gradient)
@@ -152,27 +175,28 @@ by_head.defvjp(_by_head_forward, _by_head_backward)
 
 
 def _map_heads(function: Callable[[Any], Any], heads: Any) -> Any:
-    """`jax.lax.map` of `HEADS_PER_CALL` turns of its loop in one."""
+    """Apply `function` to each head, like `jax.lax.map`, but with `HEADS_PER_CALL` heads per iteration of the loop."""
     count = len(heads[0])
     return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_PER_CALL, count))[1]
 
 
 def _heads(x: jax.Array) -> jax.Array:
-    """[B, S, H, D] -> [B·H, S, D] in float32."""
+    """Move heads to the first axis: [B, S, H, D] -> [B·H, S, D] in float32."""
     return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _records(x: jax.Array, records: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[B·H, S, D] -> [B, S, H, D]."""
+    """Move heads back: [B·H, S, D] -> [B, S, H, D] in `dtype`."""
     return x.reshape(records, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
 
 
 def splash(
     q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int | None = None, interpret: bool = False
 ) -> jax.Array:
-    """`attention` by JAX's TPU kernel (FlashAttention-2, Dao 2307.08691); q, k, v [B, S, H, D] of one device.
+    """Compute `attention` with JAX's TPU kernel on one device (FlashAttention-2, Dao 2307.08691).
 
-    The sequence is padded to a multiple of 128; what is padded is another segment, which nothing else attends to.
+    q, k and v are [B, S, H, D]. The sequence is padded to a multiple of 128. The padding is a segment of its own, so
+    that no token attends to it.
     """
     length, heads, dim = q.shape[1:]
     padded = -(-length // LANES) * LANES
@@ -198,10 +222,13 @@ def splash(
 
 
 def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *, multiple: int = 1) -> Rope:
-    """Rotary positions, computed in float64 as diffusers' `FluxPosEmbed` does.
+    """Compute rotary positions in float64, as diffusers' `FluxPosEmbed` does, and return them in float32.
 
-    The image token of row r and column c is at (0, r, c); after the image come `others`, context tokens at (0, 0, 0),
-    and padding up to a `multiple`.
+    Args:
+        grid: rows and columns of image tokens. They come first; the token in row r and column c has position (0, r, c).
+        others: number of context tokens after the image, all at position (0, 0, 0).
+        axes_dims: features of a head that each of the three position axes rotates.
+        multiple: padding at (0, 0, 0) extends the sequence to a multiple of this.
     """
     rows, cols = grid
     tokens = rows * cols + others
@@ -214,10 +241,10 @@ def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotate each pair of neighbouring features of x [B, S, H, D] by its position's angle."""
+    """Rotate each pair of neighboring features of x [B, S, H, D] by the angle of its position."""
     if rope.in_one_pass:
-        # Each feature's partner is its neighbour, reversed within the pair: what GPUs do fastest. TPUs would keep the
-        # pairs in memory, each in a vector of its own.
+        # Reversing each pair gives every feature its partner. On GPUs this is the fastest way. On TPUs it would write
+        # the pairs to memory, each pair in a vector of 128 elements.
         pairs = x.reshape(*x.shape[:-1], -1, 2)
         cos, sin = (table[None, :, None, :, None] for table in (rope.cos, rope.sin))
         signs = jnp.asarray([-1.0, 1.0], jnp.float32)

@@ -1,4 +1,4 @@
-"""Blocks of a kind as one module: stacked on a leading axis, run by one loop, and what is saved for its gradient."""
+"""Transformer blocks stacked on a leading axis and run by one loop, and the arrays saved for the backward pass."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,10 @@ from ra_jax.parallel.partitioning import STACKED, gather_params, parameter_name,
 
 
 def _saves(*names: str) -> Callable:
-    """A policy that saves what has one of these names, and what cuDNN's attention, which names nothing, needs."""
+    """Return a `jax.checkpoint` policy that saves arrays with these names, and what cuDNN's attention returns.
+
+    cuDNN's attention gives its arrays no names. The policy recognizes it by the name of its primitive.
+    """
     named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive, *args: Any, **parameters: Any):
@@ -24,7 +27,7 @@ def _saves(*names: str) -> Callable:
     return policy
 
 
-# What the backward pass of a block finds saved, beside the block's input; None: everything.
+# Arrays that a block saves for its backward pass, beside its input. None saves everything.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "products": _saves(ATTENTION_RESIDUALS, PRODUCT),
@@ -32,12 +35,13 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# A few blocks run unrolled: CPUs run them 10-30 % faster than a loop, and compile them not much slower.
+# Up to this many blocks are unrolled. CPUs run unrolled blocks 10-30 % faster than a loop, and compiling them takes not
+# much longer.
 UNROLL_UP_TO = 8
 
 
 def stack_blocks(block: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """`count` blocks as one module whose parameters have a leading block axis; None for no blocks."""
+    """Create `count` blocks as one module whose parameters have a leading block axis; None if `count` is 0."""
     if count == 0:
         return None
     return nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(count))
@@ -52,9 +56,18 @@ def scan_blocks(
     adapter: Adapter | None,
     remat: str,
 ) -> Any:
-    """Run stacked blocks on `carry`, one after another; dropout keys are folded by block number.
+    """Apply stacked blocks to `carry` one after another.
 
-    Parameters may be `unstack_blocks`'s.
+    Args:
+        blocks: from `stack_blocks`; their parameters may be those of `unstack_blocks`. None returns `carry` unchanged.
+        carry: input of the first block.
+        embedding: passed to every block.
+        rope: passed to every block.
+        adapter: passed to every block, with the block's index folded into the dropout keys.
+        remat: a key of `REMAT_POLICIES`.
+
+    Returns:
+        the output of the last block.
     """
     if blocks is None:
         return carry
@@ -70,7 +83,8 @@ def scan_blocks(
 
     unroll = count <= UNROLL_UP_TO
     if (policy := REMAT_POLICIES[remat]) is not None:
-        # A loop's body is safe from the compiler's merging the recomputation with the first computation.
+        # prevent_cse keeps XLA from merging the recomputation with the forward pass. In a loop XLA cannot merge them
+        # anyway.
         step = jax.checkpoint(step, policy=policy, prevent_cse=unroll)
     if not any(map(_is_apart, leaves)):
         return jax.lax.scan(step, carry, (jnp.arange(count), params), unroll=unroll)[0]
@@ -81,9 +95,13 @@ def scan_blocks(
 
 
 def unstack_blocks(params: Any) -> Any:
-    """A transformer's parameters, or some of them, with a tuple of arrays for each stacked one of few blocks.
+    """Split the parameters of stacked blocks into one array per block, if there are at most `UNROLL_UP_TO` blocks.
 
-    To take a block's kernel from a stack, XLA's CPU compiler copies it in every step.
+    Each stacked parameter becomes a tuple of arrays. XLA's CPU compiler would copy a block's kernel out of the stack in
+    every step. Separate arrays avoid this copy.
+
+    Args:
+        params: parameters of a transformer, or some of them.
     """
 
     def apart(path: tuple, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:

@@ -1,8 +1,7 @@
-"""What FLUX.1-Fill is shown beside the noisy latents: packed latents, Fill channels and context tokens.
+"""What FLUX.1-Fill is conditioned on (Fill channels and context tokens), and the packing of latents into tokens.
 
-Layouts follow diffusers' FluxFillPipeline exactly, only with channels last:
-an image of H×W pixels has latents [B, H/f, W/f, C], which are packed 2×2 into N = (H/2f)·(W/2f) tokens
-of 4C features in the order (channel, row, column).
+Layouts are those of diffusers' FluxFillPipeline, but with channels last. An image of H×W pixels has latents
+[B, H/f, W/f, C]. They are packed 2×2 into N = (H/2f)·(W/2f) tokens of 4C features in the order (channel, row, column).
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ import jax.numpy as jnp
 @partial(jax.tree_util.register_dataclass, data_fields=["fill", "context", "pooled"], meta_fields=["grid"])
 @dataclass(frozen=True)
 class Condition:
-    """Everything the network is told about an image to be filled.
+    """Input of the network that describes the image to fill.
 
-    fill: [B, N, 4C + 4f²] masked-image latents and the mask; context: [B, S, joint_dim] text, then image tokens;
-    pooled: [B, P]; grid: (rows, columns) of the N packed tokens.
+    Attributes:
+        fill: Fill channels [B, N, 4C + 4f²]: the masked image's latents, then the mask.
+        context: context tokens [B, S, joint_dim]: text, then image tokens.
+        pooled: pooled text embedding [B, P].
+        grid: (rows, columns) of the N packed tokens.
     """
 
     fill: jax.Array
@@ -28,14 +30,17 @@ class Condition:
 
 
 def pack(latents: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, (h/2)(w/2), 4C], features in the order (channel, row, column); h and w even."""
+    """Pack 2×2 latent cells into a token: [B, h, w, C] -> [B, (h/2)(w/2), 4C]; h and w even.
+
+    The features of a token are in the order (channel, row, column).
+    """
     b, h, w, c = latents.shape
     blocks = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
     return blocks.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
 def unpack(packed: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """The inverse of `pack`: [B, N, 4C] on a grid of (rows, columns) -> [B, 2·rows, 2·columns, C]."""
+    """Invert `pack`: [B, N, 4C] on a grid of (rows, columns) -> [B, 2·rows, 2·columns, C]."""
     b, _, features = packed.shape
     rows, columns = grid
     blocks = packed.reshape(b, rows, columns, features // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
@@ -43,14 +48,20 @@ def unpack(packed: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def pack_mask(mask: jax.Array, factor: int) -> jax.Array:
-    """Mask [B, H, W] in pixels -> [B, N, 4f²]: each f×f patch becomes f² channels, which are then packed 2×2."""
+    """Pack a mask of pixels into tokens: [B, H, W] -> [B, N, 4f²], with f = `factor`.
+
+    Each patch of f×f pixels becomes f² channels of a latent cell; the cells are packed 2×2.
+    """
     b, h, w = mask.shape
     patches = mask.reshape(b, h // factor, factor, w // factor, factor).transpose(0, 1, 3, 2, 4)
     return pack(patches.reshape(b, h // factor, w // factor, factor * factor))
 
 
 def token_mask(fill: jax.Array, latent_features: int) -> jax.Array:
-    """The fraction of each token's pixels that are to be filled, [B, N], read from the Fill channels' mask part."""
+    """Compute the fraction of each token's pixels that is in the mask, [B, N], from the Fill channels.
+
+    `latent_features` is 4C, the number of Fill channels before the mask's.
+    """
     return fill[..., latent_features:].mean(-1)
 
 
@@ -62,9 +73,14 @@ def context_tokens(
     joint_dim: int,
     text: jax.Array | None = None,
 ) -> jax.Array:
-    """Context [B, S, joint_dim]: `text_tokens` zeros (or prompt embeddings `text`), then image tokens.
+    """Concatenate text and image tokens into the context [B, S, joint_dim].
 
-    Zeros stand for the empty prompt, as FLUX.1-Redux without text encoders does.
+    Args:
+        image_tokens: [B, T, joint_dim]; None: text alone.
+        batch: B.
+        text_tokens: number of zeros that represent the empty prompt, as in FLUX.1-Redux without text encoders.
+        joint_dim: features of a context token.
+        text: prompt embeddings [B, S, joint_dim] in place of the zeros.
     """
     text = jnp.zeros((batch, text_tokens, joint_dim), jnp.float32) if text is None else text
     return text if image_tokens is None else jnp.concatenate([text, image_tokens], axis=1)

@@ -1,4 +1,4 @@
-"""The config.json of diffusers' models, before it becomes a model's own configuration."""
+"""Checks on the keys of diffusers' config.json."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -6,10 +6,12 @@ from typing import Any
 
 
 def known_values(config_json: Mapping[str, Any], known: Collection[str], component: str) -> dict[str, Any]:
-    """The values of config.json without the keys that begin with "_", which are information only.
+    """Return the values of config.json without the keys that begin with "_".
+
+    Keys that begin with "_" carry no settings.
 
     Raises:
-        ValueError: for a key that is not known; it names `component` and the nearest known key.
+        ValueError: if a key is not in `known`; the message names `component` and the nearest known key.
     """
     values = {key: value for key, value in config_json.items() if not key.startswith("_")}
     for key in values:

@@ -1,7 +1,7 @@
 """FLUX.1-Fill with experts, as pure functions of arrays.
 
-`FillModel` is the static half (graph definitions and sizes; hashable, closed over by compiled functions); the arrays
-are two pytrees beside it:
+`FillModel` has the static part: graph definitions and sizes. It is hashable, and compiled functions close over it.
+Its methods take the arrays as two pytrees:
 
     trainable  {"flux": LoRA parameters (or the whole transformer), "router": router parameters}
     frozen     {"flux": the rest of the transformer, "vae": …, "redux": …}
@@ -28,7 +28,20 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class FillModel:
-    """What to call on the weights. `redux` is None without image tokens, `router` without experts."""
+    """The static part of a FLUX.1-Fill model; its methods compute with the weights that they are given.
+
+    Attributes:
+        flux: transformer.
+        vae: autoencoder.
+        redux: encoder of reference images; None without image tokens.
+        router: router of the experts; None without experts.
+        factor: f, pixels per latent cell along a side.
+        latent_features: 4C, features of a packed latent token.
+        joint_dim: features of a context token.
+        pooled_dim: P, features of the pooled text embedding.
+        text_tokens: length of the empty prompt.
+        num_experts: E; 0 without experts.
+    """
 
     flux: nnx.GraphDef = field(repr=False)
     vae: nnx.GraphDef = field(repr=False)
@@ -43,20 +56,20 @@ class FillModel:
 
     @property
     def multiple(self) -> int:
-        """Both sides of an image must be divisible by this many pixels: 2f."""
+        """2f: both sides of an image, in pixels, must be multiples of this."""
         return 2 * self.factor
 
     def encode(self, frozen: Weights, image: jax.Array) -> jax.Array:
-        """The VAE's mean, standardised and packed, [B, N, 4C] float32, of an image [B, H, W, 3] in [0, 1]."""
+        """Encode an image [B, H, W, 3] in [0, 1] as the VAE's mean, normalized and packed: [B, N, 4C] float32."""
         return encode_image(nnx.merge(self.vae, frozen["vae"]), image)
 
     def decode(self, frozen: Weights, latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Image [B, H, W, 3] in [0, 1], not clipped, of packed latents [B, N, 4C]."""
+        """Decode packed latents [B, N, 4C] into an image [B, H, W, 3] in [0, 1], not clipped."""
         vae = nnx.merge(self.vae, frozen["vae"])
         return (vae.decode(vae.denormalize(unpack(latents, grid))).astype(jnp.float32) + 1.0) / 2.0
 
     def image_tokens(self, frozen: Weights, pixels: jax.Array) -> jax.Array:
-        """Redux tokens [B, T, joint_dim] of preprocessed pixels [B, s, s, 3]."""
+        """Compute Redux tokens [B, T, joint_dim] from preprocessed pixels [B, s, s, 3]."""
         return nnx.merge(self.redux, gather_params(frozen["redux"]))(pixels)
 
     def condition(
@@ -69,11 +82,20 @@ class FillModel:
         text: jax.Array | None = None,
         masked_latents: jax.Array | None = None,
     ) -> Condition:
-        """The condition of filling `mask` [B, H, W] (1 = fill) in `image` [B, H, W, 3] in [0, 1].
+        """Build the condition for filling `mask` in `image`.
 
-        The network sees the image with the masked pixels at 0 of [−1, 1] (grey), as FluxFillPipeline shows it.
-        `masked_latents` [B, N, 4C] replaces their encoding, and the image; `text` [B, S, joint_dim] replaces the empty
-        prompt.
+        The masked pixels are set to 0 of [−1, 1] (gray) before encoding, as in FluxFillPipeline.
+
+        Args:
+            frozen: frozen weights.
+            image: [B, H, W, 3] in [0, 1]; not read, and may be None, if `masked_latents` is given.
+            mask: [B, H, W], 1 = fill.
+            image_tokens: Redux tokens [B, T, joint_dim]; None: no image tokens.
+            text: prompt embeddings [B, S, joint_dim] in place of the empty prompt.
+            masked_latents: encoding [B, N, 4C] of the masked image, if it has already been computed.
+
+        Raises:
+            ValueError: if H or W is not a multiple of `multiple`.
         """
         b, height, width = mask.shape
         if height % self.multiple or width % self.multiple:
@@ -93,17 +115,21 @@ class FillModel:
     def gates(
         self, trainable: Weights, condition: Condition, *, panel: slice | None = None
     ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-        """The router's gates [B, E], and the soft gates behind them that balance is kept by.
+        """Compute the router's gates [B, E], and the soft gates [B, E] for the diversity loss.
 
-        The router looks at the token columns of `panel`: the right half, a diptych's photo, where none is given.
-        The two differ only with `topk` routing; both are None without experts.
+        The two differ only with `topk` routing. Both are None without experts.
+
+        Args:
+            trainable: trainable weights.
+            condition: of B records.
+            panel: token columns that the router reads; None: the right half, which is the photo of a diptych.
         """
         if self.router is None:
             return None, None
         return self.gates_from_features(trainable, self.router_features(condition, panel=panel))
 
     def router_features(self, condition: Condition, *, panel: slice | None = None) -> jax.Array:
-        """What the router sees of a condition, [B, F]: no parameter is in it. `panel` as in `gates`."""
+        """Compute the router's input [B, F] from a condition, without any parameters; `panel` is as in `gates`."""
         columns = condition.grid[1]
         return router_features(
             condition.fill[..., : self.latent_features],
@@ -113,7 +139,7 @@ class FillModel:
         )
 
     def gates_from_features(self, trainable: Weights, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`gates` of conditions with these `router_features` [B, F]."""
+        """Compute `gates` from `router_features` [B, F]."""
         router = nnx.merge(self.router, trainable["router"])
         gates = router(features)
         return gates, router.probabilities(features) if router.config.routing == "topk" else gates
@@ -129,7 +155,17 @@ class FillModel:
         adapter: Adapter,
         guidance_scale: float,
     ) -> jax.Array:
-        """v_θ(x_t, t, c) [B, N, 4C] in float32; t [B] in (0, 1]. Without gates the experts are off."""
+        """Predict the velocity v_θ(x_t, t, c), [B, N, 4C] in float32.
+
+        Args:
+            trainable: trainable weights.
+            frozen: frozen weights.
+            latents: x_t, [B, N, 4C].
+            t: [B] in (0, 1].
+            condition: c.
+            adapter: gates and dropout of the experts. Without gates the experts are off.
+            guidance_scale: embedded guidance scale.
+        """
         flux = nnx.merge(self.flux, *gather_params((trainable["flux"], frozen["flux"])))
         latents, condition = shard_batch((latents, condition))
         guidance = jnp.full(t.shape, guidance_scale, jnp.float32)
@@ -137,13 +173,13 @@ class FillModel:
 
 
 def encode_image(vae: AutoencoderKL, image: jax.Array) -> jax.Array:
-    """`FillModel.encode` by a VAE alone."""
+    """Compute `FillModel.encode` with a VAE alone."""
     mean, _ = vae.encode(2.0 * image - 1.0)
     return pack(vae.normalize(mean).astype(jnp.float32))
 
 
 def apply_mask(image: jax.Array, mask: jax.Array) -> jax.Array:
-    """The image [B, H, W, 3] in [0, 1] with the pixels of `mask` [B, H, W] grey, as the network is shown it."""
+    """Set the pixels of an image [B, H, W, 3] in [0, 1] to gray (0.5) inside `mask` [B, H, W]."""
     return 0.5 + (image - 0.5) * (1.0 - mask[..., None])
 
 
@@ -156,9 +192,18 @@ def assemble_model(
     text_tokens: int,
     train_base: bool = False,
 ) -> tuple[FillModel, Weights, Weights]:
-    """Split modules into (model, trainable, frozen): trainable are experts and router, or the whole transformer.
+    """Split modules into (model, trainable, frozen).
 
-    Raises WeightError where transformer and VAE do not belong together.
+    Args:
+        flux: transformer, with experts unless `train_base`.
+        vae: autoencoder.
+        redux: encoder of reference images; None for no image tokens.
+        router: router of the experts; None for no experts.
+        text_tokens: length of the empty prompt.
+        train_base: whether the whole transformer is trainable; otherwise only its experts are. The router always is.
+
+    Raises:
+        WeightError: if the transformer's channels do not match the VAE's.
     """
     trained = nnx.Param if train_base else nnx.LoRAParam
     flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trained, ...)

@@ -1,7 +1,7 @@
-"""The FLUX.1 transformer: double-stream blocks (image and context apart), then single-stream blocks.
+"""The FLUX.1 transformer: double-stream blocks (separate image and context), then single-stream blocks.
 
-Module and parameter names are diffusers' (`FluxTransformer2DModel`) without block numbers: blocks of a kind
-are stacked on a leading axis and run by one `jax.lax.scan`, so that compile time does not grow with depth.
+Module and parameter names are those of diffusers' `FluxTransformer2DModel`, without block numbers. Blocks of the same
+kind are stacked on a leading axis and run by one `jax.lax.scan`, so that compile time does not grow with depth.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ra_jax.models.conditioning import Condition
 from ra_jax.models.config_json import known_values
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
 
-TIME_SCALE = 1000.0  # t in (0, 1] and guidance are embedded a thousandfold
+TIME_SCALE = 1000.0  # t in (0, 1] and guidance are multiplied by it before they are embedded
 SINUSOID_DIM = 256
 NORM_EPS = 1e-6
 
@@ -30,7 +30,7 @@ Streams = tuple[jax.Array, jax.Array]  # image [B, N, D], context [B, S, D]
 
 @dataclasses.dataclass(frozen=True)
 class FluxConfig:
-    """Geometry of a FLUX transformer: diffusers' `transformer/config.json`, with diffusers' defaults.
+    """Sizes of a FLUX transformer, with the keys and defaults of diffusers' `transformer/config.json`.
 
     Raises:
         ValueError: if `axes_dims_rope` are not three even numbers whose sum is `attention_head_dim`.
@@ -59,15 +59,15 @@ class FluxConfig:
 
     @property
     def inner_dim(self) -> int:
-        """Width of the blocks."""
+        """D, the number of features of a token in the blocks."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> "FluxConfig":
-        """Read diffusers' config.json; keys that begin with "_" are information only.
+        """Read diffusers' config.json; keys that begin with "_" are ignored.
 
         Raises:
-            ValueError: for a key that is not known, or a `patch_size` other than 1.
+            ValueError: for an unknown key, or a `patch_size` other than 1.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         values = known_values(config_json, [*known, "patch_size"], "transformer")
@@ -78,22 +78,22 @@ class FluxConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of diffusers' config.json."""
+        """Return the content of diffusers' config.json."""
         values = dataclasses.asdict(self) | {"axes_dims_rope": list(self.axes_dims_rope)}
         return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **values}
 
 
 def sinusoid(t: jax.Array) -> jax.Array:
-    """[cos(1000·t·f), sin(1000·t·f)] with f_i = 10000^(-i/128), i < 128: t [B] -> [B, 256], float32."""
+    """Embed t [B] as [cos(1000·t·f), sin(1000·t·f)] with f_i = 10000^(-i/128), i < 128: [B, 256], float32."""
     half = SINUSOID_DIM // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
-    # float32 before the factor: bfloat16 knows only every fourth of the steps near 1000.
+    # t is converted to float32 before it is scaled: near 1000, bfloat16 represents only every fourth integer.
     angles = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm(x)·(1 + scale) + shift, in float32: x [B, S, D], shift and scale [B, D] -> x's type."""
+    """Compute LayerNorm(x)·(1 + scale) + shift in float32: x [B, S, D], shift and scale [B, D] -> x's dtype."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(axis=-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
@@ -103,12 +103,16 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x) in its tanh form, x (1 + tanh u)/2 with u = √(2/π) (x + 0.044715 x³), in float32; returned in x's type."""
+    """Compute GELU in its tanh form in float32 and return it in x's dtype.
+
+    gelu(x) = x Φ(x) ≈ x (1 + tanh u)/2 with u = √(2/π) (x + 0.044715 x³).
+    """
     return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # By σ(2u) = (1 + tanh u)/2: the forward pass's tanh would be kept in memory, between two passes over x.
+    # Uses σ(2u) = (1 + tanh u)/2. JAX's own gradient would keep the forward pass's tanh in memory and take two passes
+    # over x.
     x32, c = x.astype(jnp.float32), math.sqrt(8 / math.pi)
     sigma = jax.nn.sigmoid(c * x32 * (1 + 0.044715 * x32**2))
     slope = sigma + x32 * sigma * (1 - sigma) * c * (1 + 3 * 0.044715 * x32**2)
@@ -119,7 +123,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class RotaryNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, rotated by positions; in float32, returned in the type of x."""
+    """RMSNorm over the last axis, x / rms(x) · scale, then rotary positions; in float32, returned in x's dtype."""
 
     def __init__(self, dim: int, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
@@ -128,13 +132,14 @@ class RotaryNorm(nnx.Module):
         """[B, S, H, head_dim] -> the same shape."""
         x32 = x.astype(jnp.float32)
         norm = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + NORM_EPS)
-        # A rotation is linear, and the norm one number a head: applied last, all is one pass over x in its own type.
+        # The rotation is linear, and the norm is one number per head, so the norm can be applied last. Then everything
+        # is one pass over x, which is read and written in its own dtype.
         return (rotate(x32 * self.scale[...].astype(jnp.float32), rope) * norm).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What the layers of one model have in common."""
+    """Makes the layers of one model with the same dtypes (see `FluxOptions`) and attention implementation."""
 
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -142,17 +147,17 @@ class Layers:
     int8: bool = False
 
     def linear(self, in_dim: int, out_dim: int, rngs: nnx.Rngs, **init: Any) -> ExpertLinear:
-        """A linear layer [in] -> [out] that can be given experts; `init`: more arguments of `ExpertLinear`."""
+        """Make a linear layer [in] -> [out] that supports experts; `init`: more arguments of `ExpertLinear`."""
         param_dtype = jnp.int8 if self.int8 else self.param_dtype
         return ExpertLinear(in_dim, out_dim, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
     def norm(self, dim: int) -> RotaryNorm:
-        """The norm and rotation of queries or keys whose heads have `dim` features."""
+        """Make the norm and rotation of queries or keys whose heads have `dim` features."""
         return RotaryNorm(dim, self.param_dtype)
 
 
 class MLPEmbedder(nnx.Module):
-    """linear_1, SiLU, linear_2."""
+    """linear_2(silu(linear_1(x)))."""
 
     def __init__(self, in_dim: int, dim: int, layers: Layers, rngs: nnx.Rngs):
         self.linear_1 = layers.linear(in_dim, dim, rngs)
@@ -163,7 +168,7 @@ class MLPEmbedder(nnx.Module):
 
 
 class TimeTextEmbed(nnx.Module):
-    """Sum of the embeddings of time, guidance (if the model embeds it) and pooled text: [B, D]."""
+    """Sum [B, D] of the embeddings of time, pooled text and guidance (if the model embeds it)."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
@@ -183,7 +188,7 @@ class TimeTextEmbed(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """SiLU and a linear layer, zero at first: the embedding [B, D] to `count` vectors [B, D]."""
+    """SiLU and a linear layer: embedding [B, D] -> `count` vectors [B, D], which are initially zero."""
 
     def __init__(self, dim: int, count: int, layers: Layers, rngs: nnx.Rngs):
         self.linear = layers.linear(dim, count * dim, rngs, kernel_init=nnx.initializers.zeros)
@@ -204,7 +209,7 @@ class GELU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """The MLP of a double-stream block; the keys of `net` are diffusers' positions."""
+    """The MLP of a double-stream block; the keys of `net` are the positions in diffusers' list."""
 
     def __init__(self, dim: int, layers: Layers, rngs: nnx.Rngs):
         self.net = nnx.Dict({"0": GELU(dim, 4 * dim, layers, rngs), "2": layers.linear(4 * dim, dim, rngs)})
@@ -214,7 +219,7 @@ class FeedForward(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Attention of a single-stream block: [B, S, D] -> [B, S, D], heads joined, no output projection."""
+    """Attention of a single-stream block: [B, S, D] -> [B, S, D], without an output projection."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim, self.head_dim = config.inner_dim, config.attention_head_dim
@@ -226,22 +231,22 @@ class SelfAttention(nnx.Module):
         return self.attend(*self.qkv(x, rope, adapter), rope.tokens)
 
     def qkv(self, x: jax.Array, rope: Rope, adapter: Adapter | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys, normalised and rotated, and values: each [B, S, H, head_dim]."""
+        """Compute queries and keys, normalized and rotated, and values: each [B, S, H, head_dim]."""
         q, k, v = (self.heads(linear(x, adapter)) for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q, rope), self.norm_k(k, rope), v
 
     def heads(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, H, head_dim]."""
+        """Split features into heads: [B, S, D] -> [B, S, H, head_dim]."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
-        """Attention to the first `tokens`: [B, S, D]."""
+        """Attend to the first `tokens` keys and join the heads: [B, S, D]."""
         out = attention(q, k, v, implementation=self.implementation, tokens=tokens)
         return out.reshape(*out.shape[:2], -1)
 
 
 class JointAttention(SelfAttention):
-    """Attention of a double-stream block: image and context have their own projections and attend to both."""
+    """Attention of a double-stream block: image and context have separate projections; each attends to both."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         super().__init__(config, layers, rngs)
@@ -264,14 +269,14 @@ class JointAttention(SelfAttention):
     def added_qkv(
         self, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`qkv` of the context."""
+        """Compute `qkv` for the context."""
         linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         q, k, v = (self.heads(linear(context, adapter)) for linear in linears)
         return self.norm_added_q(q, rope), self.norm_added_k(k, rope), v
 
 
 class DoubleBlock(nnx.Module):
-    """MM-DiT block: image and context have their own weights and meet in attention."""
+    """MM-DiT block: image and context have separate weights and share only the attention."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
@@ -298,7 +303,7 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """Parallel block: attention and MLP beside each other, over image and context in one sequence."""
+    """Block with parallel attention and MLP over one sequence of image and context."""
 
     def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
         dim = config.inner_dim
@@ -318,15 +323,15 @@ class SingleBlock(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class FluxOptions:
-    """How a transformer is stored, computed and differentiated; its geometry is `FluxConfig`'s.
+    """How a transformer is stored, computed and differentiated. Its sizes are in `FluxConfig`.
 
     Attributes:
-        dtype: of matmuls; embeddings of time, rotary positions, norms and softmax stay float32.
-        param_dtype: of the stored base parameters; experts are float32.
-        int8: the blocks' kernels are stored in 8 bits (`quantization.quantize`).
-        remat: what is saved for the backward pass: "none" all; "products" each block's input, its products with
-            kernels and experts, and attention's output; "blocks" each block's input and attention's output; "full"
-            each block's input.
+        dtype: of matmuls. Time embeddings, rotary positions, norms and softmax are float32 with any dtype.
+        param_dtype: of the stored base parameters. Experts are float32.
+        int8: whether the blocks' kernels are stored in 8 bits (`quantization.quantize`).
+        remat: what is saved for the backward pass. "none": everything; "products": each block's input, its products
+            with kernels and experts, and attention's output; "blocks": each block's input and attention's output;
+            "full": each block's input.
 
     Raises:
         ValueError: for an unknown `remat`.
@@ -342,21 +347,22 @@ class FluxOptions:
             raise ValueError(f"remat {self.remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
 
 
-FLOAT32 = FluxOptions()  # and everything saved for the backward pass
+FLOAT32 = FluxOptions()  # float32, with everything saved for the backward pass
 
 
 class Flux(nnx.Module):
-    """FLUX.1 transformer: the velocity of packed latents.
+    """FLUX.1 transformer, which predicts the velocity of packed latents.
 
     Args:
-        config: geometry.
-        options: how it is stored and computed.
-        attention: implementation, see `ra_jax.models.attention`.
-        lora: experts on the linear layers that it names; None for none.
-        rngs: first values; modulations and `proj_out` begin at zero, so a fresh model returns zeros.
+        config: sizes.
+        options: dtypes and what is saved for the backward pass.
+        attention: one of `attention.IMPLEMENTATIONS`.
+        lora: experts on the linear layers that match its `target_modules`; None: no experts.
+        rngs: initial values. Modulations and `proj_out` are initially zero, so a new model returns zeros.
 
     Raises:
-        ValueError: for an unknown `attention`, or a `lora.target_modules` that matches nothing.
+        ValueError: if `attention` is unknown.
+        TargetError: if `lora.target_modules` matches no layer.
     """
 
     def __init__(
@@ -371,7 +377,7 @@ class Flux(nnx.Module):
         self.config, self.remat, self.dtype = config, options.remat, jnp.dtype(options.dtype)
         self.sequence_multiple, self.on_gpu = MULTIPLES.get(attention, 1), attention == "cudnn"
         layers = Layers(options.dtype, options.param_dtype, check_implementation(attention))
-        # float32: the embedding of time is small work, and everything is modulated by it.
+        # In float32, since the embedding is cheap to compute and modulates every block.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
         self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
@@ -399,16 +405,16 @@ class Flux(nnx.Module):
         Args:
             latents: [B, N, C] noisy packed latents, tokens row-major on the condition's grid.
             t: [B] in (0, 1], 1 = noise.
-            condition: `fill` [B, N, in_channels - C] beside the latents, `context` [B, S, joint_attention_dim],
-                `pooled` [B, pooled_projection_dim], `grid` of N tokens.
-            guidance: [B] guidance scale (such as 30); not read, and may be None, if the model embeds none.
-            adapter: gates and dropout of the experts; None switches them off.
+            condition: `fill` [B, N, in_channels - C], which is appended to the latents' features, `context`
+                [B, S, joint_attention_dim], `pooled` [B, pooled_projection_dim], `grid` of N tokens.
+            guidance: [B] guidance scale (such as 30). If the model does not embed it, it is not read and may be None.
+            adapter: gates and dropout of the experts; None switches the experts off.
 
         Returns:
             [B, N, out_channels] float32.
 
         Raises:
-            ValueError: if shapes and geometry disagree.
+            ValueError: if shapes do not match `config`, or guidance is None but the model embeds it.
         """
         hidden, grid = jnp.concatenate([latents, condition.fill], axis=-1), condition.grid
         self._check(hidden, condition)
@@ -421,7 +427,7 @@ class Flux(nnx.Module):
         x, context = self.x_embedder(hidden, adapter), self.context_embedder(condition.context, adapter)
         context = jnp.pad(context, ((0, 0), (0, len(rope.cos) - rope.tokens), (0, 0)))
         x, context = scan(self.transformer_blocks, (x, context))
-        # The image comes first, unlike diffusers' order: what pads the context is then at the sequence's end.
+        # Unlike in diffusers, the image comes first, so that the context's padding is at the end of the sequence.
         x = scan(self.single_transformer_blocks, jnp.concatenate([x, context], axis=1))[:, : hidden.shape[1]]
         scale, shift = self.norm_out(embedding, adapter)
         return self.proj_out(modulate(x, shift, scale), adapter).astype(jnp.float32)

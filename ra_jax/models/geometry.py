@@ -1,4 +1,4 @@
-"""The sizes of a Fill model without its weights: enough to trace and compile what computes with it."""
+"""Sizes of a Fill model without its weights. They are enough to trace and compile programs."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from ra_jax.models.vae import AutoencoderKL, VAEConfig
 
 @dataclass(frozen=True)
 class FillGeometry:
-    """Sizes of transformer, VAE and Redux; `vision` and `embedder` are None without image tokens."""
+    """Sizes of transformer, VAE and Redux; Redux's `vision` and `embedder` are None without image tokens."""
 
     flux: FluxConfig
     vae: VAEConfig
@@ -27,11 +27,12 @@ class FillGeometry:
 
     @property
     def image_tokens(self) -> int:
-        """Redux tokens of a reference image; 0 without Redux."""
+        """Number of Redux tokens per reference image; 0 without Redux."""
         return 0 if self.vision is None else self.vision.num_tokens
 
 
-# config.json of black-forest-labs/FLUX.1-Fill-dev and FLUX.1-Redux-dev (SigLIP so400m, patches of 14 in 384 pixels).
+# Values of config.json in black-forest-labs/FLUX.1-Fill-dev and FLUX.1-Redux-dev (SigLIP so400m: images of 384 × 384
+# pixels, patches of 14 × 14).
 FLUX_FILL_DEV = FillGeometry(
     FluxConfig(in_channels=384, out_channels=64, guidance_embeds=True),
     VAEConfig(
@@ -58,9 +59,12 @@ FLUX_FILL_DEV = FillGeometry(
 def abstract_fill_model(
     geometry: FillGeometry, options: ModelOptions, *, attention: str
 ) -> tuple[FillModel, Weights, Weights]:
-    """(model, trainable, frozen) as `interop.diffusers.load_fill_model` gives them, with shapes in place of arrays.
+    """Build (model, trainable, frozen) as `interop.diffusers.load_fill_model` does, with shapes in place of arrays.
 
-    attention: the implementation (`attention.implementation_for`) of the devices that it is compiled for.
+    Args:
+        geometry: sizes of the networks.
+        options: dtypes, experts and router.
+        attention: implementation for the devices that run the program (`attention.implementation_for`).
     """
     dtype = options.dtype
     flux = partial(Flux, geometry.flux, options.flux, attention=attention, lora=options.lora)
@@ -80,8 +84,11 @@ def abstract_fill_model(
 
 
 def random_weights(shapes: Any, key: jax.Array) -> Any:
-    """Arrays for a pytree of shapes, for measurements that no weights are needed for: what has an input side is normal
-    with a deviation of 1/√in, everything else 1; integers are 1."""
+    """Draw random arrays for a pytree of shapes, for benchmarks that need no real weights.
+
+    Floating-point arrays with two or more dimensions are normal with a standard deviation of 1/√in, where in is the
+    size of their second-to-last dimension. All other arrays are 1.
+    """
 
     @partial(jax.jit, static_argnums=0)
     def draw(x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:

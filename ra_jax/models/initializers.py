@@ -1,7 +1,7 @@
-"""First values of fresh parameters, drawn by XLA's own generator.
+"""Initial values of parameters, drawn by XLA's own random number generator.
 
-JAX's default generator (threefry) costs about a second of compile time on CPU for every new shape, and a small network
-has dozens of shapes; XLA's costs a tenth of that. Its numbers may differ between kinds of devices.
+JAX's default generator (threefry) takes about a second of compile time on CPU for every new shape, and a small network
+has dozens of shapes. XLA's generator takes a tenth of that. Its numbers may differ between kinds of devices.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 
 def draw_with_xla(initializer: Callable) -> Callable:
-    """The same initializer (key, shape, dtype) -> array, with another generator behind the key."""
+    """Return the same initializer (key, shape, dtype) -> array, but drawing with XLA's generator."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         words = jnp.resize(jax.random.key_data(key), 4)

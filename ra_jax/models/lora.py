@@ -1,9 +1,9 @@
-"""A linear layer with LoRA experts side by side, weighted per example by a router's gates.
+"""A linear layer with E LoRA experts, weighted for each example by a router's gates.
 
     y = W x + b + (alpha/r) · Σ_e w_e · B_e A_e x                (LoRA, arXiv:2106.09685, with E experts)
 
-The E experts are one pair of matmuls: A is [in, E·r], its output is scaled by the gates, B is [E·r, out].
-Columns e·r … (e+1)·r of `lora_a` and the same rows of `lora_b` are expert e.
+One pair of matmuls computes all E experts. A is [in, E·r], its output is scaled by the gates w_e, and B is [E·r, out].
+Columns e·r … (e+1)·r of `lora_a` and the same rows of `lora_b` belong to expert e.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from ra_jax.models.initializers import lecun_normal
 from ra_jax.models.products import expert_product, save_for_backward
 from ra_jax.parallel.partitioning import parameter_name
 
-# Every linear layer of the blocks: attention, MLPs and modulations.
+# Matches every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
-PRODUCT = "product"  # names products with kernels and with experts, for `jax.checkpoint`
+# `jax.checkpoint` policies save arrays by name. This is the name of products with kernels and with experts' weights.
+PRODUCT = "product"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,12 @@ class LoRAConfig:
         num_experts: E >= 1.
         rank: r >= 1, of each expert.
         alpha: an expert's output is multiplied by alpha/r.
-        dropout: rate in [0, 1) at which the experts' input is dropped, where the `Adapter` brings a key.
-        target_modules: regular expression, searched (`re.search`) in diffusers' module names without block
+        dropout: rate in [0, 1) at which the experts' input is dropped, if the `Adapter` has a dropout key.
+        target_modules: regular expression, searched (`re.search`) in diffusers' module names without the block
             index: "transformer_blocks.ff.net.0.proj", "single_transformer_blocks.attn.to_q", "x_embedder" …
 
     Raises:
-        ValueError: if a value is out of its range, or `target_modules` is not a regular expression.
+        ValueError: if a value is out of range, or `target_modules` is not a regular expression.
     """
 
     num_experts: int
@@ -68,38 +69,42 @@ class LoRAConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a forward pass tells the experts.
+    """Gates and dropout keys of the experts for one forward pass.
 
     Attributes:
         gates: [B, E] float32 weights of the experts, per example; None switches the experts off.
-        dropout_key: None for no dropout; typed keys (`jax.random.key`), one per example, [B], so that a draw
-            does not depend on how a batch is split; or a single one, from which examples take theirs by row.
+        dropout_key: typed keys (`jax.random.key`), one per example, [B], so that draws do not depend on how a batch is
+            split. A single key is folded with the row of each example. None: no dropout.
     """
 
     gates: jax.Array | None = None
     dropout_key: jax.Array | None = None
 
     def per_example(self, batch_size: int) -> "Adapter":
-        """The same adapter with `dropout_key` as one key per example, [B]."""
+        """Return the same adapter with one dropout key per example, [B]."""
         if self.dropout_key is None or self.dropout_key.ndim == 1:
             return self
         rows = jnp.arange(batch_size)
         return dataclasses.replace(self, dropout_key=jax.vmap(jax.random.fold_in, (None, 0))(self.dropout_key, rows))
 
     def fold_in(self, data: int | jax.Array) -> "Adapter":
-        """The same adapter with `data` (a block's index, a layer's number) folded into every key."""
+        """Return the same adapter with `data` (a block's index, a layer's number) folded into every key."""
         if self.dropout_key is None:
             return self
         return dataclasses.replace(self, dropout_key=jax.vmap(jax.random.fold_in, (0, None))(self.dropout_key, data))
 
 
 class ExpertLinear(nnx.Module):
-    """A linear layer y = x W + b that `attach_experts` can give LoRA experts.
+    """A linear layer y = x W + b to which `attach_experts` can add LoRA experts. Matmuls run in `dtype`.
 
-    `kernel` [in, out] and `bias` [out] are `nnx.Param`; of `param_dtype` int8 the kernel is `quantization.quantize`'s,
-    with its `kernel_scale` [out]; with experts, `lora_a` [in, E·r] and `lora_b`
-    [E·r, out] are `nnx.LoRAParam` in float32. In stacked blocks each has a leading block axis. Matmuls run
-    in `dtype`.
+    In stacked blocks every parameter has a leading block axis.
+
+    Attributes:
+        kernel: [in, out], `nnx.Param`. If `param_dtype` is int8, it is quantized by `quantization.quantize`.
+        kernel_scale: [out], `nnx.Param`, scale of an int8 kernel; absent otherwise.
+        bias: [out], `nnx.Param`.
+        lora_a: [in, E·r], float32 `nnx.LoRAParam`; absent without experts.
+        lora_b: [E·r, out], float32 `nnx.LoRAParam`; absent without experts.
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class ExpertLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.quantized = jnp.dtype(param_dtype) == jnp.int8
-        if self.quantized:  # values come from files, or there are none
+        if self.quantized:  # placeholders: values of int8 kernels come from files
             self.kernel = nnx.Param(jnp.zeros((in_features, out_features), jnp.int8))
             self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         else:
@@ -121,10 +126,16 @@ class ExpertLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype if self.quantized else param_dtype))
         self.dtype = jnp.dtype(dtype)
         self.lora: LoRAConfig | None = None
-        self.stream = 0  # tells this layer's dropout from the others'
+        self.stream = 0  # folded into dropout keys, so that each layer draws different values
 
     def add_experts(self, lora: LoRAConfig, key: jax.Array, *, stream: int = 0) -> None:
-        """Add experts: A uniform in ±1/√in (as peft's), B zero, so that the output is unchanged at first."""
+        """Add experts with A uniform in ±1/√in (as in PEFT) and B zero, so that they do not change the output at first.
+
+        Args:
+            lora: number, rank, scale and dropout of the experts.
+            key: draws A.
+            stream: number of this layer, folded into dropout keys.
+        """
         *blocks, in_features, out_features = self.kernel.shape
         width = lora.num_experts * lora.rank
         bound = in_features**-0.5
@@ -134,10 +145,12 @@ class ExpertLinear(nnx.Module):
         self.lora, self.stream = lora, stream
 
     def __call__(self, x: jax.Array, adapter: Adapter | None = None) -> jax.Array:
-        """x [B, ..., in] -> [B, ..., out] in `dtype`; the base alone without experts, adapter or gates.
+        """Compute x [B, ..., in] -> [B, ..., out] in `dtype`.
+
+        The experts are used only if the layer has them and `adapter` has gates.
 
         Raises:
-            ValueError: if the adapter's gates are not one weight per expert.
+            ValueError: if the adapter's gates do not have shape [B, E].
         """
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
@@ -159,7 +172,7 @@ class ExpertLinear(nnx.Module):
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         h = checkpoint_name(expert_product(save_for_backward(x), self.lora_a[...]), PRODUCT)
-        # float32: the gradient of a gate is a sum over all tokens.
+        # In float32, because the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
         return expert_product(h, self.lora_b[...])
 
@@ -170,7 +183,7 @@ def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
 
 
 def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
-    """Every `ExpertLinear` of `model` by its module name, such as "transformer_blocks.attn.to_q"."""
+    """Return every `ExpertLinear` of `model` by its module name, such as "transformer_blocks.attn.to_q"."""
     return {
         parameter_name(path, "."): module
         for path, module in nnx.iter_modules(model)
@@ -181,14 +194,14 @@ def linear_layers(model: nnx.Module) -> dict[str, ExpertLinear]:
 def attach_experts(model: nnx.Module, lora: LoRAConfig, key: jax.Array) -> list[str]:
     """Add experts, in place, to every linear layer whose name `lora.target_modules` matches (`re.search`).
 
-    Only shapes of the base are read: it may be abstract (`nnx.eval_shape`) or hold loaded weights. A layer's
-    first values depend on `key` and its name, not on which other layers are targeted.
+    Only the shapes of the base are read, so the model may be abstract (`nnx.eval_shape`) or have loaded weights. The
+    initial values of a layer depend only on `key` and the layer's name, not on which other layers are targeted.
 
     Returns:
         the names of the targeted layers.
 
     Raises:
-        TargetError: if no layer matches; it lists example names.
+        TargetError: if no layer matches; the message lists example names.
     """
     layers = linear_layers(model)
     targets = [name for name in layers if re.search(lora.target_modules, name)]

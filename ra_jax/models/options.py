@@ -1,4 +1,4 @@
-"""The options that a model is loaded with, and those that a configuration asks for."""
+"""Options with which a model is loaded, and their values for a training configuration."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from ra_jax.models.router import RouterConfig
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a FLUX.1-Fill model is stored, run and extended by experts.
+    """How a FLUX.1-Fill model is stored and run, and its experts.
 
     Attributes:
-        dtype: of matmuls, and of the stored base where it is frozen; the VAE is float32.
-        text_tokens: length of the empty prompt, zeros before the image tokens.
-        lora: experts on the transformer's layers; None for none.
-        router: mixes the experts; None without experts.
-        remat: what the backward pass finds saved, a key of `blocks.REMAT_POLICIES`.
-        train_base: the whole transformer is trained, and stored in float32.
-        int8: the kernels of the blocks are stored in 8 bits (`quantization.quantize`).
+        dtype: of matmuls, and of the stored base if it is frozen. The VAE is float32.
+        text_tokens: length of the empty prompt: zeros before the image tokens.
+        lora: experts on the transformer's layers; None: no experts.
+        router: mixes the experts; None: no experts.
+        remat: what is saved for the backward pass, a key of `blocks.REMAT_POLICIES`.
+        train_base: whether the whole transformer is trained; it is then stored in float32.
+        int8: whether the kernels of the blocks are stored in 8 bits (`quantization.quantize`).
 
     Raises:
-        ValueError: one of `lora` and `router` without the other.
+        ValueError: if only one of `lora` and `router` is given.
     """
 
     dtype: DTypeLike
@@ -44,13 +44,13 @@ class ModelOptions:
 
     @property
     def flux(self) -> FluxOptions:
-        """The transformer's part of them."""
+        """Options of the transformer."""
         stored = jnp.float32 if self.train_base else self.dtype
         return FluxOptions(dtype=self.dtype, param_dtype=stored, int8=self.int8, remat=self.remat)
 
 
 def expert_configs(experts: ExpertsConfig) -> tuple[LoRAConfig, RouterConfig] | tuple[None, None]:
-    """LoRA and router as `--use_lora` and the flags beside it ask for; (None, None) without it."""
+    """Build the LoRA and router configurations from the experts' flags; (None, None) without `--use_lora`."""
     if not experts.use_lora:
         return None, None
     target = {} if experts.target_modules is None else {"target_modules": experts.target_modules}
@@ -66,7 +66,7 @@ def expert_configs(experts: ExpertsConfig) -> tuple[LoRAConfig, RouterConfig] | 
 
 
 def model_options(config: TrainConfig) -> ModelOptions:
-    """The options of the model that a configuration trains."""
+    """Build the options of the model that a configuration trains."""
     lora, router = expert_configs(config.experts)
     remat = config.model.gradient_checkpointing
     return ModelOptions(

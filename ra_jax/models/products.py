@@ -1,7 +1,13 @@
-"""Matrix products of experts, and the barriers that keep XLA's compilers from making slower programs of them.
+"""Matrix products with the experts' weights, written so that XLA compiles them to fast programs.
 
-Every function computes what its docstring says on every platform. Barriers and orders of factors change the program
-alone; each is there because a measured compiler does worse without it.
+Three tools of JAX are used here. None of them changes what a function computes, up to rounding.
+
+* `jax.lax.optimization_barrier(x)` returns x. XLA does not merge, move or recompute operations across it.
+* `jax.custom_vjp` replaces the gradient that JAX derives by one that is written out.
+* `jax.lax.platform_dependent` uses a different program on each platform, since a barrier that saves time on one
+  platform can cost time on another.
+
+Each barrier and each order of factors is here because a program measured without it was slower.
 """
 
 from functools import partial
@@ -11,18 +17,22 @@ import jax.numpy as jnp
 
 
 def save_for_backward(x: jax.Array) -> jax.Array:
-    """x, as the input of a product whose weight is trained.
+    """Return x unchanged, such that the gradient of a weight that multiplies x does not recompute x.
 
-    The weight's gradient wants x transposed. Behind a barrier that is a copy of x, without which XLA's CPU compiler
-    computes x anew for it, from the first block's residual stream on. On a GPU x is read as it is.
+    The gradient of the weight is a product with x transposed. XLA's CPU compiler recomputes x for that product,
+    starting from the residual stream of the first block. With the barrier it makes a transposed copy of x instead,
+    which takes less time. GPUs read x in place: there the copy would only cost time, so x has no barrier.
     """
     return jax.lax.platform_dependent(x, cuda=_unchanged, default=jax.lax.optimization_barrier)
 
 
 def unfused_on_gpu(x: jax.Array) -> jax.Array:
-    """x, as the input of a product that is not to be merged with another product of x.
+    """Return x unchanged, such that a GPU program does not merge a product of x with other products of x.
 
-    On a GPU one product of the experts' and the base's would be made, and the bias and their sum be added apart.
+    XLA's GPU compiler merges products with the same input: the base's x W and the experts' x A become one product
+    x [W A]. A separate product can add the bias or another product's result before it writes its output. The merged
+    product cannot, so adding the bias, and adding the experts' output to the base's, take further passes over memory.
+    With the barrier XLA does not treat the two inputs as the same. Other platforms need no barrier.
     """
     return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=_unchanged)
 
@@ -33,7 +43,11 @@ def _unchanged(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def expert_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out] in x's dtype; the weight's gradient is a float32 sum over tokens and devices."""
+    """Compute x [..., in] @ weight [in, out] in x's dtype, with the weight's gradient summed in float32.
+
+    The weight's gradient is a sum over all tokens on all devices. JAX's own gradient would round each device's sum to
+    x's dtype and add these sums in it. In bfloat16 a sum loses small terms: a sum of ones stops at 256.
+    """
     return unfused_on_gpu(x) @ weight.astype(x.dtype)
 
 
@@ -52,9 +66,16 @@ expert_product.defvjp(_expert_product_forward, _expert_product_backward)
 
 
 def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> jax.Array:
-    """Σ over all tokens of x ⊗ gradient: [..., in] and [..., out] -> [in, out] in float32.
+    """Compute Σ over all tokens of x ⊗ gradient: [..., in] and [..., out] -> [in, out] in float32.
 
-    narrow_out: out < in. XLA's CPU compiler transposes the first factor in memory: that had better be the narrow one.
+    This is the product xᵀ gradient. XLA's CPU compiler writes a transposed copy of the first factor to memory, which is
+    slow if that factor is the wider one. If `gradient` is narrower than x, the CPU program therefore computes
+    (gradientᵀ x)ᵀ, which copies only `gradient`. The barrier keeps XLA from rewriting this to xᵀ gradient.
+
+    Args:
+        x: input of a product, [..., in].
+        gradient: gradient of the product's output, [..., out].
+        narrow_out: whether out < in.
     """
     tokens = tuple(range(x.ndim - 1))
     summed = partial(

@@ -1,7 +1,7 @@
-"""The router: from an image's condition to the experts' weights, and the loss that keeps experts in use.
+"""The router, which computes the experts' gates from a condition, and the loss that keeps all experts in use.
 
-The router sees the condition only, never noise or time: gates are constant per image, and exported experts
-with these weights reproduce the model.
+The router reads only the condition, not the noise or the time. An image therefore has the same gates at every step, and
+exported experts with these weights reproduce the model.
 """
 
 import dataclasses
@@ -13,28 +13,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-RING_TOKENS = 2  # how far the ring around the mask reaches
-GATE_EPS = 1e-6  # keeps log(gate) and its gradient finite where `topk` gives a gate of 0
+RING_TOKENS = 2  # width of the ring around the mask, in tokens
+GATE_EPS = 1e-6  # keeps log(gate) and its gradient finite for gates of 0, which `topk` returns
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """How gates are made; E = num_experts.
+    """How gates are computed from the router's logits.
+
+    The values of `routing` are:
+
+        uniform  1/E for each expert
+        fixed    `fixed_weights`
+        soft     f + (1 - E·f)·softmax(logits / temperature)
+        topk     the `top_k` largest gates of soft, scaled to sum 1, with soft's gradient (straight-through)
+        sample   the gates of soft; in rollouts they are the probabilities with which one expert is drawn
 
     Attributes:
         num_experts: E >= 1.
-        floor: f in [0, 1/E), the least weight that `soft` leaves to an expert.
+        floor: f in [0, 1/E), the smallest gate of an expert with soft routing.
         temperature: > 0; the logits are divided by it.
-        routing: "uniform", 1/E each; "fixed", the `fixed_weights`; "soft", f + (1 - E·f)·softmax(logits /
-            temperature); "topk", the `top_k` largest of "soft", scaled to sum 1, with the gradient of "soft"
-            (straight through); "sample", the probabilities that rollouts draw one expert with, equal to "soft" wherever
-            nothing is drawn.
-        fixed_weights: E weights that sum to 1; all but "uniform" start from them, and exceed f but for "fixed".
+        routing: "uniform", "fixed", "soft", "topk" or "sample".
+        fixed_weights: E weights that sum to 1. They are the gates of "fixed" and the initial gates of "soft", "topk"
+            and "sample". For these three, each weight must exceed f.
         hidden: width of the hidden layer.
-        top_k: experts that "topk" keeps, 1 to E.
+        top_k: number of experts that "topk" keeps, 1 to E.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ValueError: if a value is out of range.
     """
 
     num_experts: int
@@ -72,15 +78,15 @@ class RouterConfig:
 class Router(nnx.Module):
     """MLP from `router_features` to gates [B, E], float32; each row sums to 1.
 
-    The last layer's kernel is zero and its bias temperature·log((w_fixed - f)/(1 - E·f)), so that "soft" gates
-    begin at the fixed weights for every image.
+    The last layer is initialized with a kernel of zeros and the bias temperature·log((w_fixed - f)/(1 - E·f)). The
+    initial "soft" gates of every image are therefore the fixed weights.
     """
 
     def __init__(self, config: RouterConfig, latent_channels: int, rngs: nnx.Rngs):
-        """`latent_channels`: features of a packed latent token, 4C."""
+        """Initialize the MLP; `latent_channels` is 4C, the number of features of a packed latent token."""
         self.config = config
         self.hidden = nnx.Linear(feature_count(latent_channels), config.hidden, rngs=rngs)
-        # A weight at the floor has no finite logit; only routings that do not read the logits allow it.
+        # A weight at the floor has no finite logit. Only routings that do not read the logits allow such a weight.
         above_floor = np.maximum(np.asarray(config.fixed_weights) - config.floor, GATE_EPS)
         start = config.temperature * np.log(above_floor / (1 - config.num_experts * config.floor))
         self.logits = nnx.Linear(
@@ -92,11 +98,11 @@ class Router(nnx.Module):
         )
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """features [B, F] -> gates [B, E] by `config.routing`; uniform and fixed gates have no gradient."""
+        """Compute gates [B, E] from features [B, F] by `config.routing`; uniform and fixed gates have no gradient."""
         return ROUTINGS[self.config.routing](self, features)
 
     def probabilities(self, features: jax.Array) -> jax.Array:
-        """The soft gates w = f + (1 - E·f)·softmax(logits/temperature): [B, F] -> [B, E]."""
+        """Compute the soft gates w = f + (1 - E·f)·softmax(logits/temperature): [B, F] -> [B, E]."""
         config = self.config
         logits = self.logits(nnx.silu(self.hidden(features.astype(jnp.float32))))
         soft = jax.nn.softmax(logits / config.temperature, axis=-1)
@@ -128,7 +134,7 @@ ROUTINGS: dict[str, Callable[[Router, jax.Array], jax.Array]] = {
 
 
 def feature_count(latent_channels: int) -> int:
-    """F of `router_features`, for packed latent tokens of `latent_channels` features, 4C."""
+    """Return F, the number of `router_features`; `latent_channels` is 4C, the features of a packed latent token."""
     return 4 * latent_channels + 2
 
 
@@ -139,17 +145,22 @@ def router_features(
     *,
     panel_columns: slice = slice(None),
 ) -> jax.Array:
-    """What the router sees of a condition.
+    """Compute the router's input from a condition.
 
-    Per latent feature the mean and the standard deviation over a ring of two tokens around the mask, then
-    over the tokens beyond the ring (0 where a region is empty); √(the mask's fraction of the panel); the
-    complexity of its edge, perimeter / (4·√(tokens in the mask)), 1 for a square of whole tokens.
+    The features are, in this order:
+
+        mean and standard deviation of each latent feature over a ring, two tokens wide, around the mask
+        the same over the tokens outside the ring and the mask
+        √(fraction of the panel that the mask covers)
+        complexity of the mask's edge, perimeter / (4·√(tokens in the mask)): 1 for a square of whole tokens
+
+    Means and deviations over an empty region are 0.
 
     Args:
-        masked_latents: [B, N, 4C] packed, standardised latents of the masked image.
+        masked_latents: [B, N, 4C] packed, normalized latents of the masked image.
         token_mask: [B, N] fraction of each token's pixels that is in the mask.
         grid: rows and columns of tokens, rows·columns = N.
-        panel_columns: the token columns to look at: the right panel's of a diptych.
+        panel_columns: token columns to read, such as those of a diptych's right panel.
 
     Returns:
         [B, feature_count(4C)] float32.
@@ -178,7 +189,10 @@ def _dilate(mask: jax.Array, radius: int) -> jax.Array:
 
 
 def _mean_and_std(latents: jax.Array, region: jax.Array) -> jax.Array:
-    """latents [B, h, w, D] over region [B, h, w] -> [B, 2D]; zeros where the region is empty."""
+    """Compute mean and standard deviation of latents [B, h, w, D] over region [B, h, w]: [B, 2D].
+
+    Both are zero if the region is empty.
+    """
     weights = region.astype(jnp.float32)
     weights = weights / jnp.maximum(weights.sum(axis=(1, 2), keepdims=True), 1)
     mean = jnp.einsum("bhwd,bhw->bd", latents, weights)
@@ -195,26 +209,29 @@ def diversity_loss(
     specialization: float = 0.5,
     all_sum: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative mutual information of conditions and experts: L = -H(m̂) + λ·mean_b H(w_b), in nats.
+    """Compute the negative mutual information of conditions and experts, and the new running mean of the gates.
 
-        m̂ = sg(β·m + (1 - β)·m_b) + (m_b - sg(m_b))
+        L = -H(m̂) + λ·mean_b H(w_b)                          in nats; w_b are the gates of row b
+        m̂ = sg(β·m + (1 - β)·m_b) + (m_b - sg(m_b))          sg: stop_gradient
 
-    with m_b the batch's mean gate and m its running mean: the value of the running mean, the whole gradient
-    of the batch's. Mixing without the straight-through form scales the gradient of balance by 1 - β, and the
-    router collapses to one expert. Experts whose gates are equal for every image get equal gradients here: only
-    what they compute tells them apart.
+    m_b is the mean of the batch's gates, and m is its running mean. m̂ has the value of the new running mean and the
+    full gradient of m_b. A plain mixture β·m + (1 - β)·m_b would scale the gradient of the balance term -H(m̂) by
+    1 - β, and the router would collapse to one expert.
+
+    Experts with equal gates for every image get equal gradients from this loss. Only the other losses, through the
+    experts' outputs, can make their gates differ.
 
     Args:
-        gates: [B, E], rows that sum to 1. With "topk" give `Router.probabilities`: the entropy of a hard gate
-            is 0, whatever the router does.
-        weights: [B] >= 0, weight of each row, such that members of one condition together count once.
-        running_mean: [E], m.
+        gates: [B, E], rows that sum to 1. For "topk" routing pass `Router.probabilities`, since the entropy of a
+            one-hot gate is always 0.
+        weights: [B] >= 0, weight of each row. The samples of one condition together count once.
+        running_mean: m, [E].
         decay: β in [0, 1).
-        specialisation: λ.
-        all_sum: sum over the devices that share the batch (a psum); the identity where a program sees it all.
+        specialization: λ.
+        all_sum: sum over the devices that share the batch (a psum); the identity if the program has the whole batch.
 
     Returns:
-        the loss, and β·m + (1 - β)·m_b, the running mean for the next step, without gradient.
+        the loss, and β·m + (1 - β)·m_b [E], the running mean for the next step, without gradient.
     """
     count = all_sum(weights.sum())
     batch_mean = all_sum(weights @ gates) / count

@@ -1,7 +1,7 @@
-"""Image tokens of a reference picture: SigLIP's vision transformer, then FLUX.1-Redux's embedder.
+"""Image tokens of a reference image: SigLIP's vision transformer, then FLUX.1-Redux's embedder.
 
-SigLIP is transformers' `SiglipVisionModel` up to `last_hidden_state` (arXiv:2303.15343), its blocks stacked
-on a leading axis and scanned; the embedder is diffusers' `ReduxImageEncoder`. Pixels are channels last.
+SigLIP (arXiv:2303.15343) is transformers' `SiglipVisionModel` up to `last_hidden_state`. Its blocks are stacked on a
+leading axis and run by `jax.lax.scan`. The embedder is diffusers' `ReduxImageEncoder`. Images have channels last.
 """
 
 import dataclasses
@@ -33,10 +33,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Geometry of the vision transformer, as in transformers' config.json; the defaults are transformers'.
+    """Sizes of the vision transformer, with the keys and defaults of transformers' config.json.
 
     Raises:
-        ValueError: if heads do not divide the width, a size is not one number, or `hidden_act` is unknown.
+        ValueError: if `num_attention_heads` does not divide `hidden_size`, `image_size` or `patch_size` is not an
+            integer, or `hidden_act` is unknown.
     """
 
     hidden_size: int = 768
@@ -63,21 +64,21 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Patches of an image; what is left at its right and lower edge is not seen."""
+        """Number of patches of an image; pixels at its right and lower edge that fill no patch are ignored."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> "SiglipConfig":
-        """Read transformers' config.json, of the vision model or of the whole SigLIP (key `vision_config`).
+        """Read transformers' config.json of the vision model, or of a whole SigLIP (key `vision_config`).
 
-        Keys about the text model, training or the file itself are not read.
+        All other keys, such as those of the text model or of training, are ignored.
         """
         values = config_json.get("vision_config", config_json)
         known = [field.name for field in dataclasses.fields(cls)]
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of transformers' config.json for a `SiglipVisionModel` without its pooling head."""
+        """Return the content of transformers' config.json for a `SiglipVisionModel` without its pooling head."""
         return {
             "architectures": ["SiglipVisionModel"],
             "model_type": "siglip_vision_model",
@@ -89,27 +90,27 @@ class SiglipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReduxConfig:
-    """Widths of the embedder, as in diffusers' `image_embedder/config.json`; the defaults are diffusers'."""
+    """Widths of the embedder, with the keys and defaults of diffusers' `image_embedder/config.json`."""
 
     redux_dim: int = 1152
     txt_in_features: int = 4096
 
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> "ReduxConfig":
-        """Read diffusers' config.json; keys that begin with "_" are information only.
+        """Read diffusers' config.json; keys that begin with "_" are ignored.
 
         Raises:
-            ValueError: for a key that is not known.
+            ValueError: for an unknown key.
         """
         return cls(**known_values(config_json, [field.name for field in dataclasses.fields(cls)], "image_embedder"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of diffusers' config.json."""
+        """Return the content of diffusers' config.json."""
         return {"_class_name": "ReduxImageEncoder", **dataclasses.asdict(self)}
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention of all patches to all: [B, T, D] -> [B, T, D]."""
+    """Multi-head attention in which every patch attends to every patch: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: SiglipConfig, *, linear: Callable):
         dim = config.hidden_size
@@ -151,7 +152,7 @@ class Block(nnx.Module):
 
 
 def _layer_norm(config: SiglipConfig, **common) -> nnx.LayerNorm:
-    # E x² - (E x)² loses all digits where a channel's mean is large, as in trained SigLIPs.
+    # The fast variance, E x² - (E x)², loses all digits if a channel's mean is large, as in trained SigLIPs.
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **common)
 
 
@@ -159,10 +160,10 @@ class SiglipVision(nnx.Module):
     """SigLIP's vision transformer, without the pooling head.
 
     Args:
-        config: geometry.
-        dtype: in which matmuls run; the statistics of norms and the softmax stay float32.
-        param_dtype: in which parameters are stored.
-        rngs: first values.
+        config: sizes.
+        dtype: of matmuls. The statistics of norms and the softmax are float32 with any dtype.
+        param_dtype: of stored parameters.
+        rngs: initial values.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class SiglipVision(nnx.Module):
         self.post_layernorm = _layer_norm(config, rngs=rngs, **common)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Preprocessed pixels [B, s, s, 3] -> last hidden state [B, num_tokens, hidden_size] float32.
+        """Compute the last hidden state [B, num_tokens, hidden_size] float32 of preprocessed pixels [B, s, s, 3].
 
         Raises:
             ValueError: if s is not `config.image_size`.
@@ -237,15 +238,17 @@ class ReduxEmbedder(nnx.Module):
 
 
 class Redux(nnx.Module):
-    """FLUX.1-Redux: preprocessed pixels to tokens of the transformer's context.
+    """FLUX.1-Redux: encodes preprocessed pixels into tokens of the transformer's context.
 
     Args:
-        vision: geometry of SigLIP.
+        vision: sizes of SigLIP.
         embedder: widths of the embedder.
-        dtype, param_dtype, rngs: as in `SiglipVision`.
+        dtype: as in `SiglipVision`.
+        param_dtype: as in `SiglipVision`.
+        rngs: as in `SiglipVision`.
 
     Raises:
-        ValueError: if SigLIP's width is not the embedder's input width.
+        ValueError: if SigLIP's `hidden_size` is not the embedder's `redux_dim`.
     """
 
     def __init__(
@@ -267,22 +270,24 @@ class Redux(nnx.Module):
         self.embedder = ReduxEmbedder(embedder, **common)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Preprocessed pixels [B, s, s, 3] -> image tokens [B, T, txt_in_features] float32."""
+        """Compute image tokens [B, T, txt_in_features] float32 from preprocessed pixels [B, s, s, 3]."""
         return self.embedder(self.vision(pixels))
 
 
 def preprocess(folder: str | Path) -> Callable[[Image.Image], np.ndarray]:
-    """What the Redux model in `folder` wants done to a picture before it is encoded.
+    """Return the function that preprocesses images for the Redux model in `folder`.
+
+    `folder/feature_extractor/preprocessor_config.json` defines how images are resized and normalized (FLUX.1-Redux:
+    384 px, bicubic, [-1, 1]).
 
     Returns:
-        a function of a picture of any size and mode: [s, s, 3] float32, resized and normalised as
-        `folder/feature_extractor/preprocessor_config.json` says (FLUX.1-Redux: 384 px, bicubic, [-1, 1]).
+        a function from an image of any size and mode to pixels [s, s, 3] float32.
 
     Raises:
-        WeightError: if that file is missing.
+        WeightError: if preprocessor_config.json does not exist.
     """
-    # Late: transformers takes seconds to import, and only this function needs it. It would warn that there is no
-    # PyTorch, which nothing here wants.
+    # Imported here, because importing transformers takes seconds and only this function needs it. The environment
+    # variable suppresses transformers' warning that PyTorch is missing, which this code does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import SiglipImageProcessorPil
 

@@ -1,7 +1,7 @@
-"""FLUX's image autoencoder: diffusers' AutoencoderKL, channels last.
+"""FLUX's image autoencoder: diffusers' AutoencoderKL, with channels last.
 
-Module and parameter names are diffusers' (`encoder.down_blocks.0.resnets.1.conv1`). Architecture: latent
-diffusion's KL autoencoder (arXiv:2112.10752, appendix G).
+Module and parameter names are those of diffusers (`encoder.down_blocks.0.resnets.1.conv1`). The architecture is the KL
+autoencoder of latent diffusion (arXiv:2112.10752, appendix G).
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ from ra_jax.models.config_json import known_values
 from ra_jax.models.initializers import lecun_normal
 
 NORM_EPS = 1e-6
-LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clips the posterior's log-variance to it before any use
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clips the posterior's log-variance to this range before any use
 
-# Pixels attend to each other with scores [B, N, N], made this many queries at a time: a 1024x2048 diptych has
-# N = 32,768 and its scores would take 4 GiB an image.
+# Attention computes its scores [B, N, N] for this many queries at a time. A 1024x2048 diptych has N = 32,768, and all
+# scores at once would take 4 GiB per image.
 QUERY_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder's geometry, as in diffusers' `vae/config.json`; the defaults are diffusers'.
+    """Sizes of the autoencoder, with the keys and defaults of diffusers' `vae/config.json`.
 
-    `block_out_channels` has one width a resolution, each half the one before; `scaling_factor` and
-    `shift_factor` normalise latents.
+    `block_out_channels` has the width for each resolution. Each resolution is half the previous one. `scaling_factor`
+    and `shift_factor` normalize latents.
 
     Raises:
-        ValueError: if there is no width, or `norm_num_groups` does not divide one.
+        ValueError: if `block_out_channels` is empty, or `norm_num_groups` does not divide each of its widths.
     """
 
     in_channels: int = 3
@@ -60,15 +60,16 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one latent cell."""
+        """f, the number of pixels per latent cell along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> "VAEConfig":
-        """Read diffusers' config.json; keys that begin with "_" are information only.
+        """Read diffusers' config.json; keys that begin with "_" are ignored.
 
         Raises:
-            ValueError: for a key that is not known, or a block or activation that FLUX's VAE does not have.
+            ValueError: for an unknown key, or a block type, activation or latent statistic that FLUX's VAE does not
+                have.
         """
         fixed = _fixed_values(len(config_json.get("block_out_channels", cls.block_out_channels)))
         known = [field.name for field in dataclasses.fields(cls)]
@@ -76,18 +77,18 @@ class VAEConfig:
         for key, value in fixed.items():
             if values.get(key, value) != value:
                 raise ValueError(f"vae config: {key} is {values[key]!r}, only {value!r} is known.")
-        # A null shift_factor (autoencoders before FLUX's) is no shift.
+        # Autoencoders older than FLUX's have a null shift_factor, which means no shift.
         values["shift_factor"] = values.get("shift_factor") or 0.0
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of diffusers' config.json."""
+        """Return the content of diffusers' config.json."""
         values = dataclasses.asdict(self) | {"block_out_channels": list(self.block_out_channels)}
         return {"_class_name": "AutoencoderKL", **values, **_fixed_values(len(self.block_out_channels))}
 
 
 def _fixed_values(levels: int) -> dict[str, Any]:
-    """What diffusers' config.json may say but FLUX's VAE has only one value for."""
+    """Return the settings of diffusers' config.json for which FLUX's VAE supports only one value."""
     return {
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -98,7 +99,7 @@ def _fixed_values(levels: int) -> dict[str, Any]:
 
 
 class GroupNorm(nnx.Module):
-    """(x - E x)/√(Var x + 1e-6)·scale + bias, over an image's pixels and a group of channels, in float32."""
+    """(x - E x)/√(Var x + 1e-6)·scale + bias in float32, with E and Var over an image's pixels and a channel group."""
 
     def __init__(self, channels: int, groups: int, *, param_dtype: DTypeLike):
         self.groups = groups
@@ -107,22 +108,22 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        # Pixels first, the group's few members after: channels stay the inner axis, which on CPU makes a
-        # training step a fifth faster than reducing [B, H·W, groups, members] at once.
+        # Reduces over pixels first and over the group's few channels second, so that channels stay the inner axis. On
+        # CPU a training step is a fifth faster than with one reduction of [B, H·W, groups, channels per group].
         mean = self._mean(y)
         inverse = jax.lax.rsqrt(self._mean(jnp.square(y - mean)) + NORM_EPS)
         y = (y - mean) * (inverse * self.scale[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
 
     def _mean(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, 1, 1, C], each channel carrying its group's mean."""
+        """Compute the mean of each channel's group: [B, H, W, C] -> [B, 1, 1, C]."""
         by_channel = x.mean((1, 2)).reshape(x.shape[0], self.groups, -1)
         by_group = jnp.broadcast_to(by_channel.mean(-1, keepdims=True), by_channel.shape)
         return by_group.reshape(x.shape[0], 1, 1, x.shape[-1])
 
 
 class _Layers:
-    """Makes one network's layers in its dtypes: kernels lecun-normal, biases zero."""
+    """Makes the layers of one network with the same dtypes, lecun-normal kernels and zero biases."""
 
     def __init__(self, config: VAEConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -139,7 +140,7 @@ class _Layers:
 
 
 class ResnetBlock(nnx.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 conv on x where the width changes."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 conv on x if the width changes."""
 
     def __init__(self, inputs: int, outputs: int, make: _Layers):
         self.norm1 = make.norm(inputs)
@@ -155,7 +156,7 @@ class ResnetBlock(nnx.Module):
 
 
 class PixelAttention(nnx.Module):
-    """x + to_out(softmax(q kᵀ/√C) v): one head over all pixels of the image."""
+    """x + to_out(softmax(q kᵀ/√C) v), with one head over all pixels of the image."""
 
     def __init__(self, channels: int, make: _Layers):
         self.group_norm = make.norm(channels)
@@ -172,7 +173,10 @@ class PixelAttention(nnx.Module):
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q kᵀ/√C) v, each [B, N, C]; scores and softmax in float32, QUERY_CHUNK queries at a time."""
+    """Compute softmax(q kᵀ/√C) v for `QUERY_CHUNK` queries at a time.
+
+    q, k, v and the result are [B, N, C]. Scores and softmax are float32.
+    """
     scale = query.shape[-1] ** -0.5
 
     @jax.checkpoint
@@ -184,7 +188,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class MidBlock(nnx.Module):
-    """resnet, attention (optional), resnet at the lowest resolution."""
+    """A resnet, attention (optional) and another resnet at the lowest resolution."""
 
     def __init__(self, channels: int, make: _Layers):
         self.resnets = nnx.List([ResnetBlock(channels, channels, make) for _ in range(2)])
@@ -199,7 +203,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Stride-2 conv, the image padded below and on the right only, as the original implementation pads it."""
+    """Stride-2 conv with padding only below and on the right of the image, as in the original implementation."""
 
     def __init__(self, channels: int, make: _Layers):
         self.conv = make.conv(channels, channels, strides=2, padding=((0, 1), (0, 1)))
@@ -209,7 +213,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Each pixel doubled both ways (nearest), then a conv."""
+    """Nearest-neighbor upsampling by 2 along both sides, then a conv."""
 
     def __init__(self, channels: int, make: _Layers):
         self.conv = make.conv(channels, channels)
@@ -221,7 +225,7 @@ class Upsample(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """`layers_per_block` resnets and, but for the last block, a halving of the resolution."""
+    """`layers_per_block` resnets; all blocks but the last then halve the resolution."""
 
     def __init__(self, inputs: int, outputs: int, last: bool, make: _Layers):
         widths = [inputs] + [outputs] * (make.config.layers_per_block - 1)
@@ -235,7 +239,7 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """`layers_per_block` + 1 resnets and, but for the last block, a doubling of the resolution."""
+    """`layers_per_block` + 1 resnets; all blocks but the last then double the resolution."""
 
     def __init__(self, inputs: int, outputs: int, last: bool, make: _Layers):
         widths = [inputs] + [outputs] * make.config.layers_per_block
@@ -249,14 +253,14 @@ class UpBlock(nnx.Module):
 
 
 def _blocks(kind: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], make: _Layers) -> nnx.List:
-    """One block a resolution, in the order of `widths`."""
+    """Make one block per resolution, in the order of `widths`."""
     inputs = (widths[0], *widths[:-1])
     last = len(widths) - 1
     return nnx.List([kind(i, o, n == last, make) for n, (i, o) in enumerate(zip(inputs, widths, strict=True))])
 
 
 class Encoder(nnx.Module):
-    """[B, H, W, in_channels] -> [B, H/f, W/f, 2·latent_channels]."""
+    """Image [B, H, W, in_channels] -> moments of the posterior [B, H/f, W/f, 2·latent_channels]."""
 
     def __init__(self, make: _Layers):
         config, widths = make.config, make.config.block_out_channels
@@ -274,7 +278,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """[B, h, w, latent_channels] -> [B, f·h, f·w, out_channels]."""
+    """Latents [B, h, w, latent_channels] -> image [B, f·h, f·w, out_channels]."""
 
     def __init__(self, make: _Layers):
         config, widths = make.config, make.config.block_out_channels[::-1]
@@ -292,13 +296,14 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images in [-1, 1] to latents and back, both differentiable; a fresh model is ready to be trained.
+    """Encodes images in [-1, 1] into latents and decodes latents; both are differentiable.
 
     Args:
-        config: geometry.
-        dtype: in which convolutions run; the statistics of norms and attention stay float32.
-        param_dtype: in which parameters are stored.
-        rngs: first values: kernels lecun-normal, biases zero, norms the identity.
+        config: sizes.
+        dtype: of convolutions and linear layers. The statistics of norms, and attention's scores and softmax, are
+            float32 with any dtype.
+        param_dtype: of stored parameters.
+        rngs: initial values, with which the model can be trained: lecun-normal kernels, zero biases, identity norms.
     """
 
     def __init__(
@@ -318,13 +323,13 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = make.conv(channels, channels, 1) if config.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [B, H, W, 3] in [-1, 1] -> mean and log-variance of the posterior, before `normalise`.
+        """Encode images [B, H, W, 3] in [-1, 1] as mean and log-variance of the posterior, before `normalize`.
 
         Returns:
-            two arrays [B, H/f, W/f, C] float32, f = `config.factor`; the log-variance clipped to [-30, 20].
+            two arrays [B, H/f, W/f, C] float32 with f = `config.factor`. The log-variance is clipped to [-30, 20].
 
         Raises:
-            ValueError: if the shape is another, or f does not divide H and W.
+            ValueError: if `images` does not have this shape, or f does not divide H and W.
         """
         _check("images", images, self.config.in_channels, self.config.factor)
         moments = self.encoder(images.astype(self.dtype))
@@ -334,10 +339,10 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] after `denormalise` -> images [B, f·h, f·w, 3] around [-1, 1], not clipped.
+        """Decode latents [B, h, w, C], after `denormalize`, into images [B, f·h, f·w, 3] in [-1, 1], not clipped.
 
         Raises:
-            ValueError: if the shape is another.
+            ValueError: if `latents` does not have this shape.
         """
         _check("latents", latents, self.config.latent_channels, 1)
         latents = latents.astype(self.dtype)
@@ -346,11 +351,11 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents).astype(jnp.float32)
 
     def normalize(self, latents: jax.Array) -> jax.Array:
-        """z -> (z - shift_factor)·scaling_factor, of about unit variance: what the transformer works on."""
+        """Compute (z - shift_factor)·scaling_factor: latents of about unit variance, as the transformer expects."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def denormalize(self, latents: jax.Array) -> jax.Array:
-        """The inverse of `normalise`: z/scaling_factor + shift_factor."""
+        """Invert `normalize`: z/scaling_factor + shift_factor."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 
 
