@@ -11,11 +11,12 @@
 
 Configurations of tiny runs on them, and what tests of steps and runs do with those:
 
-    config_in, make_config  human-scored runs, or what flags make of them
-    automatic, photos       runs on automatic rewards, and flags for photos without results
-    steps_of                steps of a set-up
-    changed                 which leaves of two trees differ
-    dies_at                 a run that is killed before a batch
+    make_config_in, make_config  configurations of human-scored runs, or what flags make of them
+    make_automatic_config        configurations of runs on automatic rewards
+    photo_flags                  flags for photos without results
+    run_steps                    takes some steps of a set-up
+    find_changed_leaves          which leaves of two trees differ
+    interrupt_at                 interrupts a run before a batch
 
 Weights are random everywhere, where a fresh model has zeros too (modulations, output layer, experts' B), so that
 every layer counts in every output. Nobody may write into these folders.
@@ -117,7 +118,7 @@ def forget_programs():
 
 
 @pytest.fixture
-def optimised():
+def with_optimizations():
     """For tests whose subject is what the compiler makes of a program: with LLVM's optimisations."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -222,8 +223,8 @@ HUMAN = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True
 
 
 @pytest.fixture(scope="session")
-def config_in(tiny_fill, tiny_redux, scored_scenes):
-    """config_in(folder, **flags) -> TrainConfig: three experts of rank 2, human-scored, unless flags say otherwise."""
+def make_config_in(tiny_fill, tiny_redux, scored_scenes):
+    """make_config_in(folder, **flags) -> TrainConfig: three experts of rank 2, human scores, unless flags differ."""
 
     def make(folder: Path, **flags):
         settings = {
@@ -255,13 +256,13 @@ def config_in(tiny_fill, tiny_redux, scored_scenes):
 
 
 @pytest.fixture
-def make_config(config_in, tmp_path):
+def make_config(make_config_in, tmp_path):
     """make_config(**flags) -> TrainConfig of a run in the test's own folder."""
-    return lambda **flags: config_in(tmp_path, **flags)
+    return lambda **flags: make_config_in(tmp_path, **flags)
 
 
 @pytest.fixture(scope="session")
-def photos(scored_scenes, tmp_path_factory):
+def photo_flags(scored_scenes, tmp_path_factory):
     """Photos and masks without results: nothing but rewards to learn from, which makes for small programs."""
     records = json.loads((scored_scenes / "labeled_dict.json").read_text())[::4]
     for record in records:
@@ -274,8 +275,8 @@ def photos(scored_scenes, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def automatic(config_in, scored_scenes, tmp_path_factory):
-    """automatic(**flags) -> TrainConfig of a run in a folder of its own: 2 conditions of 3 rollouts of 6 steps."""
+def make_automatic_config(make_config_in, scored_scenes, tmp_path_factory):
+    """make_automatic_config(**flags) -> TrainConfig in a new folder: 2 conditions, 3 rollouts each of 6 steps."""
 
     def make(**flags):
         settings = {
@@ -286,14 +287,14 @@ def automatic(config_in, scored_scenes, tmp_path_factory):
             "train_batch_size": 2,
             "decode_batch_size": 8,
         }
-        return config_in(tmp_path_factory.mktemp("automatic"), **settings | flags)
+        return make_config_in(tmp_path_factory.mktemp("automatic"), **settings | flags)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def steps_of():
-    """steps_of(setup, count) -> the state after so many steps, and the metrics of each."""
+def run_steps():
+    """run_steps(setup, count) -> the state after so many steps, and the metrics of each."""
 
     def run(setup, count):
         step, state, rows = setup.compiled_steps(), setup.state, []
@@ -306,8 +307,8 @@ def steps_of():
 
 
 @pytest.fixture(scope="session")
-def changed():
-    """changed(before, after) -> names of the leaves that differ."""
+def find_changed_leaves():
+    """find_changed_leaves(before, after) -> names of the leaves that differ."""
 
     def names(before, after):
         before, after = named_leaves(before), named_leaves(after)
@@ -318,7 +319,7 @@ def changed():
 
 
 @pytest.fixture
-def dies_at(monkeypatch):
+def interrupt_at(monkeypatch):
     """dies_at(batch, run): `run()` is interrupted when it asks for that batch (from 0)."""
 
     def interrupted(batch, run):

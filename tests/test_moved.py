@@ -83,7 +83,7 @@ def run_python(*arguments, cwd):
 
 
 @pytest.fixture
-def unloaded(monkeypatch):
+def unload(monkeypatch):
     """A function that takes a module out of `sys.modules` until the test ends, so that it is imported anew."""
 
     def unload(name):
@@ -113,8 +113,8 @@ def test_old_paths_go_with_the_release_that_their_warning_names():
 
 
 @pytest.mark.parametrize("old", NAMES)
-def test_names_are_at_the_old_path_and_the_same_objects(old, unloaded):
-    unloaded(old)
+def test_names_are_at_the_old_path_and_the_same_objects(old, unload):
+    unload(old)
     with pytest.warns(FutureWarning) as warned:
         module = importlib.import_module(old)
     text = f"{old} has moved to {' and '.join(MOVED[old])}; the old path goes with ra_jax 0.3"

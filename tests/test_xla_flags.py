@@ -116,9 +116,9 @@ pipe(Image.new("RGB", (32, 32)), Image.new("L", (32, 32), 255), num_inference_st
 
 
 @pytest.mark.slow
-def test_step_drift_previews_and_pipeline_are_compiled_so(config_in, scored_scenes, tmp_path):
+def test_step_drift_previews_and_pipeline_are_compiled_so(make_config_in, scored_scenes, tmp_path):
     """XLA writes down which options each program of a run was compiled with: all with the flag, or none."""
-    config = config_in(
+    config = make_config_in(
         tmp_path,
         **dict.fromkeys(("use_grpo", "use_human_scores", "enable_grpo_rewards", "enable_grpo_loss"), False),
         val_json_path=str(scored_scenes / "labeled_dict.json"),
@@ -147,8 +147,8 @@ def test_step_drift_previews_and_pipeline_are_compiled_so(config_in, scored_scen
 
 
 @pytest.fixture
-def jaxlib_of(monkeypatch):
-    """jaxlib_of(version, backend) makes it seem so; backend: that JAX has started, None where it has not."""
+def pretend_jaxlib(monkeypatch):
+    """pretend_jaxlib(version, backend) makes it seem so; backend: that JAX has started, None where it has not."""
 
     def seem(version: str, backend: str | None = None):
         bridge = sys.modules["jax._src.xla_bridge"]
@@ -168,16 +168,16 @@ def jaxlib_of(monkeypatch):
         ({"XLA_FLAGS": f"{FUSION_TYPE}= --xla_b=1"}, f"{FUSION_TYPE}= --xla_b=1"),
     ],
 )
-def test_the_flag_joins_the_users_own_and_gives_way_to_theirs(before, after, jaxlib_of):
-    jaxlib_of("0.10.2")
+def test_the_flag_joins_the_users_own_and_gives_way_to_theirs(before, after, pretend_jaxlib):
+    pretend_jaxlib("0.10.2")
     environ = dict(before)
     for _ in range(2):  # once more, in a process that this one starts
         compile_exact_products(environ)
         assert environ == {"XLA_FLAGS": after}
 
 
-def test_a_file_of_flags_is_read(tmp_path, jaxlib_of):
-    jaxlib_of("0.10.2")
+def test_a_file_of_flags_is_read(tmp_path, pretend_jaxlib):
+    pretend_jaxlib("0.10.2")
     (tmp_path / "flags").write_text("--xla_a=1\n--xla_b=2\n")
     environ = {"XLA_FLAGS": str(tmp_path / "flags")}
     compile_exact_products(environ)
@@ -185,20 +185,20 @@ def test_a_file_of_flags_is_read(tmp_path, jaxlib_of):
 
 
 @pytest.mark.parametrize("version", ["0.11.0", "0.12.0.1", "0.100.0", "1.0.10.2"])
-def test_other_jaxlibs_get_no_flag(version, jaxlib_of):
-    jaxlib_of(version)
+def test_other_jaxlibs_get_no_flag(version, pretend_jaxlib):
+    pretend_jaxlib(version)
     environ = {"XLA_FLAGS": "--xla_a=1"}
     compile_exact_products(environ)
     assert environ == {"XLA_FLAGS": "--xla_a=1"}
 
 
-def test_too_late_for_the_cpu_warns_and_leaves_the_keys_of_the_compilation_cache(jaxlib_of):
-    jaxlib_of("0.10.2", backend="cpu")
+def test_too_late_for_the_cpu_warns_and_leaves_the_keys_of_the_compilation_cache(pretend_jaxlib):
+    pretend_jaxlib("0.10.2", backend="cpu")
     environ = {"XLA_FLAGS": "--xla_a=1"}
     with pytest.warns(RuntimeWarning, match=r"JAX was in use before ra_jax was imported.*XLA_FLAGS=--xla_cpu_exp"):
         compile_exact_products(environ)
     assert environ == {"XLA_FLAGS": "--xla_a=1"}
-    jaxlib_of("0.10.2", backend="gpu")
+    pretend_jaxlib("0.10.2", backend="gpu")
     with warnings.catch_warnings(action="error"):
         compile_exact_products(environ)
     assert environ == {"XLA_FLAGS": "--xla_a=1"}
@@ -234,8 +234,8 @@ def test_a_train_step_is_exact_even_where_jax_was_in_use_before():
     assert float(done.stdout) < 1e-6
 
 
-def test_an_unreadable_file_of_flags_is_left_to_xla(tmp_path, jaxlib_of):
-    jaxlib_of("0.10.2")
+def test_an_unreadable_file_of_flags_is_left_to_xla(tmp_path, pretend_jaxlib):
+    pretend_jaxlib("0.10.2")
     environ = {"XLA_FLAGS": str(tmp_path / "nothing")}
     compile_exact_products(environ)
     assert environ == {"XLA_FLAGS": str(tmp_path / "nothing")}

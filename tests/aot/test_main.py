@@ -40,8 +40,8 @@ def flags(tiny_fill, tiny_redux):
 
 
 @pytest.fixture
-def on_this_cpu(monkeypatch):
-    """on_this_cpu(chip): any topology is this CPU, taken for such a chip."""
+def use_this_cpu(monkeypatch):
+    """use_this_cpu(chip): any topology is this CPU, taken for such a chip."""
 
     def use(chip: Chip):
         monkeypatch.setattr(topology, "topology_devices", lambda name: (jax.devices(), chip))
@@ -70,8 +70,8 @@ def size(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsys):
-    on_this_cpu(CHIP)
+def test_the_table_has_the_steps_own_figures(flags, use_this_cpu, tmp_path, capsys):
+    use_this_cpu(CHIP)
     aot.main(["--topology", "v5e:1x1", "--json", str(tmp_path / "out.json"), *flags])
     told = json.loads((tmp_path / "out.json").read_text())
     config = parse([*flags, "--train_json_path", "none", "--output_dir", "none"])
@@ -92,7 +92,7 @@ def test_the_table_has_the_steps_own_figures(flags, on_this_cpu, tmp_path, capsy
     assert "it fits" in capsys.readouterr().out
 
 
-def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, use_this_cpu, monkeypatch, capsys):
     """Every compilation is refused for want of room."""
     tried = []
 
@@ -101,7 +101,7 @@ def test_a_step_that_does_not_fit_ends_with_what_was_tried(flags, on_this_cpu, m
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
 
     monkeypatch.setattr(MeshPartitioner, "compile", compile_)
-    on_this_cpu(CHIP)
+    use_this_cpu(CHIP)
     with pytest.raises(SystemExit) as ended:
         aot.main(["--topology", "v5e:1x1", *flags])
     said = capsys.readouterr().out
@@ -147,8 +147,8 @@ def test_the_largest_bucket_is_compiled(flags):
         (["--target_modules", "nothing"], "error: target_modules 'nothing' matches none"),
     ],
 )
-def test_mistakes_are_told_in_a_line(flags, on_this_cpu, wrong, told):
-    on_this_cpu(CHIP)
+def test_mistakes_are_told_in_a_line(flags, use_this_cpu, wrong, told):
+    use_this_cpu(CHIP)
     with pytest.raises(SystemExit, match=told):
         aot.main(["--topology", "v5e:1x1", *flags, *wrong])
 
@@ -180,8 +180,8 @@ def test_a_chip_alone_is_told_to_libtpu(monkeypatch):
     assert [call.get("chips_per_host_bounds") for call in asked] == [(1, 1, 1), (1, 1, 1), None]
 
 
-def test_pmap_is_refused(flags, on_this_cpu):
-    on_this_cpu(CHIP)
+def test_pmap_is_refused(flags, use_this_cpu):
+    use_this_cpu(CHIP)
     with pytest.raises(SystemExit, match="aot compiles for a mesh"):
         aot.main(["--topology", "v5e:1x1", *flags, "--parallelism", "pmap"])
 

@@ -9,7 +9,7 @@ from ra_jax.errors import ConfigError
 
 
 @pytest.fixture
-def parse_error() -> Callable[[Sequence[str]], str]:
+def catch_parse_error() -> Callable[[Sequence[str]], str]:
     """A function that parses a command line which must be refused, and returns the message."""
 
     def parse_and_catch(argv):

@@ -90,12 +90,12 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("flags", "expected"), CONTRADICTIONS, ids=[" ".join(flags) for flags, _ in CONTRADICTIONS])
-def test_contradictions_are_refused(flags, expected, parse_error):
-    assert expected in parse_error([*PATHS, *flags])
+def test_contradictions_are_refused(flags, expected, catch_parse_error):
+    assert expected in catch_parse_error([*PATHS, *flags])
 
 
-def test_all_contradictions_are_told_at_once(parse_error):
-    message = parse_error([*PATHS, "--use_human_scores", "--mixed_precision", "fp16", "--lora_rank", "8"])
+def test_all_contradictions_are_told_at_once(catch_parse_error):
+    message = catch_parse_error([*PATHS, "--use_human_scores", "--mixed_precision", "fp16", "--lora_rank", "8"])
     assert len(message.splitlines()) == 3
 
 

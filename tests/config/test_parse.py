@@ -62,25 +62,25 @@ def test_toml_is_checked_together_with_the_command_line(write_toml):
     assert config.experts.weights == (0.3, 0.7)
 
 
-def test_unknown_flag_names_the_nearest(parse_error):
-    message = parse_error([*PATHS, "--num_exprts", "3"])
+def test_unknown_flag_names_the_nearest(catch_parse_error):
+    message = catch_parse_error([*PATHS, "--num_exprts", "3"])
     assert "unknown flag --num_exprts" in message
     assert "num_experts" in message
 
 
 @pytest.mark.parametrize("flag", ["--no_seed", "--no_such_thing", "--no-learning-rate=3"])
-def test_only_switches_can_be_switched_off(flag, parse_error):
-    assert f"unknown flag {flag.split('=')[0]}" in parse_error([*PATHS, flag])
+def test_only_switches_can_be_switched_off(flag, catch_parse_error):
+    assert f"unknown flag {flag.split('=')[0]}" in catch_parse_error([*PATHS, flag])
 
 
-def test_unknown_toml_key_names_file_and_nearest(parse_error, write_toml):
-    message = parse_error([*write_toml("learning_rat = 1e-4\n"), *PATHS])
+def test_unknown_toml_key_names_file_and_nearest(catch_parse_error, write_toml):
+    message = catch_parse_error([*write_toml("learning_rat = 1e-4\n"), *PATHS])
     assert "run.toml" in message
     assert "unknown key learning_rat; the nearest known one is learning_rate" in message
 
 
-def test_toml_tables_are_refused(parse_error, write_toml):
-    message = parse_error([*write_toml("[losses]\nbase_loss_weight = 1.0\n"), *PATHS])
+def test_toml_tables_are_refused(catch_parse_error, write_toml):
+    message = catch_parse_error([*write_toml("[losses]\nbase_loss_weight = 1.0\n"), *PATHS])
     assert "table [losses]" in message
 
 
@@ -97,16 +97,16 @@ def test_toml_tables_are_refused(parse_error, write_toml):
         ("max_train_steps = 1.5", "max_train_steps = 1.5: expected a whole number"),
     ],
 )
-def test_toml_values_of_the_wrong_type(line, expected, parse_error, write_toml):
-    message = parse_error([*write_toml(line), *PATHS])
+def test_toml_values_of_the_wrong_type(line, expected, catch_parse_error, write_toml):
+    message = catch_parse_error([*write_toml(line), *PATHS])
     assert "run.toml" in message
     assert expected in message
 
 
-def test_toml_files_that_cannot_be_read(tmp_path, parse_error, write_toml):
-    assert "no such file" in parse_error(["--config", str(tmp_path / "none.toml"), *PATHS])
-    assert "not valid TOML" in parse_error([*write_toml("seed = = 1"), *PATHS])
-    assert "no file given" in parse_error([*PATHS, "--config"])
+def test_toml_files_that_cannot_be_read(tmp_path, catch_parse_error, write_toml):
+    assert "no such file" in catch_parse_error(["--config", str(tmp_path / "none.toml"), *PATHS])
+    assert "not valid TOML" in catch_parse_error([*write_toml("seed = = 1"), *PATHS])
+    assert "no file given" in catch_parse_error([*PATHS, "--config"])
 
 
 def test_values_that_tyro_cannot_read_end_the_program(capsys):

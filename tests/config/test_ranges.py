@@ -151,11 +151,11 @@ def test_every_flags_edges(name, config):
         (["--clip_range", "1"], "clip_range = 1.0: expected a value between 0 and 1, both excluded"),
     ],
 )
-def test_a_command_line_out_of_range_is_refused(flags, expected, parse_error):
-    assert parse_error(["--train_json_path", "data.json", "--output_dir", "out", *flags]) == expected
+def test_a_command_line_out_of_range_is_refused(flags, expected, catch_parse_error):
+    assert catch_parse_error(["--train_json_path", "data.json", "--output_dir", "out", *flags]) == expected
 
 
-def test_values_out_of_range_are_named_together_and_without_contradictions(parse_error):
+def test_values_out_of_range_are_named_together_and_without_contradictions(catch_parse_error):
     flags = [
         "--clip_range",
         "2",
@@ -167,9 +167,9 @@ def test_values_out_of_range_are_named_together_and_without_contradictions(parse
         "--output_dir",
         "o",
     ]
-    assert [line.split(" =")[0] for line in parse_error(flags).splitlines()] == ["lora_rank", "clip_range"]
+    assert [line.split(" =")[0] for line in catch_parse_error(flags).splitlines()] == ["lora_rank", "clip_range"]
 
 
-def test_a_toml_value_out_of_range_is_refused(parse_error, write_toml):
+def test_a_toml_value_out_of_range_is_refused(catch_parse_error, write_toml):
     flags = write_toml('train_json_path = "d"\noutput_dir = "o"\nema_decay = 1\n')
-    assert parse_error(flags) == "ema_decay = 1.0: expected a value at least 0 and below 1"
+    assert catch_parse_error(flags) == "ema_decay = 1.0: expected a value at least 0 and below 1"

@@ -54,6 +54,6 @@ class DataFolder:
 
 
 @pytest.fixture
-def data_folder(tmp_path):
+def make_data_folder(tmp_path):
     """`data_folder(sizes=..., results=...)` makes a `DataFolder`."""
     return lambda **how: DataFolder(tmp_path / "set", **how)

@@ -6,8 +6,8 @@ from ra_jax.data.__main__ import main
 from ra_jax.data.records import load_records
 
 
-def test_validate_prints_a_table(data_folder, capsys):
-    data = data_folder(sizes=[(24, 24), (24, 24), (16, 32)], results=3)
+def test_validate_prints_a_table(make_data_folder, capsys):
+    data = make_data_folder(sizes=[(24, 24), (24, 24), (16, 32)], results=3)
     data.records.pop()
     assert main(["validate", str(data.write()), "--use-human-scores", "--score_format", "dict"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -19,8 +19,8 @@ def test_validate_prints_a_table(data_folder, capsys):
     assert ["no", "faults"] in lines
 
 
-def test_validate_prints_every_fault_and_exits_1(data_folder, capsys):
-    data = data_folder(sizes=[(24, 24)] * 13)
+def test_validate_prints_every_fault_and_exits_1(make_data_folder, capsys):
+    data = make_data_folder(sizes=[(24, 24)] * 13)
     for record in data.records[:25]:
         record["scores"]["removal_score"] = math.nan
     assert main(["validate", str(data.write()), "--use_human_scores"]) == 1
@@ -30,8 +30,8 @@ def test_validate_prints_every_fault_and_exits_1(data_folder, capsys):
     assert ["records", "1"] in [line.split() for line in out.splitlines()]
 
 
-def test_validate_without_a_sound_record(data_folder, capsys):
-    data = data_folder(results=1)
+def test_validate_without_a_sound_record(make_data_folder, capsys):
+    data = make_data_folder(results=1)
     assert main(["validate", str(data.write([])), "--no-need-result"]) == 1
     assert "no records" in capsys.readouterr().out
 
@@ -41,17 +41,17 @@ def test_validate_of_no_file_exits_1(tmp_path, capsys):
     assert "no such file or folder" in capsys.readouterr().err
 
 
-def test_need_result(data_folder):
-    data = data_folder(results=1)
+def test_need_result(make_data_folder):
+    data = make_data_folder(results=1)
     del data.records[0]["result"]
     path = str(data.write())
     assert main(["validate", path]) == 1
     assert main(["validate", path, "--no_need_result"]) == 0
 
 
-def test_unknown_flags_are_refused(data_folder):
+def test_unknown_flags_are_refused(make_data_folder):
     with pytest.raises(SystemExit) as caught:
-        main(["validate", str(data_folder().write()), "--use_humane_scores"])
+        main(["validate", str(make_data_folder().write()), "--use_humane_scores"])
     assert caught.value.code == 2
 
 

@@ -10,9 +10,9 @@ from ra_jax.data.records import load_records
 
 
 @pytest.fixture
-def data(data_folder, monkeypatch, tmp_path):
+def data(make_data_folder, monkeypatch, tmp_path):
     """A data set in ./set of two scenes with a result each."""
-    data = data_folder(sizes=[(24, 24)] * 2, results=1)
+    data = make_data_folder(sizes=[(24, 24)] * 2, results=1)
     monkeypatch.chdir(tmp_path)
     return data
 

@@ -16,8 +16,8 @@ BUCKETS = ((16, 16), (16, 32))
 
 
 @pytest.fixture
-def records(data_folder):
-    return load_records(data_folder(sizes=SIZES, results=3).write(), use_human_scores=True)
+def records(make_data_folder):
+    return load_records(make_data_folder(sizes=SIZES, results=3).write(), use_human_scores=True)
 
 
 def make(records, extras=None, **changes):
@@ -134,16 +134,16 @@ def test_small_bucket_fills_a_batch_by_cycling(records):
     np.testing.assert_allclose(batch["condition_weight"], 1 / 5)
 
 
-def test_records_without_results(data_folder):
-    data = data_folder()
+def test_records_without_results(make_data_folder):
+    data = make_data_folder()
     for record in data.records:
         del record["result"]
     records = load_records(data.write(), need_result=False)
     check_schema(take(make(records, batch_size=2), 1)[0], {"photos"})
 
 
-def test_results_in_some_records_only_are_refused(data_folder):
-    data = data_folder()
+def test_results_in_some_records_only_are_refused(make_data_folder):
+    data = make_data_folder()
     del data.records[0]["result"]
     with pytest.raises(DataError, match="1 of 2 records have no result"):
         make(load_records(data.write(), need_result=False))

@@ -25,9 +25,9 @@ BUCKETS = ((16, 16), (16, 32))
 
 
 @pytest.fixture
-def files(data_folder):
+def files(make_data_folder):
     """A data file of 15 records in 5 scenes: of the first, two have one reference and one another."""
-    folder = data_folder(sizes=SIZES, results=3)
+    folder = make_data_folder(sizes=SIZES, results=3)
     for record, ref in zip(folder.records, ("input/s1.png", "gt/s0.png", "input/s1.png"), strict=False):
         record["ref"] = ref
     folder.records[4] |= {"id": "the fifth", "annotator": "A", "source": "other", "split": "train"}
@@ -78,8 +78,8 @@ def test_scores_are_taken_in_either_form(pack):
         assert records[1].scores == (0.5, 1.0, 0.25)
 
 
-def test_records_are_checked_as_those_of_files(data_folder, tmp_path):
-    folder = data_folder(results=2)
+def test_records_are_checked_as_those_of_files(make_data_folder, tmp_path):
+    folder = make_data_folder(results=2)
     del folder.records[1]["result"], folder.records[1]["scores"]
     write_pack(load_records(folder.write(), need_result=False), tmp_path / "packed")
     _, errors = check_records(tmp_path / "packed", use_human_scores=True)

@@ -64,9 +64,9 @@ def test_mask_resized_by_a_whole_factor_is_any_of_its_block():
 
 
 @pytest.fixture
-def record(data_folder):
+def make_record(make_data_folder):
     def make(size, ref=None):
-        data = data_folder(sizes=[size], results=1)
+        data = make_data_folder(sizes=[size], results=1)
         if ref is not None:
             ref.save(data.folder / "ref.png")
             data.records[0]["ref"] = "ref.png"
@@ -79,30 +79,30 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_pictures_of_the_buckets_size_are_left_alone(record):
-    record = record((24, 32))
-    panels = load_panels(record, (24, 32))
-    np.testing.assert_array_equal(panels.source, pixels(record.src))
-    np.testing.assert_array_equal(panels.result, pixels(record.result))
-    mask = np.asarray(Image.open(record.mask)) > 127
+def test_pictures_of_the_buckets_size_are_left_alone(make_record):
+    make_record = make_record((24, 32))
+    panels = load_panels(make_record, (24, 32))
+    np.testing.assert_array_equal(panels.source, pixels(make_record.src))
+    np.testing.assert_array_equal(panels.result, pixels(make_record.result))
+    mask = np.asarray(Image.open(make_record.mask)) > 127
     np.testing.assert_array_equal(panels.mask, mask)
     np.testing.assert_array_equal(panels.reference, np.where(mask[..., None], panels.source, 255))
 
 
-def test_source_mask_and_result_are_cropped_alike(record):
-    record = record((40, 100))
-    left, top, right, bottom = crop_window((40, 100), (20, 20), bounding_box(np.asarray(Image.open(record.mask))))
-    panels = load_panels(record, (20, 20))
-    for panel, path in ((panels.source, record.src), (panels.result, record.result)):
+def test_source_mask_and_result_are_cropped_alike(make_record):
+    make_record = make_record((40, 100))
+    left, top, right, bottom = crop_window((40, 100), (20, 20), bounding_box(np.asarray(Image.open(make_record.mask))))
+    panels = load_panels(make_record, (20, 20))
+    for panel, path in ((panels.source, make_record.src), (panels.result, make_record.result)):
         window = pixels(path)[top:bottom, left:right].reshape(20, 2, 20, 2, 3).mean((1, 3))
         assert np.abs(panel - window).mean() < 2
-    window = np.asarray(Image.open(record.mask))[top:bottom, left:right] > 127
+    window = np.asarray(Image.open(make_record.mask))[top:bottom, left:right] > 127
     np.testing.assert_array_equal(panels.mask, window.reshape(20, 2, 20, 2).any((1, 3)))
 
 
-def test_large_jpeg_decoded_smaller_stays_in_place(data_folder):
+def test_large_jpeg_decoded_smaller_stays_in_place(make_data_folder):
     """A draft decode changes the coordinates: the picture must not shift against the same one in PNG."""
-    data = data_folder(sizes=[(403, 901)], results=1)
+    data = make_data_folder(sizes=[(403, 901)], results=1)
     with Image.open(data.folder / "input/s0.png") as photo:
         photo.save(data.folder / "input/s0.jpg", quality=98, subsampling=0)
     exact = load_panels(load_records(data.write())[0], (32, 32)).source.astype(int)
@@ -111,8 +111,8 @@ def test_large_jpeg_decoded_smaller_stays_in_place(data_folder):
     assert np.abs(drafted - exact).max() <= 4
 
 
-def test_turned_by_exif(data_folder):
-    data = data_folder(sizes=[(24, 32)], results=1)
+def test_turned_by_exif(make_data_folder):
+    data = make_data_folder(sizes=[(24, 32)], results=1)
     upright = load_panels(load_records(data.write())[0], (24, 32))
     exif = Image.Exif()
     exif[0x0112] = 8
@@ -124,24 +124,24 @@ def test_turned_by_exif(data_folder):
     np.testing.assert_array_equal(turned.mask, upright.mask)
 
 
-def test_reference_of_another_size_is_whole_and_centered_on_white(record):
-    panels = load_panels(record((24, 24), Image.new("RGB", (10, 20), "red")), (32, 32))
+def test_reference_of_another_size_is_whole_and_centered_on_white(make_record):
+    panels = load_panels(make_record((24, 24), Image.new("RGB", (10, 20), "red")), (32, 32))
     expected = np.full((32, 32, 3), 255)
     expected[:, 8:24] = (255, 0, 0)
     np.testing.assert_array_equal(panels.reference, expected)
 
 
-def test_reference_of_the_photos_size_is_seen_through_its_window(record):
+def test_reference_of_the_photos_size_is_seen_through_its_window(make_record):
     reference = np.full((40, 100, 3), 255, np.uint8)
     reference[13:20, 33:50] = (0, 0, 255)  # the mask's box
-    panels = load_panels(record((40, 100), Image.fromarray(reference)), (40, 40))
+    panels = load_panels(make_record((40, 100), Image.fromarray(reference)), (40, 40))
     np.testing.assert_array_equal(panels.reference[..., 0] < 128, panels.mask == 1)
 
 
-def test_transparent_reference_is_on_white(record):
+def test_transparent_reference_is_on_white(make_record):
     cut_out = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
     cut_out.paste((255, 0, 0, 255), (4, 4, 8, 8))
-    reference = load_panels(record((24, 24), cut_out), (24, 24)).reference
+    reference = load_panels(make_record((24, 24), cut_out), (24, 24)).reference
     assert (reference[4:8, 4:8] == (255, 0, 0)).all() and (reference[12:] == 255).all()
 
 
@@ -158,13 +158,13 @@ def test_cache_keeps_the_latest_within_its_bytes():
         get("a")[0] = 1
 
 
-def test_cached_panels_are_the_same_and_files_are_read_once(record):
-    record, cache = record((24, 32)), PanelCache(10**6)
-    first = load_panels(record, (16, 16), cache)
-    for path in (record.src, record.mask, record.result):
+def test_cached_panels_are_the_same_and_files_are_read_once(make_record):
+    make_record, cache = make_record((24, 32)), PanelCache(10**6)
+    first = load_panels(make_record, (16, 16), cache)
+    for path in (make_record.src, make_record.mask, make_record.result):
         path.unlink()
-    again = load_panels(record, (16, 16), cache)
+    again = load_panels(make_record, (16, 16), cache)
     for name in ("source", "mask", "reference", "result"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     with pytest.raises(FileNotFoundError):
-        load_panels(record, (16, 16))
+        load_panels(make_record, (16, 16))

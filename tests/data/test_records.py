@@ -16,9 +16,9 @@ def refusal(path, **how):
 
 
 @pytest.fixture
-def spoilt(data_folder):
+def refuse_spoilt(make_data_folder):
     """`spoilt(scores=...)`: the message about a data set whose record 1 has these fields changed (... = deleted)."""
-    data = data_folder(sizes=[(24, 24), (16, 32)])
+    data = make_data_folder(sizes=[(24, 24), (16, 32)])
 
     def message(how=None, **changes):
         for name, value in changes.items():
@@ -38,8 +38,8 @@ HUMAN = {"use_human_scores": True}
 # --- what is accepted ------------------------------------------------------------------------------------------------
 
 
-def test_list_with_dict_scores(data_folder):
-    data = data_folder(sizes=[(24, 24), (16, 32)])
+def test_list_with_dict_scores(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24), (16, 32)])
     data.records[0] |= {"id": 7, "split": "val", "annotator": "a", "source": "gt", "ref": "gt/s0.png"}
     data.records[1] |= {"id": None, "split": None, "annotator": None, "source": None, "ref": None}
     records = load_records(data.write(), **HUMAN)
@@ -53,23 +53,23 @@ def test_list_with_dict_scores(data_folder):
     assert len({record.id for record in records}) == 4
 
 
-def test_tensor_scores(data_folder):
-    data = data_folder()
+def test_tensor_scores(make_data_folder):
+    data = make_data_folder()
     for record in data.records:
         record["scores"] = [0, 0.5, 1]
     records = load_records(data.write(), use_human_scores=True, score_format="tensor")
     assert [record.scores for record in records] == [(0.0, 0.5, 1.0)] * 2
 
 
-def test_byte_order_mark(data_folder):
-    data = data_folder()
+def test_byte_order_mark(make_data_folder):
+    data = make_data_folder()
     path = data.write()
     path.write_text(path.read_text(), encoding="utf-8-sig")
     assert len(load_records(path)) == 2
 
 
-def test_jsonl_by_name_and_by_content(data_folder):
-    data = data_folder()
+def test_jsonl_by_name_and_by_content(make_data_folder):
+    data = make_data_folder()
     text = "\n\n".join(json.dumps(record) for record in data.records)
     for name in ("data.jsonl", "data.json"):
         path = data.folder / name
@@ -77,8 +77,8 @@ def test_jsonl_by_name_and_by_content(data_folder):
         assert [record.result.name for record in load_records(path)] == ["s0_0.png", "s0_1.png"]
 
 
-def test_mapping_bare_mapping_and_folder_are_the_same_triplets(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 3)
+def test_mapping_bare_mapping_and_folder_are_the_same_triplets(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 3)
     Image.open(data.folder / "mask/s1.png").save(data.folder / "mask/s1.bmp")
     (data.folder / "mask/s1.png").unlink()  # found by the input's name with another ending
     (data.folder / "ref").mkdir()
@@ -92,8 +92,8 @@ def test_mapping_bare_mapping_and_folder_are_the_same_triplets(data_folder):
         assert [record.ref and record.ref.parent.name for record in records] == [None, None, "ref"]
 
 
-def test_results_are_not_needed_to_remove(data_folder):
-    data = data_folder()
+def test_results_are_not_needed_to_remove(make_data_folder):
+    data = make_data_folder()
     del data.records[0]["result"]
     path = data.write()
     assert "field 'result': missing" in refusal(path)
@@ -103,15 +103,15 @@ def test_results_are_not_needed_to_remove(data_folder):
     assert load_records(data.folder, need_result=False)[0].result is None
 
 
-def test_scores_may_be_absent_without_human_scores(data_folder):
-    data = data_folder()
+def test_scores_may_be_absent_without_human_scores(make_data_folder):
+    data = make_data_folder()
     data.records[0]["scores"] = None
     data.records[1]["scores"] = [0.1, 0.2, 0.3]  # the format matters only where scores are used
     assert [record.scores for record in load_records(data.write())] == [None, (0.1, 0.2, 0.3)]
 
 
-def test_photo_and_mask_turned_by_exif_agree(data_folder):
-    data = data_folder(sizes=[(20, 30)], results=1)
+def test_photo_and_mask_turned_by_exif_agree(make_data_folder):
+    data = make_data_folder(sizes=[(20, 30)], results=1)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: shown after a quarter turn
     with Image.open(data.folder / "input/s0.png") as photo:
@@ -120,8 +120,8 @@ def test_photo_and_mask_turned_by_exif_agree(data_folder):
     assert load_records(data.write())[0].size == (20, 30)
 
 
-def test_scene_ids_follow_first_appearance(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 3)
+def test_scene_ids_follow_first_appearance(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 3)
     data.records = [data.records[i] for i in (4, 0, 5, 2, 1)]
     ids = scene_ids(load_records(data.write()))
     np.testing.assert_array_equal(ids, [0, 1, 0, 2, 1])
@@ -131,22 +131,22 @@ def test_scene_ids_follow_first_appearance(data_folder):
 # --- scores that are refused -----------------------------------------------------------------------------------------
 
 
-def test_wrong_score_format(spoilt):
-    message = spoilt(HUMAN, scores=[0.1, 0.2, 0.3])
+def test_wrong_score_format(refuse_spoilt):
+    message = refuse_spoilt(HUMAN, scores=[0.1, 0.2, 0.3])
     assert "record 1, field 'scores': Expected dict format for scores, got <class 'list'>" in message
     assert "--score_format tensor" in message
-    message = spoilt({**HUMAN, "score_format": "tensor"})
+    message = refuse_spoilt({**HUMAN, "score_format": "tensor"})
     assert "record 0, field 'scores': Expected tensor format for scores, got <class 'dict'>" in message
 
 
-def test_no_scores_field(spoilt):
+def test_no_scores_field(refuse_spoilt):
     text = "use_human_scores=True but no 'scores' field found in data"
-    assert f"record 1, field 'scores': {text}" in spoilt(HUMAN, scores=...)
-    assert f"record 1, field 'scores': {text}" in spoilt(HUMAN, scores=None)
+    assert f"record 1, field 'scores': {text}" in refuse_spoilt(HUMAN, scores=...)
+    assert f"record 1, field 'scores': {text}" in refuse_spoilt(HUMAN, scores=None)
 
 
-def test_no_scores_at_all_is_one_fault(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 3)
+def test_no_scores_at_all_is_one_fault(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 3)
     message = refusal(data.folder, **HUMAN)
     assert "1 fault " in message
     assert "use_human_scores=True but no 'scores' field found in data" in message
@@ -174,8 +174,8 @@ GOOD = {"removal_score": 0.1, "background_score": 0.2, "smoothness_score": 0.3}
         ("high", "'scores': Expected dict format for scores, got <class 'str'>"),
     ],
 )
-def test_bad_scores(spoilt, scores, expected):
-    message = spoilt(scores=scores)  # in training without human scores as well
+def test_bad_scores(refuse_spoilt, scores, expected):
+    message = refuse_spoilt(scores=scores)  # in training without human scores as well
     assert f"record 1, field {expected}" in message
     assert "expected" in message
 
@@ -183,48 +183,48 @@ def test_bad_scores(spoilt, scores, expected):
 # --- pictures that are refused ---------------------------------------------------------------------------------------
 
 
-def test_missing_picture(spoilt):
-    message = spoilt(src="input/none.png")
+def test_missing_picture(refuse_spoilt):
+    message = refuse_spoilt(src="input/none.png")
     assert "record 1, field 'src': no such file: " in message and "input/none.png" in message
 
 
 @pytest.mark.parametrize("field", ["src", "mask", "result", "ref"])
-def test_unreadable_picture(spoilt, field):
-    (spoilt.data.folder / "words.png").write_text("these are words")
-    assert f"record 1, field '{field}': unreadable picture" in spoilt(**{field: "words.png"})
+def test_unreadable_picture(refuse_spoilt, field):
+    (refuse_spoilt.data.folder / "words.png").write_text("these are words")
+    assert f"record 1, field '{field}': unreadable picture" in refuse_spoilt(**{field: "words.png"})
 
 
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png"])
-def test_picture_cut_short(spoilt, name):
+def test_picture_cut_short(refuse_spoilt, name):
     """Its head is sound: only decoding finds out."""
-    path = spoilt.data.folder / name
+    path = refuse_spoilt.data.folder / name
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    assert "record 1, field 'result': unreadable picture" in spoilt(result=name)
+    assert "record 1, field 'result': unreadable picture" in refuse_spoilt(result=name)
 
 
-def test_sixteen_bit_picture(spoilt):
-    Image.fromarray(np.full((24, 24), 40000, np.uint16)).save(spoilt.data.folder / "deep.png")
-    assert "record 1, field 'result': unreadable picture" in (message := spoilt(result="deep.png"))
+def test_sixteen_bit_picture(refuse_spoilt):
+    Image.fromarray(np.full((24, 24), 40000, np.uint16)).save(refuse_spoilt.data.folder / "deep.png")
+    assert "record 1, field 'result': unreadable picture" in (message := refuse_spoilt(result="deep.png"))
     assert "expected 8 bits a channel" in message
 
 
 @pytest.mark.parametrize("field", ["mask", "result"])
-def test_picture_of_another_size(spoilt, field):
-    Image.new("L", (30, 20), 255).save(spoilt.data.folder / "wide.png")
-    message = spoilt(**{field: "wide.png"})
+def test_picture_of_another_size(refuse_spoilt, field):
+    Image.new("L", (30, 20), 255).save(refuse_spoilt.data.folder / "wide.png")
+    message = refuse_spoilt(**{field: "wide.png"})
     assert f"record 1, field '{field}': size 30 × 20, but src is 24 × 24" in message
 
 
-def test_empty_mask(spoilt):
-    Image.new("L", (24, 24), 127).save(spoilt.data.folder / "dim.png")
-    message = spoilt(mask="dim.png")
+def test_empty_mask(refuse_spoilt):
+    Image.new("L", (24, 24), 127).save(refuse_spoilt.data.folder / "dim.png")
+    message = refuse_spoilt(mask="dim.png")
     assert "record 1, field 'mask': empty mask" in message and "at least one pixel > 127" in message
 
 
-def test_mask_threshold_is_above_127(data_folder):
-    data = data_folder(results=1)
+def test_mask_threshold_is_above_127(make_data_folder):
+    data = make_data_folder(results=1)
     Image.new("L", (24, 24), 128).save(data.folder / "mask/s0.png")
     assert len(load_records(data.write())) == 1
 
@@ -246,32 +246,32 @@ def test_mask_threshold_is_above_127(data_folder):
         ({"id": 1.5}, "field 'id': got 1.5 (float)"),
     ],
 )
-def test_bad_fields(spoilt, changes, expected):
-    assert f"record 1, {expected}" in spoilt(**changes)
+def test_bad_fields(refuse_spoilt, changes, expected):
+    assert f"record 1, {expected}" in refuse_spoilt(**changes)
 
 
-def test_unknown_names_get_the_nearest_known_one(spoilt):
-    message = spoilt(scoers={}, scores=GOOD | {"removel_score": 1})
+def test_unknown_names_get_the_nearest_known_one(refuse_spoilt):
+    message = refuse_spoilt(scoers={}, scores=GOOD | {"removel_score": 1})
     assert "'scoers': unknown field: expected some of ref, src, " in message
     assert "; did you mean 'scores'?" in message
     assert "; did you mean 'removal_score'?" in message
 
 
-def test_duplicate_id(spoilt):
-    spoilt.data.records[3]["id"] = "x"
-    message = spoilt(id="x")
+def test_duplicate_id(refuse_spoilt):
+    refuse_spoilt.data.records[3]["id"] = "x"
+    message = refuse_spoilt(id="x")
     assert "record 3, field 'id': duplicate id 'x', first used by record 1" in message
 
 
-def test_record_that_is_no_object(data_folder):
-    data = data_folder()
+def test_record_that_is_no_object(make_data_folder):
+    data = make_data_folder()
     message = refusal(data.write([*data.records, "input/s0.png"]))
     assert "record 2: expected an object with src, mask and result, got <class 'str'>" in message
 
 
 @pytest.mark.parametrize("content", [[], {}, {"mapping": {}}])
-def test_no_records(data_folder, content):
-    assert "no records: expected at least one" in refusal(data_folder().write(content))
+def test_no_records(make_data_folder, content):
+    assert "no records: expected at least one" in refusal(make_data_folder().write(content))
 
 
 def test_empty_jsonl(tmp_path):
@@ -294,8 +294,8 @@ def test_data_of_the_demo_says_how_to_make_it(tmp_path, monkeypatch):
     assert "`python -m ra_jax.demo` makes it" in refusal("output/demo/data/train/labeled_dict.json")
 
 
-def test_broken_jsonl_names_record_and_line_and_reads_on(data_folder):
-    data = data_folder()
+def test_broken_jsonl_names_record_and_line_and_reads_on(make_data_folder):
+    data = make_data_folder()
     lines = [json.dumps(data.records[0]), "", '{"src": ', json.dumps(data.records[1] | {"mask": "none.png"})]
     path = data.folder / "data.jsonl"
     path.write_text("\n".join(lines))
@@ -305,13 +305,13 @@ def test_broken_jsonl_names_record_and_line_and_reads_on(data_folder):
     assert "record 2, line 4, field 'mask': no such file" in message
 
 
-def test_single_record_at_the_top(data_folder):
-    data = data_folder()
+def test_single_record_at_the_top(make_data_folder):
+    data = make_data_folder()
     assert "put records into a list" in refusal(data.write(data.records[0]))
 
 
-def test_bad_mapping(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 2)
+def test_bad_mapping(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 2)
     message = refusal(data.write({"mapping": {"s0.png": "s0.png", "s1.png": ["none.png"]}}))
     assert "field 'mapping': 's0.png' maps to 's0.png': expected a list of names in input/" in message
     assert "record 0, field 'mask': no mask for input/none.png" in message
@@ -324,8 +324,8 @@ def test_no_such_file_and_no_such_form(tmp_path):
     assert "not UTF-8 text" in refusal(tmp_path / "picture.json")
 
 
-def test_all_faults_together_twenty_in_full(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 12)
+def test_all_faults_together_twenty_in_full(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 12)
     for record in data.records[:-1]:
         record["mask"] = "mask/none.png"
     data.records[-1] |= {"src": "none.png", "scores": [2, 3, 4], "extra": 1}
@@ -340,8 +340,8 @@ def test_all_faults_together_twenty_in_full(data_folder):
     assert fields == {"extra", "src", "scores[0]", "scores[1]", "scores[2]"}
 
 
-def test_sound_records_survive_the_check(data_folder):
-    data = data_folder(sizes=[(24, 24)] * 2)
+def test_sound_records_survive_the_check(make_data_folder):
+    data = make_data_folder(sizes=[(24, 24)] * 2)
     data.records[2]["mask"] = "none.png"
     records, errors = check_records(data.write())
     assert [record.index for record in records] == [0, 1, 3]

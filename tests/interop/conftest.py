@@ -60,7 +60,7 @@ def folder(models, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(folder, tmp_path):
+def copied_folder(folder, tmp_path):
     """A copy of the folder that a test may change."""
     return shutil.copytree(folder, tmp_path / "copy")
 

@@ -126,12 +126,12 @@ def test_our_shards_are_read_by_diffusers_and_replace_earlier_files(theirs, tmp_
 
 
 @pytest.mark.torch
-def test_folders_are_whole_pipelines(models, copied, tmp_path):
-    save_fill_pipeline_config(copied, {"max_shift": 0.9})
+def test_folders_are_whole_pipelines(models, copied_folder, tmp_path):
+    save_fill_pipeline_config(copied_folder, {"max_shift": 0.9})
     redux = models["redux"]
     save_redux(redux, tmp_path / "redux")
 
-    fill_pipe = diffusers.FluxFillPipeline.from_pretrained(copied, **NO_TEXT)
+    fill_pipe = diffusers.FluxFillPipeline.from_pretrained(copied_folder, **NO_TEXT)
     assert fill_pipe.vae.config.shift_factor == 0.25
     assert fill_pipe.scheduler.config.max_shift == 0.9
     assert fill_pipe.scheduler.config.use_dynamic_shifting
@@ -156,13 +156,13 @@ def test_experts_are_fresh_and_are_not_saved(folder, tmp_path):
         load_flux(folder, lora=lora)
 
 
-def test_configs_are_read_without_weights(models, copied):
-    for file in copied.glob("*/*.safetensors"):
+def test_configs_are_read_without_weights(models, copied_folder):
+    for file in copied_folder.glob("*/*.safetensors"):
         file.unlink()
-    flux, vae, vision, embedder = read_configs(copied, copied)
+    flux, vae, vision, embedder = read_configs(copied_folder, copied_folder)
     assert (flux, vae) == (models["flux"].config, models["vae"].config)
     assert (vision, embedder) == (models["redux"].vision.config, models["redux"].embedder.config)
-    assert read_configs(copied, None) == (flux, vae, None, None)
+    assert read_configs(copied_folder, None) == (flux, vae, None, None)
 
 
 def change_config(key, value):
@@ -181,16 +181,16 @@ def change_config(key, value):
         (change_config("norm_type", "spatial"), r"config.json: vae config: unknown key 'norm_type'"),
     ],
 )
-def test_configs_that_are_not_those_of_the_model_are_refused(copied, damage, message):
-    damage(copied / "vae" / "config.json")
+def test_configs_that_are_not_those_of_the_model_are_refused(copied_folder, damage, message):
+    damage(copied_folder / "vae" / "config.json")
     with pytest.raises(WeightError, match=message):
-        load_vae(copied)
+        load_vae(copied_folder)
 
 
-def test_encoder_and_embedder_of_different_models_are_told(copied):
-    (copied / "image_embedder" / "config.json").write_text(json.dumps(ReduxConfig().to_dict()))
+def test_encoder_and_embedder_of_different_models_are_told(copied_folder):
+    (copied_folder / "image_embedder" / "config.json").write_text(json.dumps(ReduxConfig().to_dict()))
     with pytest.raises(WeightError, match=r"redux_dim is 1152: expected the image encoder's hidden_size, 16"):
-        load_redux(copied)
+        load_redux(copied_folder)
 
 
 def test_unknown_scheduler_values_are_told(tmp_path):

@@ -46,25 +46,25 @@ def test_resolve_says_how_to_get_access(tmp_path, monkeypatch):
     assert "`python -m ra_jax.demo`" in message and "--config configs/tiny.toml`" in message
 
 
-def test_fingerprint_does_not_see_what_is_no_weight(folder, copied):
-    (copied / "tokenizer").mkdir()
-    (copied / "tokenizer" / "vocab.json").write_text("{}")
-    (copied / "README.md").write_text("a model")
+def test_fingerprint_does_not_see_what_is_no_weight(folder, copied_folder):
+    (copied_folder / "tokenizer").mkdir()
+    (copied_folder / "tokenizer" / "vocab.json").write_text("{}")
+    (copied_folder / "README.md").write_text("a model")
     assert len(fingerprint(folder)) == 16
-    assert fingerprint(copied) == fingerprint(folder)
+    assert fingerprint(copied_folder) == fingerprint(folder)
 
 
-def test_fingerprint_follows_weights(folder, copied, change_tensors):
+def test_fingerprint_follows_weights(folder, copied_folder, change_tensors):
     def nudge(tensors):
         tensors["proj_out.weight"][-1, -1] += 1e-3
 
-    change_tensors(copied, "transformer", nudge)
-    assert fingerprint(copied) != fingerprint(folder)
+    change_tensors(copied_folder, "transformer", nudge)
+    assert fingerprint(copied_folder) != fingerprint(folder)
 
 
-def test_fingerprint_follows_the_config(folder, copied, tmp_path):
-    file = copied / "vae" / "config.json"
+def test_fingerprint_follows_the_config(folder, copied_folder, tmp_path):
+    file = copied_folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.5}))
-    assert fingerprint(copied) != fingerprint(folder)
+    assert fingerprint(copied_folder) != fingerprint(folder)
     with pytest.raises(WeightError, match="has no safetensors in any of transformer/, vae/"):
         fingerprint(tmp_path)

@@ -25,16 +25,16 @@ def values(folder):
 
 
 @pytest.fixture
-def shards_of_one(monkeypatch):
-    """shards_of_one(): from here on each tensor gets a shard of its own."""
+def shard_every_tensor(monkeypatch):
+    """shard_every_tensor(): from here on each tensor gets a shard of its own."""
     return lambda: monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 16)
 
 
-def test_shards_replace_a_single_file_and_the_other_way_round(tmp_path, monkeypatch, shards_of_one):
+def test_shards_replace_a_single_file_and_the_other_way_round(tmp_path, monkeypatch, shard_every_tensor):
     write(tmp_path, 1.0)
     assert os.listdir(tmp_path) == [f"{STEM}.safetensors"]
     with monkeypatch.context():
-        shards_of_one()
+        shard_every_tensor()
         write(tmp_path, 2.0)
     shards = [f"{STEM}-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert sorted(os.listdir(tmp_path)) == [*shards, f"{STEM}.safetensors.index.json"]
@@ -46,10 +46,10 @@ def test_shards_replace_a_single_file_and_the_other_way_round(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_is_there_stays_until_all_is_written(tmp_path, shards_of_one, sharded):
+def test_what_is_there_stays_until_all_is_written(tmp_path, shard_every_tensor, sharded):
     write(tmp_path, 1.0)
     if sharded:
-        shards_of_one()
+        shard_every_tensor()
 
     def read(name):
         if name == "b":

@@ -53,59 +53,59 @@ def test_parameters_are_placed_one_by_one_and_tensors_read_once(models, folder, 
     assert steps["single_transformer_blocks.proj_mlp.bias"] == config.num_single_layers
 
 
-def test_the_report_has_every_fault(copied, change_tensors):
+def test_the_report_has_every_fault(copied_folder, change_tensors):
     def change(tensors):
         del tensors["x_embedder.bias"], tensors["transformer_blocks.1.attn.to_q.weight"]
         tensors["controlnet.weight"] = np.zeros((2, 3), np.float32)
         tensors["single_transformer_blocks.2.proj_mlp.bias"] = np.zeros(9, np.float32)
 
-    change_tensors(copied, "transformer", change)
+    change_tensors(copied_folder, "transformer", change)
     with pytest.raises(WeightError) as error:
-        load_flux(copied)
+        load_flux(copied_folder)
     report = str(error.value)
-    assert f"the tensors in {copied / 'transformer'} are not those" in report
+    assert f"the tensors in {copied_folder / 'transformer'} are not those" in report
     assert "2 missing (the model needs them):\n  transformer_blocks.1.attn.to_q.weight [16, 16]\n" in report
     assert "  x_embedder.bias [16]\n" in report
     assert "1 left over (the model has no place for them):\n  controlnet.weight [2, 3]\n" in report
     assert "1 misshapen:\n  single_transformer_blocks.2.proj_mlp.bias [9], expected [64]\n" in report
 
 
-def test_a_long_report_is_cut_and_counted(copied):
-    file = copied / "transformer" / "config.json"
+def test_a_long_report_is_cut_and_counted(copied_folder):
+    file = copied_folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
     with pytest.raises(WeightError) as error:
-        load_flux(copied)
+        load_flux(copied_folder)
     missing = [line for line in str(error.value).splitlines() if "  transformer_blocks.2." in line]
     assert "32 missing" in str(error.value)
     assert "  and 12 more" in str(error.value)
     assert len(missing) == 20
 
 
-def test_quantized_files_are_refused(copied, change_tensors):
+def test_quantized_files_are_refused(copied_folder, change_tensors):
     def quantize(tensors):
         tensors["decoder.conv_in.bias"] = np.zeros(tensors["decoder.conv_in.bias"].shape, np.int8)
 
-    change_tensors(copied, "vae", quantize)
+    change_tensors(copied_folder, "vae", quantize)
     message = r"1 of a type other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"
     with pytest.raises(WeightError, match=message):
-        load_vae(copied)
+        load_vae(copied_folder)
 
 
-def test_a_prefix_of_all_names_is_read_over(folder, copied, change_tensors):
+def test_a_prefix_of_all_names_is_read_over(folder, copied_folder, change_tensors):
     def without_prefix(tensors):
         tensors.update({name.removeprefix("vision_model."): tensors.pop(name) for name in list(tensors)})
 
-    change_tensors(copied, "image_encoder", without_prefix)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_redux(copied)), nnx.state(load_redux(folder)))
+    change_tensors(copied_folder, "image_encoder", without_prefix)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_redux(copied_folder)), nnx.state(load_redux(folder)))
 
 
-def test_a_tensor_beside_its_prefixed_name_is_left_over(copied, change_tensors):
+def test_a_tensor_beside_its_prefixed_name_is_left_over(copied_folder, change_tensors):
     def change(tensors):
         tensors["post_layernorm.bias"] = np.zeros(16, np.float32)
 
-    change_tensors(copied, "image_encoder", change)
+    change_tensors(copied_folder, "image_encoder", change)
     with pytest.raises(WeightError, match=r"1 left over .*\n  post_layernorm.bias \[16\]"):
-        load_redux(copied)
+        load_redux(copied_folder)
 
 
 def test_a_table_that_uses_a_tensor_twice_is_refused(models, folder):

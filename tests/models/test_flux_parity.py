@@ -116,7 +116,7 @@ def test_blocks_apart_compute_the_same(tmp_path):
 
 
 @pytest.mark.torch
-def test_flux_widths_match_diffusers(optimised):
+def test_flux_widths_match_diffusers(with_optimizations):
     # In bfloat16 on disk and one model after the other: half a billion parameters.
     config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
     inputs = make_inputs(config, (2, 3), context_length=4, batch=1)

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -59,25 +60,34 @@ def compare(folder, name, reference) -> None:
             assert np.linalg.norm(one - other) <= limit * np.linalg.norm(other), (name, leaf)
 
 
+@dataclass(frozen=True)
+class HumanSteps:
+    """folder: has the states after the steps; report: printed by `fake_devices.py`; config: flat settings."""
+
+    folder: Path
+    report: dict
+    config: dict
+
+
 @pytest.fixture(scope="module")
-def human(config_in, tmp_path_factory):
-    """(folder, what was told, the configuration) of the human-scored steps by every launch."""
+def human(make_config_in, tmp_path_factory):
+    """Human-scored steps by every partitioner, as `fake_devices.py` took them."""
     folder = tmp_path_factory.mktemp("launches")
     config = to_flat_dict(
-        config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, target_modules=None, **STEADY)
+        make_config_in(folder, gradient_accumulation_steps=2, ema_decay=0.5, target_modules=None, **STEADY)
     )
-    return folder, finish(start(folder, config, LAUNCHES))[0], config
+    return HumanSteps(folder, finish(start(folder, config, LAUNCHES))[0], config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name != "one"])
 def test_every_launch_takes_the_same_human_scored_steps(human, name):
-    compare(human[0], name, human[0] / "one.npz")
+    compare(human.folder, name, human.folder / "one.npz")
 
 
 @pytest.mark.slow
 def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
-    places = human[1]["places"]
+    places = human.report["places"]
     moments = {leaf for leaf in places["2x4"] if leaf.startswith(MOMENT) and leaf.endswith("attn/to_q/lora_a")}
     assert len(moments) == 4  # two of each kind of block
     shared = [None, ["data", "fsdp"]]
@@ -92,18 +102,18 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
         assert [places[name][leaf] for leaf in moments] == [moment] * 4
         assert places[name][PHOTOS] == photos
     # What previews and drift are computed with: of replicas, one.
-    assert human[1]["local"] == {"one": 1, "8x1": 8, "2x4": 8, "2x2x2": 8, "pmap": 1}
+    assert human.report["local"] == {"one": 1, "8x1": 8, "2x4": 8, "2x2x2": 8, "pmap": 1}
 
 
 @pytest.mark.slow
 def test_no_loop_over_heads_where_devices_may_share_them(human):
     alone = {"one": "by_head", "pmap": "by_head"}
-    assert human[1]["attention"] == dict.fromkeys(LAUNCHES, "xla") | alone
+    assert human.report["attention"] == dict.fromkeys(LAUNCHES, "xla") | alone
 
 
 @pytest.mark.slow
 def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
-    gathered = human[1]["gathered"]
+    gathered = human.report["gathered"]
     assert gathered["one"] == gathered["8x1"] == gathered["pmap"] == [0, 0]
     for name in ("2x4", "2x2x2"):
         divided, whole = gathered[name]
@@ -112,14 +122,14 @@ def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_each_launch_restores_in_each_other(human):
-    restored = human[1]["restored"]
+    restored = human.report["restored"]
     assert len(restored) == len(LAUNCHES) * (len(LAUNCHES) - 1)
     assert not any(restored.values()), restored
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
-    folder, _, config = human
+    folder, config = human.folder, human.config
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -142,9 +152,9 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_launch_takes_the_same_steps_on_automatic_rewards(automatic, photos, tmp_path):
+def test_every_launch_takes_the_same_steps_on_automatic_rewards(make_automatic_config, photo_flags, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
-    config = to_flat_dict(automatic(**flags, **photos, **STEADY))
+    config = to_flat_dict(make_automatic_config(**flags, **photo_flags, **STEADY))
     launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     for name in ("2x4", "pmap"):

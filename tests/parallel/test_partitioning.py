@@ -10,8 +10,8 @@ from ra_jax.parallel.partitioning import AXES, gather_params, shard_batch
 
 
 @pytest.fixture
-def constraints():
-    """constraints(function, *arrays) -> the specs that the program's constraints ask for on a mesh of 2 x 4 x 2."""
+def trace_constraints():
+    """trace_constraints(function, *arrays) -> the specs of the program's sharding constraints on a 2 x 4 x 2 mesh."""
     mesh = AbstractMesh((2, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
     def trace(function, *arrays):
@@ -22,18 +22,18 @@ def constraints():
     return trace
 
 
-def test_records_are_shared_out_where_the_devices_divide_them(constraints):
+def test_records_are_shared_out_where_the_devices_divide_them(trace_constraints):
     batch = P(("data", "fsdp"))
-    assert constraints(shard_batch, (jnp.zeros((16, 3)), jnp.zeros(8))) == [batch, batch]
-    assert constraints(lambda x: shard_batch(x, axis=1), jnp.zeros((3, 16))) == [P(None, ("data", "fsdp"))]
-    assert constraints(shard_batch, jnp.zeros((3, 16))) == []  # a preview's
+    assert trace_constraints(shard_batch, (jnp.zeros((16, 3)), jnp.zeros(8))) == [batch, batch]
+    assert trace_constraints(lambda x: shard_batch(x, axis=1), jnp.zeros((3, 16))) == [P(None, ("data", "fsdp"))]
+    assert trace_constraints(shard_batch, jnp.zeros((3, 16))) == []  # a preview's
 
 
-def test_a_blocks_parameters_are_gathered_from_fsdp_and_stay_on_tensor(constraints):
+def test_a_blocks_parameters_are_gathered_from_fsdp_and_stay_on_tensor(trace_constraints):
     block = {"attn": {"to_q": {"kernel": jnp.zeros((64, 64)), "lora_a": jnp.zeros((64, 12))}}}
-    assert constraints(gather_params, block) == [P(None, "tensor"), P(None, None)]
+    assert trace_constraints(gather_params, block) == [P(None, "tensor"), P(None, None)]
     model = {"x_embedder": {"kernel": jnp.zeros((384, 64))}, "transformer_blocks": {"stacked": jnp.zeros((2, 64, 64))}}
-    assert constraints(gather_params, model) == [P(None, None)]  # of the blocks each is gathered on its turn
+    assert trace_constraints(gather_params, model) == [P(None, None)]  # of the blocks each is gathered on its turn
 
 
 def test_without_a_mesh_nothing_is_asked_for():

@@ -20,8 +20,8 @@ from ra_jax.reporting.trackers import read_rows
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """machine(libtpu, *devices) -> a function from a path to where it is on a machine with these device files."""
+def make_machine(tmp_path, monkeypatch):
+    """make_machine(libtpu, *devices) -> a function from a path to where it is on a machine with these device files."""
 
     def make(libtpu: bool, *devices: str):
         monkeypatch.setattr(distributed, "find_spec", lambda name: object() if libtpu else None)
@@ -33,18 +33,18 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
-def test_launchers_tell_by_their_number_of_processes(machine):
-    at = machine(False)
+def test_launchers_tell_by_their_number_of_processes(make_machine):
+    at = make_machine(False)
     assert detect_launcher({"SLURM_STEP_NUM_TASKS": "4"}, at) == "Slurm"
     assert detect_launcher({"OMPI_COMM_WORLD_SIZE": "2"}, at) == "Open MPI"
     assert detect_launcher({"SLURM_STEP_NUM_TASKS": "1"}, at) is None
     assert detect_launcher({}, at) is None
 
 
-def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(machine):
-    assert detect_launcher({}, machine(True, "/dev/vfio/0")) == "a TPU machine"
-    assert detect_launcher({"JAX_PLATFORMS": "cpu"}, machine(True, "/dev/vfio/0")) is None
-    assert detect_launcher({}, machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(make_machine):
+    assert detect_launcher({}, make_machine(True, "/dev/vfio/0")) == "a TPU machine"
+    assert detect_launcher({"JAX_PLATFORMS": "cpu"}, make_machine(True, "/dev/vfio/0")) is None
+    assert detect_launcher({}, make_machine(False, "/dev/vfio/0")) is None  # somebody else's devices
 
 
 def test_processes_of_a_machine_share_its_gpus(tmp_path):
@@ -98,11 +98,11 @@ def test_a_coordinator_that_cannot_be_is_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_end_together(config_in, tmp_path):
+def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
     """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""
     previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
     standard = {"use_grpo": False, "use_human_scores": False, "enable_grpo_rewards": False, "enable_grpo_loss": False}
-    config = config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
+    config = make_config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
     (tmp_path / "config.toml").write_text(to_toml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -158,7 +158,7 @@ OWN = {"removal": ["ghost"], "background": ["cast"], "smoothness": ["seam", "blu
 
 
 @pytest.fixture(scope="module", params=[(32, True), (32, False), (64, True), (64, False)], ids=str)
-def scored(request):
+def score_images(request):
     """Scores [24, 3] of the truth, of five strengths of each defect, and of other fillings."""
     size, has_target = request.param
     views = stack(scenes(5, 0, 24, size))
@@ -189,8 +189,8 @@ def scored(request):
 
 
 @pytest.mark.parametrize(("reward", "kind"), [(reward, kind) for reward, kinds in OWN.items() for kind in kinds])
-def test_every_reward_falls_with_its_own_defect(scored, reward, kind):
-    values = np.stack([scored[kind, i][:, SCORES.index(reward)] for i in range(5)])
+def test_every_reward_falls_with_its_own_defect(score_images, reward, kind):
+    values = np.stack([score_images[kind, i][:, SCORES.index(reward)] for i in range(5)])
     below = np.sign(values[:, None] - values[None])  # Kendall's signs: Spearman's from ranks, ties in the middle
     ranks = below.sum(1) / 2 + 2
     correlation = [np.corrcoef(one, np.arange(5))[0, 1] if one.std() else 0.0 for one in ranks.T]
@@ -198,9 +198,9 @@ def test_every_reward_falls_with_its_own_defect(scored, reward, kind):
 
 
 @pytest.mark.parametrize("reward", SCORES)
-def test_every_reward_loses_most_by_its_own_defect(scored, reward):
+def test_every_reward_loses_most_by_its_own_defect(score_images, reward):
     column = SCORES.index(reward)
-    drops = {kind: np.median(scored["truth"][:, column] - scored[kind, 4][:, column]) for kind in DEFECTS}
+    drops = {kind: np.median(score_images["truth"][:, column] - score_images[kind, 4][:, column]) for kind in DEFECTS}
     assert max(drops, key=drops.get) in OWN[reward]
     assert min(drops[kind] for kind in OWN[reward]) > 0.3
 
@@ -208,8 +208,8 @@ def test_every_reward_loses_most_by_its_own_defect(scored, reward):
 @pytest.mark.parametrize(
     "other", ["source", "pasted", "flat", "noise", ("ghost", 2), ("blur", 4), ("seam", 2)], ids=str
 )
-def test_the_truth_ranks_first(scored, other):
-    truth, rest = (total_reward(scored[name], WEIGHTS) for name in ("truth", other))
+def test_the_truth_ranks_first(score_images, other):
+    truth, rest = (total_reward(score_images[name], WEIGHTS) for name in ("truth", other))
     assert np.mean(truth > rest) >= 0.95
 
 

@@ -1,4 +1,4 @@
-"""Advantages and imitation weights against values worked out by hand."""
+"""Advantages and sample weights against values computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +10,12 @@ WEIGHTS = (0.4, 0.3, 0.3)
 
 
 def column(*removal):
-    """Scores [R, 3] of which the first differ, the others are 0.5."""
+    """Return scores [R, 3] with the given removal scores; background and smoothness are 0.5."""
     return np.stack([removal, *[np.full(len(removal), 0.5)] * 2], axis=1)
 
 
 def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedom():
-    # Residuals ∓0.2; −0.1, −0.1, 0.2: squares sum to 0.14, and 5 records of 2 groups leave 3 degrees of freedom.
+    # Residuals ∓0.2 and −0.1, −0.1, 0.2: their squares sum to 0.14. 5 records in 2 groups leave 3 degrees of freedom.
     scores = column(0.2, 0.6, 0.5, 0.5, 0.8)
     pooled = np.sqrt(0.14 / 3)
     expected = 0.4 * np.array([-0.2, 0.2, -0.1, -0.1, 0.2]) / pooled
@@ -25,7 +25,7 @@ def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedo
 
 
 def test_scores_are_standardised_one_by_one_and_weighed():
-    # Two groups of two, 2 degrees of freedom: residuals ±0.1 and ±0.1, ±0.2 and 0, 0 and ±0.3.
+    # Two groups of two records leave 2 degrees of freedom. Residuals by score: ±0.1 and ±0.1, ±0.2 and 0, 0 and ±0.3.
     scores = np.array([[0.4, 0.7, 0.5], [0.6, 0.3, 0.5], [0.7, 0.5, 0.9], [0.5, 0.5, 0.3]])
     a, b, c = 0.1 / np.sqrt(0.04 / 2), 0.2 / np.sqrt(0.08 / 2), 0.3 / np.sqrt(0.18 / 2)
     expected = [-0.5 * a + 0.2 * b, 0.5 * a - 0.2 * b, 0.5 * a + 0.3 * c, -0.5 * a - 0.3 * c]
@@ -41,7 +41,8 @@ def test_members_of_a_group_need_not_stand_together():
 
 
 def test_a_single_result_is_centered_on_the_data_set_and_takes_no_degree_of_freedom():
-    scores = column(0.2, 0.6, 0.7)  # the pair leaves 1 degree of freedom: √(0.08/1); the data set's mean is 0.5
+    # The pair leaves 1 degree of freedom, so the pooled std is √(0.08/1). The mean of the data set is 0.5.
+    scores = column(0.2, 0.6, 0.7)
     expected = 0.4 * np.array([-0.2, 0.2, 0.2]) / np.sqrt(0.08)
     np.testing.assert_allclose(human_advantages(scores, np.array([0, 0, 1]), WEIGHTS), expected, rtol=1e-5)
 
@@ -64,7 +65,7 @@ def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
     residual = np.array([0.375, -0.125, -0.125, -0.125])
     pooled = np.sqrt((residual**2).sum() / 60)
     assert residual[0] / pooled > 5
-    removal[4:] += np.tile([0.001, -0.001], 38)  # so that no other group is dead
+    removal[4:] += np.tile([0.001, -0.001], 38)  # gives every other group a std above 0
     advantages = human_advantages(column(*removal), groups, WEIGHTS)
     assert advantages[0] == pytest.approx(0.4 * 5)
     np.testing.assert_allclose(advantages[1:4], 0.4 * -0.125 / pooled, rtol=1e-3)
@@ -73,7 +74,8 @@ def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
 
 
 def test_a_group_of_one_reward_says_nothing():
-    # Group 0: scores differ, but removal's 0.3·0.4 is what background's −0.4·0.3 takes. Group 1 is alive, 2 single.
+    # Group 0: scores differ, but total rewards are equal (0.3·0.4 − 0.4·0.3 = 0). Group 1: rewards differ. Group 2: one
+    # record.
     scores = np.array([[0.5, 0.5, 0.5], [0.8, 0.1, 0.5], [0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]])
     groups = np.array([0, 0, 1, 1, 2])
     rewards = (2 * scores - 1) @ np.array(WEIGHTS)
@@ -99,12 +101,12 @@ def test_imitation_of_all_alike():
 def test_imitation_by_score_is_the_reward_in_zero_to_one():
     mapped = np.array([0.75, 0.4, 0.55, 0.65, 0.65, 0.0])
     np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
-    wider = sample_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # weights that sum to 2
+    wider = sample_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # score weights that sum to 2
     np.testing.assert_allclose(wider, mapped / 0.5, rtol=1e-6)
 
 
 def test_imitation_of_the_best_takes_one_a_group():
-    # The first of equals in group 1, and a single record however bad: 3 of 6, so weight 2.
+    # The first of two equal records in group 1, and the only record of group 2: 3 of 6 records, so their weight is 2.
     np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "best"), [2, 0, 0, 2, 0, 2])
 
 
@@ -139,11 +141,11 @@ def test_faults_are_told():
 
 
 def test_rollouts_are_compared_within_their_group_and_score():
-    """A loop over groups and scores, with the floor of the divisor, the limit and a dead group."""
+    """Against a loop over groups and scores, with the floor of the std, the limit and a group of equal rewards."""
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=(6, 4, 3)).astype(np.float32)
-    scores[:, 1] = 0.5 + 1e-5 * rng.normal(size=(6, 3))  # dead: every score but by a hair the same
-    scores[:, 2, 0] = 0.3 + 0.005 * rng.normal(size=6)  # spread below the floor of 0.02
+    scores[:, 1] = 0.5 + 1e-5 * rng.normal(size=(6, 3))  # nearly equal: std below 1e-3
+    scores[:, 2, 0] = 0.3 + 0.005 * rng.normal(size=6)  # std below the floor of 0.02
     scores[:, 3, 1] = np.where(np.arange(6) == 0, 1.0, 0.0)
     weights = np.asarray([0.4, 0.3, 0.3])
     advantages, spread = group_advantages(jnp.asarray(scores), weights)

@@ -1,4 +1,4 @@
-"""The estimators: values against loops and closed forms, what a group shares, the ratio contract of a real network."""
+"""Estimators: values against loops and closed forms, draws shared by a group, the ratio of a real network."""
 
 from functools import cache, partial
 from importlib.util import find_spec
@@ -86,17 +86,17 @@ def test_times_lie_in_the_noisiest_fraction_and_noise_is_standard_normal():
     assert abs(noise.std() - 1) < 0.01
     flat = noise.reshape(64 * 4, -1)
     correlation = flat @ flat.T / flat.shape[1] - np.eye(len(flat))
-    assert np.abs(correlation).max() < 0.4  # every pair (record, k) has a noise of its own
+    assert np.abs(correlation).max() < 0.4  # the noise of every pair (record, k) is independent
 
 
-def make_transitions(steps=2, samples=2, tokens=6, features=8) -> TransitionCache:
+def make_transitions(make_steps=2, samples=2, tokens=6, features=8) -> TransitionCache:
     rng = np.random.default_rng(2)
-    states = rng.normal(size=(samples, steps + 1, tokens, features)).astype(np.float32)
+    states = rng.normal(size=(samples, make_steps + 1, tokens, features)).astype(np.float32)
     region = rng.uniform(size=(samples, tokens, 4)).astype(np.float32)
-    region[:, :2] = 0.0  # what lies outside Ω does not count
+    region[:, :2] = 0.0  # two tokens outside Ω
     region /= region.sum((1, 2), keepdims=True)
     states, region = jnp.asarray(states), jnp.asarray(region)
-    return TransitionCache(states, jnp.linspace(0.8, 0.4, steps + 1), region, noise_level=0.7)
+    return TransitionCache(states, jnp.linspace(0.8, 0.4, make_steps + 1), region, noise_level=0.7)
 
 
 def scaled_tanh(scale, x, t):
@@ -105,7 +105,7 @@ def scaled_tanh(scale, x, t):
 
 @pytest.mark.torch
 def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
-    """By torch's Normal at each element, from the sampler's μ and std; its mean over Ω and steps."""
+    """Against torch's Normal at each element, with the sampler's μ and std, averaged over Ω and steps."""
     cache = make_transitions()
     log_prob, mean, std, predicted = jax.jit(partial(sde_log_prob, scaled_tanh))(0.7, cache)
     times, states = (np.asarray(x, np.float64) for x in (cache.times, cache.states))
@@ -126,9 +126,9 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
 
 
 def test_normalized_ratio_has_no_bias_and_the_spread_of_the_means():
-    """Steps drawn from the old policy: the mean log-ratio is −r²/2 with spread r/√D, the normalised 0 with spread r.
+    """For steps drawn from the old policy, the log-ratio has mean −r²/2 and std r/√D, the normalized one 0 and r.
 
-    Checked against the algebra, log ρ̂ = √D·mean(z·δ), and over many draws.
+    Checked against the formula log ρ̂ = √D·mean(z·δ), and over many draws.
     """
     samples, tokens, features, delta, std = 4000, 16, 8, 0.3, 0.5
     rng = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def test_normalized_ratio_has_no_bias_and_the_spread_of_the_means():
 
 
 def test_normalized_ratio_scales_the_gradient_at_the_old_policy():
-    """At μ = μ_old the gradient is √D times that of the mean log-probability: the correction adds none."""
+    """At μ = μ_old the gradient is √D times that of ℓ, because the bias correction has no gradient there."""
     cache = make_transitions()
     elements = 2 * 2 / (cache.region**2).sum((1, 2))  # channels · steps / Σ w²
     assert np.ptp(elements) > 0
@@ -164,7 +164,7 @@ def test_normalized_ratio_scales_the_gradient_at_the_old_policy():
 
 
 class Policy:
-    """ℓ of a FLUX model with experts and router, two records of one group and one of another."""
+    """ℓ of a FLUX model with experts and router, for two records of one group and one record of another."""
 
     GRID = (4, 8)
 
@@ -196,7 +196,7 @@ class Policy:
         return matching_log_prob(velocity, trainable, self.cache, temperature=TEMPERATURE)[0]
 
     def step(self, trainable, snapshot):
-        """Old ℓ by a forward pass of the snapshot, new ℓ in the program that differentiates it."""
+        """Return the new ℓ, the old ℓ from a forward pass of the snapshot, and the gradient of Σ ρ."""
 
         def loss(trainable, old):
             log_prob = self.log_prob(trainable)
@@ -208,8 +208,8 @@ class Policy:
 
 
 @pytest.fixture(scope="module")
-def steps(load_tiny_experts):
-    """Experts of a dtype, and `Policy.step` compiled."""
+def make_steps(load_tiny_experts):
+    """Return a factory of (experts of a dtype, compiled `Policy.step`)."""
 
     @cache
     def make(dtype, estimator="matching"):
@@ -221,9 +221,9 @@ def steps(load_tiny_experts):
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])
-def test_equal_parameters_give_a_ratio_of_one(steps, dtype, limit, estimator):
-    """A forward pass and the one that is differentiated agree; with other parameters they do not."""
-    trainable, step = steps(dtype, estimator)
+def test_equal_parameters_give_a_ratio_of_one(make_steps, dtype, limit, estimator):
+    """Forward pass and differentiated pass agree for equal parameters, and differ for other parameters."""
+    trainable, step = make_steps(dtype, estimator)
     snapshot = jax.tree.map(np.array, trainable)
     log_prob, old, gradient = step(trainable, snapshot)
     assert np.isfinite(log_prob).all()
@@ -235,8 +235,8 @@ def test_equal_parameters_give_a_ratio_of_one(steps, dtype, limit, estimator):
     assert np.abs(log_prob - old).max() > 10 * limit
 
 
-def test_the_policy_gradient_reaches_experts_and_router(steps):
-    trainable, step = steps("float32")
+def test_the_policy_gradient_reaches_experts_and_router(make_steps):
+    trainable, step = make_steps("float32")
     _, _, gradient = step(trainable, trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)

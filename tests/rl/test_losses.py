@@ -1,4 +1,4 @@
-"""The clipped policy loss against PPO's formula in torch."""
+"""The clipped policy loss against PPO's formula in torch, the flow-matching error, and the temperature."""
 
 from importlib.util import find_spec
 
@@ -13,21 +13,21 @@ if find_spec("torch"):
     import torch
 
 EPSILON = 0.2
-# Log-ratios inside, above and below the clip range, and beyond ±3, each with either sign of the advantage.
+# Log-ratios inside, above and below the clip range, and beyond ±3, each with both signs of the advantage.
 LOG_RATIOS = np.tile([0.0, 0.1, -0.15, 0.5, -0.6, 3.5, -4.0], 2).astype(np.float32)
 ADVANTAGES = np.repeat([1.3, -0.7], 7).astype(np.float32)
 OLD = np.linspace(-2, 1, 14, dtype=np.float32)
 
 
 def ppo(log_prob: "torch.Tensor") -> "torch.Tensor":
-    """−mean min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A), the objective of 1707.06347 to be minimised."""
+    """Compute −mean min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A), the negated objective of 1707.06347."""
     ratio = torch.exp(torch.clamp(log_prob - torch.from_numpy(OLD), -3, 3))
     advantages = torch.from_numpy(ADVANTAGES)
     return -torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - EPSILON, 1 + EPSILON) * advantages).mean()
 
 
 @pytest.fixture
-def loss_and_gradients():
+def compute_loss_and_gradients():
     def loss(log_prob, old, advantages):
         return clipped_policy_loss(log_prob - jax.lax.stop_gradient(old), advantages, clip_range=EPSILON)
 
@@ -36,8 +36,8 @@ def loss_and_gradients():
 
 
 @pytest.mark.torch
-def test_loss_and_gradient_are_ppos(loss_and_gradients):
-    value, _, (gradient, *_) = loss_and_gradients
+def test_loss_and_gradient_are_ppos(compute_loss_and_gradients):
+    value, _, (gradient, *_) = compute_loss_and_gradients
     log_prob = torch.from_numpy(OLD + LOG_RATIOS).requires_grad_()
     theirs = ppo(log_prob)
     theirs.backward()
@@ -45,8 +45,8 @@ def test_loss_and_gradient_are_ppos(loss_and_gradients):
     np.testing.assert_allclose(gradient, log_prob.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_there_is_a_gradient_only_where_a_step_is_not_clipped(loss_and_gradients):
-    _, _, (gradient, to_old, to_advantages) = loss_and_gradients
+def test_there_is_a_gradient_only_where_a_step_is_not_clipped(compute_loss_and_gradients):
+    _, _, (gradient, to_old, to_advantages) = compute_loss_and_gradients
     ratio = np.exp(LOG_RATIOS)
     gained = ((ADVANTAGES > 0) & (ratio > 1 + EPSILON)) | ((ADVANTAGES < 0) & (ratio < 1 - EPSILON))
     held = gained | (np.abs(LOG_RATIOS) > 3)
@@ -56,8 +56,8 @@ def test_there_is_a_gradient_only_where_a_step_is_not_clipped(loss_and_gradients
     assert not np.any(to_old) and not np.any(to_advantages)
 
 
-def test_metrics(loss_and_gradients):
-    _, metrics, _ = loss_and_gradients
+def test_metrics(compute_loss_and_gradients):
+    _, metrics, _ = compute_loss_and_gradients
     log_ratio = np.clip(LOG_RATIOS, -3, 3)
     ratio = np.exp(log_ratio)
     assert float(metrics["mean_ratio"]) == pytest.approx(ratio.mean(), rel=1e-5)

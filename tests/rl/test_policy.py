@@ -1,4 +1,4 @@
-"""The policy's loss by each estimator, on a velocity that is a plain function."""
+"""The policy loss of each estimator, with a plain function as the velocity."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -90,7 +90,7 @@ def test_the_draw_of_an_expert_joins_the_ratio(estimator):
 
 @pytest.mark.torch
 def test_nft_loss_is_the_contrast_of_two_policies():
-    """Against the paper's formula in torch, with its gradient."""
+    """Loss and gradient agree with the paper's formula in torch."""
     rng = np.random.default_rng(1)
     new, old, target = (rng.normal(size=(4, N, C4)).astype(np.float32) for _ in range(3))
     r, beta, region = np.asarray([0.0, 0.3, 0.5, 1.0], np.float32), 0.6, np.full((4, N, 4), 1 / (4 * N), np.float32)
@@ -110,7 +110,7 @@ def test_optimality_is_half_where_there_is_no_advantage():
 
 
 def test_nft_first_gradient_is_matchings_with_another_weight():
-    """∇ = mean (2r − 1)·∇‖v − v*‖² = mean A/5·∇error, whatever β; matching's is A/τ times the same."""
+    """∇ = mean (2r − 1)·∇‖v − v*‖² = mean A/5·∇error for every β. The gradient of matching is mean A/τ·∇error."""
     gradients = [
         jax.grad(lambda p, beta=beta: loss_of(replace(MATCHING, estimator="nft", nft_beta=beta), p, PARAMS)[0])(PARAMS)
         for beta in (0.1, 1.0)
@@ -137,7 +137,7 @@ def test_no_gradient_flows_into_the_old_policy(estimator):
 
 def test_distance_is_the_mean_square_over_each_records_region():
     region = np.zeros((B, N, 4), np.float32)
-    region[np.arange(B), np.arange(B), 0] = 1.0  # record i: the first cell of token i alone
+    region[np.arange(B), np.arange(B), 0] = 1.0  # record i: only the first cell of token i
     velocities = np.random.default_rng(1).normal(size=(2 * B, N, C4)).astype(np.float32)  # two points a record
     ours = velocity_distance(jnp.asarray(velocities), jnp.zeros_like(velocities), jnp.asarray(region))
     cells = [(velocities[row, row // 2].reshape(C4 // 4, 4)[:, 0] ** 2).mean() for row in range(2 * B)]

@@ -1,4 +1,4 @@
-"""Rollouts: what members of a group share, and what the samplers hand to the policy."""
+"""Rollouts: the noise that samples of a group share, and the states that the samplers return for the policy."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_a_rollout_of_the_ode_is_eulers_from_the_first_noise():
 
 
 def test_a_stochastic_rollout_keeps_its_noisy_steps():
-    """At any (traced) first step: states and times of the window, each with a noise of its own."""
+    """For every (traced) first step, states and times are those of the window, and each step has its own noise."""
 
     def run(first):
         return roll_out(pull, draw, TIMES, NoisySteps(first, count=2, noise_level=0.7))

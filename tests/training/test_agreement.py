@@ -15,8 +15,8 @@ from ra_jax.training.setup import set_up
 
 
 @pytest.fixture
-def beside(monkeypatch):
-    """beside(plan): from now on there is another process, which has this plan."""
+def add_process(monkeypatch):
+    """add_process(plan): from now on there is another process, which has this plan."""
 
     def use(plan):
         other = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
@@ -26,10 +26,10 @@ def beside(monkeypatch):
     return use
 
 
-def test_processes_with_other_plans_are_refused(beside):
+def test_processes_with_other_plans_are_refused(add_process):
     plan = {"records": [1, 2], "settings": {"a": 1}}
     check_same_plan(plan | {"records": [2]})
-    beside(plan)
+    add_process(plan)
     check_same_plan(plan)
     with pytest.raises(ConfigError, match="the processes do not have the same records: give"):
         check_same_plan(plan | {"records": [2, 1]})
@@ -37,7 +37,7 @@ def test_processes_with_other_plans_are_refused(beside):
         check_same_plan({"records": [], "settings": {}})
 
 
-def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, beside):
+def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, add_process):
     config = make_config()
     records = load_training_records(config)
     plan = run_signature(config, records, records, None)
@@ -54,7 +54,7 @@ def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, 
     assert differs(config, records, records[:1], None) == ["records to preview"]
     assert differs(config, records, records, tmp_path / "4") == ["checkpoint to resume from"]
     assert differs(make_config(learning_rate=0.02), records, records, None) == ["settings"]
-    beside(plan | {next(iter(plan)): None})
+    add_process(plan | {next(iter(plan)): None})
     with pytest.raises(ConfigError, match=r"the same records \(.*labeled_dict.json\): give"):
         set_up(config)
 

@@ -43,13 +43,13 @@ def updates_of(setup, steps=2, drift=0):
     return state, rows
 
 
-def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(automatic, changed):
+def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(make_automatic_config, find_changed_leaves):
     """ρ is exactly 1 in the first update, whose parameters are the old policy, and moves in the second."""
-    setup = set_up(automatic(adam_weight_decay=0.0))
+    setup = set_up(make_automatic_config(adam_weight_decay=0.0))
     frozen, before = jax.tree.map(np.array, (setup.frozen, setup.state.trainable))
     state, rows = updates_of(setup, drift=1)
-    assert changed(frozen, setup.frozen) == set()
-    assert changed(before, state.trainable) == set(named_leaves(before))
+    assert find_changed_leaves(frozen, setup.frozen) == set()
+    assert find_changed_leaves(before, state.trainable) == set(named_leaves(before))
     assert state.old_params is None  # the weights that a step begins with are its old policy
     for updates, _ in rows:
         assert updates["mean_ratio"][0] == 1.0 != updates["mean_ratio"][1]
@@ -72,20 +72,26 @@ def test_a_step_reports_the_ratio_of_its_last_update():
     }
 
 
-def test_the_draw_of_an_expert_joins_the_ratio_and_teaches_the_router(automatic, photos, changed):
+def test_the_draw_of_an_expert_joins_the_ratio_and_teaches_the_router(
+    make_automatic_config, photo_flags, find_changed_leaves
+):
     """With one-hot gates and without the other losses, nothing else reaches the router."""
-    setup = set_up(automatic(routing="sample", diversity_loss_weight=0.0, adam_weight_decay=0.0, **photos))
+    setup = set_up(
+        make_automatic_config(routing="sample", diversity_loss_weight=0.0, adam_weight_decay=0.0, **photo_flags)
+    )
     before = jax.tree.map(np.array, setup.state.trainable)
     state, rows = updates_of(setup, steps=1)
     assert rows[0][0]["mean_ratio"][0] == 1.0 != rows[0][0]["mean_ratio"][1]
-    assert "router/logits/kernel" in changed(before, state.trainable)
+    assert "router/logits/kernel" in find_changed_leaves(before, state.trainable)
 
 
 @pytest.mark.parametrize(("estimator", "precision", "bound"), [("matching", "bf16", 1e-3), ("sde", "no", 1e-6)])
-def test_equal_parameters_give_equal_log_probabilities(automatic, photos, optimised, estimator, precision, bound):
+def test_equal_parameters_give_equal_log_probabilities(
+    make_automatic_config, photo_flags, with_optimizations, estimator, precision, bound
+):
     """The second update by weights that the first did not move, against the record that it left."""
     flags = {"policy_estimator": estimator, "mixed_precision": precision, "policy_temperature": 1.0}
-    for updates, _ in updates_of(set_up(automatic(**flags, **STILL, **photos)))[1]:
+    for updates, _ in updates_of(set_up(make_automatic_config(**flags, **STILL, **photo_flags)))[1]:
         assert updates["mean_ratio"][0] == 1.0
         assert abs(np.log(updates["mean_ratio"][1])) <= bound
         assert updates["clip_fraction"][1] == 0.0
@@ -95,9 +101,9 @@ def broken(inputs):
     return jnp.full(inputs.image.shape[:1], jnp.nan)
 
 
-def test_ten_steps_without_rewards_stop_the_run(automatic, monkeypatch, caplog):
+def test_ten_steps_without_rewards_stop_the_run(make_automatic_config, monkeypatch, caplog):
     monkeypatch.setitem(REWARDS, "removal", replace(REWARDS["removal"], function=broken))
-    config = automatic(max_train_steps=14, num_iterations=1, rollout_steps=1)
+    config = make_automatic_config(max_train_steps=14, num_iterations=1, rollout_steps=1)
     with (
         caplog.at_level(logging.WARNING),
         pytest.raises(
@@ -114,26 +120,28 @@ def test_ten_steps_without_rewards_stop_the_run(automatic, monkeypatch, caplog):
     assert "falling back" in (output / "report.html").read_text()
 
 
-def test_a_python_function_as_reward(automatic, photos, steps_of, tmp_path, monkeypatch):
+def test_a_python_function_as_reward(make_automatic_config, photo_flags, run_steps, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "import numpy as np\n\n\ndef dark(inputs):\n    return 1.0 - np.asarray(inputs.image).mean((1, 2, 3))\n\n\n"
         "def wrong(inputs):\n    return inputs.image\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    setup = set_up(automatic(reward_functions=["my_rewards:dark=0.5", "smoothness=0.5"], log_freq=100, **photos))
-    _, rows = steps_of(setup, 1)
+    setup = set_up(
+        make_automatic_config(reward_functions=["my_rewards:dark=0.5", "smoothness=0.5"], log_freq=100, **photo_flags)
+    )
+    _, rows = run_steps(setup, 1)
     assert 0.0 < rows[0]["dark_score"] < 1.0
     assert rows[0]["mean_reward"] == pytest.approx(
         0.5 * (2 * rows[0]["dark_score"] - 1) + 0.5 * (2 * rows[0]["smoothness_score"] - 1), abs=1e-5
     )
     with pytest.raises(RewardError, match=r"wrong.*\(2, 32, 32, 3\)"):
-        set_up(automatic(reward_functions=["my_rewards:wrong"]))
+        set_up(make_automatic_config(reward_functions=["my_rewards:wrong"]))
 
 
-def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(automatic, photos):
+def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(make_automatic_config, photo_flags):
     """A whole run by nft, with previews, which have no truth to show."""
     flags = {"max_train_steps": 1, "policy_estimator": "nft", "kl_weight": 0.1}
-    output = train(automatic(validation_steps=1, num_inference_steps=2, **flags, **photos))
+    output = train(make_automatic_config(validation_steps=1, num_inference_steps=2, **flags, **photo_flags))
     (row,) = read_rows(output / "metrics.jsonl")
     assert "base_loss" not in row
     promised = {"removal_score", "background_score", "smoothness_score", "policy_loss", "kl_loss", "policy_change"}
@@ -141,46 +149,48 @@ def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(au
     assert (output / "previews" / "step_000001.png").exists()
 
 
-def test_too_short_a_rollout_for_the_stochastic_steps(automatic):
+def test_too_short_a_rollout_for_the_stochastic_steps(make_automatic_config):
     with pytest.raises(ConfigError, match=r"rollout_steps = 2 with sde_window = 2.*raise --rollout_steps"):
-        set_up(automatic(policy_estimator="sde", rollout_steps=2))
+        set_up(make_automatic_config(policy_estimator="sde", rollout_steps=2))
 
 
-def test_several_results_of_a_scene_are_warned_of(automatic, scored_scenes, caplog):
+def test_several_results_of_a_scene_are_warned_of(make_automatic_config, scored_scenes, caplog):
     with caplog.at_level(logging.WARNING):
-        set_up(automatic(train_json_path=str(scored_scenes / "labeled_dict.json")))
+        set_up(make_automatic_config(train_json_path=str(scored_scenes / "labeled_dict.json")))
     assert "24 records of 6 scenes" in caplog.text
 
 
 @pytest.mark.parametrize(("ema_decay", "part"), [(0.0, "trainable"), (0.9, "ema")])
-def test_a_run_begins_with_another_runs_experts(automatic, changed, config_in, tmp_path, ema_decay, part):
+def test_a_run_begins_with_another_runs_experts(
+    make_automatic_config, find_changed_leaves, make_config_in, tmp_path, ema_decay, part
+):
     """Human-scored GRPO, then automatic GRPO from its experts (averaged, where it averaged), on the same base."""
-    human = config_in(tmp_path / "human", ema_decay=ema_decay)
+    human = make_config_in(tmp_path / "human", ema_decay=ema_decay)
     trained = set_up(human)
     moved = [jax.tree.map(lambda x, by=by: x + by, trained.state.trainable) for by in (0.1, 0.2)]
     checkpoints = RunCheckpoints(human, trained)
     checkpoints.save(1, replace(trained.state, trainable=moved[0], ema=moved[1] if ema_decay else None))
     checkpoints.close()
-    setup = set_up(automatic(init_experts_from=human.run.output_dir))
-    assert changed({"trainable": moved[0], "ema": moved[1]}[part], setup.state.trainable) == set()
+    setup = set_up(make_automatic_config(init_experts_from=human.run.output_dir))
+    assert find_changed_leaves({"trainable": moved[0], "ema": moved[1]}[part], setup.state.trainable) == set()
     assert int(setup.state.step) == 0
 
 
-def test_experts_that_cannot_be_begun_with(automatic, tmp_path):
+def test_experts_that_cannot_be_begun_with(make_automatic_config, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        set_up(automatic(init_experts_from=str(tmp_path)))
+        set_up(make_automatic_config(init_experts_from=str(tmp_path)))
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_bit_for_bit(automatic, changed, dies_at):
+def test_an_interrupted_run_resumes_bit_for_bit(make_automatic_config, find_changed_leaves, interrupt_at):
     """With rewards every other step, drawn experts, averages, several updates and a schedule."""
     flags = {"routing": "sample", "reward_interval": 2, "ema_decay": 0.9, "lr_scheduler": "cosine"}
     flags |= {"max_train_steps": 4, "checkpointing_steps": 2}
-    straight, stopped = automatic(**flags), automatic(**flags)
+    straight, stopped = make_automatic_config(**flags), make_automatic_config(**flags)
     train(straight)
-    dies_at(3, lambda: train(stopped))
+    interrupt_at(3, lambda: train(stopped))
     resumed = replace(stopped, run=replace(stopped.run, resume_from_checkpoint="latest"))
     train(resumed)
     like = set_up(resumed).state
     ended = [restore(find_checkpoint(config.run.output_dir), like) for config in (resumed, straight)]
-    assert changed(*ended) == set()
+    assert find_changed_leaves(*ended) == set()

@@ -64,21 +64,21 @@ def test_standard_batches(make_config, standard):
     check_schema(batch, parts)
 
 
-def test_automatic_batches(automatic, photos):
-    batch, parts = first_batch(automatic())
+def test_automatic_batches(make_automatic_config, photo_flags):
+    batch, parts = first_batch(make_automatic_config())
     assert parts == {"photos", "results", "redux", "training"}
     check_schema(batch, parts)
-    batch, parts = first_batch(automatic(**photos))
+    batch, parts = first_batch(make_automatic_config(**photo_flags))
     assert parts == {"photos", "redux", "training"}
     check_schema(batch, parts)
 
 
-def test_batches_of_a_pack_with_latents(make_config, automatic, standard, packed):
+def test_batches_of_a_pack_with_latents(make_config, make_automatic_config, standard, packed):
     batch, parts = first_batch(make_config(**standard | packed))
     assert parts == {"results", "latents", "training"}
     sizes = check_schema(batch, parts)
     assert {letter: sizes[letter] for letter in ("N", "C4", "T", "D")} == {"N": 32, "C4": 16, "T": 4, "D": 32}
-    batch, parts = first_batch(automatic(**packed))  # rewards are of photos
+    batch, parts = first_batch(make_automatic_config(**packed))  # rewards are of photos
     assert parts == {"photos", "results", "latents", "training"}
     check_schema(batch, parts)
 

@@ -13,14 +13,14 @@ WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0)
 
 
 @pytest.fixture(scope="module")
-def guard(automatic, scored_scenes):
+def guard(make_automatic_config, scored_scenes):
     """(a guard over the scenes' truths, the set-up of its run)."""
-    setup = set_up(automatic(val_json_path=str(scored_scenes / "triplets.json"), max_drift=0.05))
+    setup = set_up(make_automatic_config(val_json_path=str(scored_scenes / "triplets.json"), max_drift=0.05))
     return setup.guard, setup
 
 
 @pytest.fixture
-def evaluate_policy():
+def bare_guard():
     """A guard that only judges."""
     guard = DriftGuard.__new__(DriftGuard)
     guard.limit, guard.best_score = 0.05, -np.inf
@@ -46,31 +46,31 @@ def test_the_limit_holds_for_either_measure_and_nothing_is_within_it_that_is_no_
         assert "nan" in broken.excess(0.05)
 
 
-def test_the_best_has_the_highest_reward_of_what_is_within_the_limit(evaluate_policy):
+def test_the_best_has_the_highest_reward_of_what_is_within_the_limit(bare_guard):
     def best(reward, drift=WITHIN):
-        return evaluate_policy.is_best(drift, {} if reward is None else {"mean_reward": reward}, "automatic")
+        return bare_guard.is_best(drift, {} if reward is None else {"mean_reward": reward}, "automatic")
 
     assert [best(None), best(-0.4), best(-0.5), best(-0.35), best(None), best(0.9, Drift(0.3, 0.2, 1.0))] == [
         *(False, True, False, True, False, False)
     ]
 
 
-def test_without_generated_images_the_best_has_the_lowest_flow_loss(evaluate_policy):
-    found = [evaluate_policy.is_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
+def test_without_generated_images_the_best_has_the_lowest_flow_loss(bare_guard):
+    found = [bare_guard.is_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
     assert found == [True, False, True]
 
 
-def test_the_best_of_earlier_rows_is_remembered(evaluate_policy):
+def test_the_best_of_earlier_rows_is_remembered(bare_guard):
     row = {f"held_out_{name}": value for name, value in vars(WITHIN).items()}
-    evaluate_policy.restore_best_score(
+    bare_guard.restore_best_score(
         [row | {"mean_reward": 0.2}, {"mean_reward": 0.9}, {"held_out_flow_loss": 0.1}], "automatic"
     )
-    assert evaluate_policy.best_score == 0.2
+    assert bare_guard.best_score == 0.2
 
 
-def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(automatic, scored_scenes):
+def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(make_automatic_config, scored_scenes):
     """A policy that pulls a hundred times too hard."""
-    config = automatic(
+    config = make_automatic_config(
         val_json_path=str(scored_scenes / "triplets.json"),
         max_drift=0.05,
         drift_steps=1,

@@ -38,9 +38,9 @@ def final_state(folder, config):
 
 
 @pytest.fixture(scope="module")
-def straight(config_in, tmp_path_factory):
+def straight(make_config_in, tmp_path_factory):
     """A run of six steps that nobody disturbed, with previews."""
-    config = config_in(
+    config = make_config_in(
         tmp_path_factory.mktemp("straight"),
         validation_steps=3,
         num_inference_steps=2,
@@ -71,9 +71,9 @@ def test_previews_show_four_panels_a_scene_and_change(straight):
     assert not np.array_equal(first, last)
 
 
-def test_killed_run_resumes_bit_for_bit(straight, make_config, dies_at):
+def test_killed_run_resumes_bit_for_bit(straight, make_config, interrupt_at):
     """Stopped at step 5, after the checkpoint of step 3: steps 4 and 5 are run again, and their rows replaced."""
-    dies_at(5, lambda: train(make_config(**RUN)))
+    interrupt_at(5, lambda: train(make_config(**RUN)))
     resumed = make_config(resume_from_checkpoint="latest", **RUN)
     folder = train(resumed)
     assert rows(folder) == rows(straight)
@@ -140,10 +140,10 @@ def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_r
     RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
 
 
-def test_other_run_in_the_folder_is_refused_and_kept(straight, config_in):
+def test_other_run_in_the_folder_is_refused_and_kept(straight, make_config_in):
     before = (straight / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume_from_checkpoint latest"):
-        train(config_in(straight.parent))
+        train(make_config_in(straight.parent))
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
@@ -164,23 +164,23 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(make_config, tmp_
     assert (tmp_path / "removed" / "file").exists()
 
 
-def test_faulty_data_leaves_an_overwritten_run_alone(straight, config_in, tmp_path):
+def test_faulty_data_leaves_an_overwritten_run_alone(straight, make_config_in, tmp_path):
     """`--overwrite_output_dir` deletes only once data and model are sound."""
     (tmp_path / "bad.json").write_text(json.dumps([{"src": "missing.png", "mask": "missing.png"}]))
     with pytest.raises(DataError):
-        train(config_in(straight.parent, overwrite_output_dir=True, train_json_path=str(tmp_path / "bad.json")))
+        train(make_config_in(straight.parent, overwrite_output_dir=True, train_json_path=str(tmp_path / "bad.json")))
     assert (straight / "metrics.jsonl").exists()
 
 
-def test_faulty_previews_leave_an_overwritten_run_alone(straight, config_in):
+def test_faulty_previews_leave_an_overwritten_run_alone(straight, make_config_in):
     with pytest.raises(DataError, match=r"nowhere.json: no such file"):
-        train(config_in(straight.parent, overwrite_output_dir=True, val_json_path="nowhere.json"))
+        train(make_config_in(straight.parent, overwrite_output_dir=True, val_json_path="nowhere.json"))
     assert (straight / "metrics.jsonl").exists()
 
 
-def test_going_back_within_a_run_is_refused(straight, config_in):
+def test_going_back_within_a_run_is_refused(straight, make_config_in):
     """Checkpoint 6 would stay, and be taken for the latest of what is trained from 3."""
-    config = config_in(straight.parent, resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN)
+    config = make_config_in(straight.parent, resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN)
     with pytest.raises(ConfigError, match=r"3 is not the latest of the run in output_dir .*choose another"):
         train(config)
 

@@ -29,8 +29,8 @@ def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
     return {name: str(folder / name) for name in ("labeled_dict", "triplets")}
 
 
-def losses(setup, steps_of):
-    return [(row["train_loss"], row["grad_norm"]) for row in steps_of(setup, 3)[1]]
+def losses(setup, run_steps):
+    return [(row["train_loss"], row["grad_norm"]) for row in run_steps(setup, 3)[1]]
 
 
 def convolutions(setup) -> int:
@@ -40,18 +40,19 @@ def convolutions(setup) -> int:
     return programs._compile_plain(abstract((setup.state, setup.frozen, batch))).as_text().count(" convolution(")
 
 
-def test_human_scored_steps(packed, make_config, steps_of):
+def test_human_scored_steps(packed, make_config, run_steps):
     files = set_up(make_config(**HUMAN))
     pack = set_up(make_config(**HUMAN, train_json_path=packed["labeled_dict"], overwrite_output_dir=True))
     batch = next(islice(pack.loader.iterate(), 1))
     assert not {"source", "result", "reference", "redux_pixels"} & set(batch)
-    np.testing.assert_allclose(losses(pack, steps_of), losses(files, steps_of), rtol=2e-5)
+    np.testing.assert_allclose(losses(pack, run_steps), losses(files, run_steps), rtol=2e-5)
     assert convolutions(pack) == 0 < convolutions(files)
 
 
-def test_steps_on_automatic_rewards_have_photos_beside_the_same_latents(packed, automatic):
+def test_steps_on_automatic_rewards_have_photos_beside_the_same_latents(packed, make_automatic_config):
     setups = [
-        set_up(automatic(mask_augmentation=False, **flags)) for flags in ({}, {"train_json_path": packed["triplets"]})
+        set_up(make_automatic_config(mask_augmentation=False, **flags))
+        for flags in ({}, {"train_json_path": packed["triplets"]})
     ]
     found = []
     for setup in setups:

@@ -25,9 +25,9 @@ class Compiled:
 
 
 @pytest.fixture
-def uncompiled(automatic, monkeypatch):
+def compile_nothing(make_automatic_config, monkeypatch):
     """(setup, its programs, the settings they were compiled with so far), nothing really compiled."""
-    setup, tried = set_up(automatic(decode_batch_size=8, train_batch_size=4)), []
+    setup, tried = set_up(make_automatic_config(decode_batch_size=8, train_batch_size=4)), []
 
     def compile_(self, settings, arguments):
         tried.append(settings)
@@ -48,19 +48,19 @@ def uncompiled(automatic, monkeypatch):
     return run
 
 
-def test_rewards_every_other_step(uncompiled):
-    rows, tried = uncompiled(10**12, steps=3, interval=2)
+def test_rewards_every_other_step(compile_nothing):
+    rows, tried = compile_nothing(10**12, steps=3, interval=2)
     assert rows == [{"mean_reward": 0.0}, {}, {"mean_reward": 0.0}]
     assert tried == [4, None]
 
 
-def test_a_step_that_does_not_fit_decodes_less_at_once(uncompiled):
-    assert uncompiled(2 * 10**9) == ([{"mean_reward": 0.0}], [4, 2])
+def test_a_step_that_does_not_fit_decodes_less_at_once(compile_nothing):
+    assert compile_nothing(2 * 10**9) == ([{"mean_reward": 0.0}], [4, 2])
 
 
-def test_a_step_that_never_fits_goes_on_without_rewards(uncompiled, caplog):
+def test_a_step_that_never_fits_goes_on_without_rewards(compile_nothing, caplog):
     with caplog.at_level(logging.WARNING):
-        rows, tried = uncompiled(10**8, steps=2)
+        rows, tried = compile_nothing(10**8, steps=2)
     assert rows == [{"reward_fallbacks": 1.0}, {}]
     assert tried == [4, 2, 1, None]
     assert "Failed to compute GRPO rewards, falling back to simple loss" in caplog.text
@@ -68,13 +68,13 @@ def test_a_step_that_never_fits_goes_on_without_rewards(uncompiled, caplog):
     assert "--gradient_checkpointing full" in caplog.text
 
 
-def test_a_step_that_never_fits_has_nothing_to_go_on_with_without_results(uncompiled):
+def test_a_step_that_never_fits_has_nothing_to_go_on_with_without_results(compile_nothing):
     with pytest.raises(ConfigError, match=r"needs 1.0 GB .*no simple loss to fall back to"):
-        uncompiled(10**8, results=False)
+        compile_nothing(10**8, results=False)
 
 
-def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypatch, caplog):
-    setup = set_up(automatic(decode_batch_size=1))
+def test_a_compiler_that_finds_no_room_counts_as_not_fitting(make_automatic_config, monkeypatch, caplog):
+    setup = set_up(make_automatic_config(decode_batch_size=1))
 
     def compile_(self, settings, arguments):
         if settings.rollouts is not None:
@@ -87,11 +87,11 @@ def test_a_compiler_that_finds_no_room_counts_as_not_fitting(automatic, monkeypa
 
 
 @pytest.mark.slow
-def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
+def test_memory_grows_with_the_group_by_its_latents_alone(make_automatic_config, photo_flags):
     """Temporaries of the compiled step: from 2 to 8 rollouts a condition."""
 
     def temporaries(generations):
-        setup = set_up(automatic(num_generations=generations, log_freq=100, **photos))
+        setup = set_up(make_automatic_config(num_generations=generations, log_freq=100, **photo_flags))
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
         program = setup.partitioner.compile(step, setup.state, setup.frozen, next(setup.batches()))
         latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one member of each condition
@@ -101,8 +101,8 @@ def test_memory_grows_with_the_group_by_its_latents_alone(automatic, photos):
     assert many - few < 6 * 4 * latents
 
 
-def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(automatic, monkeypatch):
-    setup, going_on, forgotten = set_up(automatic()), threading.Event(), []
+def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(make_automatic_config, monkeypatch):
+    setup, going_on, forgotten = set_up(make_automatic_config()), threading.Event(), []
     monkeypatch.setattr(programs, "clear_jit_caches", forgotten.append)
 
     def compile_(self, *_):

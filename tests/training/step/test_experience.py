@@ -1,4 +1,4 @@
-"""What rewards make of a step: advantages, none where they fail, nothing where they are equal."""
+"""Advantages of a step: of equal rewards, of rewards that are not finite, and of the worse rollouts."""
 
 from dataclasses import replace
 
@@ -24,11 +24,11 @@ def broken(inputs):
     return jnp.where(inputs.image.mean((1, 2, 3)) > -1.0, jnp.nan, 0.0)
 
 
-def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic, photos, steps_of):
-    """A constant reward: advantages are 0, so that without the other losses no weight moves."""
-    setup = set_up(automatic(diversity_loss_weight=0.0, adam_weight_decay=0.0, **photos))
+def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(make_automatic_config, photo_flags, run_steps):
+    """With a constant reward all advantages are 0. Without the other losses no weight changes."""
+    setup = set_up(make_automatic_config(diversity_loss_weight=0.0, adam_weight_decay=0.0, **photo_flags))
     constant = (Reward("constant", lambda inputs: jnp.full(inputs.image.shape[:1], 0.7), 1.0),)
-    _, rows = steps_of(add_rewards(setup, constant), 1)
+    _, rows = run_steps(add_rewards(setup, constant), 1)
     assert rows[0]["grad_norm"] == 0.0
     assert rows[0]["frac_reward_zero_std"] == 1.0
     assert rows[0]["mean_reward"] == pytest.approx(0.4)
@@ -44,27 +44,27 @@ def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(automatic, phot
         ({"policy_estimator": "sde", "negative_advantages": "drop"}, True),
     ],
 )
-def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(automatic, flags, dropped):
-    settings = step_settings(automatic(**flags), (Reward("mine", broken, 1.0),)).rollouts
+def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(make_automatic_config, flags, dropped):
+    settings = step_settings(make_automatic_config(**flags), (Reward("mine", broken, 1.0),)).rollouts
     samples = Sample(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
     scores = jnp.asarray([0.1, 0.4, 0.6, 0.9]).reshape(1, 4, 1, 1)
-    objective = Objective(None, None, None)  # means over the replicas are all that is asked of it
+    objective = Objective(None, None, None)  # `add_rewards` uses only its means and sums
     found, _ = experience.add_rewards(objective, experience.Experience(None, None, samples=samples), scores, settings)
     signs = np.sign(np.asarray(found.advantages).ravel())
     assert list(signs) == ([0, 0, 1, 1] if dropped else [-1, -1, 1, 1])
 
 
-def test_without_the_grpo_loss_rewards_are_only_looked_at(automatic, steps_of):
-    _, rows = steps_of(set_up(automatic(enable_grpo_loss=False)), 1)
+def test_without_the_grpo_loss_rewards_are_only_looked_at(make_automatic_config, run_steps):
+    _, rows = run_steps(set_up(make_automatic_config(enable_grpo_loss=False)), 1)
     assert "mean_reward" in rows[0] and "policy_loss" not in rows[0]
 
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
-def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(automatic, steps_of, estimator):
-    """The weights then are those of a step without rewards; what only rewards could tell is not told."""
+def test_rewards_that_are_not_finite_drop_the_policy_term_for_that_step(make_automatic_config, run_steps, estimator):
+    """The weights are those of a step without rewards, and the metrics of rewards and policy are NaN."""
     flags = {"policy_estimator": estimator, "log_freq": 100, "adam_weight_decay": 0.0}
-    setups = [set_up(automatic(**flags)) for _ in range(2)]
-    state, rows = steps_of(add_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
+    setups = [set_up(make_automatic_config(**flags)) for _ in range(2)]
+    state, rows = run_steps(add_rewards(setups[0], (Reward("broken", broken, 1.0),)), 1)
     assert rows[0]["reward_fallbacks"] == 1.0
     assert np.isfinite(rows[0]["train_loss"])
     assert all(np.isnan(rows[0][name]) for name in ("mean_reward", "policy_loss", "mean_ratio"))

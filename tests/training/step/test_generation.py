@@ -1,56 +1,70 @@
 """What automatic mode generates: rollouts, their noise, draws of experts, and scores."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ra_jax.data.batch import Batch
 from ra_jax.data.diptych import right_panel
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rewards.registry import REWARDS, RewardInputs
 from ra_jax.rl.rollouts import Sample
-from ra_jax.training.setup import set_up
-from ra_jax.training.step.encode import Context, encode
+from ra_jax.training.setup import Setup, set_up
+from ra_jax.training.step.encode import Context, Encoded, encode
 from ra_jax.training.step.generation import decode_panels, generate_samples, sample_experts
 
 GENERATIONS, CONDITIONS = 3, 2
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """A batch and what a step generates for it; samples [G, B, ...], scores [G, B, S]."""
+
+    setup: Setup
+    batch: Batch
+    encoded: Encoded
+    samples: Sample
+    scores: jax.Array
+
+
 @pytest.fixture(scope="module")
-def rolled_out(automatic):
-    """(setup, batch, encoded, members, scores) of random experts, as the first step generates them."""
-    setup = set_up(automatic())
+def rollout(make_automatic_config):
+    """What the first step generates with random experts."""
+    setup = set_up(make_automatic_config())
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), setup.state.trainable)
     setup = replace(setup, state=replace(setup.state, trainable=noisy))
     batch = jax.tree.map(lambda x: x[0], next(setup.batches()))
-    return setup, batch, *generated(setup, batch)
+    return generate(setup, batch)
 
 
-def generated(setup, batch, **changes):
+def generate(setup, batch, **changes):
+    """The samples of a batch, with these changes of the rollout settings."""
     settings = replace(setup.step_settings.rollouts, **changes)
 
     @jax.jit
-    def generate(state, frozen, batch):
+    def run(state, frozen, batch):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
         context = Context(frozen, batch, encoded, state.seed, state.temperature)
         return encoded, *generate_samples(setup.objective, settings, state, context)
 
-    return generate(setup.state, setup.frozen, batch)
+    return Rollout(setup, batch, *run(setup.state, setup.frozen, batch))
 
 
-def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypatch):
+def test_a_rollout_is_what_removal_makes_of_the_same_noise(rollout, monkeypatch):
     """By `make_remover`, and by the scores of its pictures."""
-    setup, batch, *_ = rolled_out
+    setup, batch = rollout.setup, rollout.batch
 
     def fixed(group_keys, sample_keys, grid, features):
         keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
         return initial_noise(setup.loaded.model, keys, 32, 32)
 
     monkeypatch.setattr("ra_jax.training.step.generation.panel_noise", fixed)
-    encoded, samples, scores = generated(setup, batch)
+    generated = generate(setup, batch)
+    encoded, samples, scores = generated.encoded, generated.samples, generated.scores
     keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
     remove = make_remover(setup.loaded.model, setup.objective.schedule, num_inference_steps=6, guidance_scale=30.0)
     images, _ = remove(setup.state.trainable, setup.frozen, batch, initial_noise(setup.loaded.model, keys, 32, 32))
@@ -72,14 +86,14 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rolled_out, monkeypat
         np.testing.assert_allclose(scores[0, :, i], REWARDS[name].function(inputs), atol=1e-3)
 
 
-def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out, monkeypatch):
+def test_members_share_the_left_panels_noise_and_differ_on_the_right(rollout, monkeypatch):
     """The initial noise, seen where a rollout would begin."""
-    setup, batch, encoded, _, _ = rolled_out
+    setup, batch = rollout.setup, rollout.batch
     monkeypatch.setattr(
         "ra_jax.training.step.generation.roll_out", lambda velocity, noise, times, noisy: Sample(noise(jnp.asarray(0)))
     )
-    rows, columns = encoded.condition.grid
-    noise = np.asarray(generated(setup, batch)[1].clean).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
+    rows, columns = rollout.encoded.condition.grid
+    noise = np.asarray(generate(setup, batch).samples.clean).reshape(GENERATIONS, CONDITIONS, rows, columns, -1)
     left, right = noise[:, :, :, : columns // 2], noise[:, :, :, columns // 2 :]
     np.testing.assert_array_equal(left[0], left[1])
     assert not np.any(left[0, 0] == left[0, 1])  # another condition's
@@ -88,22 +102,22 @@ def test_members_share_the_left_panels_noise_and_differ_on_the_right(rolled_out,
     assert abs(noise.std() - 1) < 0.05
 
 
-def test_decoding_in_microbatches_gives_the_same_scores(rolled_out):
-    setup, batch, _, _, scores = rolled_out
-    np.testing.assert_allclose(generated(setup, batch, decode_batch_size=1)[2], scores, atol=1e-5)
+def test_decoding_in_microbatches_gives_the_same_scores(rollout):
+    one_at_a_time = generate(rollout.setup, rollout.batch, decode_batch_size=1)
+    np.testing.assert_allclose(one_at_a_time.scores, rollout.scores, atol=1e-5)
 
 
-def test_rollouts_depend_on_step_record_and_member_alone(rolled_out):
+def test_rollouts_depend_on_step_record_and_member_alone(rollout):
     """Conditions in another order generate the same, another step something else."""
-    setup, batch, _, samples, _ = rolled_out
+    setup, batch, samples = rollout.setup, rollout.batch, rollout.samples
     turned = {name: values[::-1] for name, values in batch.items()}
-    np.testing.assert_allclose(generated(setup, turned)[1].clean[:, ::-1], samples.clean, atol=1e-4)
+    np.testing.assert_allclose(generate(setup, turned).samples.clean[:, ::-1], samples.clean, atol=1e-4)
     later = replace(setup, state=replace(setup.state, step=jnp.asarray(1)))
-    assert np.abs(generated(later, batch)[1].clean - samples.clean).max() > 0.1
+    assert np.abs(generate(later, batch).samples.clean - samples.clean).max() > 0.1
 
 
-def test_drawn_experts_follow_the_gates(rolled_out):
-    settings = replace(rolled_out[0].step_settings.rollouts, sample_experts=True)
+def test_drawn_experts_follow_the_gates(rollout):
+    settings = replace(rollout.setup.step_settings.rollouts, sample_experts=True)
     gates = jnp.tile(jnp.asarray([[0.6, 0.3, 0.1]]), (4000, 1))
     weights, experts = sample_experts(settings, gates, jax.vmap(jax.random.key)(jnp.arange(4000)))
     np.testing.assert_allclose(weights.mean(0), gates[0], atol=0.03)

@@ -1,7 +1,8 @@
 """The train step: what moves and what does not, the ratio contract, accumulation, averaging."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import pytest
 from ra_jax.parallel.collectives import all_mean
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rl.rollouts import Sample
-from ra_jax.training.setup import set_up
+from ra_jax.training.programs import CompiledSteps
+from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.settings import StepSettings
+from ra_jax.training.step.state import TrainState
 from ra_jax.training.step.train_step import update_ema, update_temperature
 
 STANDARD = {
@@ -27,52 +30,68 @@ STANDARD = {
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
 
 
-def copied(tree):
+@dataclass(frozen=True)
+class Run:
+    """Some first steps of a run.
+
+    frozen_before, trainable_before: copies of the weights before the first step; state: after the last one; metrics:
+    one dictionary per step.
+    """
+
+    setup: Setup
+    frozen_before: Any
+    trainable_before: Any
+    state: TrainState
+    metrics: list[dict[str, Any]]
+    steps: CompiledSteps
+
+
+def copy(tree):
     return jax.tree.map(np.array, tree)
 
 
-def run(config, steps):
-    """(setup, frozen before, trainable before, state after, metrics of every step, the step's programs)."""
+def run(config, count):
+    """The first `count` steps of a run."""
     setup = set_up(config)
-    frozen, before = copied(setup.frozen), copied(setup.state.trainable)
-    step, state, metrics = setup.compiled_steps(), setup.state, []
-    for batch in islice(setup.batches(), steps):
-        state, row = step(state, setup.frozen, batch)
+    frozen, trainable = copy(setup.frozen), copy(setup.state.trainable)
+    steps, state, metrics = setup.compiled_steps(), setup.state, []
+    for batch in islice(setup.batches(), count):
+        state, row = steps(state, setup.frozen, batch)
         metrics.append(jax.device_get(row))
-    return setup, frozen, before, state, metrics, step
+    return Run(setup, frozen, trainable, state, metrics, steps)
 
 
 @pytest.fixture(scope="module")
-def human_run(config_in, tmp_path_factory):
+def human_run(make_config_in, tmp_path_factory):
     """Seven steps of human-scored GRPO, shared by the tests that only look at them."""
-    return run(config_in(tmp_path_factory.mktemp("human")), 7)
+    return run(make_config_in(tmp_path_factory.mktemp("human")), 7)
 
 
-def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human_run, changed):
-    setup, frozen, before, state, _, _ = human_run
-    assert changed(frozen, setup.frozen) == set()
-    assert changed(before, state.trainable) == set(named_leaves(before))
+def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human_run, find_changed_leaves):
+    before = human_run.trainable_before
+    assert find_changed_leaves(human_run.frozen_before, human_run.setup.frozen) == set()
+    assert find_changed_leaves(before, human_run.state.trainable) == set(named_leaves(before))
     assert {"router/hidden/kernel", "router/logits/kernel"} <= set(named_leaves(before))
 
 
 def test_ratio_is_one_where_the_old_policy_is_fresh_and_moves_after(human_run):
-    ratios = [float(row["mean_ratio"]) for row in human_run[4]]
+    ratios = [float(row["mean_ratio"]) for row in human_run.metrics]
     assert [ratio == 1.0 for ratio in ratios] == [True, False, False, True, False, False, True]
 
 
 def test_policy_gradient_flows_at_the_fresh_step(human_run):
     """ρ = 1 there, but its gradient is not 0: with the base and diversity losses off, weights still move."""
-    first = human_run[4][0]
+    first = human_run.metrics[0]
     assert first["approx_kl"] == 0.0
     assert first["grad_norm"] > 0.0
 
 
 def test_step_compiles_once(human_run):
-    assert len(human_run[5]) == 1
+    assert len(human_run.steps) == 1
 
 
 def test_metrics_of_scores_are_the_batch_means(human_run):
-    setup, metrics = human_run[0], human_run[4]
+    setup, metrics = human_run.setup, human_run.metrics
     batch = next(setup.batches())
     np.testing.assert_allclose(metrics[0]["mean_reward"], np.mean(batch["reward"]), rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["removal_score"], np.mean(batch["scores"][..., 0]), rtol=1e-5)
@@ -82,20 +101,20 @@ def test_metrics_of_scores_are_the_batch_means(human_run):
 
 
 def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_run):
-    rows = human_run[4]
+    rows = human_run.metrics
     assert np.isnan([row["clip_fraction_at_sync"] for row in rows[:2]]).all()  # not measured yet
     assert [row["clip_fraction_at_sync"] for row in rows[2:5]] == [rows[2]["clip_fraction"]] * 3
     assert rows[5]["clip_fraction_at_sync"] == rows[5]["clip_fraction"]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
-def test_equal_parameters_give_equal_log_probabilities(make_config, optimised, precision, bound):
+def test_equal_parameters_give_equal_log_probabilities(make_config, with_optimizations, precision, bound):
     """|Δℓ| where θ = θ_old, by the step's own graph: the weights do not move.
 
     A random model's error is about 1.5, where float32 resolves 1.2e-7: at τ = 1 that is within the bound, at the
     default τ = 0.1 one unit in the last place is 1.2e-6.
     """
-    _, _, _, _, metrics, _ = run(make_config(mixed_precision=precision, policy_temperature=1.0, **STILL), 3)
+    metrics = run(make_config(mixed_precision=precision, policy_temperature=1.0, **STILL), 3).metrics
     for row in metrics:
         assert abs(np.log(float(row["mean_ratio"]))) <= bound
         assert row["clip_fraction"] == 0.0
@@ -108,15 +127,15 @@ def test_equal_parameters_give_equal_log_probabilities(make_config, optimised, p
         (STANDARD | {"use_lora": False}, {"flux"}),
     ],
 )
-def test_what_each_mode_trains(make_config, changed, flags, moves):
-    setup, frozen, before, state, metrics, _ = run(make_config(adam_weight_decay=0.0, **flags), 2)
-    assert changed(frozen, setup.frozen) == set()
-    parts = {name.split("/")[0] for name in changed(before, state.trainable)}
-    assert parts == moves
-    assert np.isfinite(metrics[-1]["train_loss"])
+def test_what_each_mode_trains(make_config, find_changed_leaves, flags, moves):
+    steps = run(make_config(adam_weight_decay=0.0, **flags), 2)
+    assert find_changed_leaves(steps.frozen_before, steps.setup.frozen) == set()
+    changed = find_changed_leaves(steps.trainable_before, steps.state.trainable)
+    assert {name.split("/")[0] for name in changed} == moves
+    assert np.isfinite(steps.metrics[-1]["train_loss"])
     if not flags.get("use_lora", True):
         # Guidance is constant and pooled text is zero, so only those embedders' kernels may stay.
-        still = set(named_leaves(before)) - changed(before, state.trainable)
+        still = set(named_leaves(steps.trainable_before)) - changed
         assert still <= {"flux/time_text_embed/text_embedder/linear_1/kernel"}
 
 
@@ -126,34 +145,34 @@ def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
     assert "reward" in next(setup.batches())
 
 
-def test_accumulated_microbatches_are_one_batch(config_in, tmp_path):
+def test_accumulated_microbatches_are_one_batch(make_config_in, tmp_path):
     """Standard mode: draws depend on records and step alone, so that two halves make the whole."""
-    whole = run(config_in(tmp_path / "whole", train_batch_size=8, **STANDARD), 1)
-    halves = run(config_in(tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2, **STANDARD), 1)
-    np.testing.assert_allclose(whole[4][0]["base_loss"], halves[4][0]["base_loss"], rtol=1e-5)
-    before, ours = named_leaves(whole[2]), named_leaves(whole[3].trainable)
-    theirs = named_leaves(halves[3].trainable)
+    whole = run(make_config_in(tmp_path / "whole", train_batch_size=8, **STANDARD), 1)
+    halves = run(make_config_in(tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2, **STANDARD), 1)
+    np.testing.assert_allclose(whole.metrics[0]["base_loss"], halves.metrics[0]["base_loss"], rtol=1e-5)
+    before, ours = named_leaves(whole.trainable_before), named_leaves(whole.state.trainable)
+    theirs = named_leaves(halves.state.trainable)
     for name in before:
         if name.startswith("flux") and name.endswith("lora_b"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
 
 
-def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(config_in, tmp_path):
+def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(make_config_in, tmp_path):
     """Microbatches of 3 records cut scenes of 4: a scene still counts once, and the running mean moves once a step."""
-    whole = run(config_in(tmp_path / "whole", train_batch_size=12), 2)
-    parts = run(config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
+    whole = run(make_config_in(tmp_path / "whole", train_batch_size=12), 2)
+    parts = run(make_config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
     names = ("diversity_loss", "reward_std", "frac_reward_zero_std", "mean_reward")
     names += tuple(f"routing_expert_{i}_{what}" for i in range(3) for what in ("usage", "weight"))
-    for ours, theirs in zip(whole[4], parts[4], strict=True):
+    for ours, theirs in zip(whole.metrics, parts.metrics, strict=True):
         for name in names:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
-    np.testing.assert_allclose(whole[3].router_mean, parts[3].router_mean, rtol=1e-4)
-    assert np.abs(np.asarray(whole[3].router_mean) - 1 / 3).max() > 1e-3
+    np.testing.assert_allclose(whole.state.router_mean, parts.state.router_mean, rtol=1e-4)
+    assert np.abs(np.asarray(whole.state.router_mean) - 1 / 3).max() > 1e-3
 
 
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
     """Fresh experts change nothing (B = 0), so the distance is 0 at first and positive after a step."""
-    _, _, _, _, metrics, _ = run(make_config(kl_weight=1.0), 2)
+    metrics = run(make_config(kl_weight=1.0), 2).metrics
     assert metrics[0]["kl_loss"] == 0.0 and metrics[1]["kl_loss"] > 0.0
     assert metrics[0]["velocity_norm_ratio"] == 1.0 and metrics[1]["velocity_norm_ratio"] != 1.0
 
@@ -186,14 +205,14 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
 
 
 def test_average_is_the_warmed_up_moving_average(human_run):
-    state = replace(human_run[3], ema={"w": jnp.asarray(1.0)}, step=jnp.asarray(4))
+    state = replace(human_run.state, ema={"w": jnp.asarray(1.0)}, step=jnp.asarray(4))
     assert update_ema(state, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.0 + (1 - 5 / 14))
     late = replace(state, step=jnp.asarray(10**6))
     assert update_ema(late, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.01)
 
 
 def test_temperature_adapts_only_before_a_renewal(human_run):
-    state = replace(human_run[3], temperature=jnp.asarray(0.1))
+    state = replace(human_run.state, temperature=jnp.asarray(0.1))
     settings = StepSettings(
         updates=1, sync_steps=8, adapt_temperature=True, ema_decay=0.0, drift_interval=0, rollouts=None
     )
