@@ -1,3 +1,3 @@
-"""Rewards of generated images: a registry, the rewards of removal, the user's own."""
+"""Rewards of generated images: the registry, the rewards for object removal, and user-defined rewards."""
 
 import ra_jax.rewards.removal  # noqa: F401 (registers its rewards)

@@ -1,10 +1,10 @@
-"""From the command line's `--reward_functions` to functions, the user's own among them.
+"""Parse `--reward_functions` into reward functions, including functions that the user wrote.
 
-A spec names a registered reward (`smoothness`) or a function in a module of the user's (`my_rewards:sharpness`); either
+A spec names a registered reward (`smoothness`) or a function in a user's module (`my_rewards:sharpness`). Both forms
 may end in `=weight`. A reward takes `RewardInputs` and returns an array [B] in [0, 1], higher for better images.
 
-Best is a function of jax.numpy: it becomes a part of the train step. One of NumPy, PIL, ... works too (`check_reward`),
-but is slower: at every step the device waits while the images are copied to the host and Python scores them there.
+A function that uses jax.numpy becomes part of the compiled train step. A function that uses NumPy, PIL or other Python
+code works too (`check_reward`), but is slower: the device waits while the images are copied to the host and scored.
 """
 
 import importlib
@@ -26,13 +26,19 @@ from ra_jax.rewards.registry import REWARDS, SCORES, RewardFunction, RewardInput
 log = logging.getLogger(__name__)
 
 
-# What a function meets that treats traced arrays as NumPy's: JAX's refusals, and attributes that only NumPy's have.
+# Errors of a function that treats traced arrays as NumPy arrays: JAX's own, and attributes that only NumPy arrays have.
 UNTRACEABLE = (TypeError, jax.errors.JAXIndexError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """name: as metrics show it; function: RewardInputs -> [B] in [0, 1]; weight: of 2·function − 1 in the total."""
+    """A reward and its weight.
+
+    Attributes:
+        name: name in the metrics.
+        function: RewardInputs -> score s, [B] in [0, 1].
+        weight: weight of 2s − 1 in the total reward.
+    """
 
     name: str
     function: RewardFunction
@@ -40,16 +46,26 @@ class Reward:
 
 
 def parse_rewards(specs: Sequence[str], weights: Sequence[float], has_target: bool) -> tuple[Reward, ...]:
-    """The rewards that specs ask for, in their order.
+    """Return the rewards that `specs` name, in the same order.
 
-    specs: `name`, `module:function`, either with `=weight`; none at all = removal, background and smoothness.
-    weights: of these three where a spec gives none; other rewards weigh 1. has_target: the data have a ground truth;
-    without one, removal and background are computed as `removal_without_target` and `background_without_target`, and
-    keep their names. A user's reward is named after its function; modules are found in the working directory too.
+    A user's reward has the name of its function. Its module is searched in the working directory and among the
+    installed packages.
+
+    Args:
+        specs: each `name` or `module:function`, with or without `=weight`. An empty sequence stands for removal,
+            background and smoothness.
+        weights: weights of removal, background and smoothness for specs without a weight. Other rewards without a
+            weight get weight 1.
+        has_target: whether the data have a ground truth. If not, removal and background are computed as
+            `removal_without_target` and `background_without_target`, and keep their names.
 
     Raises:
-        RewardError: an unknown name, a module or function that cannot be imported, a weight that is no number of at
-            least 0, a reward that needs a ground truth where there is none, or the same one twice.
+        RewardError:
+            A name is unknown.
+            A module or function cannot be imported.
+            A weight is not a number of at least 0, or all weights are 0.
+            A reward needs a ground truth and the data have none.
+            A reward is named twice.
     """
     score_weights = dict(zip(SCORES, weights, strict=True))
     rewards: dict[str, Reward] = {}
@@ -99,10 +115,10 @@ def _imported(where: str) -> RewardFunction:
         raise RewardError(f"reward {where!r}: expected module:function, as in my_rewards:sharpness")
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it; a console script has not
+        sys.path.insert(0, here)  # `python -m` adds the working directory, a console script does not
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:  # anything else is a fault in their module, and its traceback says where
+    except ImportError as error:  # other exceptions are errors in the user's module; the traceback shows the line
         raise RewardError(
             f"reward {where!r}: cannot import module {module_name!r}: {_cause(error)}; looked in the working directory "
             f"{here} and the installed packages"
@@ -115,16 +131,20 @@ def _imported(where: str) -> RewardFunction:
 
 
 def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
-    """The reward made ready for the train step: traced, and found to return floats of shape [B].
+    """Check that a reward returns floats of shape [B], and return it ready for the train step, as float32.
 
-    shapes: `RewardInputs` of jax.ShapeDtypeStruct, those of every bucket. A function that cannot be traced is called on
-    grey pictures; if that works it is no function of JAX, and runs in Python through `jax.pure_callback` from then on,
-    under jit, scan and map as well (slower: see above). It is given NumPy arrays there, and must be deterministic. The
-    reward that is returned gives float32.
+    The function is traced. If it cannot be traced, it is called on gray images instead. If that call succeeds, the
+    function runs in Python through `jax.pure_callback`, under jit, scan and map as well. This is slower (see the module
+    docstring). It then receives NumPy arrays, and must be deterministic.
+
+    Args:
+        reward: the reward to check.
+        *shapes: `RewardInputs` of jax.ShapeDtypeStruct, one for each bucket.
 
     Raises:
-        RewardError: the function raises, or returns anything but a float array [B]. At run time an untraceable function
-            that does so ends the step in a `jax.errors.JaxRuntimeError` that holds this error's text.
+        RewardError: the function raises an exception, or returns anything but a float array [B]. If a function that
+            runs in Python does so during a step, the step ends with a `jax.errors.JaxRuntimeError` that contains the
+            text of this error.
     """
     try:
         returned = [jax.eval_shape(partial(_named_call, reward, passing=UNTRACEABLE), inputs) for inputs in shapes]
@@ -147,7 +167,7 @@ def _batch(inputs: RewardInputs) -> int:
 
 
 def _gray_inputs(shapes: RewardInputs) -> RewardInputs:
-    """NumPy arrays of these shapes: mid-grey pictures, and masks of the middle quarter."""
+    """Return NumPy arrays of these shapes: images of value 0.5, and masks of the middle half of each side."""
     gray = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     mask = np.zeros(shapes.mask.shape, np.float32)
     height, width = mask.shape[1:]
@@ -156,13 +176,13 @@ def _gray_inputs(shapes: RewardInputs) -> RewardInputs:
 
 
 def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Exception], ...] = ()) -> object:
-    """What the function returns. Raises RewardError, with its error as the cause, where it raises any but `passing`."""
+    """Call the reward's function. Exceptions not listed in `passing` are raised again as RewardError with a cause."""
     try:
         return reward.function(inputs)
     except passing:
         raise
     except Exception as error:  # a user's own function may raise anything
-        # Raised again under the reward's name: of what a callback raises, a compiled step passes on the text alone.
+        # The message names the reward: a compiled step passes on only the text of an exception in a callback.
         raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
 
 
@@ -177,14 +197,14 @@ def _checked(reward: Reward, returned: object, batch: int) -> None:
 
 def _on_host(reward: Reward) -> RewardFunction:
     def call(inputs: RewardInputs) -> np.ndarray:
-        inputs = jax.tree.map(np.array, inputs)  # copies, which the function may write into
+        inputs = jax.tree.map(np.array, inputs)  # copies, because the function may write into its arrays
         returned = _named_call(reward, inputs)
         _checked(reward, returned, _batch(inputs))
         return np.asarray(returned, np.float32)
 
     def hosted(inputs: RewardInputs) -> jax.Array:
         shape = jax.ShapeDtypeStruct((_batch(inputs),), jnp.float32)
-        # sequential: under vmap the function still sees one batch [B, h, w, 3] at a time
+        # sequential: under vmap the function still gets one batch [B, h, w, 3] per call.
         return jax.pure_callback(call, shape, inputs, vmap_method="sequential")
 
     return hosted

@@ -1,9 +1,10 @@
-"""What can be measured in an image: errors in a region, bands along a mask's edge, gradients, texture, seams.
+"""Image metrics: errors in a region, bands along a mask's edge, gradients, texture, seams.
 
-Pure functions on batches with static shapes, for use under jit, vmap and scan: images [B, h, w, 3] float32 in
-[0, 1], masks and regions [B, h, w] in {0, 1} (bool will do). Distances are in pixels and count along rows, columns and
-diagonals alike. Beyond the picture's border an image repeats its outermost pixels, and a mask goes on as it is: the
-border is no edge of it. Nothing here is NaN for finite images; what an empty region gives is said where it matters.
+All are pure functions of batches with static shapes, for use under jit, vmap and scan. Images are [B, h, w, 3] float32
+in [0, 1]; masks and regions are [B, h, w] in {0, 1}, or bool. Distances are in pixels, and a diagonal step counts 1, as
+a step along a row or column does. Beyond its border an image is continued by its outermost pixels. A mask is continued
+likewise, so that the image border is not an edge of the mask. No result is NaN for finite images; the docstrings state
+the value for an empty region.
 """
 
 import jax
@@ -13,7 +14,10 @@ MSE_FLOOR = 1e-10  # a PSNR of 100 dB: equal images, and empty regions
 
 
 def masked_mean(values: jax.Array, region: jax.Array) -> jax.Array:
-    """Mean of values [B, h, w] or [B, h, w, C] over a region (and all channels), [B] float32; 0 if it is empty."""
+    """Compute the mean of values [B, h, w] or [B, h, w, C] over a region and all channels, [B] float32.
+
+    The mean over an empty region is 0.
+    """
     region = region.astype(jnp.float32)
     if values.ndim == 4:
         values = values.mean(-1)
@@ -21,25 +25,25 @@ def masked_mean(values: jax.Array, region: jax.Array) -> jax.Array:
 
 
 def mse(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
-    """Mean squared error over a region's pixels and channels, [B]; 0 if the region is empty."""
+    """Compute the mean squared error over a region's pixels and channels, [B]; 0 if the region is empty."""
     return masked_mean((image - target) ** 2, region)
 
 
 def decibels(error: jax.Array) -> jax.Array:
-    """−10·log10(error): the PSNR of a mean squared error of images in [0, 1], at most 100 dB."""
+    """Compute −10·log10(error), the PSNR [dB] of a mean squared error of images in [0, 1]; at most 100 dB."""
     return -10.0 * jnp.log10(jnp.maximum(error, MSE_FLOOR))
 
 
 def psnr(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in a region [dB], [B]: 10·log10(1/mse), at most 100, and 100 if it is empty."""
+    """Compute the PSNR [dB] in a region, 10·log10(1/mse), [B]; at most 100, and 100 if the region is empty."""
     return decibels(mse(image, target, region))
 
 
 def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: float) -> jax.Array:
-    """PSNR of a region [dB], [B], whose worst pixels, a fraction `trim` of them, are left out.
+    """Compute the PSNR [dB] of a region without its worst pixels, [B]; 100 if the region is empty.
 
-    A pixel's error is its mean square over the channels. The border between the pixels kept and those left out may
-    fall inside a pixel, which then counts in part. 100 if the region is empty.
+    `trim` is the fraction of the region's pixels that are left out. If this is not a whole number of pixels, the last
+    pixel counts in part. The error of a pixel is its mean square over the channels.
     """
     b, h, w = region.shape
     outside = region.reshape(b, h * w) == 0
@@ -52,7 +56,7 @@ def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: f
 
 
 def dilate(mask: jax.Array, pixels: int) -> jax.Array:
-    """The mask and all that lies within `pixels` of it, [B, h, w] float32."""
+    """Enlarge the mask by all pixels within a distance of `pixels`, [B, h, w] float32."""
     grown = mask.astype(jnp.float32)
     for window in ((1, 2 * pixels + 1, 1), (1, 1, 2 * pixels + 1)):
         grown = jax.lax.reduce_window(grown, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
@@ -60,31 +64,31 @@ def dilate(mask: jax.Array, pixels: int) -> jax.Array:
 
 
 def erode(mask: jax.Array, pixels: int) -> jax.Array:
-    """The mask without what lies within `pixels` of its outside, [B, h, w] float32."""
+    """Remove the mask's pixels that are within a distance of `pixels` of its outside, [B, h, w] float32."""
     return 1.0 - dilate(1.0 - mask.astype(jnp.float32), pixels)
 
 
 def inner_band(mask: jax.Array, near: int, far: int) -> jax.Array:
-    """The mask's pixels more than `near` and at most `far` pixels inside its edge, [B, h, w] float32."""
+    """Return the pixels inside the mask, more than `near` and at most `far` from its edge, [B, h, w] float32."""
     return erode(mask, near) - erode(mask, far)
 
 
 def outer_band(mask: jax.Array, near: int, far: int) -> jax.Array:
-    """The pixels more than `near` and at most `far` pixels outside the mask, [B, h, w] float32."""
+    """Return the pixels outside the mask, more than `near` and at most `far` from its edge, [B, h, w] float32."""
     return dilate(mask, far) - dilate(mask, near)
 
 
 def seam_band(mask: jax.Array, pixels: int) -> jax.Array:
-    """What lies within `pixels` of the mask's edge, on both sides of it, [B, h, w] float32."""
+    """Return the pixels within a distance of `pixels` of the mask's edge, on both sides, [B, h, w] float32."""
     return dilate(mask, pixels) - erode(mask, pixels)
 
 
 def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
-    """Convolution of [B, h, w, C] with a Gaussian of σ = `sigma` pixels, cut off at 4σ."""
+    """Convolve an image [B, h, w, C] with a Gaussian of σ = `sigma` pixels, truncated at 4σ."""
     reach = max(1, round(4 * sigma))
     kernel = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    # Sums of shifted copies: a convolution may be rounded to bfloat16 or TF32 where accelerators have those.
+    # A sum of shifted copies instead of a convolution, which accelerators may compute in bfloat16 or TF32.
     for axis in (1, 2):
         size = image.shape[axis]
         padded = _pad(image, axis, reach)
@@ -93,20 +97,26 @@ def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
 
 
 def gradients(image: jax.Array) -> jax.Array:
-    """Central differences (x₊₁ − x₋₁)/2 along both axes, [B, h, w, C] -> [B, h, w, 2·C]."""
+    """Compute central differences (x₊₁ − x₋₁)/2 along both axes, [B, h, w, C] -> [B, h, w, 2·C]."""
     return jnp.concatenate([(after - before) / 2.0 for before, after in _neighbors(image)], axis=-1)
 
 
 def laplacian(image: jax.Array) -> jax.Array:
-    """The sum of the four neighbours less four times the pixel, [B, h, w, C] -> [B, h, w, C]."""
+    """Compute the sum of the four neighbors minus four times the pixel, [B, h, w, C] -> [B, h, w, C]."""
     return sum(before + after - 2.0 * image for before, after in _neighbors(image))
 
 
 def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean |difference| of neighbouring pixels of which a mask holds one and not the other.
+    """Compute the mean |difference| of neighboring pixels across the edges of masks.
 
-    image: [B, h, w, C]; masks: one or several [B, h, w], whose pairs are put together. Returns the mean over pairs and
-    channels [B], 0 if there is no such pair, and the number of pairs [B], both float32.
+    A pair of neighbors along a row or column counts if one of them is in the mask and the other is not.
+
+    Args:
+        image: [B, h, w, C].
+        *masks: each [B, h, w]. The pairs of all masks are pooled.
+
+    Returns:
+        The mean over pairs and channels [B] (0 without pairs), and the number of pairs [B], both float32.
     """
     total = count = jnp.zeros(image.shape[0], jnp.float32)
     for mask in masks:
@@ -119,12 +129,13 @@ def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax
 
 
 def wasserstein(image: jax.Array, first: jax.Array, second: jax.Array, levels: int = 64) -> jax.Array:
-    """Distance of the values in two regions of an image: W1, the mean over channels, [B] in [0, 1].
+    """Compute the Wasserstein-1 distance of the values in two regions of an image, mean over channels, [B] in [0, 1].
 
-        W1 = ∫ |F(x) − G(x)| dx,   F, G the distribution functions of a channel in the first and the second region
+        W1 = ∫ |F(x) − G(x)| dx
 
-    The integral is a sum over `levels` cells, each distribution function averaged within its cell: exact wherever
-    F − G keeps its sign within the cells. 0 if either region is empty.
+    F and G are the distribution functions of a channel's values in the first and the second region. The integral is a
+    sum over `levels` cells of [0, 1], with F and G averaged in each cell. It is exact if F − G does not change its sign
+    within a cell. The distance is 0 if either region is empty.
     """
     present = (first.sum((1, 2)) > 0) & (second.sum((1, 2)) > 0)
 
@@ -144,7 +155,7 @@ def _pad(image: jax.Array, axis: int, pixels: int) -> jax.Array:
 
 
 def _neighbors(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """The pixel before and the pixel after, along rows (axis 1) and columns (axis 2)."""
+    """Return (the preceding pixel, the following pixel) of every pixel, along axis 1 and along axis 2."""
     pairs = []
     for axis in (1, 2):
         padded, size = _pad(image, axis, 1), image.shape[axis]

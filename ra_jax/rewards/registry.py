@@ -1,9 +1,11 @@
-"""Automatic rewards: scores of a generated image, as pure functions of arrays; and from scores to one reward.
+"""Registry of automatic rewards, and the total reward of an image's scores.
 
-Each score s ∈ [0, 1] (removal, background, smoothness) is mapped to 2s − 1, weighed and summed.
+A reward is a pure function of arrays that scores generated images with s ∈ [0, 1]. The total reward is the weighted sum
+of 2s − 1 over the scores, by default removal, background and smoothness.
 
-`scripts/experiments/validate_rewards.py` measures every reward on photos: its rank correlation with the defect it is
-there for, what the other defects take from it, and whether the truth comes out above other fillings of the hole.
+`scripts/experiments/validate_rewards.py` measures every reward on photos: its rank correlation with the defect that it
+should detect, how much the other defects lower it, and whether the ground truth scores higher than other fillings of
+the hole.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ SCORES = ("removal", "background", "smoothness")
 
 
 def total_reward(scores, weights):
-    """Σ_i w_i·(2·s_i − 1) over the last axis; scores [..., n] in [0, 1] -> [...], in [−Σw, Σw]."""
+    """Compute Σ_i w_i·(2·s_i − 1) over the last axis: scores [..., n] in [0, 1] -> [...] in [−Σw, Σw]."""
     return (2.0 * scores - 1.0) @ np.asarray(weights, np.float32)
 
 
@@ -28,11 +30,15 @@ def total_reward(scores, weights):
 )
 @dataclass(frozen=True)
 class RewardInputs:
-    """What a reward sees: the photo's panel of B generated images. Everything is float32 in [0, 1].
+    """Inputs of a reward for B generated images. All arrays are float32 in [0, 1] and show the right panel, the photo.
 
-    image: generated, decoded, clipped [B, h, w, 3]; source: the photo [B, h, w, 3]; mask: [B, h, w], 1 = remove;
-    target: the ground truth [B, h, w, 3], None where there is none; target_decoded: the ground truth after encoding
-    and decoding, which is what a perfect generator shows of it; where None, `target` stands for it.
+    Attributes:
+        image: the generated images, decoded and clipped, [B, h, w, 3].
+        source: the photos [B, h, w, 3].
+        mask: [B, h, w], 1 = remove.
+        target: the ground truth [B, h, w, 3]; None if the data have none.
+        target_decoded: the ground truth after encoding and decoding by the VAE [B, h, w, 3], the best that a generator
+            can reach. If None, `target` is used instead.
     """
 
     image: jax.Array
@@ -47,7 +53,13 @@ RewardFunction = Callable[[RewardInputs], jax.Array]
 
 @dataclass(frozen=True)
 class RegisteredReward:
-    """An entry of `REWARDS`. needs_target: it cannot be computed without a ground truth."""
+    """An entry of `REWARDS`.
+
+    Attributes:
+        name: its key in `REWARDS`.
+        function: RewardInputs -> [B] float32 in [0, 1].
+        needs_target: whether it needs a ground truth.
+    """
 
     name: str
     function: RewardFunction
@@ -58,12 +70,12 @@ REWARDS: dict[str, RegisteredReward] = {}
 
 
 def register_reward(name: str, *, needs_target: bool) -> Callable[[RewardFunction], RewardFunction]:
-    """Put a function RewardInputs -> [B] float32 in [0, 1] into `REWARDS`, under `name`.
+    """Make a decorator that adds a function RewardInputs -> [B] float32 in [0, 1] to `REWARDS` under `name`.
 
-    What is registered, and given back, raises ValueError where it needs a ground truth and gets none.
+    The decorated function raises ValueError if `needs_target` is true and its inputs have no ground truth.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: `name` is already registered.
     """
     if name in REWARDS:
         raise ValueError(f"reward {name!r} is registered already; choose another name")
@@ -82,5 +94,5 @@ def register_reward(name: str, *, needs_target: bool) -> Callable[[RewardFunctio
 
 
 def default_rewards(has_target: bool) -> tuple[str, ...]:
-    """Names in `REWARDS` of the three scores, in the order of `SCORES`, with or without a ground truth."""
+    """Return the names in `REWARDS` that compute the three `SCORES`, with or without a ground truth."""
     return SCORES if has_target else ("removal_without_target", "background_without_target", "smoothness")

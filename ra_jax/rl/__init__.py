@@ -1,1 +1,1 @@
-"""Reinforcement from scores, as pure functions of arrays: advantages, policy estimators, losses."""
+"""Reinforcement learning from scores: advantages, policy estimators and losses, as pure functions of arrays."""

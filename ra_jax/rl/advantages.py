@@ -1,7 +1,9 @@
-"""Advantages: of human-scored records, with the weights by which they are imitated, and of a step's rollouts.
+"""Advantages of scored records and of rollouts, and the weights of records in the base loss.
 
-The first two are computed once over the data set, in NumPy, before training: a group is all the records of one scene.
-Rollouts' are a part of the compiled step: a group is the rollouts of one condition.
+`human_advantages` and `sample_weights` run once over the whole data set, in NumPy, before training. Their groups are
+scenes: all records with the same source and mask.
+
+`group_advantages` is part of the compiled step. Its groups are the rollouts of one condition.
 """
 
 import jax
@@ -10,9 +12,9 @@ import numpy as np
 
 from ra_jax.rewards.registry import total_reward
 
-STD_FLOOR = 0.02
-ADVANTAGE_LIMIT = 5.0
-MIN_GROUP_STD = 1e-3
+STD_FLOOR = 0.02  # smallest divisor of a centered score
+ADVANTAGE_LIMIT = 5.0  # bound on the advantage of one score, before weighting
+MIN_GROUP_STD = 1e-3  # a group whose total rewards have a smaller std gets advantage 0
 
 BASE_LOSS_WEIGHTINGS = ("none", "score", "softmax", "best")
 
@@ -24,26 +26,41 @@ def _group_sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Each record's group mean; values [R, ...], groups [R] in 0…G−1 -> [R, ...]."""
+    """Compute the group mean of each record: values [R, ...] and group numbers [R] in 0…M−1 -> [R, ...]."""
     counts = np.bincount(groups).reshape(-1, *[1] * (values.ndim - 1))
     return (_group_sums(values, groups) / counts)[groups]
 
 
 def zero_std_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Records [R] of groups of at least two whose total rewards have std < 1e-3: they say nothing."""
+    """Mark records whose group gives no learning signal, because its total rewards are all equal.
+
+    Takes total rewards [R] and group numbers [R]. Returns [R] bool: True if the record's group has at least two records
+    and their rewards have a std below 1e-3.
+    """
     variance = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     return (np.sqrt(variance) < MIN_GROUP_STD) & (np.bincount(groups)[groups] > 1)
 
 
 def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndarray:
-    """Advantage of every record of a scored data set (GRPO, Shao et al. 2402.03300, per score), [R] float32.
+    """Compute the advantage of each record of a scored data set (GRPO, Shao et al. 2402.03300, applied per score).
 
         A = Σ_i w_i · clip((s_i − mean_group s_i) / max(σ_i, 0.02), ±5)
+        σ_i² = Σ (s_i − mean_group s_i)² / (R − M), the sum over all R records of the M groups
 
-    scores [R, 3] in [0, 1]; groups [R] scene numbers in 0…G−1; weights [3]. σ_i is the *pooled within-group* standard
-    deviation over the data set, with the degrees of freedom that the groups' means leave: a group of two or four says
-    too little about its own. A scene with a single record is centred on the data set's mean. Groups whose total reward
-    does not vary (`zero_std_groups`) get 0.
+    σ_i is the *pooled within-group* standard deviation over the data set. R − M is the number of degrees of freedom
+    that remain after subtracting the group means. The standard deviation of a single group is not used, because two to
+    four records estimate it too poorly.
+
+    A record that is alone in its group is centered on the mean of the data set. If all groups have one record, σ_i is
+    the standard deviation over the data set. Groups whose total rewards do not vary (`zero_std_groups`) get A = 0.
+
+    Args:
+        scores: s, [R, 3] in [0, 1].
+        groups: scene number of each record, [R] in 0…M−1.
+        weights: w, [3].
+
+    Returns:
+        A, [R] float32.
     """
     scores = np.asarray(scores, np.float64)
     single = np.bincount(groups)[groups] == 1
@@ -59,15 +76,23 @@ def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndar
 def group_advantages(
     scores: jax.Array, weights: jax.Array, *, drop_negative: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages of a step's rollouts, and the spread of each group's total reward (Shao et al. 2402.03300, per score).
+    """Compute the advantages of a step's rollouts (GRPO, Shao et al. 2402.03300, applied per score).
 
         A = Σ_i w_i · clip((s_i − mean_group s_i) / max(std_group s_i, 0.02), ±5)
 
-    With `drop_negative` max(A, 0), after which only better rollouts are learnt from (reward-weighted regression, Peters
-    & Schaal 2007; AWR, Peng et al. 1910.00177): to imitate an image has an end, to get away from one has none.
+    mean_group and std_group are over the G rollouts of one condition.
 
-    scores: [G, C, S] in [0, 1] of G rollouts of C conditions; weights: [S]. Returns A [G, C] float32, 0 in groups whose
-    total reward has a std below 1e-3, and that std [C].
+    With `drop_negative` the advantage is max(A, 0), so that the policy learns only from the better rollouts
+    (reward-weighted regression, Peters & Schaal 2007; AWR, Peng et al. 1910.00177). The reason: a loss that pulls the
+    policy towards an image has a minimum, a loss that pushes it away from one has none.
+
+    Args:
+        scores: s, [G, C, S] in [0, 1]: S scores of G rollouts for each of C conditions.
+        weights: w, [S].
+        drop_negative: replace negative advantages by 0.
+
+    Returns:
+        A [G, C] float32, and the std [C] of each group's total reward. A is 0 in groups whose std is below 1e-3.
     """
     centered = scores - scores.mean(0)
     standard = jnp.clip(centered / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
@@ -81,10 +106,27 @@ def group_advantages(
 def sample_weights(
     rewards: np.ndarray, groups: np.ndarray, kind: str, *, limit: float = 1.0, temperature: float = 0.05
 ) -> np.ndarray:
-    """Weight of each record in the base loss, [R] float32, with mean 1 over the data set.
+    """Compute the weight of each record in the base loss, scaled to mean 1 over the data set.
 
-    none: 1. score: the reward mapped from [−limit, limit] to [0, 1]. softmax: exp(R/temperature), normalised in each
-    group. best: the best record of each group only (the first of equals).
+    The weight of a record with total reward r, before scaling:
+
+        none      1
+        score     (r/limit + 1)/2, which maps [−limit, limit] to [0, 1]
+        softmax   exp(r/temperature), normalized to sum 1 in each group
+        best      1 for the best record of each group (the first of equals), 0 for the others
+
+    Args:
+        rewards: total rewards r, [R].
+        groups: scene number of each record, [R] in 0…M−1.
+        kind: one of `BASE_LOSS_WEIGHTINGS`.
+        limit: largest possible |r|, the sum of the score weights. Read by "score".
+        temperature: read by "softmax".
+
+    Returns:
+        [R] float32.
+
+    Raises:
+        ValueError: `kind` is unknown, or every record has weight 0.
     """
     rewards = np.asarray(rewards, np.float64)
     if kind == "none":

@@ -1,13 +1,20 @@
-"""How probable a policy finds what was generated or scored: log_prob(params, cache) -> [B], float32.
+"""Policy estimators: the log-probability ℓ [B] of samples under a policy, float32.
 
-A flow model has no cheap likelihood. Two estimators of a policy ratio, each deterministic in its cache and the same
-graph for θ and θ_old:
+The policy ratio is ρ = exp(ℓ_θ − ℓ_old). A flow model has no cheap exact likelihood, so ℓ is estimated:
 
-    matching  minus the flow-matching error at a few shared times and noises (FPO, 2507.21053, eq. 9; AWM): it needs no
-              trajectory, so that an image that people scored can be used
-    sde       the probability of the stochastic sampler's steps (Flow-GRPO, 2505.05470, eq. 13): generated images only
+    matching  Minus the flow-matching error at K pairs (t, ε), divided by the temperature τ (FPO, McAllister et al.
+              2507.21053, eq. 9; AWM, Xue et al. 2509.25050). It needs no trajectory of the sampler, so that it also
+              works on stored images that people scored.
+    sde       The log-probability of the noisy steps of the stochastic sampler (Flow-GRPO, Liu et al. 2505.05470,
+              eq. 13). It needs the trajectory, so that it works on generated images only.
 
-`nft` (DiffusionNFT, 2509.16117) has no ratio: it contrasts the velocities of θ and θ_old at matching's times.
+Both are deterministic functions of their cache. θ and θ_old run the same graph, so that equal parameters give equal ℓ.
+
+The estimator `nft` (DiffusionNFT, Zheng et al. 2509.16117) has no ratio. It contrasts the velocities of θ and θ_old at
+the pairs (t, ε) of `matching`; see `losses.nft_loss`.
+
+Shapes: B samples, N packed latent tokens of 4C features, K pairs (t, ε) or W noisy steps of each sample. x0 is a clean
+latent, x_t = (1 − t)·x0 + t·ε, and mean_Ω the mean over a region (`flow.regions.region_mean`).
 """
 
 from collections.abc import Callable
@@ -24,22 +31,27 @@ from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
-# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]: K rows of the first record's condition, then K of the second's, …
+# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]: K rows of the first sample's condition, then K of the second's, …
+# The estimator sde has W instead of K.
 PolicyVelocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def repeat(x: jax.Array, count: int) -> jax.Array:
-    """Every row `count` times in a row: [B, ...] -> [B·count, ...]."""
-    # Not by indices: a gather over rows that are spread over devices would bring all of them to every device.
+    """Repeat every row `count` times, copies adjacent: [B, ...] -> [B·count, ...]."""
+    # broadcast_to() instead of indexing: a gather over sharded rows would copy all rows to every device.
     return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["clean", "times", "noise", "region"], meta_fields=[])
 @dataclass(frozen=True)
 class MatchingCache:
-    """What the old policy saw, and what the new one is shown again.
+    """The pairs (t, ε) at which `matching` and `nft` evaluate both the old and the current policy.
 
-    clean: x0 [B, N, 4C]; times: [B, K]; noise: [B, K, N, 4C]; region: mean_Ω's weights [B, N, 4].
+    Attributes:
+        clean: x0 [B, N, 4C].
+        times: t [B, K].
+        noise: ε [B, K, N, 4C].
+        region: weights of mean_Ω [B, N, 4].
     """
 
     clean: jax.Array
@@ -49,28 +61,36 @@ class MatchingCache:
 
     @property
     def points(self) -> int:
-        """K: velocities are compared at so many points a record."""
+        """K, the number of points per sample at which the velocity is evaluated."""
         return self.times.shape[1]
 
     def rows(self) -> tuple[jax.Array, jax.Array]:
-        """(x_t [B·K, N, 4C], t [B·K]): the points at which velocities are compared."""
+        """Return (x_t [B·K, N, 4C], t [B·K]), the points at which the velocity is evaluated."""
         times = self.times.reshape(-1)
         return interpolate(repeat(self.clean, self.points), self.flat_noise(), times), times
 
     def errors(self, predicted: jax.Array) -> jax.Array:
-        """mean_Ω ‖v − (ε_k − x0)‖² of velocities [B·K, N, 4C] at these points, [B, K]."""
+        """Compute mean_Ω ‖v − (ε_k − x0)‖² [B, K] for velocities v [B·K, N, 4C] at these points."""
         clean, region = repeat(self.clean, self.points), repeat(self.region, self.points)
         return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
 
     def flat_noise(self) -> jax.Array:
-        """The noise of every point, [B·K, N, 4C]."""
+        """Return the noise of every point, [B·K, N, 4C]."""
         return self.noise.reshape(-1, *self.noise.shape[2:])
 
 
 def matching_cache(
     keys: jax.Array, clean: jax.Array, region: jax.Array, *, count: int, fraction: float
 ) -> MatchingCache:
-    """Draw K = `count` pairs (t, ε) from each record's key [B]; records with equal keys (a group) share them."""
+    """Draw K pairs (t, ε) for each sample from its key. Samples with equal keys, such as a group's, get equal pairs.
+
+    Args:
+        keys: [B].
+        clean: x0 [B, N, 4C].
+        region: weights of mean_Ω [B, N, 4].
+        count: K.
+        fraction: t is drawn from [1 − fraction, 1], the noisiest part of the schedule (`stratified_times`).
+    """
 
     def draw(key):
         time_key, noise_key = jax.random.split(key)
@@ -84,7 +104,10 @@ def matching_cache(
 def matching_log_prob(
     velocity: PolicyVelocity, params: Any, cache: MatchingCache, *, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
-    """ℓ [B] = −(1/τ)·mean_k mean_Ω ‖v_θ(x_{t_k}) − (ε_k − x0)‖², and the velocities it took [B·K, N, 4C]."""
+    """Compute ℓ = −(1/τ)·mean_k mean_Ω ‖v_θ(x_{t_k}) − (ε_k − x0)‖² with τ = `temperature`.
+
+    Returns ℓ [B] and the velocities v_θ [B·K, N, 4C].
+    """
     predicted = velocity(params, *cache.rows())
     return -cache.errors(predicted).mean(1) / temperature, predicted
 
@@ -92,10 +115,13 @@ def matching_log_prob(
 @partial(jax.tree_util.register_dataclass, data_fields=["states", "times", "region"], meta_fields=["noise_level"])
 @dataclass(frozen=True)
 class TransitionCache:
-    """Steps of the stochastic sampler that were taken.
+    """W noisy steps of the stochastic sampler, at which `sde` evaluates both the old and the current policy.
 
-    states: [B, W + 1, N, 4C], before each of W steps and after the last; times: [W + 1], decreasing, g > 0 at the first
-    W of them; region: mean_Ω's weights [B, N, 4]; noise_level: η.
+    Attributes:
+        states: x [B, W + 1, N, 4C] before each step and after the last.
+        times: t [W + 1] of the states, decreasing. The diffusion coefficient g is above 0 at the first W of them.
+        region: weights of mean_Ω [B, N, 4].
+        noise_level: η in g(t) = η·√(t/(1 − t)).
     """
 
     states: jax.Array
@@ -105,11 +131,11 @@ class TransitionCache:
 
     @property
     def points(self) -> int:
-        """W: velocities are compared at so many points a record."""
+        """W, the number of points per sample at which the velocity is evaluated."""
         return self.states.shape[1] - 1
 
     def rows(self) -> tuple[jax.Array, jax.Array]:
-        """(x [B·W, N, 4C], t [B·W]): the states that the steps began at."""
+        """Return (x [B·W, N, 4C], t [B·W]), the states before each step."""
         states = self.states[:, :-1].reshape(-1, *self.states.shape[2:])
         return states, jnp.tile(self.times[:-1], len(self.states))
 
@@ -117,9 +143,15 @@ class TransitionCache:
 def sde_log_prob(
     velocity: PolicyVelocity, params: Any, cache: TransitionCache
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """ℓ [B] = mean over steps and Ω of log N(x'; μ_θ(x), std²), by element.
+    """Compute ℓ = mean over steps and over Ω of log N(x'; μ_θ(x), std²), the log-density of each element.
 
-    Returns ℓ, the means μ_θ [B·W, N, 4C], the standard deviations [B·W], and the velocities [B·W, N, 4C].
+    x and x' are the states before and after a step; μ_θ and std come from `sde_transition`.
+
+    Returns:
+        ℓ [B].
+        The means μ_θ [B·W, N, 4C].
+        The standard deviations std [B·W].
+        The velocities v_θ [B·W, N, 4C].
     """
     x, t = cache.rows()
     predicted = velocity(params, x, t)
@@ -133,15 +165,24 @@ def sde_log_prob(
 def normalized_log_ratio(
     log_ratio: jax.Array, mean: jax.Array, old_mean: jax.Array, std: jax.Array, region: jax.Array
 ) -> jax.Array:
-    """log ρ̂ [B], which has neither the bias nor the tiny spread of a mean log-ratio ℓ_θ − ℓ_old over D elements.
+    """Remove the bias of an `sde` log-ratio and make its scale independent of the image size. Returns log ρ̂ [B].
 
-        log ρ̂ = √D·(ℓ_θ − ℓ_old + ½·mean ‖(μ_θ − μ_old)/std‖²)        D = (elements that mean_Ω counts) · W
+        log ρ̂ = √D·(ℓ_θ − ℓ_old + ½·mean δ²)        δ = (μ_θ − μ_old)/std        D = W·C / Σ w²
 
-    The mean log-ratio of a step is mean(z·δ) − ½·mean δ² with δ = Δμ/std and z ~ N(0, I): a bias of −r²/2 against a
-    spread of r/√D (r² = mean δ²), so that nearly every ratio falls below 1 and is clipped on that side. Without its
-    bias (GRPO-Guard, 2510.22319, RatioNorm) and times √D it has mean 0 and spread r, whatever the size of the image.
+    The means are over steps and over Ω. w are the region's weights, so that D is the effective number of elements in
+    ℓ: for a uniform mean over n latent cells it is W·C·n.
 
-    log_ratio: [B]; mean, old_mean: [B·W, N, 4C]; std: [B·W]; region: [B, N, 4].
+    ℓ_θ − ℓ_old is a mean over D elements. For steps drawn from the old policy it equals mean(z·δ) − ½·mean δ² with
+    z ~ N(0, I). With r² = mean δ², its expectation is −r²/2 and its standard deviation only r/√D. Nearly every ratio
+    would therefore be below 1 and be clipped on that side. Adding ½·mean δ² removes the bias (RatioNorm of GRPO-Guard,
+    2510.22319). Multiplying by √D gives mean 0 and standard deviation r for every image size.
+
+    Args:
+        log_ratio: ℓ_θ − ℓ_old [B].
+        mean: μ_θ [B·W, N, 4C].
+        old_mean: μ_old [B·W, N, 4C]; no gradient flows into it.
+        std: [B·W].
+        region: w, weights of mean_Ω [B, N, 4].
     """
     b = log_ratio.shape[0]
     w = mean.shape[0] // b

@@ -1,4 +1,7 @@
-"""The clipped policy loss and the losses beside it. Means are over records, weighed and summed over all devices."""
+"""The policy losses (PPO's clipped surrogate, DiffusionNFT's contrast) and the flow-matching error.
+
+A function that averages over samples takes `mean`, the mean over the global batch on all devices.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +12,7 @@ from ra_jax.flow.path import velocity_target
 from ra_jax.flow.regions import region_mean
 from ra_jax.rl.advantages import ADVANTAGE_LIMIT
 
-LOG_RATIO_LIMIT = 3.0
+LOG_RATIO_LIMIT = 3.0  # ρ stays in [e⁻³, e³]
 
 Mean = Callable[[jax.Array], jax.Array]
 
@@ -21,12 +24,19 @@ def clipped_policy_loss(
     clip_range: float,
     mean: Mean = jnp.mean,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """PPO's clipped surrogate (Schulman et al. 1707.06347, eq. 7) as a loss to be minimised.
+    """Compute PPO's clipped surrogate (Schulman et al. 1707.06347, eq. 7), negated so that it is minimized.
 
-        ρ = exp(clip(log_ratio, ±3))        policy = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
+        ρ = exp(clip(ℓ_θ − ℓ_old, ±3))        loss = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
 
-    log_ratio: ℓ_θ − ℓ_old, [B] float32; advantages: [B], into which no gradient flows. `mean` averages over the
-    global batch. Metrics: mean_ratio; clip_fraction, where |ρ − 1| > ε; approx_kl = mean(ρ − 1 − log ρ) ≥ 0.
+    Args:
+        log_ratio: ℓ_θ − ℓ_old, [B] float32.
+        advantages: A [B]; no gradient flows into them.
+        clip_range: ε.
+        mean: mean over the global batch.
+
+    Returns:
+        The loss (a scalar) and its metrics, which have no gradient: mean_ratio, the mean of ρ; clip_fraction, the
+        fraction of samples with |ρ − 1| > ε; approx_kl = mean(ρ − 1 − log ρ) ≥ 0.
     """
     log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
@@ -44,14 +54,21 @@ def clipped_policy_loss(
 def nft_loss(
     predicted: jax.Array, old: jax.Array, target: jax.Array, region: jax.Array, optimality: jax.Array, beta: float
 ) -> jax.Array:
-    """DiffusionNFT's contrast of a better and a worse policy (Zheng et al. 2509.16117, eq. 5), [R] float32.
+    """Compute DiffusionNFT's contrast of a better and a worse policy (Zheng et al. 2509.16117, eq. 5), [R] float32.
 
-        (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_old ± β·v_θ
+        L = (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_old ± β·v_θ
 
-    so that v_θ moves from v_old towards the velocity of images with r > ½, away from it with r < ½; the division makes
-    the first step's gradient that of (2r − 1)·2⟨v_θ, v_old − v*⟩, whatever β. β weighs the pull back to v_old.
+    With d = v_θ − v_old this is, up to a constant, L = mean_Ω [ (2r − 1)·2⟨d, v_old − v*⟩ + β·‖d‖² ]. The first term
+    moves v_θ from v_old towards the image's velocity v* if r > ½, and away from it if r < ½. At v_θ = v_old only this
+    term has a gradient, and the division by β makes it independent of β. The second term pulls v_θ back to v_old.
 
-    predicted, old, target: [R, N, 4C]; region: [R, N, 4]; optimality: r [R] in [0, 1]. No gradient flows into `old`.
+    Args:
+        predicted: v_θ [R, N, 4C].
+        old: v_old [R, N, 4C]; no gradient flows into it.
+        target: v* = ε − x0 [R, N, 4C].
+        region: weights of mean_Ω [R, N, 4].
+        optimality: r [R] in [0, 1].
+        beta: β > 0.
     """
     old = jax.lax.stop_gradient(old)
     better = (1.0 - beta) * old + beta * predicted
@@ -61,18 +78,22 @@ def nft_loss(
 
 
 def optimality(advantages: jax.Array) -> jax.Array:
-    """r = ½ + ½·clip(A/5, ±1), in [0, 1]: how much an image belongs to the better half."""
+    """Map advantages A to r = ½ + ½·clip(A/5, ±1) in [0, 1], the weight of the better policy in `nft_loss`."""
     return 0.5 + 0.5 * jnp.clip(advantages / ADVANTAGE_LIMIT, -1.0, 1.0)
 
 
 def flow_matching_error(predicted: jax.Array, clean: jax.Array, noise: jax.Array, region: jax.Array) -> jax.Array:
-    """mean_Ω ‖v − (ε − x0)‖² of each record, [B] float32 (Lipman et al. 2210.02747, eq. 21).
+    """Compute mean_Ω ‖v − (ε − x0)‖² of each row, [B] float32 (flow matching, Lipman et al. 2210.02747, eq. 21).
 
-    predicted, clean, noise: [B, N, 4C]; region: `region_weights` [B, N, 4].
+    Args:
+        predicted: velocity v [B, N, 4C].
+        clean: x0 [B, N, 4C].
+        noise: ε [B, N, 4C].
+        region: `region_weights`, weights of mean_Ω [B, N, 4].
     """
     return region_mean((predicted - velocity_target(clean, noise)) ** 2, region)
 
 
 def next_temperature(temperature: jax.Array, clip_fraction: jax.Array) -> jax.Array:
-    """τ ← τ·exp(0.1·(clip_fraction − 0.15)): a policy that clips too often is judged at a higher temperature."""
+    """Adapt the temperature: τ ← τ·exp(0.1·(clip_fraction − 0.15)). A higher τ keeps ρ closer to 1."""
     return temperature * jnp.exp(0.1 * (clip_fraction - 0.15))

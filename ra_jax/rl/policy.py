@@ -1,7 +1,11 @@
-"""Policy loss per estimator: the log-probability of a sample under the policy, and the loss against the old policy.
+"""Policy loss per estimator: the log-probability of samples under the policy, and the loss against the old policy.
 
-`evaluate_policy` computes what the loss needs of a policy θ on a sample. `policy_loss` compares the values of the
-current policy with those of the old one. Both policies run the same graph, so equal parameters give equal values.
+`policy_cache` holds the points at which both policies are evaluated. `evaluate_policy` computes the values of a policy
+there. `policy_loss` compares the values of the current policy with those of the old one. Both policies run the same
+graph, so that equal parameters give equal values.
+
+Shapes: B samples, N packed latent tokens of 4C features, and R rows, the points of all samples. matching and nft have
+R = B·K rows for K pairs (t, ε), sde has R = B·W rows for W noisy steps. The rows of a sample are adjacent.
 """
 
 from collections.abc import Callable
@@ -26,16 +30,21 @@ from ra_jax.rl.estimators import (
 from ra_jax.rl.losses import Mean, clipped_policy_loss, nft_loss, optimality
 from ra_jax.rl.rollouts import Sample
 
-OldPolicy = dict[str, jax.Array]  # `PolicyOutput.values` under the old policy's parameters
+OldPolicy = dict[str, jax.Array]  # `PolicyOutput.values` of the old policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
     """How the policy is estimated.
 
-    estimator: "matching", "sde" or "nft"; clip_range: ε of matching; sde_clip_range: ε of sde; pairs: K, the number of
-    pairs (t, ε) (matching, nft); fraction: the share of the schedule, from its noisy end, that t is drawn from;
-    noise_level: η of sde; nft_beta: β of nft.
+    Attributes:
+        estimator: "matching", "sde" or "nft".
+        clip_range: ε of matching.
+        pairs: K, the number of pairs (t, ε) of matching and nft.
+        fraction: t is drawn from [1 − fraction, 1], the noisiest part of the schedule (matching, nft).
+        noise_level: η of sde.
+        sde_clip_range: ε of sde.
+        nft_beta: β of nft.
     """
 
     estimator: str
@@ -49,11 +58,14 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """A policy's output on a batch of B samples.
+    """Output of a policy on B samples.
 
-    values: the arrays [B, ...] that `policy_loss` compares with the old policy's: log_prob and routing (matching),
-    these and mean (sde), or velocity (nft); velocity: [R, N, 4C] at all R = B·K points, K per sample, side by side;
-    cache: the points; std: [R], standard deviation of each sampler step (sde only).
+    Attributes:
+        values: arrays that `policy_loss` compares with those of the old policy. matching: log_prob ℓ [B] and routing
+            [B]. sde: the same and mean μ_θ [R, N, 4C]. nft: velocity [R, N, 4C].
+        velocity: v_θ [R, N, 4C].
+        cache: the points at which the policy was evaluated.
+        std: standard deviation of each noisy step [R]; None unless the estimator is sde.
     """
 
     values: OldPolicy
@@ -65,9 +77,13 @@ class PolicyOutput:
 def policy_cache(
     sample: Sample, keys: jax.Array, region: jax.Array, settings: PolicySettings
 ) -> MatchingCache | TransitionCache:
-    """The points at which the current and the old policy are compared on these samples.
+    """Return the points at which the current and the old policy are compared on these samples.
 
-    keys: [B], equal within a group, from which the pairs (t, ε) are drawn; region: mean_Ω's weights [B, N, 4].
+    Args:
+        sample: B samples. sde reads their trajectory, matching and nft their clean latents.
+        keys: [B], equal within a group. The pairs (t, ε) are drawn from them (matching, nft).
+        region: weights of mean_Ω [B, N, 4].
+        settings: the estimator and its parameters.
     """
     if settings.estimator == "sde":
         return TransitionCache(sample.states, sample.times, region, settings.noise_level)
@@ -83,9 +99,16 @@ def evaluate_policy(
     temperature: jax.Array | float,
     routing_log_prob: jax.Array | None = None,
 ) -> PolicyOutput:
-    """Evaluate the policy `params` on B samples, at the points of `policy_cache`.
+    """Evaluate the policy with parameters `params` at the points of `policy_cache`.
 
-    routing_log_prob: log w_e [B] of the sampled experts, which is added to the log-probability.
+    Args:
+        velocity: v_θ as a function of (params, x [R, N, 4C], t [R]).
+        params: θ.
+        cache: from `policy_cache`.
+        settings: the estimator and its parameters.
+        temperature: τ of matching.
+        routing_log_prob: log w_e [B] of the expert that each sample drew; None (0) without `sample` routing. It is
+            part of the sample's log-probability and adds to the log-ratio.
     """
     routing = jnp.zeros(cache.region.shape[:1]) if routing_log_prob is None else routing_log_prob
     if settings.estimator == "sde":
@@ -99,17 +122,26 @@ def evaluate_policy(
 def policy_loss(
     output: PolicyOutput, old: OldPolicy, advantages: jax.Array, settings: PolicySettings, *, mean: Mean = jnp.mean
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The policy loss (a scalar) of B samples with advantages [B], and its metrics.
+    """Compute the policy loss of B samples (a scalar) and its metrics.
 
-    old: the old policy's values on the same samples; no gradient flows through them. matching and sde take PPO's
-    clipped surrogate (`clipped_policy_loss`), sde of a normalized ratio. nft takes `nft_loss`; its metric
-    `policy_change` is mean_Ω ‖v_θ − v_old‖².
+        matching  clipped_policy_loss of ℓ_θ − ℓ_old
+        sde       clipped_policy_loss of the normalized log-ratio (`normalized_log_ratio`)
+        nft       nft_loss; its metric policy_change is mean_Ω ‖v_θ − v_old‖²
+
+    In matching and sde, the log-ratio of the sampled experts is added: log w_e − log w_e,old.
+
+    Args:
+        output: the current policy's output on the samples.
+        old: the old policy's values on the same samples; no gradient flows into them.
+        advantages: A [B].
+        settings: the estimator and its parameters.
+        mean: mean over the global batch.
     """
     old, values = jax.lax.stop_gradient(old), output.values
     region = output.cache.region
     if settings.estimator == "nft":
         return _nft(output, old["velocity"], advantages, settings, mean)
-    # Subtract first: equal values then give exactly 0, however the compiler reorders the rest.
+    # The subtraction comes first, so that equal values give exactly 0 however the compiler reorders the rest.
     log_ratio, clip_range = values["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
         log_ratio = normalized_log_ratio(log_ratio, values["mean"], old["mean"], output.std, region)
@@ -135,6 +167,13 @@ def _nft(output: PolicyOutput, old: jax.Array, advantages: jax.Array, settings: 
 def velocity_distance(
     velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean
 ) -> jax.Array:
-    """mean over points of mean_Ω ‖v − v_ref‖²: velocities [R, N, 4C] at R/B points per record; region [B, N, 4]."""
+    """Compute the mean over all points of mean_Ω ‖v − v_ref‖² (a scalar).
+
+    Args:
+        velocity: v [R, N, 4C], at R/B adjacent rows of each record.
+        reference: v_ref [R, N, 4C]; no gradient flows into it.
+        region: weights of mean_Ω [B, N, 4].
+        mean: mean over the global batch.
+    """
     square = (velocity - jax.lax.stop_gradient(reference)) ** 2
     return mean(region_mean(square, repeat(region, len(velocity) // len(region))))

@@ -1,4 +1,4 @@
-"""Rollouts: generating a group of candidates for each condition, as pure functions of arrays."""
+"""Rollouts: generate one sample for each condition, by the ODE or the SDE sampler, as pure functions of arrays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,14 @@ from ra_jax.flow.samplers import Velocity, sample_euler, sample_sde
 @partial(jax.tree_util.register_dataclass, data_fields=["clean", "states", "times", "experts"], meta_fields=[])
 @dataclass(frozen=True)
 class Sample:
-    """One result of each of B conditions, as the policy judges it.
+    """One result of each of B conditions, as input of the policy estimators.
 
-    clean: x0 [B, N, 4C]. Where the stochastic sampler made it: states [B, W + 1, N, 4C] and times [W + 1] of its noisy
-    steps. With `sample` routing: experts [B] int32, the one that was drawn. Else None.
+    Attributes:
+        clean: x0 [B, N, 4C].
+        states: x [B, W + 1, N, 4C] before each of W noisy steps and after the last; None unless the SDE sampler
+            generated the sample.
+        times: t [W + 1] of the states; None as `states`.
+        experts: number of the expert that each result drew, [B] int32; None without `sample` routing.
     """
 
     clean: jax.Array
@@ -26,8 +30,13 @@ class Sample:
 
 
 def panel_noise(group_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, int], features: int) -> jax.Array:
-    """ε ~ N(0, I) [B, N, features] over a diptych's tokens: the left panel's from the group's key, which all members
-    share, the right panel's from the member's own. Keys: [B]; grid: (rows, columns) of the N tokens.
+    """Draw noise ε ~ N(0, I) [B, N, features] over the tokens of a diptych.
+
+    Args:
+        group_keys: [B], keys of the left panel's noise. All samples of a group share them.
+        sample_keys: [B], keys of the right panel's noise, which differ between samples.
+        grid: (rows, columns) of the N tokens.
+        features: number of features of a token.
     """
     rows, columns = grid
 
@@ -42,9 +51,13 @@ def panel_noise(group_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, 
 def roll_out(
     velocity: Velocity, noise: Callable[[jax.Array], jax.Array], times: jax.Array, noisy_steps: "NoisySteps | None"
 ) -> Sample:
-    """One member of each group, by the ODE, or by the SDE where `stochastic_steps` says which steps are noisy.
+    """Generate one sample for each condition.
 
-    velocity: (x [B, N, 4C], t [B]) -> [B, N, 4C]; noise: number -> ε [B, N, 4C], 0 the initial one, 1 + i step i's.
+    Args:
+        velocity: (x [B, N, 4C], t [B]) -> [B, N, 4C].
+        noise: number of a draw -> ε [B, N, 4C]. Draw 0 is the initial noise, draw 1 + i the noise of step i.
+        times: [steps + 1], decreasing.
+        noisy_steps: the steps that add noise (SDE sampler); None for the ODE sampler.
     """
     if noisy_steps is None:
         return Sample(sample_euler(velocity, noise(jnp.asarray(0)), times))
@@ -64,7 +77,13 @@ def roll_out(
 
 @dataclass(frozen=True)
 class NoisySteps:
-    """Which steps of a rollout add noise: `count` from step `first` on (traced), with noise level η."""
+    """The steps of a rollout that add noise.
+
+    Attributes:
+        first: number of the first noisy step, a traced scalar.
+        count: W, the number of noisy steps.
+        noise_level: η.
+    """
 
     first: jax.Array
     count: int

@@ -1,1 +1,1 @@
-"""The compiled train step: pure functions of state, frozen weights and batch."""
+"""The compiled train step: pure functions of train state, frozen weights and batch."""

@@ -1,4 +1,4 @@
-"""A microbatch as the network sees it: conditions and results as latents, by frozen weights."""
+"""Encode a microbatch: images to latents and conditions, by the frozen weights."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,13 @@ from ra_jax.training.step.state import example_keys, stream_key
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Encoded:
-    """clean: x0 of the results [B, N, 4C], None where there are none; region: mean_Ω's weights [B, N, 4]."""
+    """A microbatch as inputs of the network.
+
+    Attributes:
+        condition: what the network is conditioned on.
+        clean: x0 of the results [B, N, 4C]; None if the records have no results.
+        region: weights of mean_Ω [B, N, 4].
+    """
 
     condition: Condition
     clean: jax.Array | None
@@ -27,9 +33,14 @@ class Encoded:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What the losses of a microbatch are functions of beside the trainable parameters.
+    """Inputs of a microbatch's losses, besides the trainable parameters.
 
-    seed: of the run's random draws; temperature: τ of the policy's log-probability.
+    Attributes:
+        frozen: the frozen weights.
+        batch: the microbatch.
+        encoded: the microbatch, encoded.
+        seed: seed of the run's random draws.
+        temperature: τ of the policy's log-probability.
     """
 
     frozen: Weights
@@ -40,9 +51,9 @@ class Context:
 
 
 def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
-    """Images to latents, by frozen weights: nothing here is differentiated. The VAE's mean is used.
+    """Encode the images of a batch to latents, as the mean of the VAE's distribution. Nothing here is differentiated.
 
-    A batch of a pack with latents brings them.
+    A batch from a pack with latents already contains them, and no image is encoded.
     """
     region = region_weights(diptych_mask(batch), model.factor, loss_region)
     if "masked_latents" in batch:
@@ -50,12 +61,16 @@ def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) ->
     photos = [apply_mask(as_diptych(batch, "source"), diptych_mask(batch))]
     if "result" in batch:
         photos.append(as_diptych(batch, "result"))
-    # One after another in a loop: one copy of the encoder to compile, and memory for one photo a record.
+    # lax.map() encodes masked photo and result one after the other: the program has one copy of the encoder, and needs
+    # the memory of one image per record.
     masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(photos))
     condition = diptych_condition(model, frozen, batch, masked_latents=masked_latents)
     return Encoded(condition, clean[0] if clean else None, region)
 
 
 def group_keys(batch: Batch, seed: jax.Array) -> jax.Array:
-    """Keys [B] of the policy's (t, ε): of (seed, epoch, group), so that a group shares them wherever it stands."""
+    """Derive the keys [B] of the policy's pairs (t, ε) from (seed, epoch, group).
+
+    All records of a group get the same key, regardless of their position in the batch.
+    """
     return example_keys(stream_key(seed, "policy"), batch["epoch"], batch["group_id"])

@@ -1,7 +1,7 @@
-"""What a step learns from: conditions and results as latents, and for each condition the results that are compared.
+"""Experience of a step: encoded conditions, the samples to learn from, their advantages and the old policy's values.
 
-A condition's results are its *members*: in human mode the record's own result (the rest of the scene stands beside it
-in the batch), in automatic mode `num_generations` rollouts of the current weights.
+In human mode each condition has one sample, the record's result. The other results of its scene are adjacent records of
+the batch. In automatic mode each condition has `num_generations` samples, the rollouts of the current weights.
 """
 
 from dataclasses import dataclass, replace
@@ -26,14 +26,20 @@ from ra_jax.training.step.state import TrainState
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience:
-    """A microbatch to learn from. Without a policy or rewards what belongs to them is None.
+    """What a step learns from a microbatch of B records, with G samples of each condition.
 
-    features: what the router sees [B, F], None without a router; batch: the microbatch, None until
-    `collect_experience` adds it;
-    samples: [G, B, ...]; advantages: [G, B]; old: the old policy's values of each
-    sample [G, ...]; rewards_finite: whether all
-    rewards of the step are finite, a scalar; where not, advantages are 0 and members blank. But for `sound` all have
-    microbatches as their first axis once `collect_experience` returns them.
+    `collect_experience` returns the experience of all A microbatches: every field but `rewards_finite` then has a
+    leading axis [A].
+
+    Attributes:
+        encoded: the microbatch, encoded.
+        features: the router's input [B, F]; None without a router.
+        batch: the microbatch; None until `collect_experience` adds it.
+        samples: [G, B, ...]; None if there is no policy term.
+        advantages: A [G, B]; None if there is no policy term.
+        old: the old policy's values of each sample, [G, ...]; None if there is no policy term.
+        rewards_finite: whether all rewards of the step are finite, a bool scalar. If not, all advantages and all
+            latents of samples are 0. None without rollouts.
     """
 
     encoded: Encoded
@@ -53,9 +59,19 @@ def collect_experience(
     microbatches: Batch,
     sync: jax.Array,
 ) -> tuple[Experience, Metrics]:
-    """The experience of a step's microbatches [A, B, ...], and the metrics of rewards and drift.
+    """Encode a step's microbatches, generate or take their samples, and compute rewards and advantages.
 
-    renewed: the old policy *is* the current weights, so that its passes are skipped (ρ is 1 by construction).
+    Args:
+        objective: the loss.
+        settings: the step's settings.
+        state: the train state at the start of the step.
+        frozen: the frozen weights.
+        microbatches: [A, B, ...].
+        sync: bool scalar, whether the old policy equals the current weights. Its forward passes are then skipped,
+            because ρ is 1 by construction.
+
+    Returns:
+        The experience of all microbatches, and the metrics of rewards and drift.
     """
     rollouts, policy = settings.rollouts, objective.settings.policy
 
@@ -81,13 +97,17 @@ def collect_experience(
     if rollouts is None:
         return experience, measured | human_reward_metrics(objective, microbatches)
     experience, rewards = add_rewards(objective, experience, scores, rollouts)
-    if policy is None:  # rewards were only to be looked at
+    if policy is None:  # the rewards are reported as metrics only
         experience = replace(experience, samples=None, advantages=None)
     return experience, measured | rewards
 
 
 def evaluate_old_policy(objective: Objective, state: TrainState, context: Context, samples: Sample, sync) -> OldPolicy:
-    """What the old policy makes of every member [G, ...]; blank where it is the current weights anyway."""
+    """Compute the old policy's values [G, ...] of every sample.
+
+    Zeros stand in for them if the old policy equals the current weights: if `sync` is true, or if the state has no
+    separate old policy. `Objective.policy` replaces them by the current policy's values.
+    """
 
     def evaluate(weights) -> OldPolicy:
         def next_sample(_, sample: Sample):
@@ -104,10 +124,10 @@ def evaluate_old_policy(objective: Objective, state: TrainState, context: Contex
 def add_rewards(
     objective: Objective, experience: Experience, scores: jax.Array, settings: RolloutSettings
 ) -> tuple[Experience, Metrics]:
-    """The experience with advantages from the rollouts' scores [A, G, B, S], and the rewards' metrics.
+    """Add advantages to the experience, computed from the rollouts' scores [A, G, B, S]. Returns it with the metrics.
 
-    Where a score of the step is not finite the whole step has no policy term (`reward_fallbacks`), and no reward; the
-    mean scores tell which it was.
+    If any score of the step is not finite, the whole step has no policy term: the metric reward_fallbacks is 1 and the
+    other reward metrics are NaN. The mean of each score is reported in any case, and shows which reward failed.
     """
     weights = settings.reward_weights
     rewards_finite = objective.sum((~jnp.isfinite(scores)).sum()) == 0
@@ -115,7 +135,7 @@ def add_rewards(
     scores = jnp.where(rewards_finite, scores, 0.5)
     advantages_of = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
     advantages, spread = jax.vmap(advantages_of)(scores)
-    # Pictures that have no reward may not be finite either, and the base loss's gradient has to be.
+    # Images without a finite reward may not be finite themselves. They would make the base loss's gradient NaN.
     blank = jax.tree.map(
         lambda x: jnp.where(rewards_finite, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.samples
     )
@@ -133,8 +153,11 @@ def add_rewards(
 
 
 def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
-    """Human mode's metrics: means over the records [A, B] of reward and each score; over distinct scenes: within-group
-    std, share of dead groups."""
+    """Compute the reward metrics of human mode from a batch [A, B, ...]; empty without rewards.
+
+    The reward and each score are averaged over records. The within-group std of rewards, and the fraction of groups
+    whose rewards are all equal, are averaged over distinct scenes.
+    """
     if "reward" not in batch:
         return {}
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
@@ -153,9 +176,10 @@ def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
 def drift_metrics(
     objective: Objective, state: TrainState, context: Context, samples: Sample | None, interval: int
 ) -> Metrics:
-    """`Objective.drift` at the last step of every `interval` steps; NaN (not measured) at the others.
+    """Measure `Objective.drift` at the last of every `interval` steps; NaN (not measured) at the other steps.
 
-    Over the microbatch's results, or where there are none over the first rollout of each condition.
+    It is measured on the microbatch's results, or, if the records have none, on the first rollout of each condition.
+    Returns an empty dict if `interval` is 0, or if there is no router or no image to measure on.
     """
     clean = context.encoded.clean
     if clean is None and samples is not None:

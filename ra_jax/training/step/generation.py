@@ -1,6 +1,7 @@
-"""Automatic mode's members: rollouts of the current weights, decoded and scored, inside the compiled step.
+"""Generate, decode and score the rollouts of automatic mode, inside the compiled step.
 
-Members are visited one after another, one of every condition at a time, so that memory does not grow with their number.
+The G rollouts of a condition are generated one after another, each for all conditions of the microbatch at once. The
+memory for network, decoder and rewards therefore does not grow with G.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ from ra_jax.training.step.state import TrainState, example_keys, stream_key
 def generate_samples(
     objective: Objective, settings: RolloutSettings, state: TrainState, context: Context
 ) -> tuple[Sample, jax.Array]:
-    """G rollouts of every condition by the current weights, and their scores [G, B, S].
+    """Generate G rollouts of every condition with the current weights. Returns them [G, B, ...] and scores [G, B, S].
 
-    Draws derive from (seed, step, record, member); of the initial noise all members share the left panel's.
+    Noise and drawn experts depend only on (seed, step, record, number of the rollout). All rollouts of a condition
+    share the noise of the left panel, at the start and in each noisy step.
     """
     model, condition = objective.model, context.encoded.condition
     times = objective.schedule.sampling_times(settings.steps, condition.fill.shape[1])
@@ -61,13 +63,13 @@ def generate_samples(
 
 
 def score(rewards: Sequence[Reward], inputs: RewardInputs) -> jax.Array:
-    """Every reward of a batch of images, [B, S]."""
+    """Compute all S rewards of a batch of images, [B, S]."""
     scores = [reward.function(inputs)[:, None] for reward in rewards]
     return jnp.concatenate(scores, axis=1) if scores else jnp.zeros((len(inputs.image), 0))
 
 
 def choose_noisy_steps(settings: RolloutSettings, times: np.ndarray, state: TrainState) -> NoisySteps | None:
-    """This step's window of noisy steps, the same for all rollouts."""
+    """Draw this step's window of noisy steps, the same for all rollouts; None for the ODE sampler."""
     if not settings.noisy_steps:
         return None
     starts = jnp.asarray(window_starts(times, settings.noisy_steps))
@@ -78,7 +80,11 @@ def choose_noisy_steps(settings: RolloutSettings, times: np.ndarray, state: Trai
 def sample_experts(
     settings: RolloutSettings, gates: jax.Array | None, keys: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Gates [B, E] of a member and, with `sample` routing, the expert [B] that each rollout drew from the router's."""
+    """Return the gates [B, E] of a rollout and, with `sample` routing, the number of the drawn expert [B].
+
+    With `sample` routing each rollout draws one expert with the router's gates as probabilities, and its own gates are
+    one-hot. Otherwise the router's gates are returned unchanged, with None.
+    """
     if not settings.sample_experts:
         return gates, None
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 1))(keys)
@@ -87,8 +93,11 @@ def sample_experts(
 
 
 def reward_inputs(objective: Objective, settings: RolloutSettings, context: Context) -> RewardInputs:
-    """All that rewards are told but the image: the photo, its mask and, where there is one, the truth as it is and as
-    the VAE gives it back."""
+    """Return the rewards' inputs: the photo, its mask and, if the records have results, the ground truth.
+
+    The ground truth is given twice: as the record has it, and after encoding and decoding by the VAE. `image` is a
+    placeholder (the photo) that the caller replaces by the generated image.
+    """
     batch, encoded = context.batch, context.encoded
     source, mask = (batch[name].astype(jnp.float32) for name in ("source", "mask"))
     if encoded.clean is None:
@@ -105,8 +114,10 @@ def reward_inputs(objective: Objective, settings: RolloutSettings, context: Cont
 def decode_panels(
     objective: Objective, settings: RolloutSettings, frozen: Weights, latents: jax.Array, grid
 ) -> jax.Array:
-    """Photos [B, h, w, 3] in [0, 1], clipped, of diptychs' latents [B, N, 4C]; each device decodes `decode_batch_size`
-    at a time."""
+    """Decode diptych latents [B, N, 4C] and return the right panels [B, h, w, 3], clipped to [0, 1].
+
+    Each device decodes at most `decode_batch_size` images at once.
+    """
 
     def decode(latents):
         return jnp.clip(right_panel(objective.model.decode(frozen, latents, grid)), 0.0, 1.0)

@@ -1,4 +1,7 @@
-"""The static settings of a train step: what it optimizes, generates and keeps. Their values come from `build`."""
+"""Static settings of the train step: objective, rollouts, and the updates around them.
+
+`ra_jax.training.build` creates them from the configuration.
+"""
 
 from dataclasses import dataclass
 
@@ -12,10 +15,21 @@ from ra_jax.rl.policy import PolicySettings
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """What a step optimizes: the weights and options of its loss.
+    """Weights and options of the loss.
 
-    policy: None without a policy term (it needs rewards and `--enable_grpo_loss`); sequential_timesteps: the policy's
-    points in time are computed one after another: memory of one point, at the price of one more forward pass of each.
+    Attributes:
+        guidance_scale: embedded guidance of every velocity.
+        loss_region: the region Ω, one of `flow.regions.LOSS_REGIONS`.
+        base_loss_weight: w_base.
+        policy_loss_weight: w_policy.
+        diversity_loss_weight: w_diversity.
+        kl_weight: w_kl.
+        policy: None without a policy term, which needs rewards and `--enable_grpo_loss`.
+        sequential_timesteps: compute the points of a log-probability one after another. This needs the memory of one
+            point, at the cost of one more forward pass per point.
+        dropout: whether the experts' dropout is on, in the base loss only.
+        routing_decay: β, decay of the running mean of the gates in the diversity loss.
+        routing_specialization: λ, weight of the mean entropy of the gates in the diversity loss.
     """
 
     guidance_scale: float
@@ -33,11 +47,17 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """What automatic mode generates for a condition, and by which rewards it is scored.
+    """How automatic mode generates and scores rollouts.
 
-    generations: G, rollouts of a condition; steps: of the sampler; decode_batch_size: images that the VAE decodes at
-    once on a device; noisy_steps: steps of a rollout that add noise (0: an ODE's); noise_level: η; drop_negative:
-    members below their group's mean have no advantage; sample_experts: each rollout draws one expert.
+    Attributes:
+        rewards: the S rewards.
+        generations: G, rollouts per condition.
+        steps: sampling steps of a rollout.
+        decode_batch_size: images that the VAE decodes at once on each device.
+        noisy_steps: W, steps of a rollout that add noise (0: ODE sampler).
+        noise_level: η of the noisy steps.
+        drop_negative: replace negative advantages by 0.
+        sample_experts: each rollout draws one expert.
     """
 
     rewards: tuple[Reward, ...]
@@ -51,17 +71,22 @@ class RolloutSettings:
 
     @property
     def reward_weights(self) -> np.ndarray:
-        """The rewards' weights [S] float32, in their order."""
+        """Weights of the rewards [S] float32, in the order of `rewards`."""
         return np.asarray([reward.weight for reward in self.rewards], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step does around its loss.
+    """Settings of a step apart from its loss.
 
-    updates: of the weights in a step; sync_steps: steps between renewals of the old policy (0: none is kept, since the
-    weights that a step begins with are its old policy); ema_decay: 0 = off; drift_interval: steps between measurements
-    of drift (0 = never); rollouts: None where nothing is generated.
+    Attributes:
+        updates: updates of the weights per step.
+        sync_steps: steps from one sync of the old policy to the next. 0: the state has no separate old policy, because
+            the weights at the start of each step are the old policy.
+        adapt_temperature: adapt τ to the clip fraction.
+        ema_decay: decay of the averaged weights (0: off).
+        drift_interval: steps from one measurement of drift to the next (0: never).
+        rollouts: None if nothing is generated.
     """
 
     updates: int
@@ -72,5 +97,5 @@ class StepSettings:
     rollouts: RolloutSettings | None
 
     def sync_due(self, step: jax.Array) -> jax.Array:
-        """Whether a step's weights become the old policy before it."""
+        """Return whether the old policy is synced at the start of step `step`."""
         return jnp.asarray(True) if not self.sync_steps else step % self.sync_steps == 0

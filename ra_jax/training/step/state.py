@@ -1,4 +1,4 @@
-"""The state of a run: everything that a step changes and a checkpoint keeps, and the streams of its random numbers."""
+"""The train state, which a step updates and a checkpoint stores, and the random streams of a run."""
 
 import zlib
 from dataclasses import dataclass
@@ -27,12 +27,18 @@ import optax
 )
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes and a checkpoint keeps.
+    """Everything that a step updates and a checkpoint stores.
 
-    trainable: experts and router (or the transformer), float32; opt_state: Optax's; old_params: the old policy, None
-    without one; ema: averaged weights, None without; router_mean: the running mean gate [E], None without experts;
-    temperature: τ; clip_at_sync: clip_fraction at the last step before the latest renewal of the old policy; step:
-    int32; seed: int32, here so that one compiled program serves every seed.
+    Attributes:
+        trainable: float32 parameters of experts and router, or of the whole transformer.
+        opt_state: state of the Optax optimizer.
+        old_params: parameters of the old policy; None if it needs no separate copy.
+        ema: averaged weights; None without averaging.
+        router_mean: running mean of the gates [E]; None without experts.
+        temperature: τ.
+        clip_at_sync: clip_fraction of the last step before the latest sync of the old policy; NaN until measured.
+        step: number of the next step, int32.
+        seed: int32. It is part of the state so that one compiled program serves every seed.
     """
 
     trainable: Any
@@ -56,7 +62,20 @@ def init_state(
     with_old_params: bool,
     with_ema: bool,
 ) -> TrainState:
-    """The state before step 0. Copies are real copies, since the state's buffers are donated to each step."""
+    """Create the state before step 0.
+
+    Old policy and average are copies in memory, because the state is donated to each step and a buffer can be donated
+    only once.
+
+    Args:
+        trainable: the initial parameters.
+        optimizer: the optimizer.
+        seed: seed of the run.
+        num_experts: E; 0 without experts.
+        temperature: initial τ.
+        with_old_params: whether the state has a separate old policy.
+        with_ema: whether the weights are averaged.
+    """
 
     def copy():
         return jax.tree.map(jnp.copy, trainable)
@@ -75,20 +94,20 @@ def init_state(
 
 
 def _copy_shared(opt_state: Any, trainable: Any) -> Any:
-    """The optimizer's state with copies of what it shares with the weights: prodigy keeps those it began with."""
+    """Copy the leaves of the optimizer state that share a buffer with the weights, as prodigy's initial weights do."""
     shared = {id(leaf) for leaf in jax.tree.leaves(trainable)}
     return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, opt_state)
 
 
 def stream_key(seed: int | jax.Array, name: str) -> jax.Array:
-    """The key of a named stream of random numbers; a draw folds in the step (or epoch) and the global example's id."""
+    """Return the key of a named random stream. A draw folds in the step (or epoch) and the example's global id."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def example_keys(key: jax.Array, *ids: jax.Array) -> jax.Array:
-    """One key for each example: `key` with every one of `ids` [B] folded in, in order. Returns [B] keys.
+    """Derive one key for each example by folding each of `ids` [B] into `key`, in order. Returns keys [B].
 
-    Each key depends on the example's global id alone, so that draws do not depend on how a batch is laid out.
+    A key depends only on the ids of its example, so that draws do not depend on the layout of the batch.
     """
     keys = jnp.broadcast_to(key, ids[0].shape)
     for column in ids:

@@ -1,7 +1,9 @@
 """One training step: a pure function of (state, frozen, batch), compiled as one program.
 
-The way to the policy's gradient: `train_step` → `learn` → `compute_gradients` → `Objective.policy` →
-`rl.policy.policy_loss` → `rl.losses.clipped_policy_loss`.
+The policy gradient is computed by this chain of calls: `train_step` → `learn` → `compute_gradients` →
+`Objective.policy` → `rl.policy.policy_loss` → `rl.losses.clipped_policy_loss`.
+
+Shapes: A microbatches of B records, G samples of each condition.
 """
 
 from dataclasses import dataclass, replace
@@ -21,13 +23,13 @@ from ra_jax.training.step.objective import Metrics, Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 
-# What a step reports of its last update alone: in the first the old policy may be the current one.
+# Metrics that a step reports of its last update only. In the first update the old policy may equal the current one.
 LAST_UPDATE_METRICS = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
 
 
 @dataclass(frozen=True)
 class StepProgram:
-    """The static parts of a step: what is minimized, by which optimizer, and what is done around it."""
+    """The static parts of a step: loss, optimizer and settings."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -35,11 +37,11 @@ class StepProgram:
 
 
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, settings: StepSettings):
-    """`train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)` for `jax.jit` (donate the state).
+    """Make `train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)` for `jax.jit` (donate the state).
 
-    The batch's arrays are [A, B, ...] of A microbatches, a scene's records side by side (one may go on in the next);
-    metrics are scalars, NaN where a step did not measure one. axis_name: of the replicas under `jax.pmap`, whose B are
-    a part of the microbatch.
+    The arrays of the batch are [A, B, ...]. The records of a scene are adjacent; a scene may continue in the next
+    microbatch. Metrics are scalars, NaN if the step did not measure them. `axis_name` is the name of the mapped axis
+    under `jax.pmap`, where B is one replica's share of the microbatch.
     """
 
     def train_step(state: TrainState, frozen: Weights, batch: Batch, *, axis_name: str | None = None):
@@ -61,12 +63,21 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 def learn(
     program: StepProgram, state: TrainState, frozen: Weights, experience: Experience, *, on_policy: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """The step's updates of weights, optimizer and the router's running mean, and metrics of each [updates].
+    """Apply the step's updates to weights, optimizer state and the router's running mean.
 
-    experience: of all microbatches [A, B, ...]; fresh: the weights are the old policy's, until the first update.
+    Args:
+        program: loss, optimizer and settings.
+        state: the train state.
+        frozen: the frozen weights.
+        experience: of all microbatches, [A, B, ...].
+        on_policy: bool scalar, whether the weights equal the old policy's before the first update.
+
+    Returns:
+        The new state, and the metrics of each update, [updates].
     """
     objective, optimizer, settings = program.objective, program.optimizer, program.settings
-    router_mean = state.router_mean  # it moves once a step, however many updates
+    # Every update starts from the step's first running mean, so that the mean moves once per step.
+    router_mean = state.router_mean
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
         state, old = carry
@@ -92,12 +103,12 @@ def learn(
 
 
 def reduce_metrics(metrics: Metrics) -> Metrics:
-    """Scalars from the metrics of each update [updates]: the mean, or the last (`LAST_UPDATE_METRICS`)."""
+    """Reduce metrics [updates] to scalars: the last update's value for `LAST_UPDATE_METRICS`, else the mean."""
     return {name: x[-1] if name in LAST_UPDATE_METRICS else x.mean() for name, x in metrics.items()}
 
 
 def sync_old_params(state: TrainState, sync: jax.Array) -> Any:
-    """The old policy: the current weights where it is `renewed`, else what it was."""
+    """Return the current weights if `sync` is true, else the old policy's; None if there is no separate copy."""
     if state.old_params is None:
         return None
     return jax.tree.map(lambda new, old: jnp.where(sync, new, old), state.trainable, state.old_params)
@@ -112,17 +123,25 @@ def compute_gradients(
     update: jax.Array,
     on_policy: jax.Array,
 ) -> tuple[Any, Metrics, Any]:
-    """Mean gradient of base and policy losses over microbatches [A, B] and members, their metrics, and the records of
-    the old policy that the next update compares with.
+    """Compute the mean gradient of base and policy loss over microbatches and samples.
 
-    update: its number in the run; fresh: whether the weights are the old policy's.
+    Args:
+        objective: the loss.
+        state: the train state.
+        frozen: the frozen weights.
+        experience: of all microbatches, [A, B, ...].
+        update: number of the update in the run.
+        on_policy: bool scalar, whether the weights equal the old policy's.
+
+    Returns:
+        The gradient, the metrics, and the old policy's values for the next update.
     """
 
     def policy(total, given, context: Context):
         loss = jax.value_and_grad(objective.policy, has_aux=True)
         (value, (metrics, old)), gradient = loss(state.trainable, context, *given, on_policy=on_policy)
         count = experience.advantages.shape[1]
-        # Chosen rather than multiplied by 0: a gradient through blank members need not be finite.
+        # where(), not * 0: the gradient of samples without finite rewards may be NaN.
         total = jax.tree.map(lambda t, g: t + jnp.where(rewards_finite, g / count, 0.0), total, gradient)
         metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics)  # NaN: not measured
         return total, (metrics | {"train_loss": jnp.where(rewards_finite, value, 0.0)}, old)
@@ -152,10 +171,13 @@ def compute_gradients(
 def add_diversity_gradient(
     objective: Objective, state: TrainState, experience: Experience, gradients: Any, metrics: Metrics
 ) -> tuple[Any, Any, Metrics]:
-    """(gradients, the router's running mean, metrics) with the diversity loss of the whole step's conditions.
+    """Add the gradient and metrics of the diversity loss over all conditions of the step.
 
-    Taken by microbatch, a scene that two of them share would count twice, and the running mean would forget A times as
-    fast.
+    It is not computed per microbatch, because a scene split between two microbatches would count twice, and the running
+    mean would decay A times per step.
+
+    Returns:
+        The gradients, the router's new running mean (None without a router), and the metrics.
     """
     features = experience.features
     if features is None:
@@ -174,7 +196,10 @@ def add_diversity_gradient(
 def update_temperature(
     state: TrainState, clip_fraction: jax.Array, settings: StepSettings
 ) -> tuple[jax.Array, jax.Array]:
-    """(τ, clip_fraction) as they stand after this step; both change only at the last step before a renewal."""
+    """Return τ and clip_at_sync after this step. Both change only at the last step before a sync of the old policy.
+
+    A clip fraction of NaN (the step had no policy term) changes neither. τ changes only with `adapt_temperature`.
+    """
     last = settings.sync_due(state.step + 1) & ~jnp.isnan(clip_fraction)
     clip = jnp.where(last, clip_fraction, state.clip_at_sync)
     if not settings.adapt_temperature:
@@ -183,7 +208,10 @@ def update_temperature(
 
 
 def update_ema(state: TrainState, trainable: Any, decay: float) -> Any:
-    """Exponential moving average of the weights, with the decay warmed up as (1 + n)/(10 + n)."""
+    """Update the exponential moving average of the weights; None without averaging.
+
+    The decay at step n is min(`decay`, (1 + n)/(10 + n)), a warm-up.
+    """
     if state.ema is None:
         return None
     decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
