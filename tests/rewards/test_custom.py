@@ -1,4 +1,4 @@
-"""`--reward_functions`: specs, the user's own functions, those that are no functions of JAX, and every error."""
+"""`--reward_functions`: specs, the user's functions with and without JAX, and every error."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ constant = 3
 
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
-    """A module of the user's in the working directory."""
+    """Create a user's module in the working directory."""
     (tmp_path / "users_own.py").write_text(MODULE)
     (tmp_path / "users_broken.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
@@ -224,7 +224,7 @@ def test_rewards_that_all_weigh_nothing():
 
 
 def test_a_function_that_one_bucket_cannot_trace_runs_on_the_host_for_all(caplog):
-    """Whichever comes first."""
+    """This holds for both orders of the buckets."""
 
     def picky(inputs):
         if inputs.image.shape[2] > 32:

@@ -1,4 +1,4 @@
-"""Metrics of images against loops in NumPy and closed forms; what borders and empty regions give."""
+"""Image metrics against loops in NumPy and closed forms, also at borders and in empty regions."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def rng():
 
 
 def blob(size, *boxes):
-    """[1, size, size] float32: 1 in boxes (top, bottom, left, right)."""
+    """Return a mask [1, size, size] float32 that is 1 in boxes (top, bottom, left, right)."""
     mask = np.zeros((1, size, size), np.float32)
     for top, bottom, left, right in boxes:
         mask[:, top:bottom, left:right] = 1
@@ -22,7 +22,7 @@ def blob(size, *boxes):
 
 
 def extreme_masks(size):
-    """[N, size, size]: nothing, everything, one pixel, all but one, a border, a line, half, a chessboard."""
+    """Return 8 masks: nothing, everything, one pixel, all but one, a border, a line, half, a chessboard."""
     masks = np.zeros((8, size, size), np.float32)
     masks[1] = 1
     masks[2, size // 2, size // 2] = 1
@@ -60,14 +60,14 @@ def test_equal_images_and_empty_regions_have_100_decibels():
 def test_trimmed_psnr_leaves_the_worst_pixels_out(rng):
     errors = rng.uniform(0.1, 0.5, (1, 10, 10)).astype(np.float32)
     region = np.ones((1, 10, 10), np.float32)
-    region[:, :6] = 0  # 40 pixels are left, and 2 of them are trimmed
+    region[:, :6] = 0  # 40 pixels remain, and 2 of them are trimmed
     target = np.zeros((1, 10, 10, 3), np.float32)
     image = np.repeat(errors[..., None], 3, -1)
     kept = np.sort(errors[:, 6:].ravel())[:38]
     np.testing.assert_allclose(
         im.trimmed_psnr(image, target, region, 0.05), -10 * np.log10((kept**2).mean()), rtol=1e-5
     )
-    # 6.25 % of 40 is 2.5 pixels: the 38th counts by half
+    # 6.25 % of 40 is 2.5 pixels, so the 38th pixel counts half.
     weight = np.r_[np.ones(37), 0.5]
     np.testing.assert_allclose(
         im.trimmed_psnr(image, target, region, 0.0625), -10 * np.log10((weight * kept**2).sum() / 37.5), rtol=1e-5

@@ -1,4 +1,4 @@
-"""The networks of LPIPS: one for the reward and for evaluation, and the pictures that are too small for them."""
+"""LPIPS networks: shared by the reward and the evaluation, and the smallest image that they take."""
 
 import jax.numpy as jnp
 import numpy as np

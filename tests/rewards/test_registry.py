@@ -1,4 +1,4 @@
-"""The registry of rewards, and the total reward of their scores."""
+"""The registry of rewards, and the total reward of scores."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The rewards of removal: closed forms, the ranking of defects in synthetic scenes, extremes."""
+"""Rewards for object removal: closed forms, the ranking of defects in synthetic scenes, extreme masks."""
 
 import sys
 
@@ -53,7 +53,7 @@ def test_background_forgives_what_the_autoencoder_loses():
 @pytest.mark.parametrize(("rows", "forgiven"), [(1, True), (3, False)])
 def test_without_a_target_a_twentieth_of_the_background_may_change(rows, forgiven):
     source = gray()
-    source[:, :rows] = 0.1  # a shadow on 3.6 % or 10.9 % of the background
+    source[:, :rows] = 0.1  # a shadow that covers 3.6 % or 10.9 % of the background
     score = rewards.background_without_target(RewardInputs(gray(), source, square()))
     assert (score == 1) == forgiven
 
@@ -68,7 +68,10 @@ def test_the_object_that_remains_is_measured_by_its_edges(opacity):
 
 
 def test_edges_are_those_of_blurred_pictures():
-    """A ramp and stripes of period 4, which σ = 1 dampens to exp(−π²/8); over the eroded mask, whole periods."""
+    """A ramp, and stripes of period 4 whose amplitude a blur of σ = 1 reduces to exp(−π²/8).
+
+    The eroded mask contains whole periods.
+    """
     columns = np.arange(32)
     mask = square(low=7, high=25)
     ramp = np.broadcast_to((0.3 + 0.01 * columns)[:, None], (1, 32, 32, 3))
@@ -80,10 +83,10 @@ def test_edges_are_those_of_blurred_pictures():
 
 @pytest.mark.parametrize("low", [10, 15])
 def test_edges_around_the_mask_say_nothing_about_the_object(low):
-    """low = 15: a mask of 2 x 2 pixels, of which erosion leaves nothing."""
+    """With low = 15 the mask has 2 x 2 pixels, and erosion leaves nothing of it."""
     mask = square(low=low, high=32 - low)
     source = gray()
-    source[:, ::2, :5] = 0.9  # and the image shows the same
+    source[:, ::2, :5] = 0.9  # the image has the same edges
     object_too = source + 0.2 * np.indices((32, 32)).sum(0)[..., None] % 0.5 * mask[..., None]
     assert jax.jit(rewards.remaining_object)(RewardInputs(source, object_too.astype(np.float32), mask)) < 0.05
 
@@ -110,7 +113,8 @@ def test_a_hole_of_another_color_or_texture_is_unlike_its_surroundings():
     np.testing.assert_allclose(likeness(flat), [np.exp(-0.8)], rtol=1e-4)
     removal = jax.jit(rewards.removal_without_target)(flat)
     np.testing.assert_allclose(removal, [0.5 + 0.5 * np.exp(-0.8)], rtol=1e-4)
-    chess = (np.indices((64, 64)).sum(0) % 2 - 0.5)[..., None]  # ±½, whose |Laplacian| is 4, and W1 the amplitudes'
+    # A chessboard of ±½ has |Laplacian| 4, and the W1 of two of them is the difference of their amplitudes.
+    chess = (np.indices((64, 64)).sum(0) % 2 - 0.5)[..., None]
     image = (0.5 + chess * (0.2 * inside + 0.1 * (1 - inside))).astype(np.float32)
     textured = RewardInputs(image, gray(0.5, 64), mask)
     expected = np.exp(-0.05 / 0.1) * (0.4 + 1e-3) / (0.8 + 1e-3)
@@ -118,7 +122,7 @@ def test_a_hole_of_another_color_or_texture_is_unlike_its_surroundings():
 
 
 def test_a_seam_is_compared_with_the_differences_beside_it():
-    """A ramp with a step at the edge of a mask that reaches three borders of the picture."""
+    """A ramp with a step at the edge of a mask that reaches three borders of the image."""
     columns = np.arange(32)
     mask = np.broadcast_to(columns < 16, (1, 32, 32)).astype(np.float32)
     for step in (0.0, 0.05, 0.3):
@@ -140,7 +144,7 @@ def test_texture_inside_is_compared_with_texture_outside():
 
 
 def pasted(views):
-    """Each truth with the next scene's object, moved into the mask; [N, h, w, 3]."""
+    """Return each ground truth with the object of the next scene moved into its mask, [N, h, w, 3]."""
     images = views.truth.copy()
     for i, mask in enumerate(views.mask):
         other = (i + 1) % len(images)
@@ -159,7 +163,7 @@ OWN = {"removal": ["ghost"], "background": ["cast"], "smoothness": ["seam", "blu
 
 @pytest.fixture(scope="module", params=[(32, True), (32, False), (64, True), (64, False)], ids=str)
 def score_images(request):
-    """Scores [24, 3] of the truth, of five strengths of each defect, and of other fillings."""
+    """Return scores [24, 3] of the ground truth, of five strengths of each defect, and of other fillings."""
     size, has_target = request.param
     views = stack(scenes(5, 0, 24, size))
     mask = views.mask.astype(np.float32)
@@ -180,7 +184,8 @@ def score_images(request):
         return jax.lax.map(one, images)
 
     batch = np.stack([np.clip(image, 0, 1) for image in images.values()]).astype(np.float32)
-    jax.config.update("jax_disable_most_optimizations", False)  # here running takes longer than compiling
+    # The test suite disables XLA optimizations to compile faster. This program takes longer to run than to compile.
+    jax.config.update("jax_disable_most_optimizations", False)
     try:
         found = score(batch, views.source, mask, views.truth if has_target else None)
     finally:
@@ -191,7 +196,8 @@ def score_images(request):
 @pytest.mark.parametrize(("reward", "kind"), [(reward, kind) for reward, kinds in OWN.items() for kind in kinds])
 def test_every_reward_falls_with_its_own_defect(score_images, reward, kind):
     values = np.stack([score_images[kind, i][:, SCORES.index(reward)] for i in range(5)])
-    below = np.sign(values[:, None] - values[None])  # Kendall's signs: Spearman's from ranks, ties in the middle
+    # Pairwise signs give ranks, with tied values in the middle. Their correlation is Spearman's.
+    below = np.sign(values[:, None] - values[None])
     ranks = below.sum(1) / 2 + 2
     correlation = [np.corrcoef(one, np.arange(5))[0, 1] if one.std() else 0.0 for one in ranks.T]
     assert np.median(correlation) <= -0.9
@@ -225,13 +231,13 @@ def random_inputs():
 
 @pytest.mark.parametrize("name", WITHOUT_NETWORK)
 def test_extreme_masks_and_flat_pictures_score_within_0_and_1(random_inputs, name):
-    """Masks: none, all, one pixel, a border, nearly all, all but one pixel."""
+    """The masks are: none, all, one pixel, a border, nearly all, all but one pixel."""
     black = np.zeros_like(random_inputs.image)
     for inputs in (random_inputs, RewardInputs(black, black, random_inputs.mask, black)):
         score = np.asarray(jax.jit(REWARDS[name].function)(inputs))
         assert score.shape == (6,) and score.dtype == np.float32
         assert np.all((score >= 0) & (score <= 1))
-    assert np.all(score == 1)  # a flat picture has nothing wrong
+    assert np.all(score == 1)  # a flat image has no defect
 
 
 @pytest.mark.parametrize("name", WITHOUT_NETWORK)

@@ -1,4 +1,4 @@
-"""What automatic mode generates: rollouts, their noise, draws of experts, and scores."""
+"""Generation in automatic mode: rollouts, their noise, drawn experts, and scores."""
 
 from dataclasses import dataclass, replace
 
@@ -32,7 +32,7 @@ class Rollout:
 
 @pytest.fixture(scope="module")
 def rollout(make_automatic_config):
-    """What the first step generates with random experts."""
+    """Return the rollouts of the first step, with random experts."""
     setup = set_up(make_automatic_config())
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), setup.state.trainable)
@@ -55,7 +55,7 @@ def generate(setup, batch, **changes):
 
 
 def test_a_rollout_is_what_removal_makes_of_the_same_noise(rollout, monkeypatch):
-    """By `make_remover`, and by the scores of its pictures."""
+    """Against the images of `make_remover` and their scores."""
     setup, batch = rollout.setup, rollout.batch
 
     def fixed(group_keys, sample_keys, grid, features):
@@ -87,7 +87,7 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rollout, monkeypatch)
 
 
 def test_members_share_the_left_panels_noise_and_differ_on_the_right(rollout, monkeypatch):
-    """The initial noise, seen where a rollout would begin."""
+    """Checked on the initial noise, which stands in for the rollout's result."""
     setup, batch = rollout.setup, rollout.batch
     monkeypatch.setattr(
         "ra_jax.training.step.generation.roll_out", lambda velocity, noise, times, noisy: Sample(noise(jnp.asarray(0)))
@@ -108,7 +108,7 @@ def test_decoding_in_microbatches_gives_the_same_scores(rollout):
 
 
 def test_rollouts_depend_on_step_record_and_member_alone(rollout):
-    """Conditions in another order generate the same, another step something else."""
+    """The order of the conditions does not change the rollouts, the number of the step does."""
     setup, batch, samples = rollout.setup, rollout.batch, rollout.samples
     turned = {name: values[::-1] for name, values in batch.items()}
     np.testing.assert_allclose(generate(setup, turned).samples.clean[:, ::-1], samples.clean, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The loss, where no step is needed to look at it."""
+"""Parts of the loss that can be tested without a train step."""
 
 from dataclasses import replace
 from itertools import islice

@@ -1,4 +1,4 @@
-"""The train step: what moves and what does not, the ratio contract, accumulation, averaging."""
+"""The train step: which weights change, the ratio of equal policies, accumulation, averaging."""
 
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,7 +27,7 @@ STANDARD = {
 }
 
 
-STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
+STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small to change any weight
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run(config, count):
 
 @pytest.fixture(scope="module")
 def human_run(make_config_in, tmp_path_factory):
-    """Seven steps of human-scored GRPO, shared by the tests that only look at them."""
+    """Seven steps of human-scored GRPO, shared by the tests that only read their results."""
     return run(make_config_in(tmp_path_factory.mktemp("human")), 7)
 
 
@@ -80,7 +80,7 @@ def test_ratio_is_one_where_the_old_policy_is_fresh_and_moves_after(human_run):
 
 
 def test_policy_gradient_flows_at_the_fresh_step(human_run):
-    """ρ = 1 there, but its gradient is not 0: with the base and diversity losses off, weights still move."""
+    """At the step after a sync ρ is 1, and the gradient of the loss is not 0."""
     first = human_run.metrics[0]
     assert first["approx_kl"] == 0.0
     assert first["grad_norm"] > 0.0
@@ -109,10 +109,10 @@ def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_r
 
 @pytest.mark.parametrize(("precision", "bound"), [("no", 1e-6), ("bf16", 1e-3)])
 def test_equal_parameters_give_equal_log_probabilities(make_config, with_optimizations, precision, bound):
-    """|Δℓ| where θ = θ_old, by the step's own graph: the weights do not move.
+    """Bound |Δℓ| for θ = θ_old in the step's own graph. The weights do not change during the run.
 
-    A random model's error is about 1.5, where float32 resolves 1.2e-7: at τ = 1 that is within the bound, at the
-    default τ = 0.1 one unit in the last place is 1.2e-6.
+    The error of a random model is about 1.5, where float32 resolves 1.2e-7. At τ = 1 that is within the bound. At the
+    default τ = 0.1 one unit in the last place would be 1.2e-6.
     """
     metrics = run(make_config(mixed_precision=precision, policy_temperature=1.0, **STILL), 3).metrics
     for row in metrics:
@@ -134,7 +134,7 @@ def test_what_each_mode_trains(make_config, find_changed_leaves, flags, moves):
     assert {name.split("/")[0] for name in changed} == moves
     assert np.isfinite(steps.metrics[-1]["train_loss"])
     if not flags.get("use_lora", True):
-        # Guidance is constant and pooled text is zero, so only those embedders' kernels may stay.
+        # Guidance is constant and pooled text is zero, so only the kernels of their embedders may stay unchanged.
         still = set(named_leaves(steps.trainable_before)) - changed
         assert still <= {"flux/time_text_embed/text_embedder/linear_1/kernel"}
 
@@ -146,7 +146,7 @@ def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
 
 
 def test_accumulated_microbatches_are_one_batch(make_config_in, tmp_path):
-    """Standard mode: draws depend on records and step alone, so that two halves make the whole."""
+    """In standard mode draws depend only on records and step, so that two half batches equal the whole batch."""
     whole = run(make_config_in(tmp_path / "whole", train_batch_size=8, **STANDARD), 1)
     halves = run(make_config_in(tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2, **STANDARD), 1)
     np.testing.assert_allclose(whole.metrics[0]["base_loss"], halves.metrics[0]["base_loss"], rtol=1e-5)
@@ -158,7 +158,7 @@ def test_accumulated_microbatches_are_one_batch(make_config_in, tmp_path):
 
 
 def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(make_config_in, tmp_path):
-    """Microbatches of 3 records cut scenes of 4: a scene still counts once, and the running mean moves once a step."""
+    """Microbatches of 3 records split scenes of 4. A scene still counts once, and the mean moves once per step."""
     whole = run(make_config_in(tmp_path / "whole", train_batch_size=12), 2)
     parts = run(make_config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
     names = ("diversity_loss", "reward_std", "frac_reward_zero_std", "mean_reward")
@@ -171,14 +171,14 @@ def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(make_
 
 
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
-    """Fresh experts change nothing (B = 0), so the distance is 0 at first and positive after a step."""
+    """New experts have B = 0 and change nothing, so the distance is 0 at first and positive after a step."""
     metrics = run(make_config(kl_weight=1.0), 2).metrics
     assert metrics[0]["kl_loss"] == 0.0 and metrics[1]["kl_loss"] > 0.0
     assert metrics[0]["velocity_norm_ratio"] == 1.0 and metrics[1]["velocity_norm_ratio"] != 1.0
 
 
 def test_dropout_acts_in_the_base_loss_only(make_config):
-    """With dropout, ρ still is exactly 1 when θ = θ_old, and the base loss differs from the one without."""
+    """Dropout changes the base loss. ρ is 1 for θ = θ_old also with dropout."""
     setup = set_up(make_config(lora_dropout=0.5))
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(setup.batches()))
     random_b = jax.tree.map(
@@ -231,7 +231,7 @@ def test_all_mean_weighs_records():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "prodigy"])
 def test_optimizers_share_no_buffer_with_the_weights(optimizer, make_config):
-    """The whole state is donated to a step, and no buffer can be donated twice."""
+    """The state is donated to each step, and a buffer can be donated only once."""
     state = set_up(make_config(optimizer=optimizer)).state
     leaves = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size > 1]
     assert len(set(leaves)) == len(leaves)
