@@ -1,7 +1,8 @@
-"""Orbax checkpoints of a run: the whole state, the data position, the configuration and the base's fingerprint.
+"""Orbax checkpoints of a run: the train state, the data position, the configuration and the base's fingerprint.
 
-A checkpoint `checkpoints/<step>` holds `state` (one array a leaf, named by its path in the state; never the frozen
-base) and `about` (JSON). Saving is asynchronous; a folder appears under its final name only when it is complete.
+A checkpoint `checkpoints/<step>` has two items. `state` has one array per leaf, named by the leaf's path in the train
+state, and never contains the frozen base. `about` is JSON (`CheckpointMetadata`). Saving is asynchronous: a folder
+gets its final name only when it is complete.
 """
 
 from collections.abc import Mapping
@@ -16,15 +17,23 @@ from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
 
 CHECKPOINT_DIR = "checkpoints"
-BEST_DIR = "best"  # the best one of a run with `--max_drift`, in the same form
+BEST_DIR = "best"  # holds the best checkpoint of a run with `--max_drift`, in the same format
 
-# Parts of a state whose name on disk is not their name in code: releases read each other's checkpoints.
+# Parts of a state whose name on disk differs from their name in code. The names on disk stay the same in all releases,
+# so that each release can read the checkpoints of the others.
 NAMES_ON_DISK = {"old_params": "snapshot"}
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says of itself. position: the next global batch; base: fingerprint of the frozen base."""
+    """The metadata of a checkpoint.
+
+    Attributes:
+        position: number of the next global batch.
+        base: fingerprint of the frozen base.
+        config: the run's settings by flag name.
+        geometry: shape and dtype of every leaf, by its name on disk.
+    """
 
     position: int
     base: str
@@ -33,27 +42,27 @@ class CheckpointMetadata:
 
 
 def leaves_on_disk(tree: Any, prefix: str = "") -> dict[str, jax.Array]:
-    """The leaves of a state by their names on disk, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
+    """Return the leaves of a state by name on disk, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
 
-    prefix: of which part of the state `tree` is, such as "trainable" or "ema/flux"; "" for all of it.
+    `prefix` is the part of the state that `tree` is, such as "trainable" or "ema/flux"; "" for the whole state.
     """
     within = prefix and prefix + "/"
     return {name_on_disk(within + name): leaf for name, leaf in named_leaves(tree).items()}
 
 
 def name_on_disk(name: str) -> str:
-    """The name on disk of a leaf, or of a part of a state, such as "snapshot/router" for "old_params/router"."""
+    """Return the name on disk of a leaf or a part of a state, such as "snapshot/router" for "old_params/router"."""
     part, separator, rest = name.partition("/")
     return NAMES_ON_DISK.get(part, part) + separator + rest
 
 
 def geometry(leaves: Mapping[str, Any]) -> dict[str, list]:
-    """Shape and dtype of every leaf, as JSON."""
+    """Return the shape and dtype of every leaf, as values for JSON."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `limit`: how many are kept (None: all)."""
+    """The checkpoints of one run folder. The newest `limit` checkpoints are kept (None: all)."""
 
     def __init__(self, output_dir: str | Path, *, folder: str = CHECKPOINT_DIR, limit: int | None = None):
         self.folder = Path(output_dir).resolve() / folder
@@ -64,9 +73,16 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, *, position: int, config: dict, base: str) -> None:
-        """Start saving the state after `step` steps; returns once the arrays are copied off the device.
+        """Start to save the state after `step` steps; return once the arrays are copied off the device.
 
-        Saving a step that is saved already does nothing.
+        Does nothing if this step has already been saved.
+
+        Args:
+            step: number of steps done.
+            state: the train state.
+            position: number of the next global batch.
+            config: the run's settings by flag name.
+            base: fingerprint of the frozen base.
         """
         if step in self._manager.all_steps():
             return
@@ -80,36 +96,40 @@ class Checkpoints:
         )
 
     def latest(self) -> Path | None:
-        """The folder of the newest, once it is complete."""
+        """Wait for saves in progress and return the folder of the newest checkpoint; None if there is none."""
         self._manager.wait_until_finished()
         step = self._manager.latest_step()
         return None if step is None else self.folder / str(step)
 
     def delete_after(self, step: int) -> None:
-        """Delete what was saved after `step`: a run that resumes from there comes by again."""
+        """Delete the checkpoints after `step`: a run that resumes from `step` saves these steps again."""
         for later in (found for found in self._manager.all_steps() if found > step):
             self._manager.delete(later)
 
     def close(self) -> None:
-        """Wait for saves in flight, then release the folder."""
+        """Wait for saves in progress, then release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Leaf names as Orbax can store them: it gives "/" a meaning of its own."""
+    """Replace "/" in leaf names by ".", because Orbax treats "/" as a separator."""
     return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
 
 
 def find_checkpoint(where: str | Path) -> Path:
-    """The checkpoint meant by a checkpoint's folder, or by a run's folder: its latest, or its best if it has no other.
+    """Find the checkpoint in the folder `where`, and return its resolved path.
 
-    The path is resolved, also where `checkpoints` is a link. Raises CheckpointError where there is none.
+    `where` is a checkpoint, a run's output folder, or the folder `checkpoints` or `best` in it. If there are several
+    checkpoints, the latest is returned. In an output folder, `best` is used only if `checkpoints` is empty. Links are
+    followed.
+
+    Raises CheckpointError if there is no checkpoint.
     """
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
-    within = {path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR}  # either may be a link's name
+    within = {path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR}  # a link or its target may have this name
     places = [path] if within else [path / CHECKPOINT_DIR, path / BEST_DIR]
     found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
     steps = next(filter(None, found), [])
@@ -122,12 +142,12 @@ def find_checkpoint(where: str | Path) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder has a checkpoint's two parts."""
+    """Return whether the folder has the two items of a checkpoint."""
     return (folder / "about").is_dir() and (folder / "state").is_dir()
 
 
 def enclosing_checkpoint(path: Path) -> Path | None:
-    """The checkpoint, or the folder of a run's checkpoints, that `path` is or lies in; None where it is in neither."""
+    """Return the checkpoint, or the folder of checkpoints, that `path` is or lies in; None if there is none."""
     for folder in (path.resolve(), *path.resolve().parents):
         if is_checkpoint(folder) or (
             folder.name in (CHECKPOINT_DIR, BEST_DIR) and any(map(is_checkpoint, folder.glob("*")))
@@ -137,15 +157,15 @@ def enclosing_checkpoint(path: Path) -> Path | None:
 
 
 def read_metadata(checkpoint: Path) -> CheckpointMetadata:
-    """What the checkpoint folder says of itself."""
+    """Read the metadata of a checkpoint folder."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return CheckpointMetadata(**reader.restore(checkpoint / "about"))
 
 
 def check_base(checkpoint: Path, metadata: CheckpointMetadata, fingerprint: str) -> None:
-    """Raise CheckpointError where a checkpoint's weights were trained on another base than the one of `fingerprint`.
+    """Raise CheckpointError if the checkpoint was trained on another base than the one with this fingerprint.
 
-    metadata: what the checkpoint says of itself (`read_metadata`).
+    `metadata` is the metadata of `checkpoint` (`read_metadata`).
     """
     if metadata.base != fingerprint:
         raise CheckpointError(
@@ -156,10 +176,12 @@ def check_base(checkpoint: Path, metadata: CheckpointMetadata, fingerprint: str)
 
 
 def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
-    """The arrays of a checkpoint in the structure, shapes, dtypes and shardings of `like`.
+    """Restore a checkpoint's arrays with the structure, shapes, dtypes and shardings of `like`.
 
-    like: a pytree of arrays (or ShapeDtypeStructs), such as a run's state; with `prefix`, that part of the state, e.g.
-    "trainable". Raises CheckpointError that lists what differs where the checkpoint is of another geometry.
+    `like` is a pytree of arrays or ShapeDtypeStructs, such as a run's state. With `prefix` it is that part of the
+    state, such as "trainable".
+
+    Raises CheckpointError if the checkpoint has another geometry. The message lists the leaves that differ.
     """
     on_disk = leaves_on_disk(like, prefix)
     wanted, saved = geometry(on_disk), read_metadata(checkpoint).geometry
@@ -167,7 +189,7 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     found = {name: spec for name, spec in saved.items() if name.startswith(within)}
     if wanted != found:
         raise CheckpointError(_difference(checkpoint, wanted, found))
-    checkpoint = checkpoint.resolve()  # Orbax wants it so
+    checkpoint = checkpoint.resolve()  # Orbax requires an absolute path
     leaves, structure = jax.tree.flatten(like)
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

@@ -1,4 +1,4 @@
-"""`python -m ra_jax.train`: trains experts (or the whole transformer), standard, from human scores or from rewards."""
+"""`python -m ra_jax.train`: trains experts or the whole transformer, on results, human scores or automatic rewards."""
 
 import logging
 import re
@@ -19,14 +19,14 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train; what a user can mend is told without a traceback, with exit status 1."""
-    # force: Orbax brings a handler of its own, beside which this would do nothing.
+    """Parse the flags and train. Errors that a user can fix are printed without a traceback, with exit status 1."""
+    # force: Orbax has installed a log handler, and without force basicConfig() would then do nothing.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "orbax", "jax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config, file = parse(argv), config_file(argv)
-        # After parsing: --help and a mistaken flag answer at once.
+        # Imported after parsing, so that --help and wrong flags are answered at once.
         from ra_jax.parallel.processes import initialize
 
         initialize(config.parallel)
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
-        if told := re.search(r"RewardError: (.*)", str(error)):  # a Python function that the compiled step called
+        # A Python reward function that the compiled step called has raised this error.
+        if told := re.search(r"RewardError: (.*)", str(error)):
             sys.exit(f"error: {told[1]}")
         raise
     print(f"trained: {output}")

@@ -1,1 +1,1 @@
-"""Everything about devices: meshes, where arrays live, collectives, processes, compiled programs."""
+"""Everything about devices: meshes, placement of arrays, collectives, processes and compilation."""

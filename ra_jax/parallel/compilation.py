@@ -1,4 +1,4 @@
-"""Compiling: the cache between runs, and the memory that programs and their compiler need."""
+"""Compilation: the cache of programs between runs, and the memory that programs and the compiler need."""
 
 import ctypes
 import os
@@ -13,16 +13,18 @@ from ra_jax.xla_flags import exact_options
 
 
 def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """The program for such devices; memory of the host that its compiler needed goes back to the system."""
+    """Compile a lowered function for `platform`, then return the compiler's freed host memory to the system."""
     program = lowered.compile(compiler_options=exact_options(platform))
     trim_host_memory()
     return program
 
 
 def clear_jit_caches(platform: str) -> None:
-    """Clear JAX's caches where the host's memory is the devices' own: a tenth of what a small step takes.
+    """Clear JAX's caches if the platform is the CPU.
 
-    Compiled steps stay; any other function is traced and compiled again when it is called again.
+    On the CPU the caches take host memory that steps need: a tenth of what a small step needs.
+
+    Compiled steps stay compiled. Any other function is traced and compiled again at its next call.
     """
     if platform == "cpu":
         jax.clear_caches()
@@ -30,13 +32,16 @@ def clear_jit_caches(platform: str) -> None:
 
 
 def trim_host_memory() -> None:
-    """Memory that was freed goes back to the system, which glibc does not do by itself."""
+    """Return freed memory to the operating system; glibc keeps it otherwise."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def enable_compilation_cache(where: str) -> None:
-    """Have JAX keep compiled programs in a folder between runs: see `--jax_compilation_cache_dir`."""
+    """Set the folder in which JAX keeps compiled programs between runs.
+
+    `where` is a folder, "auto" or "none", as for `--jax_compilation_cache_dir`.
+    """
     if where == "auto" and jax.config.jax_compilation_cache_dir:
         return
     if where == "auto":
@@ -45,7 +50,10 @@ def enable_compilation_cache(where: str) -> None:
 
 
 def program_memory(program: jax.stages.Compiled) -> int:
-    """Bytes that a compiled program needs at its peak: arguments, results that are not arguments, temporaries."""
+    """Return the peak memory of a compiled program in bytes.
+
+    This is the sum of arguments, outputs that do not reuse a donated argument, temporaries and generated code.
+    """
     memory = program.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -57,8 +65,10 @@ def program_memory(program: jax.stages.Compiled) -> int:
 
 
 def device_memory() -> int:
-    """Bytes that a program may use: the device's own limit, or the host's memory where it has none (CPU); of several
-    processes the least, since all have to compile the same program."""
+    """Return the bytes that a program may use: the device's limit, or the host's memory if it has none (CPU).
+
+    With several processes this is the minimum over all of them, because all must compile the same program.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit
     if jax.process_count() == 1:

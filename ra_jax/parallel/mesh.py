@@ -1,4 +1,4 @@
-"""Devices as a mesh with the axes data, fsdp and tensor, and what a mesh divides."""
+"""Meshes of devices with the axes data, fsdp and tensor, and checks that a mesh fits batch and model."""
 
 import math
 from collections import Counter
@@ -15,9 +15,12 @@ from ra_jax.parallel.partitioning import AXES, BATCH
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices; `data` = -1 takes what the others leave.
+    """Build a mesh with the axes data, fsdp and tensor over all devices.
 
-    Raises ConfigError where the axes' sizes do not make up the number of devices.
+    `data` = -1 stands for (number of devices) / (fsdp · tensor).
+
+    Raises ConfigError if the product of the sizes is not the number of devices, or if the axis data cannot join the
+    slices of a TPU.
     """
     devices = jax.devices() if devices is None else devices
     asked = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
@@ -36,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     if slices > 1 and shape[0] % slices == 0 and len(set(sizes)) == 1:
         within = (shape[0] // slices, fsdp, tensor)
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    elif slices == 1 or devices[0].platform != "tpu":  # nodes of GPUs are slices to JAX, and any axis may join them
+    elif slices == 1 or devices[0].platform != "tpu":  # JAX calls nodes of GPUs slices, and any axis may join them
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         each = len(devices) // slices
@@ -50,14 +53,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 
 def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """Which rows of a global batch the devices of this process hold, in order."""
+    """Return the indices of the rows of a global batch that the devices of this process hold, in order."""
     check_batch(mesh, batch)
     parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:
-    """Raise ConfigError where the mesh does not divide a global batch."""
+    """Raise ConfigError if the global batch is not a multiple of data · fsdp."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch % shards:
         raise ConfigError(
@@ -68,7 +71,7 @@ def check_batch(mesh: Mesh, batch: int) -> None:
 
 
 def check_heads(mesh: Mesh, heads: int) -> None:
-    """Raise ConfigError where the tensor axis does not divide the attention heads."""
+    """Raise ConfigError if the tensor axis does not divide the number of attention heads."""
     tensor = mesh.shape["tensor"]
     if heads % tensor:
         raise ConfigError(
@@ -78,7 +81,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 
 
 def check_width(mesh: Mesh, width: int) -> None:
-    """Raise ConfigError where the fsdp axis does not divide the transformer's width: its weights would stay whole."""
+    """Raise ConfigError if the fsdp axis does not divide the transformer's width; its weights would not be sharded."""
     fsdp = mesh.shape["fsdp"]
     if width % fsdp:
         raise ConfigError(
@@ -88,6 +91,6 @@ def check_width(mesh: Mesh, width: int) -> None:
 
 
 def divisors(*numbers: int) -> str:
-    """What divides all of them, in words."""
+    """List the common divisors of the numbers, for messages."""
     common = math.gcd(*numbers)
     return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -1,7 +1,8 @@
-"""How a step is launched over devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas, with the same numbers.
+"""Partitioners run a step on several devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas.
 
-A launch says where state, weights and batches live, and compiles a step for them. What is outside of steps sees one
-copy of the state: checkpoints `whole`, previews and drift `local`.
+Both give the same results. A partitioner places state, weights and batches on devices and compiles a step for
+them. Code outside of steps works on one copy of the state: checkpoints save the copy of `unshard`; previews and drift
+use the copy of `addressable`.
 """
 
 from collections.abc import Callable
@@ -28,88 +29,96 @@ REPLICA = "replica"
 
 
 class Partitioner(Protocol):
-    """placement: where weights are put as they are loaded; shards: parts into which a batch is divided."""
+    """Places arrays on devices and compiles steps for them.
+
+    Attributes:
+        placement: where weights are placed while they are loaded; None for the default device.
+        shards: number of shards of a batch.
+    """
 
     placement: Placement | None
     shards: int
 
     def check(self, *, heads: int, width: int) -> None:
-        """Raise ConfigError where a transformer of so many attention heads and features cannot be launched so."""
+        """Raise ConfigError if a transformer with these numbers of attention heads and features cannot be sharded."""
 
     def rows(self, batch: int) -> np.ndarray:
-        """Which rows of a global microbatch this process loads. Raises ConfigError where it cannot be shared out."""
+        """Return the rows of a global microbatch that this process loads.
+
+        Raises ConfigError if the devices do not divide the microbatch evenly.
+        """
 
     def scope(self) -> AbstractContextManager:
-        """Within, functions that are compiled outside of steps (previews, drift) know of the mesh."""
+        """Context manager that sets the mesh for functions compiled outside of steps (previews, drift)."""
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """What `function` makes of weights, one copy of it, on the devices where it is to live; takes the weights."""
+        """Compute `function(*weights)` as one copy, on the devices where it stays. The weights may be donated."""
 
     def shard(self, tree: Any) -> Any:
-        """State or weights of which there is one copy, to where steps want them."""
+        """Place state or weights, of which there is one copy, in the layout that steps use."""
 
     def unshard(self, tree: Any) -> Any:
-        """One copy of a state or of weights from where steps left them, over all devices: what a checkpoint holds."""
+        """Convert state or weights from the layout of steps to one copy over all devices, which checkpoints save."""
 
     def addressable(self, tree: Any) -> Any:
-        """Weights for what this process computes outside of steps, within `scope`."""
+        """Convert weights from the layout of steps to the one for computations of this process within `scope`."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
-        """This process's rows [A·B_local, ...], microbatch after microbatch, as the step's [A, B, ...]."""
+        """Place this process's rows [A·B_local, ...], ordered by microbatch, as the step's global batch [A, B, ...]."""
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
-        """The step as a program whose state is donated. Of the arguments only shapes and places are read."""
+        """Compile the step with its state donated. Only shapes, dtypes and shardings of the arguments are read."""
 
 
 @dataclass(frozen=True)
 class MeshPartitioner:
-    """`jax.jit`: weights and optimizer divided by `parallel.partitioning`'s table, batches over data and fsdp."""
+    """`jax.jit` over a mesh: weights and optimizer are sharded by `partitioning.RULES`, batches over data and fsdp."""
 
     mesh: Mesh
 
     @property
     def placement(self) -> Placement:
-        """Places weights by `parallel.partitioning`'s table."""
+        """The placement of weights by `partitioning.RULES`."""
         return Placement(self.mesh)
 
     @property
     def shards(self) -> int:
-        """Devices that share out the batch."""
+        """Number of shards of a batch: data · fsdp."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check(self, *, heads: int, width: int) -> None:
-        """Check that the tensor axis divides the heads, and the fsdp axis the width."""
+        """Check that tensor divides the number of heads, and fsdp the width."""
         check_heads(self.mesh, heads)
         check_width(self.mesh, width)
 
     def rows(self, batch: int) -> np.ndarray:
-        """Rows of a global microbatch that this process's devices hold."""
+        """Return the rows of a global microbatch that this process's devices hold."""
         return process_rows(self.mesh, batch)
 
     def scope(self) -> AbstractContextManager:
-        """The mesh in force."""
+        """Context manager that sets the mesh."""
         return jax.set_mesh(self.mesh)
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """`function`'s result, computed where the table divides it to; the weights are donated."""
+        """Compute the result of `function`, sharded by `partitioning.RULES`; the weights are donated."""
         places = self.placement.shardings(jax.eval_shape(function, *weights))
         every = tuple(range(len(weights)))
         return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
 
     def shard(self, tree: Any) -> Any:
-        """Divide state or weights over the mesh."""
+        """Shard state or weights over the mesh by `partitioning.RULES`."""
         return jax.device_put(tree, self.placement.shardings(tree))
 
     def unshard(self, tree: Any) -> Any:
-        """The state as it is: it is one copy, divided over the mesh."""
+        """Return the state unchanged: it is already one copy, sharded over the mesh."""
         return tree
 
     def addressable(self, tree: Any) -> Any:
-        """The weights as they are: programs outside of steps run on the mesh too."""
+        """Return the weights unchanged: programs outside of steps run on the mesh, too."""
         return tree
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
-        """Divide rows over data and fsdp: [A·B_local, ...] -> [A, B, ...]."""
+        """Shard the rows over data and fsdp: [A·B_local, ...] -> [A, B, ...]."""
         sharding = NamedSharding(self.mesh, P(None, BATCH))
 
         def put(x: np.ndarray) -> jax.Array:
@@ -118,7 +127,7 @@ class MeshPartitioner:
         return jax.tree.map(put, batch)
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
-        """The step by `jax.jit`: the state is donated and placed by the table, metrics are on every device."""
+        """Compile the step by `jax.jit`: the state is donated and sharded by `RULES`, metrics are replicated."""
         arguments = abstract((state, frozen, batch))
         results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
@@ -128,24 +137,30 @@ class MeshPartitioner:
 
 @dataclass(frozen=True)
 class PmapPartitioner:
-    """`jax.pmap`: every device has a copy of all weights, placed once on a leading replica axis, and a part of the
-    batch's conditions."""
+    """`jax.pmap`: every device has a copy of all weights and a part of the batch's conditions.
 
-    mesh: Mesh  # of the one axis `replica`
+    The copies are placed once, as one array with a leading replica axis.
+
+    Attributes:
+        mesh: the devices, with the single axis `replica`.
+        placement: None: weights are loaded onto the default device.
+    """
+
+    mesh: Mesh
     placement: None = None
 
     @property
     def shards(self) -> int:
-        """Replicas that share out the batch."""
+        """Number of shards of a batch: one per replica."""
         return self.mesh.size
 
     def check(self, *, heads: int, width: int) -> None:
-        """Nothing to check: every device has all heads and features."""
+        """Do nothing: every device has all heads and features."""
 
     def rows(self, batch: int) -> np.ndarray:
-        """Rows of a global microbatch for this process, as many for each.
+        """Return this process's rows of a global microbatch; every process has the same number of rows.
 
-        Raises ConfigError where the replicas do not divide the microbatch.
+        Raises ConfigError if the replicas do not divide the microbatch evenly.
         """
         if batch % self.shards:
             raise ConfigError(
@@ -156,26 +171,26 @@ class PmapPartitioner:
         return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
 
     def scope(self) -> AbstractContextManager:
-        """No mesh: outside of steps one device computes."""
+        """Context manager that does nothing: outside of steps a single device computes."""
         return nullcontext()
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """`function`'s result on the default device."""
+        """Compute the result of `function` on the default device."""
         return function(*weights)
 
     def shard(self, tree: Any) -> Any:
-        """A copy for each replica on a leading axis: [...] -> [replicas, ...]."""
+        """Place a copy on every replica, as one array with a leading axis: [...] -> [replicas, ...]."""
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
         def copies(x: jax.Array) -> jax.Array:
-            value = np.asarray(x)[None]  # on the host: one device may not have the room for all copies
+            value = np.asarray(x)[None]  # on the host: all copies may not fit one device
             shards = [jax.device_put(value, device) for device in devices]
             return jax.make_array_from_single_device_arrays((self.shards, *x.shape), sharding, shards)
 
         return jax.tree.map(copies, tree)
 
     def unshard(self, tree: Any) -> Any:
-        """The replicas' copies as one array that every device holds: [replicas, ...] -> [...]."""
+        """Return the replicas' copies as one replicated array: [replicas, ...] -> [...]."""
         everywhere = NamedSharding(self.mesh, P())
 
         def one(x: jax.Array) -> jax.Array:
@@ -185,12 +200,12 @@ class PmapPartitioner:
         return jax.tree.map(one, tree)
 
     def addressable(self, tree: Any) -> Any:
-        """This process's first copy, on one device: [replicas, ...] -> [...]."""
-        # On one device: the compiler can neither divide a Pallas kernel over several nor repeat it on each.
+        """Return this process's first copy, on one device: [replicas, ...] -> [...]."""
+        # On one device, because the compiler can neither shard nor replicate a Pallas kernel over several.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
-        """Divide rows over the replicas: [A·B_local, ...] -> [replicas, A, B / replicas, ...]."""
+        """Shard the rows over the replicas: [A·B_local, ...] -> [replicas, A, B / replicas, ...]."""
         sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)
 
         def put(x: np.ndarray) -> jax.Array:
@@ -200,13 +215,16 @@ class PmapPartitioner:
         return jax.tree.map(put, batch)
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
-        """The step by `jax.pmap`, which reduces over the axis of the replicas; the state is donated."""
+        """Compile the step by `jax.pmap`, with reductions over the replica axis; the state is donated."""
         mapped = jax.pmap(partial(step, axis_name=REPLICA), axis_name=REPLICA, donate_argnums=0)
         return compile_lowered(mapped.lower(*abstract((state, frozen, batch))), self.mesh.devices.flat[0].platform)
 
 
 def make_partitioner(config: ParallelConfig) -> Partitioner:
-    """The launch that the settings ask for, over all devices. Raises ConfigError where they do not fit them."""
+    """Build the partitioner that the settings name, over all devices.
+
+    Raises ConfigError if the mesh settings do not fit the devices or the kind of partitioner.
+    """
     if config.parallelism == "mesh":
         return MeshPartitioner(make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor))
     if (config.mesh_fsdp, config.mesh_tensor) != (1, 1) or config.mesh_data not in (-1, jax.device_count()):
@@ -218,15 +236,15 @@ def make_partitioner(config: ParallelConfig) -> Partitioner:
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, types and places of a pytree's arrays."""
+    """Return the shapes, dtypes and shardings of a pytree of arrays, as ShapeDtypeStructs."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def scalars(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A step's metrics, of which replicas have one each."""
+    """Return a step's metrics as scalars; under pmap, the copy of this process's first replica."""
     return {name: x if np.ndim(x) == 0 else x.addressable_data(0)[0] for name, x in metrics.items()}
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """An array's values, wherever its parts are; every process has to ask for them."""
+    """Return an array's values on the host, even if other processes hold parts of it. All processes must call this."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

@@ -1,12 +1,12 @@
-"""Where parameters and activations live on a mesh of devices with the axes data, fsdp and tensor.
+"""Placement of parameters and activations on a mesh of devices with the axes data, fsdp and tensor.
 
-    data     the batch is shared out, weights are repeated
-    fsdp     the batch is shared out, and so are weights at rest: a block's are gathered when it is computed
+    data     shards the batch; weights are replicated
+    fsdp     shards the batch and the stored weights; the weights of a block are gathered when it is computed
              (ZeRO-3, Rajbhandari et al. 1910.02054)
-    tensor   attention heads and MLP features are shared out (Megatron-LM, Shoeybi et al. 1909.08053)
+    tensor   shards attention heads and MLP features (Megatron-LM, Shoeybi et al. 1909.08053)
 
-One table says it for all parameters, and for what has their names: gradients, optimizer state, averages. Functions here
-do nothing where no such mesh is in force (`jax.set_mesh`): on one device, and under pmap.
+The table `RULES` applies to all parameters, and to all arrays with their names: gradients, optimizer state, averages.
+The functions that shard or gather arrays do nothing without such a mesh (`jax.set_mesh`): on one device and under pmap.
 """
 
 import re
@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 
-# By the end of a parameter's name: the axes of its last dimensions; blocks stacked before them are not divided.
-# The heads' and features' side of a layer is on `tensor`: attention and the MLP between two layers stay on a device
-# (but a single block's proj_out takes both as one input, which is shared out anew before it).
+# Maps the end of a parameter's name to the axes that shard its last dimensions. The leading dimension of stacked blocks
+# is not sharded. `tensor` shards the side of a layer that has heads or MLP features, so attention and the MLP between
+# two layers need no communication. The exception is proj_out of a single block: its input is the concatenation of
+# both, which is resharded before it.
 _FEATURES_OUT = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
 _FEATURES_IN = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (
@@ -37,14 +38,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"/lora_b$", P(None, FSDP)),
 )
 STACKED = r"(transformer_blocks|vision/layers)/"
-REPEATED = r"(^|/)(vae|router)/"  # small, and convolutions' kernels are no matrices
+REPEATED = r"(^|/)(vae|router)/"  # replicated: they are small, and kernels of convolutions are not matrices
 
 
 def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """Which mesh axes divide each dimension of the parameter of this name, such as
-    "trainable/flux/transformer_blocks/attn/to_q/lora_a".
+    """Return the mesh axes that shard each dimension of a parameter.
 
-    sizes: of the mesh's axes. A dimension that its axes do not divide stays whole.
+    A dimension is not sharded over axes that do not divide it evenly.
+
+    Args:
+        name: the parameter's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
+        shape: the parameter's shape.
+        sizes: the sizes of the mesh axes.
     """
     rule = None
     if not re.search(REPEATED, name):
@@ -56,7 +61,7 @@ def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
 
 
 def _dividing(axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
-    """The axes of more than one device that together divide `side`; None where there are none."""
+    """Return those of `axes` that have more than one device and together divide `side` evenly; None without any."""
     chosen, parts = [], 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
         if sizes[axis] > 1 and side % (parts * sizes[axis]) == 0:
@@ -66,54 +71,54 @@ def _dividing(axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str,
 
 
 def parameter_name(path: tuple, separator: str = "/") -> str:
-    """A leaf's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a", from its path.
+    """Return a leaf's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a", from its path.
 
-    path: in a pytree, or in a flat `nnx.State`, whose paths are of plain keys.
+    `path` is the path in a pytree, or in a flat `nnx.State`, whose paths consist of plain keys.
     """
-    # Flax ends a variable's path in a pytree in an attribute of its own choosing.
+    # Flax appends an attribute of its own, `value`, to the path of a variable in a pytree.
     return jax.tree_util.keystr(path, simple=True, separator=separator).removesuffix(f"{separator}value")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their `parameter_name`."""
+    """Return the leaves of a pytree by `parameter_name`."""
     return {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Puts weights where they are to live on a mesh: each device's part of them on it, and nothing anywhere else."""
+    """Places weights on a mesh: each device receives its own part and nothing else."""
 
     mesh: Mesh
 
     def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where the parameter of this name and shape lives."""
+        """Return the sharding of a parameter with this name and shape."""
         return NamedSharding(self.mesh, partition_spec(name, shape, self.mesh.shape))
 
     def shardings(self, tree: Any) -> Any:
-        """Where every leaf of a state or of weights lives: a pytree of NamedShardings. Only shapes are read."""
+        """Return the shardings of all leaves of a state or of weights, as a pytree. Only shapes are read."""
         return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding(parameter_name(path), x.shape), tree)
 
     def put(self, name: str, value: np.ndarray) -> jax.Array:
-        """A parameter of this name, such as "flux/x_embedder/kernel", that is in this process's memory."""
+        """Place a parameter, such as "flux/x_embedder/kernel", from this process's memory on the mesh."""
         return jax.make_array_from_callback(value.shape, self.sharding(name, value.shape), lambda index: value[index])
 
 
 def axis_sizes() -> Mapping[str, int]:
-    """Sizes of the axes of the mesh in force; empty where there is none with these axes, or of one device."""
+    """Return the axis sizes of the current mesh; empty without a mesh of these axes, or if it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape) if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else {}
 
 
 def batch_shards() -> int:
-    """Into how many parts the batch is shared out."""
+    """Return the number of shards of the batch on the current mesh."""
     sizes = axis_sizes()
     return sizes[DATA] * sizes[FSDP] if sizes else 1
 
 
 def shard_batch(tree: Any, *, axis: int = 0) -> Any:
-    """Pytree of arrays whose dimension `axis` counts records: each device holds its part of them.
+    """Shard a pytree of arrays over the devices along dimension `axis`, which counts records.
 
-    Records that the devices cannot share out evenly, such as a preview's, are left where they are.
+    If the devices do not divide the records evenly, as in previews, the arrays are returned unchanged.
     """
     if not axis_sizes():
         return tree
@@ -126,15 +131,15 @@ def shard_batch(tree: Any, *, axis: int = 0) -> Any:
 
 
 def batch_axes(records: int) -> tuple[str, ...] | None:
-    """The axes that share out so many records; None where they do not divide them."""
+    """Return the axes that shard this number of records; None if they do not divide it evenly."""
     return BATCH if records % batch_shards() == 0 else None
 
 
 def gather_params(params: Any) -> Any:
-    """Parameters about to be used: brought together from `fsdp`, still divided over `tensor`.
+    """Gather parameters over `fsdp` before they are used; they stay sharded over `tensor`.
 
-    Stacked blocks stay as they are: the loop over them gathers one block at a time, under its own names. Gradients
-    are summed over the batch's axes.
+    Stacked blocks are not gathered here: the loop over the blocks gathers one block at a time, under its own names. The
+    gradients of gathered parameters are summed over the axes that shard the batch.
     """
     sizes = axis_sizes()
     if not sizes:

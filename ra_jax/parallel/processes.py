@@ -1,4 +1,4 @@
-"""Several processes as one run: they find each other before JAX looks at its devices, and one speaks for all."""
+"""Runs of several processes: initializes `jax.distributed` before any device is used, and synchronizes processes."""
 
 import logging
 import os
@@ -16,20 +16,20 @@ from ra_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# How many processes a launcher started, by its variable.
+# Environment variables that hold the number of processes, with the launchers that set them.
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 OPEN_MPI_ADDRESS = "OMPI_MCA_orte_hnp_uri"
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 def initialize(config: ParallelConfig) -> None:
-    """`jax.distributed.initialize`, where the settings or the environment say that there are several processes.
+    """Call `jax.distributed.initialize` if the settings or the environment specify several processes.
 
-    To be called before anything else of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are recognised;
-    elsewhere `--coordinator_address --num_processes --process_id` say it.
+    This must precede any other use of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are detected;
+    elsewhere the flags `--coordinator_address --num_processes --process_id` are needed.
 
-    Raises ConfigError for a host that nobody knows, for a port of this machine that is taken, and for an Open MPI that
-    does not tell JAX where its first process is.
+    Raises ConfigError for an unresolvable host, for a port of this machine that is in use, and for an Open MPI that
+    does not set the variable in which JAX looks for the first process's address.
     """
     gpus = local_gpu_ids(os.environ, Path("/dev"))
     if config.coordinator_address is not None:
@@ -48,12 +48,12 @@ def initialize(config: ParallelConfig) -> None:
     else:
         return
     if jax.process_index():
-        logging.getLogger("ra_jax").setLevel(logging.WARNING)  # process 0 tells what there is to tell
+        logging.getLogger("ra_jax").setLevel(logging.WARNING)  # only process 0 logs progress
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 
 
 def detect_launcher(environment: dict[str, str], at: Callable[[str], Path]) -> str | None:
-    """The launcher of a run of several processes, or None; at: a path of the file system."""
+    """Return the launcher of a run of several processes, or None. `at` maps the path of a device file to a Path."""
     for variable, launcher in LAUNCHERS.items():
         if int(environment.get(variable, "1")) > 1:
             return launcher
@@ -62,8 +62,11 @@ def detect_launcher(environment: dict[str, str], at: Callable[[str], Path]) -> s
 
 
 def check_address(address: str, *, serves: bool) -> None:
-    """Raise ConfigError where HOST:PORT is of no host, or where this process `serves` it and the port is taken: JAX
-    waits five minutes for the one, and gRPC ends the process for both, with neither's name."""
+    """Raise ConfigError if the host of HOST:PORT is unknown, or if this process `serves` the port and it is in use.
+
+    Without this check JAX would wait five minutes for an unknown host, and in both cases gRPC would end the process
+    without naming the host or the port.
+    """
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
@@ -82,10 +85,15 @@ def check_address(address: str, *, serves: bool) -> None:
 
 
 def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | None:
-    """Which of the GPUs that it sees a process of Slurm or Open MPI takes: an equal part of those that the processes of
-    its machine share, or all that are its own. devices: the folder with the cards' device files.
+    """Return which of its visible GPUs a process started by Slurm or Open MPI uses.
 
-    None where there are no GPUs, or no launcher that tells how many processes share them.
+    If the processes of a machine see the same GPUs, each uses an equal part of them. If the launcher has given each
+    process GPUs of its own, the process uses all of them. None if there are no GPUs, or if no launcher specifies how
+    many processes share them.
+
+    Args:
+        environment: the environment variables.
+        devices: the folder of device files (nvidia0, nvidia1, …).
     """
     if "CUDA_VISIBLE_DEVICES" in environment:
         count = len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name])
@@ -100,29 +108,33 @@ def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | 
         return None
     if not count:
         return None
-    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # the others have others
+    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # each process has GPUs of its own
         return list(range(count))
     part = count // processes
     return list(range(rank * part, (rank + 1) * part))
 
 
 def tasks_per_node(told: str) -> list[int]:
-    """How many tasks each node has, of Slurm's way to say it: "2(x3),1" is [2, 2, 2, 1]."""
+    """Parse Slurm's list of the number of tasks on each node: "2(x3),1" is [2, 2, 2, 1]."""
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in told.split(",")]
     return [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what is written once: metrics, previews, reports, the output folder's files."""
+    """Return whether this is process 0, which writes metrics, previews, reports and the output folder's other files."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Go on when every process has come here."""
+    """Wait until all processes have reached the barrier `where`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def should_stop(here: bool, step: int) -> bool:
-    """Whether the run ends after `step`: this process was told to, `here`; of several any was, and all have heard."""
+    """Return whether the run ends after `step`, because of SIGTERM.
+
+    `here` says whether this process has received SIGTERM, and decides if the run has a single process. With several
+    processes, SIGTERM to any of them ends the run, at a step on which JAX has made all of them agree.
+    """
     return here if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

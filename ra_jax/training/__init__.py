@@ -1,1 +1,1 @@
-"""The training run: state, one compiled step, the loop around it, checkpoints, metrics and previews."""
+"""Training runs: set-up, train state, compiled step, training loop, checkpoints, metrics and previews."""

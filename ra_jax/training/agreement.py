@@ -1,4 +1,4 @@
-"""Agreement between the processes of a run: all of them have the same plan, or none of them begins."""
+"""Checks, before a run starts, that all of its processes have the same plan."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.records import Record, scene_ids
 from ra_jax.errors import ConfigError
 
-# Settings that may differ between the processes of a run: where files lie on a machine, and which process it is.
+# Settings that may differ between the processes of a run: local paths, the number of loader threads, the coordinator's
+# address as this process reaches it, and the process id.
 PER_PROCESS_SETTINGS = {
     "train_json_path",
     "val_json_path",
@@ -32,9 +33,18 @@ PER_PROCESS_SETTINGS = {
 def run_signature(
     config: TrainConfig, records: Sequence[Record], held_out: Sequence[Record], resume_from: Path | None
 ) -> dict[str, object]:
-    """What decides which rows a step takes, which program it is and when something else is due, by what it is in words.
+    """Collect everything that determines the rows and the program of a step, and when checkpoints and previews are due.
 
-    With other plans processes would wait for each other in different steps.
+    Processes that differ in any of it would wait for each other in different steps.
+
+    Args:
+        config: the run's configuration.
+        records: the records to train on.
+        held_out: the records for previews and drift.
+        resume_from: the checkpoint to resume from; None for a new run.
+
+    Returns:
+        The parts of the plan. The keys are the names that error messages use for the parts.
     """
     settings = to_flat_dict(config)
     return {
@@ -46,7 +56,7 @@ def run_signature(
 
 
 def record_signature(records: Sequence[Record]) -> list[tuple]:
-    """All that files of records say but where the pictures are."""
+    """Summarize records without their image paths: id, scene, photo size, scores, and whether a result is missing."""
     scenes = scene_ids(records).tolist()
     return [
         (record.id, scene, record.size, record.scores, record.result is None)
@@ -55,7 +65,11 @@ def record_signature(records: Sequence[Record]) -> list[tuple]:
 
 
 def check_same_plan(plan: Mapping[str, object]) -> None:
-    """Raise ConfigError unless every process has the same plan: what steps depend on, by what it is in words."""
+    """Raise ConfigError unless every process has the same plan.
+
+    Args:
+        plan: the parts to compare. The keys are the names that the error message uses for the parts.
+    """
     if jax.process_count() == 1:
         return
     digests = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)

@@ -1,4 +1,4 @@
-"""From the configuration to the static settings of objective, rollouts and step, and to the first state."""
+"""Builds the settings of objective, rollouts and step, and the initial train state, from the configuration."""
 
 import optax
 
@@ -9,11 +9,11 @@ from ra_jax.rl.policy import PolicySettings
 from ra_jax.training.step.settings import ObjectiveSettings, RolloutSettings, StepSettings
 from ra_jax.training.step.state import TrainState, init_state
 
-INITIAL_TEMPERATURE = 0.1  # where `--policy_temperature auto` starts
+INITIAL_TEMPERATURE = 0.1  # initial τ with `--policy_temperature auto`
 
 
 def objective_settings(config: TrainConfig) -> ObjectiveSettings:
-    """What the run's steps optimize."""
+    """Build the settings of the loss that the run's steps minimize."""
     losses = config.losses
     return ObjectiveSettings(
         guidance_scale=config.model.guidance_scale,
@@ -31,7 +31,7 @@ def objective_settings(config: TrainConfig) -> ObjectiveSettings:
 
 
 def policy_settings(config: TrainConfig) -> PolicySettings:
-    """How the run estimates its policy."""
+    """Build the settings of the policy estimator."""
     grpo = config.grpo
     return PolicySettings(
         estimator=grpo.policy_estimator,
@@ -45,7 +45,7 @@ def policy_settings(config: TrainConfig) -> PolicySettings:
 
 
 def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> RolloutSettings | None:
-    """None where nothing is generated."""
+    """Build the settings of the rollouts; None outside of automatic mode, since only that mode has rollouts."""
     if config.mode != "automatic":
         return None
     rollouts = config.rollouts
@@ -62,7 +62,12 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
 
 
 def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSettings:
-    """What the run's steps do around their loss; rewards: of automatic mode, else none."""
+    """Build the settings of everything that a step does besides its loss.
+
+    Args:
+        config: the run's configuration.
+        rewards: the rewards of automatic mode; empty in the other modes.
+    """
     return StepSettings(
         updates=config.updates,
         sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
@@ -74,7 +79,7 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSetti
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
-    """The state before step 0 of training these weights."""
+    """Build the train state before step 0, in which `trainable` are the weights to train."""
     temperature = config.grpo.policy_temperature
     return init_state(
         trainable,

@@ -1,4 +1,4 @@
-"""The data of a run: its records, what each brings to a step, and which rows a process loads."""
+"""The data of a run: its records, the values that a step needs for each, and the rows that a process loads."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads.
+    """The data of a run.
 
-    records: to train on; values: what each brings to a step beside its pictures (`record_values`); previewed: records
-    whose scenes are previewed and on which drift is measured; buckets: panel sizes; latents: the records are of a pack
-    with latents.
+    Attributes:
+        records: the records to train on.
+        values: arrays [R, ...] of the values that a step needs for each record besides its images (`record_values`).
+        held_out: the records from which previews are drawn and on which drift is measured.
+        buckets: panel sizes (height, width) in pixels.
+        latents: whether the records come from a pack with latents.
     """
 
     records: Sequence[Record]
@@ -37,12 +40,15 @@ class RunData:
 
     @property
     def has_target(self) -> bool:
-        """Whether the records bring a result, which automatic rewards take for the truth."""
+        """Whether the records have results. Automatic rewards use a record's result as the ground truth."""
         return self.records[0].result is not None
 
 
 def load_run_data(config: TrainConfig) -> RunData:
-    """Read and check all records of a run. Raises DataError or ConfigError; no weights are read."""
+    """Read and check all records of a run, without loading a model.
+
+    Raises DataError, ConfigError, or WeightError if a pack has latents and the VAE or Redux cannot be found.
+    """
     records = load_training_records(config)
     latents = has_latents(config, records)
     held_out = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
@@ -51,7 +57,14 @@ def load_run_data(config: TrainConfig) -> RunData:
 
 
 def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, rows: np.ndarray) -> Loader:
-    """The batches of the run's steps; rows: of the global batch, which this process loads (`step_rows`)."""
+    """Build the loader of the batches that the run's steps train on.
+
+    Args:
+        config: the run's configuration.
+        data: the run's data.
+        loaded: the model, whose token size and reference preprocessing the loader needs.
+        rows: the rows of the global batch that this process loads (`step_rows`).
+    """
     parts = batch_parts(config, results=data.has_target, latents=data.latents)
     options = LoaderOptions(
         batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
@@ -69,9 +82,9 @@ def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, row
 
 
 def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozenset[Part]:
-    """Which parts of the schema (`data.batch`) the batches of a run's steps have.
+    """Return the parts of the schema (`data.batch`) that the training batches of the run have.
 
-    results: the records have results; latents: they are of a pack with latents.
+    `results` says whether the records have results, `latents` whether they come from a pack with latents.
     """
     automatic = config.mode == "automatic"
     parts: dict[Part, bool] = {
@@ -86,14 +99,21 @@ def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozens
 
 
 def step_rows(config: TrainConfig, partitioner: Partitioner) -> np.ndarray:
-    """Which rows of a step's A·B records this process loads, microbatch after microbatch."""
+    """Return the indices of the rows that this process loads, out of the A·B rows of a step.
+
+    The rows of a step are those of its A microbatches of B rows, one microbatch after another.
+    """
     batch = config.run.train_batch_size
     rows = partitioner.rows(batch)
     return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
 
 
 def load_training_records(config: TrainConfig) -> list[Record]:
-    """The records of --train_json_path. Results are needed by the base loss, and by human scores, which judge them."""
+    """Load the records of --train_json_path.
+
+    Every record must have a result, unless the mode is automatic and the base loss has weight 0: the base loss trains
+    on results, and human scores rate them. In automatic mode a scene with several records causes a warning.
+    """
     automatic = config.mode == "automatic"
     records = load_records(
         config.data.train_json_path,
@@ -114,7 +134,11 @@ def load_training_records(config: TrainConfig) -> list[Record]:
 
 
 def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
-    """Whether the records are of a pack with latents. Raises ConfigError where training would make other ones."""
+    """Return whether the records come from a pack with latents.
+
+    Raises ConfigError if training would compute other latents: because of other buckets, another dtype, augmented
+    masks, or another VAE or Redux.
+    """
     encoding = pack_encoding(records)
     if encoding is None:
         return False
@@ -134,7 +158,10 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
 
 
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """What each record brings to a step beside its pictures: the arrays [R, ...] of `data.batch.VALUES`."""
+    """Compute the values that a step needs for each record besides its images: the arrays [R, ...] of `batch.VALUES`.
+
+    Raises DataError if the base loss would give every record weight 0.
+    """
     if config.mode != "human":
         return {"sample_weight": np.ones(len(records), np.float32)}
     scenes = scene_ids(records)
@@ -165,7 +192,7 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
 
 
 def single_record_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:
-    """Records one by one as they are, masks not augmented."""
+    """Build a loader of batches of one record each, without mask augmentation."""
     options = LoaderOptions(
         batch_size=1,
         buckets=parse_buckets(config.data.aspect_ratio_buckets),

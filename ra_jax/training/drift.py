@@ -1,7 +1,8 @@
-"""The guard of `--max_drift`: stops a run that leaves what clean photos look like, and keeps its best checkpoint.
+"""Drift guard (`--max_drift`): stops a run whose model no longer fits clean photos, and keeps its best checkpoint.
 
-A reward rises past the point where it still measures what people want. What gives that away is measured where no reward
-was given: on held-out clean results, how well the model still knows them, and how long its velocity has grown.
+In long training a reward keeps rising after it has stopped measuring what people want. The rewards themselves do not
+show this. The guard therefore measures on held-out clean results, for which no rewards are computed. It compares the
+flow loss and the velocity norm with those of the base.
 """
 
 import logging
@@ -22,25 +23,30 @@ from ra_jax.training.step.state import example_keys, stream_key
 
 log = logging.getLogger(__name__)
 
-NUM_TIMES = 4  # (t, ε) of each record, over all of time
+NUM_TIMES = 4  # pairs (t, ε) per record, with t from the whole schedule
 
 
 @dataclass(frozen=True)
 class Drift:
-    """flow_loss: mean_Ω ‖v_θ − v*‖² on held-out clean results; flow_drift: how much larger it is than the base's, as a
-    fraction; velocity_norm_ratio: the mean of ‖v_θ‖ / ‖v_base‖ there."""
+    """Drift from the base, as means over held-out clean results.
+
+    Attributes:
+        flow_loss: mean_Ω ‖v_θ − v*‖².
+        flow_drift: flow_loss divided by the flow loss of the base, minus 1.
+        velocity_norm_ratio: ‖v_θ‖ / ‖v_base‖.
+    """
 
     flow_loss: float
     flow_drift: float
     velocity_norm_ratio: float
 
     def metrics(self) -> dict[str, float]:
-        """The measurements by the names that metrics.jsonl has for them."""
+        """Return the measurements under their names in metrics.jsonl, which start with `held_out_`."""
         return {f"held_out_{name}": value for name, value in vars(self).items()}
 
     def excess(self, limit: float) -> str | None:
-        """What is beyond the limit, in words; None where nothing is."""
-        if not self.flow_drift <= limit:  # NaN is beyond any limit
+        """Describe the measurement that exceeds the limit (a fraction), for messages; None if both are within it."""
+        if not self.flow_drift <= limit:  # written so that NaN exceeds any limit
             return f"the flow loss on held-out results is {self.flow_drift:+.1%} from the base's"
         if not self.velocity_norm_ratio <= 1.0 + limit:
             return f"velocity_norm_ratio is {self.velocity_norm_ratio:.3f}"
@@ -48,9 +54,13 @@ class Drift:
 
 
 class DriftGuard:
-    """Measures drift on held-out records, always at the same (t, ε), and remembers the best of a run.
+    """Measures drift on held-out records, always at the same (t, ε), and keeps the run's best score.
 
-    loader: yields each held-out record once an epoch, with its `result`; limit: `--max_drift`.
+    Args:
+        objective: provides the model and the loss region.
+        loader: yields every held-out record once per epoch, with its `result`.
+        limit: value of `--max_drift`.
+        seed: seed for drawing (t, ε).
     """
 
     def __init__(self, objective: Objective, loader: Loader, *, limit: float, seed: int):
@@ -61,7 +71,7 @@ class DriftGuard:
         )
 
     def measure(self, trainable: Weights, frozen: Weights) -> Drift:
-        """Drift of these weights; means over the held-out records."""
+        """Measure the drift of these weights, as means over the held-out records."""
         found = [self._measure(trainable, frozen, batch) for batch in self._batches]
         policy, base, ratio = (
             float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*found, strict=True)
@@ -69,8 +79,11 @@ class DriftGuard:
         return Drift(policy, policy / base - 1.0, ratio)
 
     def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
-        """Whether this is the best so far of what is within the limit: in automatic mode the highest mean reward, which
-        a row without rewards does not have, else the lowest flow loss. Then it is remembered as such."""
+        """Return whether these weights are within the limit and score best so far; if so, keep their score.
+
+        The score is `mean_reward` of the metrics `row` in automatic mode, and −flow_loss in the other modes. In
+        automatic mode a row without `mean_reward` is never the best.
+        """
         score = row.get("mean_reward", -np.inf) if mode == "automatic" else -drift.flow_loss
         if drift.excess(self.limit) or not score > self.best_score:
             return False
@@ -78,7 +91,7 @@ class DriftGuard:
         return True
 
     def restore_best_score(self, rows: Iterable[Mapping[str, float]], mode: str) -> None:
-        """Take the best of earlier rows of a run's metrics for its best so far."""
+        """Restore the best score from earlier metrics rows of the run; rows without held-out metrics are skipped."""
         for row in rows:
             if "held_out_flow_loss" in row:
                 held_out = {name: row.get(f"held_out_{name}", np.nan) for name in Drift.__annotations__}
@@ -86,7 +99,7 @@ class DriftGuard:
 
 
 def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
-    """Of each record: flow loss of the experts and of the base, and the ratio of their velocities' norms, [B] each."""
+    """Return the flow loss with experts, the flow loss of the base, and the ratio of their velocity norms, each [B]."""
     model = objective.model
     encoded = encode(model, frozen, batch, objective.settings.loss_region)
     keys = example_keys(stream_key(seed, "held-out"), batch["record_id"])

@@ -1,4 +1,4 @@
-"""Steps whose rewards could not be computed: told, counted, and the end of a run that has too many in a row."""
+"""Counts the steps whose rewards could not be computed, logs them, and stops a run after ten of them in a row."""
 
 import logging
 import math
@@ -13,15 +13,17 @@ LIMIT = 10  # steps in a row
 
 
 class RewardFallbacks:
-    """total: steps of the run so far that had to do without their rewards."""
+    """Counter of the steps in which rewards were due but not available; `total` is their number in the run so far."""
 
     def __init__(self, total: float = 0.0):
         self.total, self._streak = total, 0
 
     def count(self, steps: Sequence[Mapping[str, np.ndarray]], done: int) -> float:
-        """Take note of the metrics of the steps up to number `done`; returns the total.
+        """Count the steps without rewards among `steps`, whose last one is step number `done`; return the new total.
 
-        Raises FloatingPointError where the rewards of ten steps in a row were not finite.
+        Steps for which no rewards were due are skipped: they neither count nor end a series.
+
+        Raises FloatingPointError after ten steps in a row without rewards.
         """
         for number, step in enumerate(steps, done - len(steps) + 1):
             if "reward_fallbacks" not in step:  # no rewards were due

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, by which speed is reported."""
+"""Model FLOPs of a training step, from which the reported TFLOP/s are computed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,16 @@ from ra_jax.parallel.partitioning import named_leaves
 
 
 def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of q kᵀ and of the weights by v in one forward pass of one image: 4·S²·D a block."""
+    """FLOPs of the attention products q·kᵀ and weights·v in one forward pass of one image: 4·S²·D per block."""
     blocks = config.num_layers + config.num_single_layers
     return 4.0 * (image_tokens + context_tokens) ** 2 * config.inner_dim * blocks
 
 
 def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of the transformer's matmuls in one forward pass of one image (2 a multiply-add).
+    """FLOPs of the transformer's matmuls in one forward pass of one image; a multiply-add counts as 2.
 
-    Per token and block: double 2·(4 + 8)·D² (4D² attention, 8D² MLP), single 2·12·D²; and `attention_flops`.
+    Per token, a double block takes 2·(4 + 8)·D² (4D² attention, 8D² MLP) and a single block 2·12·D². The input and
+    output layers and `attention_flops` are added.
     """
     d, s = config.inner_dim, image_tokens + context_tokens
     blocks = config.num_layers + config.num_single_layers
@@ -33,13 +34,14 @@ def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) ->
 
 
 def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of the experts' products in one forward pass of one image: 2 · tokens · in · out a matrix.
+    """FLOPs of the experts' products in one forward pass of one image: 2 · tokens · in · out per matrix.
 
-    experts: shapes [L, in, out] of their parameters by name ("transformer_blocks/attn/to_q/lora_a"), or nothing.
+    `experts` has the shape [L, in, out] of each of their parameters by its name, such as
+    "transformer_blocks/attn/to_q/lora_a". It is empty without experts.
     """
     total = 0.0
     for name, shape in experts.items():
-        if "norm" in name or "time_text_embed" in name:  # of the time's embedding
+        if "norm" in name or "time_text_embed" in name:  # these layers take the time embedding: one row per image
             tokens = 1
         elif "single" in name:
             tokens = image_tokens + context_tokens
@@ -53,8 +55,11 @@ def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, contex
 class ForwardCost:
     """FLOPs of one forward pass of one image.
 
-    base: of the base (`forward_flops`); attention: a part of it (`attention_flops`); experts: of their products
-    (`expert_flops`); full_fine_tuning: the whole transformer is trained, and there are no experts.
+    Attributes:
+        base: FLOPs of the base (`forward_flops`).
+        attention: the part of `base` that attention takes (`attention_flops`).
+        experts: FLOPs of the experts' products (`expert_flops`).
+        full_fine_tuning: whether the whole transformer is trained; there are no experts then.
     """
 
     base: float
@@ -64,14 +69,16 @@ class ForwardCost:
 
     @property
     def total(self) -> float:
-        """Of base and experts."""
+        """FLOPs of base and experts together."""
         return self.base + self.experts
 
     @property
     def trained(self) -> float:
-        """Of a pass with its gradients: as much again as the forward pass for the gradient with respect to activations,
-        and the gradient of what is trained: `experts`, or what is not attention where that is the whole transformer.
-        Both factors of attention's products are activations, so that their gradient costs `attention` once more.
+        """FLOPs of a forward pass and its backward pass.
+
+        The gradient with respect to activations costs as much as the forward pass. Both factors of the attention
+        products are activations, so their gradient costs `attention` once more. The gradient with respect to the
+        trained weights costs `experts`, or `base` − `attention` if the whole transformer is trained.
         """
         return (
             2.0 * self.total + self.attention + (self.base - self.attention if self.full_fine_tuning else self.experts)
@@ -80,12 +87,17 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class StepPasses:
-    """The passes of a step.
+    """Numbers of forward passes, and of trained passes (forward and backward), in a step.
 
-    records: of the step's batch; updates: of the weights; base_loss: each update takes a trained pass a record for it;
-    members: of a group, each of which takes `policy_points` trained passes an update, with `kl` as many forward passes
-    by the base, and in an `old_policy_share` of the steps as many by the old policy; rollout_steps: forward passes a
-    member in its rollout.
+    Attributes:
+        records: records in the step's batch.
+        policy_points: trained passes for the policy loss, per sample and update.
+        kl: whether each of these passes needs a forward pass of the base, for the KL loss.
+        old_policy_share: the share of steps in which each of these passes needs a forward pass of the old policy.
+        updates: updates of the weights.
+        samples: samples per condition.
+        rollout_steps: forward passes per sample in its rollout.
+        base_loss: whether the base loss takes one trained pass per record and update.
     """
 
     records: int
@@ -99,7 +111,7 @@ class StepPasses:
 
 
 def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
-    """Model FLOPs of a training step: what the mathematics needs, neither rematerialisation nor frozen gradients."""
+    """Model FLOPs of a training step, without rematerialization and without gradients of frozen weights."""
     policy = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
     policy = policy * passes.policy_points * passes.samples
     update = cost.trained * passes.base_loss + policy
@@ -108,8 +120,14 @@ def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the FLOPs of a model depend on. trainable: parameters of the transformer that are trained, or their shapes;
-    multiple: pixels a side of a token; image_tokens: of the reference."""
+    """The sizes of a model that its FLOPs depend on.
+
+    Attributes:
+        flux: configuration of the transformer.
+        trainable: the transformer's trained parameters, or their shapes.
+        multiple: side of a token in pixels.
+        image_tokens: number of tokens of the reference image.
+    """
 
     flux: FluxConfig
     trainable: Any
@@ -120,8 +138,14 @@ class ModelSizes:
 def flops_of_step(
     config: TrainConfig, sizes: ModelSizes, batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array], step: int
 ) -> float:
-    """`step_flops` over all devices of step number `step` (from 0) on such a batch: arrays [..., h, w] of the global
-    batch."""
+    """Compute `step_flops` of step number `step` (from 0), summed over all devices.
+
+    Args:
+        config: the run's configuration.
+        sizes: the sizes of the model.
+        batch: the global batch, or its shapes. Only the keys and the shape of `mask` [..., h, w] are read.
+        step: number of the step.
+    """
     height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps

@@ -1,4 +1,4 @@
-"""The loop around the compiled step: batches in; metrics, checkpoints, previews and curves out."""
+"""Training loop: runs the compiled step on batches and writes metrics, checkpoints, previews and curves."""
 
 import logging
 import math
@@ -32,12 +32,16 @@ PROGRESS_METRICS = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", 
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says; returns the output folder, with checkpoints, metrics.jsonl, previews, curves.png and
-    report.html.
+    """Train as `config` says and return the output folder.
 
-    Raises what `set_up` raises, and FloatingPointError where the loss, or ten steps' rewards in a row, are not finite
-    (no checkpoint is written then). SIGTERM ends the run after the step in progress with a checkpoint and exit status
-    143. With `--max_drift` a run that drifts ends early, with its best checkpoint in `best/`.
+    The output folder contains checkpoints, metrics.jsonl, previews, curves.png and report.html. SIGTERM ends the run
+    after the step in progress, with a checkpoint and exit status 143. With `--max_drift`, a run that drifts too far
+    ends early; its best checkpoint is in `best/`.
+
+    Raises:
+        UserError: any error of `set_up`.
+        FloatingPointError: the loss or the gradient is not finite, or rewards failed in ten steps in a row. No
+            checkpoint is written after that.
     """
     enable_compilation_cache(config.run.jax_compilation_cache_dir)
     setup = set_up(config)
@@ -59,7 +63,10 @@ def train(config: TrainConfig) -> Path:
 
 
 def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str:
-    """Every step from `first_step` on, with what is due after each; returns how the run ended, in words."""
+    """Run all steps from `first_step` on, and write the metrics, checkpoints and previews that are due.
+
+    Returns a description of how the run ended, for the report.
+    """
     state, step, total, unshard = setup.state, setup.compiled_steps(), setup.total_steps, setup.partitioner.unshard
     interval = config.run.checkpointing_steps or total
     if setup.first_step >= total:
@@ -77,7 +84,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             state, metrics = step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
             step.clear_jit_caches()
-            stopping = should_stop(stop.is_set, done)  # read once: SIGTERM from here on ends it after the next step
+            stopping = should_stop(stop.is_set, done)  # read once: a later SIGTERM ends the run after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
                 with recorder.paused(), setup.partitioner.scope():
@@ -101,7 +108,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
 
 
 class RunCheckpoints:
-    """A run's checkpoints, and in `best/` the best one of a run with `--max_drift`."""
+    """Writes the run's checkpoints and, with `--max_drift`, its best checkpoint into `best/`."""
 
     def __init__(self, config: TrainConfig, setup: Setup):
         self._metadata = {"config": to_flat_dict(config), "base": setup.loaded.fingerprint}
@@ -119,24 +126,24 @@ class RunCheckpoints:
         self._best.save(done, state, position=done, **self._metadata)
 
     def describe_best(self) -> str:
-        """Where the best checkpoint is, in words."""
+        """Describe where the best checkpoint is, for the message of a run that drifted too far."""
         found = self._best.latest()
         return "no checkpoint was within it" if found is None else f"the best checkpoint is {found}"
 
     def close(self) -> None:
-        """Wait for saves in flight."""
+        """Wait for saves in progress, then release the folders."""
         for checkpoints in (self._regular, self._best):
             if checkpoints is not None:
                 checkpoints.close()
 
 
 def due(done: int, interval: int) -> bool:
-    """Whether step number `done` ends an interval; never for an interval of 0."""
+    """Return whether step number `done` ends an interval; False if the interval is 0."""
     return interval > 0 and done % interval == 0
 
 
 def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
-    """A preview by the averaged weights, where there are any."""
+    """Draw a preview with the averaged weights, or with the current weights without `--ema_decay`."""
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
         with setup.partitioner.scope():
@@ -144,9 +151,9 @@ def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
 
 
 class Recorder:
-    """Collects the steps' metrics on the device and, when due, writes one row for them to every tracker.
+    """Collects the metrics of steps and writes them as rows to every tracker.
 
-    Metrics are fetched only when a row is due, so that the device is never waited for in between.
+    The metrics stay on the device until a row is due, so that the host does not wait for the device after every step.
     """
 
     def __init__(self, config: TrainConfig, setup: Setup):
@@ -155,7 +162,7 @@ class Recorder:
         self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if speaks else []
         quiet = {} if speaks else {"disable": True}
         self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **quiet)
-        earlier = read_rows(setup.output / METRICS_FILE) if speaks else []  # no one else has the file
+        earlier = read_rows(setup.output / METRICS_FILE) if speaks else []  # only process 0 writes this file
         self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
         self._pending: list[dict[str, jax.Array]] = []
         self._images = self._tflops = self._waited = 0.0
@@ -163,14 +170,17 @@ class Recorder:
 
     @contextmanager
     def paused(self):
-        """Within, no time counts; steps on their way to the device are waited for first, and do count."""
+        """Context manager that excludes the time of its block from the measured step time.
+
+        It first waits for the steps in progress, whose time still counts.
+        """
         jax.block_until_ready(self._pending)
         before = time.perf_counter()
         yield
         self._since += time.perf_counter() - before
 
     def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, while it is noted how long they are waited for."""
+        """Yield the batches and measure the time spent waiting for them."""
         while True:
             since = time.perf_counter()
             batch = next(batches, None)
@@ -180,7 +190,7 @@ class Recorder:
             yield batch
 
     def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
-        """Keep a step's metrics, still on the device, and count its images and FLOPs."""
+        """Store a step's metrics, which stay on the device, and count its images and FLOPs."""
         self._pending.append(metrics)
         run, loaded = self._config.run, self._setup.loaded
         self._images += run.train_batch_size * run.gradient_accumulation_steps
@@ -188,13 +198,13 @@ class Recorder:
         self._tflops += 1e-12 * flops_of_step(self._config, sizes, batch, done - 1)
 
     def due(self, done: int) -> bool:
-        """A row every `--log_freq` steps, and after the run's first step, which shows that it works."""
+        """Return whether a row is due: every `--log_freq` steps, and after the first one to show that the run works."""
         return done == self._setup.first_step + 1 or done % self._config.logging.log_freq == 0
 
     def flush(self, done: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Write and return the row of the steps since the last one, with `more` metrics.
+        """Write and return one row for all steps since the last row, with the additional metrics `more`.
 
-        Raises FloatingPointError where the loss is not finite, or rewards were not in ten steps in a row.
+        Raises FloatingPointError if the loss or the gradient is not finite, or rewards failed in ten steps in a row.
         """
         steps = jax.device_get(self._pending)
         row = summarize(steps) | dict(more or {})
@@ -214,7 +224,7 @@ class Recorder:
         self._bar.update(done - self._bar.n)
         self._pending, self._images, self._tflops, self._waited = [], 0.0, 0.0, 0.0
         self._since = time.perf_counter()
-        # The loss is that of the weights before the update, so that the gradient tells whether they still are finite.
+        # The loss comes from the weights before the update. The gradient shows whether the new weights are finite.
         for name in (name for name in ("train_loss", "grad_norm") if not math.isfinite(row[name])):
             raise FloatingPointError(
                 f"{name} is {row[name]} at step {done}: lower --learning_rate or --policy_loss_weight, "
@@ -235,9 +245,9 @@ class _Stop:
 
 @contextmanager
 def catch_sigterm():
-    """Within, SIGTERM only sets `is_set` of the value yielded, so that the step in progress can end.
+    """Context manager in which SIGTERM sets `is_set` of the yielded object, so that the step in progress can finish.
 
-    With several processes JAX itself listens for it, in the name of all (`distributed.should_stop`).
+    With several processes it does nothing: JAX then handles SIGTERM for all of them (`processes.should_stop`).
     """
     stop = _Stop()
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Optax optimizers and learning-rate schedules by name. Schedules count steps, of one or more updates each."""
+"""Optax optimizers and learning-rate schedules by name. Schedules count steps; a step makes one or more updates."""
 
 import jax
 import optax
@@ -10,7 +10,11 @@ MATRICES = ("kernel", "lora_a", "lora_b")
 
 
 def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up (all but `constant`), then the named decay to 0 at `total_steps`."""
+    """Build the schedule of the learning rate by step.
+
+    Every schedule but `constant` starts with a linear warm-up to `peak`. Then `constant_with_warmup` stays at `peak`;
+    `linear`, `cosine` and `polynomial` decay to 0 at `total_steps`.
+    """
     if config.lr_scheduler == "constant":
         return optax.constant_schedule(peak)
     warmup, rest = config.lr_warmup_steps, max(total_steps - config.lr_warmup_steps, 1)
@@ -20,13 +24,13 @@ def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> 
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
         "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.lr_power, rest),
     }[config.lr_scheduler]()
-    # The first step already learns: the warm-up runs from peak/(warmup + 1).
+    # Starts at peak/(warmup + 1) and not at 0, so that the first step changes the weights.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
 def _names(params):
-    """The leaf's own name (kernel, bias, lora_a, …) in place of every leaf."""
+    """Replace every leaf by its own name (kernel, bias, lora_a, …)."""
 
     def name(path, _):
         keys = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
@@ -36,14 +40,15 @@ def _names(params):
 
 
 def weight_decay_mask(params):
-    """True for the leaves that weight decay applies to: matrices, not biases, norms or scales."""
+    """Return True for every leaf that weight decay applies to: matrices, but not biases, norms or scales."""
     return jax.tree.map(lambda name: name in MATRICES, _names(params))
 
 
 def muon_dimensions(params):
-    """Which leaves Muon orthogonalises: every matrix, also those stacked on leading axes; None = left to Adam.
+    """Return the matrix axes of every leaf that Muon orthogonalizes; None for the leaves that Adam updates.
 
-    Without this Optax hands stacked [L, in, out] leaves to Adam, and takes stacked biases [L, out] for matrices.
+    Muon orthogonalizes every matrix, including matrices that are stacked on leading axes. By default, Optax would give
+    stacked matrices [L, in, out] to Adam and treat stacked biases [L, out] as matrices.
     """
 
     def dimensions(name, leaf):
@@ -60,10 +65,11 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
         case "adamw":
             return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=weight_decay_mask)
         case "adafactor":
-            # Optax applies its decay undivided by the learning rate: scaled here to mean what it means for AdamW.
+            # Optax's adafactor does not multiply weight decay by the learning rate. Adding the decay before the
+            # schedule does, so that the setting means the same as for AdamW.
             return optax.chain(
                 optax.adafactor(None, multiply_by_parameter_scale=False),
-                # adafactor without a learning rate returns descent directions; decay pulls the same way.
+                # Without a learning rate adafactor returns negated gradients, so the decay is negated as well.
                 optax.add_decayed_weights(-decay, mask=weight_decay_mask),
                 optax.scale_by_schedule(schedule),
             )
@@ -77,7 +83,7 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
                 adam_b2=b2,
                 eps=eps,
                 muon_weight_dimension_numbers=muon_dimensions,
-                consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
+                consistent_rms=0.2,  # makes updates as large as AdamW's, so that the same learning rates fit
             )
         case "prodigy":
             return prodigy(schedule, (b1, b2), eps=eps, weight_decay=decay)
@@ -87,10 +93,10 @@ def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.Grad
 def build_optimizer(
     config: OptimizationConfig, total_steps: int, updates: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a {"flux": …, "router": …} tree, and the learning rate by step that metrics report.
+    """Build the optimizer of a {"flux": …, "router": …} tree, and the learning-rate schedule that metrics report.
 
-    Gradients are first scaled to a global norm of at most `max_grad_norm`; the router may have its own learning rate.
-    Optax counts updates, of which a step makes `updates`; schedules count steps.
+    Gradients are first scaled down to a global norm of at most `max_grad_norm`. The router may have its own learning
+    rate. Optax counts updates, and a step makes `updates` of them; the schedules count steps.
     """
 
     def by_update(schedule: optax.Schedule) -> optax.Schedule:

@@ -1,4 +1,7 @@
-"""Previews: source | mask | result | ground truth, one row a scene, the same scenes and noise all through a run."""
+"""Previews: sheets with one row per scene, source | mask | result | ground truth.
+
+Scenes and noise stay the same during the whole run.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -19,7 +22,10 @@ from ra_jax.training.step.state import example_keys, stream_key
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
-    """`count` scenes spread over the data; of each its best record, whose result stands for the ground truth."""
+    """Choose `count` scenes spread over the data, and of each the record with the highest reward.
+
+    The result of that record is shown as the ground truth.
+    """
     scenes = scene_ids(records)
     distinct = np.unique(scenes)
 
@@ -33,7 +39,12 @@ def preview_records(records: Sequence[Record], reward_weights, count: int) -> li
 class Previews:
     """Draws `previews/step_<n>.png` in the run's folder.
 
-    remove: `inference.sampling.make_remover`'s function; loader: yields each preview scene once an epoch.
+    Args:
+        output_dir: the run's folder.
+        model: the model, which determines the size of the noise.
+        remove: the function that `inference.sampling.make_remover` returns.
+        loader: yields every preview scene once per epoch.
+        seed: seed of the noise.
     """
 
     def __init__(self, output_dir: Path, model: FillModel, remove: Callable, loader: Loader, seed: int):
@@ -42,7 +53,7 @@ class Previews:
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
 
     def draw(self, step: int, trainable, frozen) -> Path:
-        """Sample every preview scene with these weights and write the sheet; returns its path."""
+        """Sample every preview scene with these weights; process 0 writes the sheet. Returns its path."""
         rows = []
         for batch in self._batches:
             panels = {name: batch[name] for name in ("source", "reference", "mask", "redux_pixels") if name in batch}
@@ -51,7 +62,7 @@ class Previews:
             images, _ = self._remove(trainable, frozen, panels, noise)
             images = np.asarray(fetch(images) * 255.0 + 0.5, np.uint8)
             masks = np.repeat(batch["mask"][..., None] * np.uint8(255), 3, -1)
-            truth = batch.get("result", np.full_like(batch["source"], 255))  # white where nobody knows it
+            truth = batch.get("result", np.full_like(batch["source"], 255))  # white without a result
             rows += zip(batch["source"], masks, images, truth, strict=True)
         path = self.folder / f"step_{step:06d}.png"
         if is_main_process():

@@ -1,4 +1,4 @@
-"""The train step as compiled programs, one for each shape of batch (a bucket), compiled beside other work."""
+"""The train step as compiled programs, one per batch shape (bucket), compiled in a background thread."""
 
 import logging
 import math
@@ -23,15 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class CompiledSteps:
-    """`train_step` with the state donated, launched as `launch` does; len(): programs so far.
+    """Compiled programs of `train_step`, with the state donated; `len()` is the number of programs so far.
 
-    make_step: settings -> train step; conditions: of a microbatch on one device; rewarded: whether rewards are due in
-    a step of this number (from 0).
-    `prepare` begins to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
-    drawn meanwhile: compilation keeps one core busy for a minute and more. A call waits for its program.
+    `prepare` starts to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
+    drawn meanwhile: compilation keeps one core busy for a minute or more. A call waits for the program it needs.
 
-    A program that computes rewards and does not fit the device is compiled again with smaller decode microbatches; if
-    the smallest is too large, training goes on without rewards, and the next step's metrics say so (reward_fallbacks).
+    If a program with rewards does not fit the device, it is compiled again with smaller decode microbatches. If even
+    one image at a time is too much, training continues without rewards, which the next step's metrics report
+    (reward_fallbacks).
+
+    Args:
+        make_step: builds the train step from its settings.
+        settings: settings of the steps.
+        partitioner: compiles the step for its devices.
+        conditions: number of conditions in a microbatch on one device.
+        computes_rewards: whether rewards are due in step number `step` (from 0).
     """
 
     def __init__(
@@ -46,16 +52,20 @@ class CompiledSteps:
         self._conditions = conditions
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._fallbacks = 0  # not yet told
-        self._traced = False  # something since `clear_jit_caches`
+        self._fallbacks = 0  # fallbacks that no step's metrics have reported yet
+        self._traced = False  # whether a program is new since the last `clear_jit_caches`
 
     def prepare(self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0) -> None:
-        """Have the program for batches of these shapes, now or soon. Only shapes and types are read."""
+        """Start to compile the program for batches of these shapes, unless it already exists.
+
+        Only shapes, dtypes and shardings of the arguments are read.
+        """
         key = self._key(batch, step)
         if key not in self._programs:
             arguments = abstract((state, frozen, batch))
             if self._computes_rewards(step):
-                # Asked here, in the order of all processes, not in the thread.
+                # device_memory() is a collective call. All processes must make such calls in the same order, so it
+                # is called here and not in the thread.
                 compiling = self._compiler.submit(self._compile_with_rewards, arguments, device_memory())
             else:
                 compiling = self._compiler.submit(self._compile_plain, arguments)
@@ -64,7 +74,7 @@ class CompiledSteps:
     def __call__(
         self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Take step number `step` (from 0)."""
+        """Run step number `step` (from 0); return the new state and the metrics."""
         self.prepare(state, frozen, batch, step)
         state, metrics = self._programs[self._key(batch, step)].result()(state, frozen, batch)
         metrics = scalars(metrics)
@@ -74,7 +84,7 @@ class CompiledSteps:
         return state, metrics
 
     def clear_jit_caches(self) -> None:
-        """`launch.clear_jit_caches`, once programs have been compiled and none is being compiled."""
+        """Call `compilation.clear_jit_caches` if a program is new since the last call and none is being compiled."""
         if self._traced and all(compiling.done() for compiling in self._programs.values()):
             clear_jit_caches(jax.default_backend())
             self._traced = False
@@ -124,7 +134,7 @@ class CompiledSteps:
         return self._compile_plain(arguments)
 
     def _compile_measured(self, settings: StepSettings, arguments) -> tuple[jax.stages.Compiled | None, float]:
-        """The program and the bytes it needs; None and infinitely many where the compiler finds no room itself."""
+        """Compile a program; return it and the bytes it needs, or (None, inf) if it is too large for the compiler."""
         try:
             program = self._compile(settings, arguments)
         except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""How a run begins: anew, over another, from its own checkpoint, or with another's experts; what is refused of it."""
+"""Starts, overwrites, resumes or warm-starts a run, with the checks on each."""
 
 import logging
 import re
@@ -32,12 +32,12 @@ from ra_jax.training.step.state import TrainState
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
-PREVIOUS_CONFIG = "config.toml.before"  # the last config.toml that a run replaced by other settings
-# All that a run writes into its folder beside these two; whatever else lies there is the user's.
+PREVIOUS_CONFIG = "config.toml.before"  # copy of the last config.toml that a run replaced by other settings
+# Everything else that a run writes into its folder. All other files there belong to the user.
 RUN_FOLDERS = (CHECKPOINT_DIR, BEST_DIR, "previews", "tensorboard", "wandb")
 RUN_FILES = (METRICS_FILE, "curves.png", "report.html")
 
-# What a resumed run may change, and what it then does not have in common with the run that it goes on with.
+# Settings that a resumed run may change, each with the consequence that a warning names.
 OTHER_DATA, ANOTHER_ROUNDING = "not through the data it would have seen", "its base rounds as the former one did not"
 RESUME_WARNINGS = {
     "train_batch_size": OTHER_DATA,
@@ -48,13 +48,19 @@ RESUME_WARNINGS = {
 
 
 def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Refuses a folder that holds another run, or a config.toml
-    that no run wrote, or checkpoints alone.
+    """Return the checkpoint to resume from, or None for a new run.
 
-    `--resume_from_checkpoint latest` in a folder whose run was stopped before its first checkpoint begins anew.
+    `--resume_from_checkpoint latest` starts at step 0 if the run was stopped before its first checkpoint.
+
+    Raises:
+        ConfigError: the folder already holds a run, which is neither resumed nor overwritten; or the checkpoint to
+            resume from is not the latest of the run in the folder.
+        CheckpointError: `--resume_from_checkpoint` names a folder without a checkpoint.
+        OutputError: the folder is or lies in a folder of checkpoints; no run wrote its config.toml; or a file lies
+            where a folder is expected, or the reverse.
     """
     where = config.run.resume_from_checkpoint
-    check_outputs(run_outputs(output), {})  # that folders are folders and files are files
+    check_outputs(run_outputs(output), {})  # no inputs: only checks that folders are folders and files are files
     if (around := enclosing_checkpoint(output)) is not None:
         raise OutputError(
             f"--output_dir {output}: would write into {around}, where a run keeps its checkpoints; choose another "
@@ -87,7 +93,10 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
 
 
 def is_run_folder(output: Path) -> bool:
-    """Whether the folder is a run's: it has a config.toml, or a checkpoint that does not lie elsewhere, by a link."""
+    """Return whether the folder holds a run, which means a config.toml or a checkpoint.
+
+    Checkpoints in another folder, to which a link in this folder leads, do not count.
+    """
     if (output / CONFIG_FILE).is_file():
         return True
     try:
@@ -97,12 +106,13 @@ def is_run_folder(output: Path) -> bool:
 
 
 def check_config_unedited(file: Path) -> None:
-    """Check that a run wrote the config.toml that this run would replace: its only comments are the groups' names.
+    """Check that a run wrote the existing config.toml, and that nobody added comments to it.
 
-    Values that were edited do not show; `prepare_output_dir` keeps a copy of them.
+    The only comments that a run writes are the names of the groups of settings. Edited values are not detected, but
+    `prepare_output_dir` keeps a copy of them.
 
     Raises:
-        OutputError: it has other comments, or none, so that somebody wrote or edited it by hand.
+        OutputError: the file has other comments, or none. It was written or edited by hand.
     """
     without_strings = re.sub(r'"(\\.|[^"\\])*"', '""', file.read_text(encoding="utf-8", errors="replace"))
     comments = re.findall("#.*", without_strings)
@@ -122,10 +132,11 @@ def check_config_unedited(file: Path) -> None:
 
 
 def check_run_folder(output: Path) -> None:
-    """Check that nothing lies where the run will write, or that the folder is a run's.
+    """Check that the run does not replace files that no run wrote.
 
     Raises:
-        OutputError: something does, with neither config.toml nor a checkpoint to show that a run wrote it.
+        OutputError: a file or non-empty folder exists where the run writes, and neither a config.toml nor a
+            checkpoint shows that a run wrote it.
     """
     if is_run_folder(output):
         return
@@ -138,14 +149,15 @@ def check_run_folder(output: Path) -> None:
 
 
 def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | None) -> None:
-    """Check that the run, which writes and deletes what `RUN_FOLDERS` and `RUN_FILES` name, keeps what it reads.
+    """Check that the run neither replaces nor deletes its own inputs.
 
-    resume_from: where it lies in the run's own folder, the run adds to the checkpoints there.
+    The run writes and deletes the folders `RUN_FOLDERS` and the files `RUN_FILES`. The checkpoint `resume_from` may lie
+    in the run's own folder, because the run only adds checkpoints beside it.
 
     Raises:
-        OutputError: it would write over data, models or another run's checkpoint, or among them; or over files of
-            which nothing shows that a run wrote them.
-        CheckpointError: there is no checkpoint in `--init_experts_from`.
+        OutputError: the run would write over or into its data, its models or another run's checkpoint; it would
+            replace files that no run wrote; or no run wrote the metrics.jsonl that a resumed run extends.
+        CheckpointError: `--init_experts_from` names a folder without a checkpoint.
     """
     inputs, nested = flag_inputs(
         {f"--{name}": getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
@@ -161,11 +173,11 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
     check_outputs(run_outputs(output), inputs, nested)
     check_run_folder(output)
     if resume_from is not None and (output / METRICS_FILE).exists():
-        read_rows(output / METRICS_FILE)  # the run goes on with these rows
+        read_rows(output / METRICS_FILE)  # the resumed run extends these rows
 
 
 def reward_module_paths(specs: Sequence[str]) -> list[Path]:
-    """Where the modules of rewards `MODULE:FUNCTION=WEIGHT` may lie: in the working folder or on Python's path."""
+    """List where the modules of rewards `MODULE:FUNCTION=WEIGHT` may lie: in the working folder or on Python's path."""
     modules = [spec.partition(":")[0].strip().replace(".", "/") for spec in specs if ":" in spec]
     names = [name for module in modules for name in (f"{module}.py", f"{module}/__init__.py")]
     return [Path(folder, name) for folder in ("", *sys.path) for name in names]
@@ -174,22 +186,22 @@ def reward_module_paths(specs: Sequence[str]) -> list[Path]:
 def check_config_kept(config: TrainConfig, file: Path) -> None:
     """Check that the run neither replaces nor deletes the file of `--config`.
 
-    A run's own config.toml is an exception: it is written again with the settings that were read from it, so that
-    `--config` with the file can resume (`check_config_unedited` keeps any other config.toml).
+    The run's own config.toml is an exception, so that `--config` with this file can resume the run. The run writes it
+    again with the settings that it read from it. `check_config_unedited` protects any other config.toml.
 
     Raises:
-        OutputError: the run would.
+        OutputError: the run would replace or delete the file.
     """
     check_outputs(run_outputs(Path(config.run.output_dir), (*RUN_FILES, PREVIOUS_CONFIG)), {"--config": [file]})
 
 
 def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE, PREVIOUS_CONFIG)) -> Outputs:
-    """All that a run writes into its folder `output`: these files, and its folders."""
+    """List everything that a run writes into its folder `output`: these files, and its folders."""
     return Outputs("--output_dir", output, [output / name for name in files], [output / name for name in RUN_FOLDERS])
 
 
 def check_seed(checkpoint: Path, seed: int) -> None:
-    """Raise ConfigError where the checkpoint's run began with another seed."""
+    """Raise ConfigError if the run of the checkpoint was started with another seed."""
     began = read_metadata(checkpoint).config["seed"]
     if seed != began:
         raise ConfigError(
@@ -199,13 +211,14 @@ def check_seed(checkpoint: Path, seed: int) -> None:
 
 
 def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """Make the folder and write the resolved configuration; with --overwrite_output_dir an old run's files are deleted.
+    """Create the output folder and write the configuration with all defaults to its config.toml.
 
-    config.toml is replaced, not deleted: where the program is killed in between, the folder still holds a run. Where it
-    says other settings, be they an earlier run's or edited by hand, config.toml.before keeps them.
+    With --overwrite_output_dir, the files of an earlier run are deleted first, unless `keep` is set. config.toml is
+    replaced and not deleted, so that the folder still holds a run if the process is killed in between. If config.toml
+    has other settings, from an earlier run or edited by hand, they are copied to config.toml.before.
 
-    How this run began (anew, over another, resumed, with whose experts) is left out of it, so that `--config` with the
-    file can resume.
+    The settings for how the run starts (overwrite, resume, initial experts) are not written, so that `--config` with
+    the file can resume the run.
     """
     if not keep and config.run.overwrite_output_dir and is_run_folder(output):
         for path in (output / name for name in (*RUN_FOLDERS, *RUN_FILES)):
@@ -224,7 +237,10 @@ def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None
 
 
 def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
-    """What training begins with: fresh weights, or another run's experts and router (averaged where it averaged)."""
+    """Return the initial trainable weights: those of the loaded model, or another run's experts and router.
+
+    The other run's averaged weights are used if it has any.
+    """
     if config.run.init_experts_from is None:
         return loaded.trainable
     checkpoint = find_checkpoint(config.run.init_experts_from)
@@ -235,16 +251,18 @@ def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
 
 
 def restore_state(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
-    """The checkpoint's state, and how many steps it has taken. Refuses another base or geometry.
+    """Restore the train state from a checkpoint; return it with the number of steps it has taken.
 
-    Another --policy_temperature than the checkpoint's run had takes effect; with another batch size or precision the
-    run goes on, and says that its numbers will differ.
+    A --policy_temperature other than the checkpoint's takes effect. Another batch size or precision is allowed, with a
+    warning that the numbers will differ.
+
+    Raises CheckpointError if the base or the geometry differs from the checkpoint's.
     """
     metadata = read_metadata(checkpoint)
     check_base(checkpoint, metadata, base)
     given = to_flat_dict(config)
     for name, differs in RESUME_WARNINGS.items():
-        before = metadata.config.get(name, given[name])  # older checkpoints do not know every flag
+        before = metadata.config.get(name, given[name])  # older checkpoints lack newer flags
         if given[name] != before:
             log.warning(
                 "%s is %s, the checkpoint's was %s: the run goes on, but %s", name, given[name], before, differs

@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs; whatever can be refused is refused here, cheapest first."""
+"""Builds everything that a run needs from its configuration. The cheapest checks come first."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -61,16 +61,32 @@ from ra_jax.training.step.train_step import make_train_step
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_RECORDS = 32  # that drift is measured on
+HELD_OUT_RECORDS = 32  # drift is measured on at most this many records, each from a different scene
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop runs.
+    """Everything that the training loop needs.
 
-    frozen, state: where the launch wants them; parts: of the schema, that the loader's batches have; conditions: of a
-    microbatch on one device; first_step: steps done before, > 0 when resumed; rewarded: whether rewards are due in a
-    step of this number (from 0); previews, guard: None without any.
+    Attributes:
+        output: the run's folder.
+        partitioner: shards batches and weights over devices, and compiles steps.
+        loaded: the model, with the shapes of its weights in place of the weights.
+        frozen: the frozen weights, placed by the partitioner.
+        loader: yields this process's rows of each batch.
+        parts: the parts of the schema (`data.batch`) that the loader's batches have.
+        microbatches: number of microbatches in a step.
+        conditions: number of conditions in a microbatch on one device.
+        objective: the loss.
+        optimizer: the optimizer.
+        learning_rate: learning rate by step.
+        step_settings: settings of a step besides its loss.
+        computes_rewards: whether rewards are due in step number `step` (from 0).
+        state: the train state, placed by the partitioner.
+        first_step: number of steps done before this start; > 0 if the run was resumed.
+        total_steps: number of steps of the whole run.
+        previews: draws the previews; None without previews.
+        guard: the drift guard; None without `--max_drift`.
     """
 
     output: Path
@@ -93,7 +109,7 @@ class Setup:
     guard: DriftGuard | None
 
     def compiled_steps(self) -> CompiledSteps:
-        """`train_step` as programs; it compiles once a bucket, and once more for steps without rewards."""
+        """Return `train_step` as compiled programs: one per bucket, plus one per bucket for steps without rewards."""
 
         def make_step(settings: StepSettings):
             return make_train_step(self.objective_of(settings), self.optimizer, settings)
@@ -101,10 +117,10 @@ class Setup:
         return CompiledSteps(make_step, self.step_settings, self.partitioner, self.conditions, self.computes_rewards)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of this run's steps, where the launch wants them.
+        """Yield the batches of this run's steps, placed by the partitioner.
 
-        Steps are asynchronous: a batch is read and on its way while the device is at the step before. The first is
-        compared with the schema (`data.batch`).
+        Steps run asynchronously: the next batch is loaded and transferred while the device computes a step. The first
+        batch is compared with the schema (`data.batch`).
         """
         batches = self.loader.iterate(self.first_step)
         first = next(batches)
@@ -113,7 +129,7 @@ class Setup:
             yield self.partitioner.put_batch(rows, self.microbatches)
 
     def first_step_per_program(self) -> list[int]:
-        """The first steps of this run that need a program of their own: with rewards, and without."""
+        """Return the first step of this run with rewards and the first one without: they need different programs."""
         first = {}
         for step in range(self.first_step, self.total_steps):
             first.setdefault(self.computes_rewards(step), step)
@@ -122,16 +138,20 @@ class Setup:
         return list(first.values())
 
     def objective_of(self, settings: StepSettings) -> Objective:
-        """The objective of a step with these settings: without the policy where it has nothing to learn from."""
+        """Return the objective of a step with these settings.
+
+        If the run has rollouts and this step has none, the policy has nothing to learn from, and its term is left out.
+        """
         if self.step_settings.rollouts is None or settings.rollouts is not None:
             return self.objective
         return replace(self.objective, settings=replace(self.objective.settings, policy=None))
 
 
 def set_up(config: TrainConfig) -> Setup:
-    """Check the output folder and the data, then load the model, then claim the folder.
+    """Check the output folder and the data, load the model, and then write to the output folder.
 
-    Raises ConfigError, DataError, WeightError or CheckpointError, each with what was given, expected and to be done.
+    Raises UserError of any kind (ConfigError, DataError, WeightError, TargetError, RewardError, CheckpointError or
+    OutputError). Its message says what was given, what was expected and what to do.
     """
     output = Path(config.run.output_dir)
     resume_from = checkpoint_to_resume(config, output)
@@ -164,7 +184,7 @@ def set_up(config: TrainConfig) -> Setup:
     return Setup(
         output=output,
         partitioner=partitioner,
-        loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # no second copy stays
+        loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # arrays would be a second copy in memory
         frozen=partitioner.shard(prepare_frozen(loaded.frozen)),
         loader=loader,
         parts=batch_parts(config, results=data.has_target, latents=data.latents),
@@ -184,22 +204,22 @@ def set_up(config: TrainConfig) -> Setup:
 
 
 def prepare_output_dir_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
-    """`prepare_output_dir` by the main process, once every process has come through its checks."""
-    barrier("checked")  # nobody may take what is claimed now for an earlier run
+    """Let process 0 run `prepare_output_dir` after all processes have passed their checks."""
+    barrier("checked")  # a check after the write would mistake the new config.toml for another run's
     if is_main_process():
         prepare_output_dir(config, output, keep=keep)
     barrier("claimed")
 
 
 def prepare_frozen(frozen: Weights) -> Weights:
-    """The frozen weights in the form that steps take: on one CPU device, an array per block (`unstack_blocks`)."""
+    """Return the frozen weights as steps take them: on a single CPU device, one array per block (`unstack_blocks`)."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
         return frozen | {"flux": unstack_blocks(frozen["flux"])}
     return frozen
 
 
 def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
-    """Raise ConfigError where a device has no room for all weights, of which each has a copy under pmap."""
+    """Raise ConfigError if one device cannot hold all weights; under pmap every device has a copy of them."""
     _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
     needed, room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
     if needed > room:
@@ -210,9 +230,9 @@ def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
 
 
 def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
-    """The base with fresh experts and router, or without them where the whole transformer is trained.
+    """Load the base and create experts and router, or load the base alone if the whole transformer is trained.
 
-    Raises ConfigError, before any weights are read, where the launch does not suit a transformer of these sizes.
+    Raises ConfigError, before any weights are read, if the partitioner cannot shard a transformer of this size.
     """
     fill = config.model.pretrained_model_name_or_path
     geometry = FillGeometry(*read_configs(resolve(fill, FILL_PARTS), None))
@@ -229,9 +249,9 @@ def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
 
 
 def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
-    """The rewards of automatic mode, each tried on shapes of every bucket; none in the other modes.
+    """Build the rewards of automatic mode and check each on the shapes of every bucket; empty in the other modes.
 
-    Raises RewardError for one that is unknown, raises, or returns anything but [B] numbers.
+    Raises RewardError for a reward that is unknown, raises an exception, or does not return numbers [B].
     """
     if config.mode != "automatic":
         return ()
@@ -246,7 +266,7 @@ def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bo
 
 
 def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: FlowSchedule, loaded: LoadedModel):
-    """Raise ConfigError where the stochastic sampler is too short to hold its noisy steps."""
+    """Raise ConfigError if the stochastic sampler has too few steps for its window of noisy steps."""
     if config.mode != "automatic" or config.grpo.policy_estimator != "sde":
         return
     steps, window = config.rollouts.rollout_steps, config.rollouts.sde_window
@@ -263,7 +283,7 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
 def make_previews(
     config: TrainConfig, output: Path, data: RunData, loaded: LoadedModel, schedule: FlowSchedule
 ) -> Previews | None:
-    """Previews of some of the records' scenes; None with `--validation_steps 0`."""
+    """Build the previews of some of the held-out scenes; None with `--validation_steps 0`."""
     if not config.logging.validation_steps:
         return None
     chosen = preview_records(data.held_out, config.grpo.reward_weights, config.logging.num_validation_images)
@@ -278,7 +298,7 @@ def make_previews(
 
 
 def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objective: Objective) -> DriftGuard | None:
-    """The guard of --max_drift over some of the held-out records; None without it."""
+    """Build the guard of --max_drift on some of the held-out records; None without --max_drift."""
     if config.run.max_drift is None:
         return None
     chosen = preview_records(data.held_out, config.grpo.reward_weights, HELD_OUT_RECORDS)
@@ -287,7 +307,7 @@ def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objectiv
 
 
 def restore_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
-    """Tell a resumed run's guard which of the run's checkpoints was its best so far."""
+    """Restore the best score of a resumed run's guard from the metrics of the checkpoint that `best/` holds."""
     kept = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
     rows = (row for row in read_rows(output / METRICS_FILE) if row["step"] <= first_step)
     guard.restore_best_score((row for row in rows if row["step"] in kept), mode)
