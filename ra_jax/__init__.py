@@ -1,4 +1,4 @@
-"""ra_jax: a mixture of LoRA experts on FLUX.1-Fill, trained from scored removals in JAX."""
+"""ra_jax: removes objects from photos with a mixture of LoRA experts on FLUX.1-Fill, trained in JAX."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ install_old_paths()
 
 
 def __getattr__(name: str):
-    # Late: the data commands need no JAX.
+    # Imported on first access, because the data commands must not import JAX.
     if name != "RemovalPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ra_jax.pipeline import RemovalPipeline

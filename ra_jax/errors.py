@@ -1,4 +1,4 @@
-"""Errors that a user can mend: every command prints the message of a `UserError` and exits with status 1."""
+"""Errors that a user can fix. Every command prints the message of a `UserError` and exits with status 1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,14 @@ MAX_ERRORS_SHOWN = 20
 
 @dataclass(frozen=True)
 class RecordError:
-    """One thing to mend. `record` counts from 0, `line` (of a JSONL or broken JSON file) from 1."""
+    """One error in a data file.
+
+    Attributes:
+        message: what is wrong, and what is expected.
+        record: number of the record, from 0; None if the error is not in one record.
+        line: line of the file, from 1; only for JSONL files and malformed JSON, else None.
+        field: name of the field; None if the error is not in one field.
+    """
 
     message: str
     record: int | None = None
@@ -28,11 +35,15 @@ class RecordError:
 
 
 class UserError(ValueError):
-    """A flag, file or folder that a command cannot work with; the message says what to do."""
+    """A flag, file or folder that a command cannot use. The message says how to fix it."""
 
 
 class DataError(UserError):
-    """A data set, or a wish for one, that cannot be served; `faults` holds every one that was found."""
+    """A data set that cannot be read or used, or invalid settings for one.
+
+    Attributes:
+        errors: all errors that were found in the records; empty if the error is not in the records.
+    """
 
     def __init__(self, message: str, errors: Sequence[RecordError] = ()):
         super().__init__(message)
@@ -40,7 +51,7 @@ class DataError(UserError):
 
     @classmethod
     def from_errors(cls, path: str | Path, errors: Sequence[RecordError]) -> "DataError":
-        """The report of a data file: 20 faults in full, the rest counted."""
+        """Build the error for a data file. Its message lists the first 20 errors and gives the number of the others."""
         lines = [f"{path}: {len(errors)} fault{'s' * (len(errors) > 1)} (records count from 0, lines from 1)"]
         lines += [f"  {error}" for error in errors[:MAX_ERRORS_SHOWN]]
         hidden = len(errors) - MAX_ERRORS_SHOWN
@@ -50,24 +61,28 @@ class DataError(UserError):
 
 
 class ConfigError(UserError):
-    """A flag or TOML key that is unknown, of the wrong type, or contradicts another."""
+    """A flag or TOML key that is unknown, has a wrong type or value, or contradicts another one."""
 
 
 class WeightError(UserError):
-    """Weights that cannot be found, read, or fitted to the model; the message is the whole report."""
+    """Weights that are missing, cannot be read, or do not fit the model. The message lists every mismatch."""
 
 
 class TargetError(UserError):
-    """`target_modules` names no layer of this model."""
+    """`target_modules` matches no layer of the model."""
 
 
 class RewardError(UserError):
-    """A reward that is not known, cannot be had, or does not do what a reward must."""
+    """A reward that is unknown, cannot be imported or computed, or does not return [B] numbers."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, or does not belong to this model."""
+    """A checkpoint that does not exist, or does not fit the model."""
 
 
 class OutputError(UserError):
-    """An output that is, holds or lies in what the command reads, or that would replace what no such command wrote."""
+    """An output path that a command must not write.
+
+    The path is an input of the command, contains one or is inside one; or it has files that no earlier run of the
+    command wrote; or it is not writable.
+    """

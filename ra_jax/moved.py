@@ -1,8 +1,8 @@
-"""Modules that have moved: until `GONE_WITH` their old paths still import, and warn.
+"""Old import paths of modules that have moved. They work until version `GONE_WITH`, with a warning.
 
-`install_old_paths` appends one finder to `sys.meta_path`. It answers for the old paths of `MOVED` alone, and only where
-no module of that name exists. A module at an old path is empty: its names are looked up in the new modules, which are
-imported when the first name is asked for, so that classes and registries at both paths are the same objects.
+`install_old_paths` appends one finder to `sys.meta_path`. The finder handles only the old paths of `MOVED`, and only if
+no module has that name. A module at an old path is empty and looks up its names in the new modules. It imports these
+when the first name is accessed. Thus classes and registries are the same objects at both paths.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any
 
 GONE_WITH = "0.3"
 
-# Old module -> the modules that hold its names now, looked up in this order.
+# Old module -> the modules that have its names now. They are searched in this order.
 MOVED = {
     "ra_jax.compile": ("ra_jax.aot",),
     "ra_jax.compile.hlo": ("ra_jax.aot.hlo",),
@@ -56,7 +56,7 @@ MOVED = {
     "ra_jax.training.state": ("ra_jax.training.step.state",),
 }
 
-# Names at the old paths that have changed too: old name -> name in the new modules.
+# Names that have changed as well: name at the old path -> name in the new modules.
 RENAMED = {
     "About": "CheckpointMetadata",
     "BEST": "BEST_DIR",
@@ -94,21 +94,21 @@ RENAMED = {
 
 
 class MovedFinder(MetaPathFinder, Loader):
-    """Finds and makes the modules at the old paths of `MOVED`."""
+    """Import finder and loader of the modules at the old paths of `MOVED`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module that has moved; None for every other name."""
+        """Return the spec of a module that has moved, or None for any other name."""
         if fullname not in MOVED:
             return None
         package = any(old.startswith(f"{fullname}.") for old in MOVED)
         spec = spec_from_loader(fullname, self, origin=__file__, is_package=package)
-        spec.has_location = True  # "cannot import name ... from ... (FILE)" then names this file, where the table is
+        spec.has_location = True  # then ImportError messages name this file, which has the table
         return spec
 
     def exec_module(self, module: ModuleType) -> None:
-        """Makes the module look up its names at the new paths, and warns whoever imports it."""
+        """Make the module look up its names in the new modules, and warn at the line that imports it."""
         old = module.__name__
         new = MOVED[old]
 
@@ -118,7 +118,7 @@ class MovedFinder(MetaPathFinder, Loader):
         def lookup(name: str) -> Any:
             if name == "__all__":
                 return [found for found in names() if not found.startswith("_")]
-            if not name.startswith("__"):  # the import system and debuggers ask for such names
+            if not name.startswith("__"):  # only the import system and debuggers access such names
                 new_name = RENAMED.get(name, name)
                 for module_name in new:
                     found = importlib.import_module(module_name)
@@ -129,12 +129,12 @@ class MovedFinder(MetaPathFinder, Loader):
         module.__getattr__, module.__dir__ = lookup, names
         warnings.warn(
             f"{old} has moved to {' and '.join(new)}; the old path goes with ra_jax {GONE_WITH}",
-            FutureWarning,  # shown to users, whose reward modules the old paths are kept for
+            FutureWarning,  # shown by default: the old paths exist for users' reward modules
             stacklevel=2,
         )
 
 
 def install_old_paths() -> None:
-    """Appends the finder to `sys.meta_path`, once a process."""
+    """Append the finder to `sys.meta_path`, once per process."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         sys.meta_path.append(MovedFinder())

@@ -1,8 +1,9 @@
-"""What a command writes: never a file or folder that it reads, and never half of a file.
+"""Checks that a command does not overwrite its inputs, and functions that replace files and folders atomically.
 
-`check_outputs` compares all that a command will write or delete with all that it reads, by resolved path and by inode,
-before anything is computed, created or deleted. `replace_file`, `write_file` and `replace_folder` write beside the
-target and rename: whoever reads the target meets the old content or the new one, also where the program is killed.
+`check_outputs` compares all paths that a command will write or delete with all paths that it reads, by resolved path
+and by inode. Commands call it before they compute, create or delete anything. `replace_file`, `write_file` and
+`replace_folder` write beside the target and then rename. A reader of the target gets the complete old content or the
+complete new content, even if the program is killed.
 """
 
 import os
@@ -17,24 +18,26 @@ from pathlib import Path
 
 from ra_jax.errors import OutputError
 
-# What a command reads: the flag that names it -> files, and folders of which everything is read. Paths that do not
-# exist are passed over.
+# The inputs of a command: flag -> files and folders that it names. A folder stands for everything in it. Paths that do
+# not exist are ignored.
 Inputs = Mapping[str, Iterable[Path]]
 
-UNFINISHED = ".unfinished"  # the file in a folder that is being written, with the content UNFINISHED_NOTE
+UNFINISHED = ".unfinished"  # marks a folder that is being written; the file contains UNFINISHED_NOTE
 UNFINISHED_NOTE = "ra_jax is writing this folder. If no run is at work on it, it was left by one that was stopped.\n"
-MAX_NAME_BYTES = 255  # of a file's or folder's name, on the usual file systems
-NAME_LENGTH = 40  # characters of a file's name that the draft beside it repeats: names are limited to 255 bytes
+MAX_NAME_BYTES = 255  # limit of common file systems for the name of a file or folder
+# The name of a draft repeats this many characters of its target, so that it stays below MAX_NAME_BYTES.
+NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a command writes or deletes, and the flag that names the place.
+    """The paths that a command writes or deletes. They need not exist.
 
-    flag: as messages name it, such as "--output_dir".
-    folder: where the command writes; it need not exist. None where it writes single files only.
-    files: written or deleted, each of which need not exist.
-    owned: folders that the command deletes, or fills with files of any name.
+    Attributes:
+        flag: the flag that names the output in messages, such as "--output_dir".
+        folder: the folder that the command writes to; None if it writes only single files.
+        files: files that the command writes or deletes.
+        owned: folders that the command deletes, or in which it writes files of any name.
     """
 
     flag: str
@@ -44,19 +47,28 @@ class Outputs:
 
 
 def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None) -> None:
-    """Check that no output is, holds or lies in what the command reads.
+    """Check that no output is an input, contains an input folder, or is inside an input folder.
 
-    nested: folders that are read and may lie in `outputs.folder`, as a run's checkpoint lies in the run's folder, where
-    other results go, too. They may not lie in a folder of `outputs.owned`.
+    Two paths are the same if they resolve to the same path, or have the same device and inode. This covers symbolic
+    links, hard links, relative paths, bind mounts and file systems that ignore case.
 
-    Two paths are the same if they resolve to the same path or have the same device and inode, so that links, hard
-    links, relative paths, bind mounts and file systems that ignore case make no difference.
+    Args:
+        outputs: the paths that the command writes.
+        inputs: the paths that the command reads.
+        nested: inputs that may be inside `outputs.folder`, but not inside a folder of `outputs.owned`. An example is a
+            run's checkpoint, because other results may be written to the run's folder too.
 
     Raises:
-        OutputError: an output file is an input file or lies in an input folder; the output folder is, holds or lies in
-            an input folder; an owned folder holds any input or lies in an input folder. It names both paths and the
-            input's flag. Also where the output folder is a file or a link that leads nowhere, where an output file is
-            anything but a file, where a name is too long, and where no file can be created.
+        OutputError: one of the following holds. If an input is involved, the message names both paths and the input's
+            flag.
+
+            * An output file is an input file, or is inside an input folder.
+            * The output folder is an input folder, contains one, or is inside one.
+            * An owned folder contains an input, or is inside an input folder.
+            * The output folder is a file or a broken symbolic link.
+            * An output file exists and is not a regular file.
+            * The name of an output is too long.
+            * No file can be created in an output folder.
     """
     try:
         _check_names(outputs)
@@ -69,12 +81,12 @@ def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None
             for path in paths:
                 comparison.check(flag, Path(path), may_be_around=True)
         _check_writable(outputs)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, up to Python 3.12
         raise OutputError(f"{outputs.flag}: cannot be checked ({error}); choose another {outputs.flag}") from error
 
 
 class _Comparison:
-    """The outputs, and what was found out about paths; each folder is looked at once."""
+    """Compares inputs with the outputs. A cache makes sure that each folder is resolved only once."""
 
     def __init__(self, outputs: Outputs):
         self.flag = outputs.flag
@@ -84,19 +96,22 @@ class _Comparison:
         folders = [] if outputs.folder is None else [outputs.folder]
         self.folders = {folder: _marks(folder) for folder in folders}
         self.owned = {folder: _marks(folder) for folder in outputs.owned}
-        # Each folder that is written to, and the output that messages name for it.
+        # Folder that is written to -> the output that a message about it names.
         self.places = {folder: folder for folder in (*folders, *outputs.owned)}
         for file in outputs.files:
             self.places.setdefault(file.parent, file)
 
     def marks(self, path: Path) -> set:
-        """As `_marks`, but the folder's path is resolved once for all files in it."""
+        """Return the same as `_marks`, but resolve a folder only once for all files in it."""
         if path.name in ("", "..") or path.is_symlink():
             return _marks(path)
         return _identity(self.real(path.parent) / path.name)
 
     def check(self, flag: str, path: Path, *, may_be_around: bool) -> None:
-        """Raise OutputError where an output and this input are in each other's way."""
+        """Raise OutputError if an output overlaps the input `path` of `flag`.
+
+        may_be_around: whether the output folder may contain the input.
+        """
         if not path.exists():
             return
         own = self.marks(path)
@@ -129,7 +144,7 @@ class _Comparison:
 
 
 def _check_names(outputs: Outputs) -> None:
-    """Raise OutputError where a name is longer than file systems allow."""
+    """Raise OutputError if the name of an output is longer than file systems allow."""
     for path in (*_places(outputs), *outputs.files):
         for name in path.parts:
             if (size := len(os.fsencode(name))) > MAX_NAME_BYTES:
@@ -140,7 +155,7 @@ def _check_names(outputs: Outputs) -> None:
 
 
 def _check_kinds(outputs: Outputs) -> None:
-    """Raise OutputError where a folder is expected and something else lies, or where a file is, and it is none."""
+    """Raise OutputError if a file or broken link is in the place of a folder, or an output file is no regular file."""
     advice = f"choose another {outputs.flag}"
     for place in _places(outputs):
         there = _existing(place)
@@ -155,7 +170,7 @@ def _check_kinds(outputs: Outputs) -> None:
 
 
 def _check_writable(outputs: Outputs) -> None:
-    """Raise OutputError where no file can be created; whoever looks at the folders afterwards sees no change."""
+    """Raise OutputError if no file can be created in an output folder. The test leaves the folders unchanged."""
     for folder in dict.fromkeys(map(_existing, _places(outputs))):
         before = folder.stat()
         probe = folder / f".{secrets.token_hex(8)}.tmp"
@@ -171,18 +186,18 @@ def _check_writable(outputs: Outputs) -> None:
 
 
 def _places(outputs: Outputs) -> list[Path]:
-    """The folders that files are written into, `owned`, and the ones around them, each once."""
+    """Return the folders that the command writes to or replaces, and their parent folders, without duplicates."""
     folders = [*([] if outputs.folder is None else [outputs.folder]), *outputs.owned]
     return list(dict.fromkeys([*folders, *(path.parent for path in (*outputs.files, *outputs.owned))]))
 
 
 def _existing(place: Path) -> Path:
-    """The path itself, or the nearest one around it, where anything lies; a link counts, wherever it leads."""
+    """Return the path, or its nearest parent folder, that exists. A broken symbolic link counts as existing."""
     return next(path for path in (place, *place.parents, Path()) if os.path.lexists(path))
 
 
 def _marks(path: Path) -> set:
-    """What identifies a path: its resolved form and, where something is there, device and inode."""
+    """Return the marks that identify a path: its resolved path and, if it exists, (device, inode)."""
     return _identity(path.resolve())
 
 
@@ -195,7 +210,7 @@ def _identity(resolved: Path) -> set:
 
 
 def _chain(path: Path) -> set:
-    """The marks of a path, of all folders around it, and of those around the links that lead to it."""
+    """Return the marks of a path, of its parent folders, and of the parent folders of symbolic links in it."""
     path = path.absolute()
     links = [part.parent.resolve() / part.name for part in (path, *path.parents) if part.is_symlink()]
     around = {folder for link in links for folder in link.parents}
@@ -204,7 +219,7 @@ def _chain(path: Path) -> set:
 
 
 def _how(output: Path, path: Path) -> str:
-    """By what two paths are related, where that does not show in how they are spelt."""
+    """Return " (through a link)" or the like, or "" if the spelling of the two paths shows how they are related."""
 
     def related(one: Path, other: Path) -> bool:
         return one == other or one in other.parents or other in one.parents
@@ -218,18 +233,20 @@ def _how(output: Path, path: Path) -> str:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside `path` to write to; it takes the name `path` when the block ends.
+    """Yield an empty draft file beside `path`, and rename it to `path` when the block ends.
 
-    Where the block raises, the draft goes and `path` stays as it was. A link at `path` is replaced, not followed. The
-    draft's name cannot be foreseen and ends in `.tmp`; name a format where one is guessed from the ending. Permissions
-    are those of the file that is replaced, or of any new file.
+    If the block raises, the draft is deleted and `path` stays unchanged. A symbolic link at `path` is replaced, not
+    followed. The file keeps the permissions of the file that it replaces; a new file gets the default permissions.
+
+    The draft has a random name that ends in `.tmp`. Libraries that derive the file format from the name's ending must
+    be given the format.
     """
     draft = path.with_name(f".{path.name[:NAME_LENGTH]}.{secrets.token_hex(8)}.tmp")
     draft.open("xb").close()
     mode = (path if path.is_file() and not path.is_symlink() else draft).stat().st_mode
     try:
         yield draft
-        if draft.stat().st_mode != mode:  # some libraries replace the draft by a file of their own
+        if draft.stat().st_mode != mode:  # some libraries replace the draft by a new file
             draft.chmod(stat.S_IMODE(mode))
         draft.replace(path)
     except BaseException:
@@ -238,17 +255,17 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, as `replace_file` does."""
+    """Write bytes, or text as UTF-8, to `path` by `replace_file`."""
     with replace_file(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` to write to; it takes the name `folder` when the block ends.
+    """Yield an empty folder beside `folder`, and rename it to `folder` when the block ends.
 
-    A `folder` that is there is deleted then. Where the block or a rename raises, what was written goes, and `folder` is
-    as before. What a killed run left is deleted at the beginning.
+    The rename replaces an existing `folder`. If the block or a rename raises, the new folder is deleted and `folder`
+    stays unchanged. The unfinished folder of a killed run is deleted first.
 
     Raises:
         OutputError: as `check_staging` does.
@@ -277,15 +294,16 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where `replace_folder` writes until everything is there: FOLDER.partial."""
+    """Return the folder that `replace_folder` writes to before it renames it: FOLDER.partial."""
     return folder.with_name(f"{folder.name}.partial")
 
 
 def check_staging(folder: Path) -> None:
-    """Check that `staging_folder(folder)` is not there, or was left by a run that was killed.
+    """Check that `staging_folder(folder)` does not exist, or is the unfinished folder of a killed run.
 
     Raises:
-        OutputError: `replace_folder` would delete what it did not write, or cannot rename `folder`, a mount point.
+        OutputError: `staging_folder(folder)` exists but `replace_folder` did not write it, or `folder` is a mount
+            point, which cannot be renamed.
     """
     if os.path.ismount(folder):
         raise OutputError(f"{folder}: is a mount point, which no other folder can replace; choose a new folder in it")

@@ -1,3 +1,3 @@
-"""The version, apart from the package's front door, so that any room may read it."""
+"""The version of the package. It has its own module so that all modules can import it."""
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""XLA's flags for every program of the process, set when `ra_jax` is imported."""
+"""XLA flags for all programs of the process. They are set when `ra_jax` is imported."""
 
 import os
 import sys
@@ -14,27 +14,31 @@ EXACT_PRODUCTS = f"{FUSION_TYPE}={FUSIONS}"
 
 
 def needs_exact_products() -> bool:
-    """Whether this jaxlib is one whose CPU compiler needs the setting."""
+    """Return whether the CPU compiler of the installed jaxlib needs the flag."""
     return jaxlib.__version__.startswith("0.10.")
 
 
 def compile_exact_products(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Add to XLA_FLAGS what the CPU compiler of jaxlib 0.10 needs to return right numbers.
+    """Add the flag to XLA_FLAGS without which programs of jaxlib 0.10 return wrong numbers on the CPU.
 
-    jaxlib 0.10.2 fuses products with their surroundings and leaves them to YNNPACK; some of these fusions are wrong.
-    At some shapes `jit` of mean((h @ (W + a @ b))², -1) is off by a tenth (h [128, 256], W [256, 256], rank 16), and of
-    mean((silu(h @ (W + a @ b)) @ (V + c @ d) - x)², -1) by a third (h [512, 256], W [256, 256], V [256, 64], rank 16).
-    Fusions of single products are right, and they leave sums over an axis of three to XLA, which takes a tenth of
-    YNNPACK's time for them. 0.10.0 and 0.10.1 return the same numbers with the flag and without; 0.11.0 to 0.12.0.1
-    are right without it.
+    jaxlib 0.10.2 fuses matrix products with the operations around them and runs the fusions by YNNPACK. Some of these
+    fusions compute wrong numbers. At some shapes, `jit` of mean((h @ (W + a @ b))², -1) is wrong by a tenth
+    (h [128, 256], W [256, 256], rank 16), and `jit` of mean((silu(h @ (W + a @ b)) @ (V + c @ d) - x)², -1) is wrong by
+    a third (h [512, 256], W [256, 256], V [256, 64], rank 16).
 
-    The environment is the only way that reaches every program: this package's, Flax's, and those of a user's own code.
-    XLA reads it once, when JAX starts its backends. A flag that it does not know aborts the process, so newer jaxlibs,
-    which may drop this one, are left alone. Processes that this one starts inherit it; 0.12.0.1 still knows it.
+    With the flag, YNNPACK runs only fusions of single products, which are right. Sums over an axis of three then run by
+    XLA, in a tenth of YNNPACK's time. jaxlib 0.10.0 and 0.10.1 return the same numbers with and without the flag.
+    0.11.0 to 0.12.0.1 are right without it.
 
-    A value that the user chose stays. A file that XLA_FLAGS names is replaced by its text, since XLA takes either flags
-    or a file. Warns where JAX has started already and computes on the CPU: options of this package's own programs would
-    not reach those that a user compiles from its functions.
+    Only the environment variable reaches all programs: those of this package, of Flax and of the user. XLA reads it
+    once, when JAX initializes its backends. XLA aborts the process on an unknown flag. Therefore newer jaxlibs, which
+    may drop the flag, do not get it. Child processes inherit the variable; jaxlib 0.12.0.1 still accepts the flag.
+
+    A value of the flag that the user has set is kept. If XLA_FLAGS names a file, the text of the file takes its place,
+    because XLA accepts either flags or a file.
+
+    Warns if JAX is already initialized on the CPU. Then the variable has no effect, and compiler options of this
+    package's programs (`exact_options`) do not reach programs that a user compiles from its functions.
     """
     if not needs_exact_products():
         return
@@ -43,14 +47,14 @@ def compile_exact_products(environ: MutableMapping[str, str] = os.environ) -> No
         try:
             flags = Path(flags).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
-            return  # XLA names the file itself, where it is used
+            return  # XLA reports the unreadable file itself
     if FUSION_TYPE in flags:
         return
-    # JAX has no public question for this. It must not be imported here: the data commands do without.
+    # JAX has no public function for this. `sys.modules` is read because the data commands must not import JAX.
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is not None and bridge.backends_are_initialized():
-        # XLA_FLAGS stay as they are: they are part of the keys of JAX's compilation cache, which would keep programs
-        # that were compiled without the flag for processes that have it.
+        # XLA_FLAGS must not change now: they are part of the key of JAX's compilation cache. The cache would store
+        # programs that were compiled without the flag under the key of processes that have it.
         if bridge.default_backend() == "cpu":
             warnings.warn(
                 f"JAX was in use before ra_jax was imported. On the CPU jaxlib {jaxlib.__version__} then compiles some "
@@ -64,8 +68,9 @@ def compile_exact_products(environ: MutableMapping[str, str] = os.environ) -> No
 
 
 def exact_options(platform: str) -> dict[str, str]:
-    """The same as options of one program for such devices, for programs that have to be exact whatever XLA_FLAGS hold.
+    """Return the flag as compiler options of a single program for devices of `platform`; empty if it is not needed.
 
-    The train step passes them: JAX may have been in use before `ra_jax` was imported, or XLA_FLAGS assigned after it.
+    The train step is compiled with them, so that it is right whatever XLA_FLAGS are. JAX may have been initialized
+    before `ra_jax` was imported, or XLA_FLAGS may have been changed after it.
     """
     return {FUSION_TYPE.removeprefix("--"): FUSIONS} if needs_exact_products() and platform == "cpu" else {}

@@ -1,1 +1,1 @@
-"""What is known of a step before it runs: the chips it is for, what it moves between them, how fast it can be."""
+"""Compiles the train step for TPUs that are not present, and computes its memory, communication and roofline."""

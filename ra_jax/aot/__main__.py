@@ -1,8 +1,13 @@
-"""`python -m ra_jax.aot --topology v5e:4x4 --config FILE.toml`: compiles the train step for a TPU that is not there.
+"""Compiles the train step for a TPU topology without TPU hardware, and prints its memory use and its roofline.
 
-It prints what a chip needs and moves, and how fast a step can be at best; nothing runs, no weights are read. Any flag
-of `python -m ra_jax.train` may follow; data and folders are not looked at. Exit status 1 where the step does not fit:
-then it tries what may, and names the first that does.
+    python -m ra_jax.aot --topology v5e:4x4 --config FILE.toml
+
+The table shows the memory that the step needs per chip, the bytes that a chip sends to other chips, and a lower bound
+of the step time. Nothing runs, and no weights are read. All flags of `python -m ra_jax.train` are accepted, but the
+data and the output folder that they name are not read.
+
+If the step does not fit the memory of a chip, the command compiles smaller configurations, prints the first one that
+fits, and exits with status 1.
 """
 
 import argparse
@@ -25,14 +30,16 @@ DESCRIPTION = (
     "Compiles the train step of a configuration for a TPU that is not there, and tells what it needs of a chip. All "
     "flags of python -m ra_jax.train may follow."
 )
-EFFORTS = {"quick": -1.0, "full": 0.0}  # JAX until 0.11.0
-LEVELS = {"quick": "O1", "full": "UNKNOWN"}  # JAX from 0.11.1 on; UNKNOWN is its default
-PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # that a training needs and this does not
-UNUSED = "unused"  # given for places that are not named
+# By --effort: `jax_exec_time_optimization_effort`, the option of JAX up to 0.11.0.
+EFFORTS = {"quick": -1.0, "full": 0.0}
+# By --effort: `jax_optimization_level`, the option of JAX from 0.11.1 on; UNKNOWN is its default.
+LEVELS = {"quick": "O1", "full": "UNKNOWN"}
+PLACES = ("--train_json_path", "--val_json_path", "--output_dir")  # required by training, not read here
+UNUSED = "unused"  # value of these flags if the user does not give them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, compile, print; exit status 1 where the step does not fit, and for what a user can mend."""
+    """Parse, compile and print. Exit with status 1 if the step does not fit or on a `UserError`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     parser = argparse.ArgumentParser(prog="python -m ra_jax.aot", description=DESCRIPTION)
     parser.add_argument("--topology", required=True, help="chips and their grid, such as v5e:4x4, v5p:2x2x1, v6e:2x4")
@@ -59,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> None:
-    """Check that `file` is new or an earlier compilation's, in a folder that is there.
+    """Check that `file` is a new file or an earlier report, and that its folder exists.
 
     Raises:
-        OutputError: it is not; or it is, or lies in, what a flag names that this program or the training reads.
+        OutputError: `file` fails this check, or it is an input of this command or of the training, or it is inside an
+            input folder.
     """
-    from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR  # after parsing: it takes a while
+    from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR  # imported here, after parsing, because it is slow
 
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
     named = {name: getattr(config.model, name) for name in models}
@@ -86,18 +94,21 @@ def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> Non
 
 
 def _is_report(file: Path) -> bool:
-    """Whether this program wrote the file: a JSON object with topology and fits."""
+    """Return whether the file is a report of this command: a JSON object with the keys topology and fits."""
     if not file.is_file():
         return False
     try:
         figures = json.loads(file.read_bytes())
-    except ValueError:  # not JSON, or not text
+    except ValueError:  # not JSON or not UTF-8
         return False
     return isinstance(figures, dict) and {"topology", "fits"} <= figures.keys()
 
 
 def set_effort(effort: str) -> None:
-    """How long XLA looks for a fast program; O1 compiles as long as an effort of -1 and to as much memory."""
+    """Set how long XLA searches for a fast program.
+
+    With O1, compilation takes as long as with an effort of -1, and the programs need as much memory.
+    """
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", EFFORTS[effort])
     else:
@@ -105,10 +116,14 @@ def set_effort(effort: str) -> None:
 
 
 def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
-    """Compile, print the table, and return its figures."""
+    """Compile the step, print the table, and return its figures.
+
+    If the step does not fit, compile smaller configurations until one fits. The returned dictionary then names the
+    flags of that configuration under `proposal`.
+    """
     jax.config.update("jax_platforms", "cpu")
     set_effort(effort)
-    # After parsing: --help and a mistaken flag answer at once.
+    # Imported here, after parsing: --help and flag errors do not wait for these slow imports.
     from ra_jax.aot.abstract_step import smaller_configs
     from ra_jax.aot.topology import topology_devices
 
@@ -130,7 +145,7 @@ def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
 
 
 def memory_advice(config: TrainConfig) -> list[str]:
-    """What takes less memory at the price of another training."""
+    """Return flags that reduce memory but change the result of the training."""
     found = []
     if config.model.base_precision != "int8" and config.experts.use_lora:
         found.append("--base_precision int8")
@@ -144,7 +159,7 @@ def memory_advice(config: TrainConfig) -> list[str]:
 
 
 def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip) -> dict:
-    """Trace and compile; what that tells."""
+    """Compile the step and return its figures, which the table and the JSON file show."""
     from ra_jax.aot.abstract_step import trace
     from ra_jax.aot.roofline import Footprint, Roofline
 
@@ -181,7 +196,7 @@ def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip)
 
 
 def print_figures(figures: dict) -> None:
-    """The table."""
+    """Print the figures as a table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
     print(f"{figures['mode']} step on {figures['topology']}, {figures['chips']} chips, mesh {mesh}")
     print("panels of {} x {}, ".format(*figures["bucket"]), end="")
@@ -211,7 +226,7 @@ def print_figures(figures: dict) -> None:
 
 
 def flag_diff(config: TrainConfig, other: TrainConfig) -> str:
-    """The flags that lead from one configuration to the other."""
+    """Return the flags that turn `config` into `other`, as text for a command line."""
     before, after = to_flat_dict(config), to_flat_dict(other)
     return " ".join(f"--{name} {value}" for name, value in after.items() if value != before[name])
 

@@ -1,4 +1,4 @@
-"""The train step of a configuration for devices that are not there: everything but arrays."""
+"""The train step of a configuration as abstract arrays on a mesh: shapes, dtypes and shardings, but no data."""
 
 import math
 from dataclasses import dataclass, replace
@@ -32,7 +32,8 @@ from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.train_step import make_train_step
 
-KNOWN_MODELS = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
+# By the flag that names it: the hub model whose sizes `FLUX_FILL_DEV` holds.
+KNOWN_MODELS = {
     "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Fill-dev",
     "pretrained_redux_model_name_or_path": "black-forest-labs/FLUX.1-Redux-dev",
 }
@@ -40,8 +41,17 @@ KNOWN_MODELS = {  # whose sizes `FLUX_FILL_DEV` has, by the flag that names them
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step, and its arguments' shapes on a mesh: state, frozen weights, batch. flops: that its mathematics needs,
-    over all chips (`training.flops.step_flops`); weights: bytes of the base."""
+    """A train step, and the shapes and shardings of its arguments on a mesh.
+
+    Attributes:
+        partitioner: compiles the step for the mesh.
+        objective: the loss.
+        optimizer: the optimizer.
+        settings: the static settings of the step.
+        arguments: (train state, frozen weights, batch), with `jax.ShapeDtypeStruct`s for arrays.
+        flops: model FLOPs of one step over all chips (`training.flops.step_flops`).
+        weights: bytes of the frozen transformer, over all chips.
+    """
 
     partitioner: MeshPartitioner
     objective: Objective
@@ -52,16 +62,18 @@ class TracedStep:
     weights: int
 
     def compile(self) -> jax.stages.Compiled:
-        """The program of the step on this mesh."""
+        """Compile the step for this mesh."""
         step = make_train_step(self.objective, self.optimizer, self.settings)
         return self.partitioner.compile(step, *self.arguments)
 
 
 def read_geometry(config: TrainConfig) -> FillGeometry:
-    """Of the models that the configuration names: each read from its folder, or known, for FLUX.1-Fill-dev and
-    FLUX.1-Redux-dev.
+    """Return the sizes of the models that the configuration names.
 
-    Raises ConfigError for a model on the hub whose sizes are not known here.
+    A local folder is read. The sizes of FLUX.1-Fill-dev and FLUX.1-Redux-dev are built in.
+
+    Raises:
+        ConfigError: a model is neither a local folder nor one of these two.
     """
     fill, redux = (getattr(config.model, name) for name in KNOWN_MODELS)
     for name, model in zip(KNOWN_MODELS, (fill, redux), strict=True):
@@ -81,9 +93,12 @@ def read_geometry(config: TrainConfig) -> FillGeometry:
 
 
 def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
-    """The configuration's train step on a mesh of these devices, for its largest bucket. Nothing is compiled yet.
+    """Build the configuration's train step for its largest bucket on a mesh of `devices`, without compiling it.
 
-    Raises ConfigError where mesh, batch and devices do not fit each other, DataError for buckets that are none.
+    Raises:
+        ConfigError: mesh, batch size and number of devices do not fit together, parallelism is not "mesh", or the
+            sizes of a model are not known.
+        DataError: `aspect_ratio_buckets` is malformed, or the model cannot process one of its sizes.
     """
     if config.parallel.parallelism != "mesh":
         raise ConfigError("--parallelism pmap: aot compiles for a mesh; leave it out")
@@ -130,17 +145,20 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
 
 
 def largest_bucket(config: TrainConfig) -> Size:
-    """Panels of the step that needs most memory."""
+    """Return the panel size with the largest area. Its step needs the most memory."""
     return max(parse_buckets(config.data.aspect_ratio_buckets), key=math.prod)
 
 
 def needs_result(config: TrainConfig) -> bool:
-    """Whether records bring results: all but those of rewards alone."""
+    """Return whether records need a result image. Only automatic mode without a base loss needs none."""
     return config.mode != "automatic" or config.losses.base_loss_weight > 0
 
 
 def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader brings to a step, [A, B, ...], in the largest bucket."""
+    """Return shape and dtype of each array of a step's batch, in the largest bucket.
+
+    Shapes are [A, B, ...], with A = `gradient_accumulation_steps` and B = `train_batch_size`.
+    """
     height, width = largest_bucket(config)
     sizes = {"B": config.run.train_batch_size, "h": height, "w": width}
     parts = batch_parts(config, results=needs_result(config), latents=False)
@@ -155,7 +173,11 @@ def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.S
 
 
 def smaller_configs(config: TrainConfig, devices: int) -> list[TrainConfig]:
-    """What may fit where this configuration does not, few tries, each with what came before."""
+    """Return up to four configurations that need less memory per chip, for when `config` does not fit.
+
+    Each one keeps the changes of those before it: weights sharded over all chips, more activations recomputed, then
+    smaller microbatches with more accumulation.
+    """
     parallel, run, found = config.parallel, config.run, []
     if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
         config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))

@@ -1,4 +1,4 @@
-"""What a compiled program moves between chips, read from its HLO text."""
+"""Bytes that a compiled program sends between chips, computed from its HLO text."""
 
 import re
 from collections import defaultdict
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+# Bits of one element, by HLO type.
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)
 }
-# Share of a collective's bytes (of its result; of its operands for reduce-scatter) that a chip of n sends on a ring.
+# Bytes that each of n chips sends in a ring algorithm, per byte of the collective's result, by kind of collective.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,  # its result is 1/n of what is reduced
+    "reduce-scatter": lambda n: n - 1,  # the result is 1/n of the array that is reduced
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
@@ -32,7 +33,13 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """name, opcode and the whole text right of the `=`."""
+    """An HLO instruction.
+
+    Attributes:
+        name: its name, without the leading %.
+        opcode: its operation, such as "all-gather".
+        text: everything right of the `=`.
+    """
 
     name: str
     opcode: str
@@ -40,35 +47,41 @@ class Instruction:
 
     @property
     def result_bytes(self) -> float:
-        """Bytes of the result; of an asynchronous start, whose result repeats its operands, those of the operation."""
+        """Bytes of the result.
+
+        The result of an asynchronous start also lists the operands. Their bytes do not count.
+        """
         result = self.text[: self.text.index(f" {self.opcode}(")]
         sizes = [
             BITS[kind] * prod(map(int, filter(None, dims.split(",")))) / 8
             for kind, dims in _SHAPE.findall(result)
             if kind in BITS
         ]
-        # A start's result is (operands, results, …): of gathers and permutes both halves, of a reduction the results.
+        # A start returns (operands, results, …), but the start of an all-reduce returns only the results.
         if self.opcode.endswith("-start") and self.opcode != "all-reduce-start":
-            sizes = [size for size in sizes if size > 4] or sizes  # without the synchronisation words
+            sizes = [size for size in sizes if size > 4] or sizes  # drops the 4-byte synchronization words
             sizes = sizes[len(sizes) // 2 :]
         return sum(sizes)
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it calls."""
+        """Names of the computations that the instruction calls."""
         names = []
         for single, several in _CALLED.findall(self.text):
             names += [single] if single else [name.strip(" %") for name in several.split(",")]
         return names
 
     def attribute(self, name: str) -> str | None:
-        """The value of an attribute, such as `channel_id`, without a name's leading %; None without it."""
+        """Return the value of an attribute such as `channel_id`, or None if the instruction has no such attribute.
+
+        A leading % of the value is dropped.
+        """
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
         return found and found[1]
 
 
 class Program:
-    """The computations of an HLO module."""
+    """The computations of an HLO module, by name."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -87,8 +100,11 @@ class Program:
     def collectives(self) -> dict[str, float]:
         """Bytes that a chip sends in one run of the program, by kind of collective.
 
-        A loop's body counts as often as it runs; of the branches of a conditional the one that sends most counts.
-        Raises ValueError for a loop whose number of rounds the program does not tell.
+        The body of a loop counts once per iteration. Of the branches of a conditional, only the one that sends the
+        most bytes counts.
+
+        Raises:
+            ValueError: the number of iterations of a loop cannot be read from the program.
         """
         totals: dict[str, float] = defaultdict(float)
         for kind, sent, _ in self._sent(self.entry, {}):
@@ -96,7 +112,10 @@ class Program:
         return dict(totals)
 
     def _sent(self, name: str, known: dict) -> list[tuple[str, float, str]]:
-        """(kind, bytes, channel) of every collective that a run of this computation starts."""
+        """Return (kind, bytes, channel) of every collective in one run of the computation `name`.
+
+        known: results of earlier calls, by computation.
+        """
         if name in known:
             return known[name]
         found: dict[str, tuple[str, float, str]] = {}
@@ -114,14 +133,14 @@ class Program:
                 branches = [self._sent(branch, known) for branch in instruction.called]
                 repeated += max(branches, key=lambda branch: sum(sent for _, sent, _ in branch), default=[])
             elif not instruction.opcode.endswith(("-done", "-update")):
-                # The two halves of an asynchronous collective both name it: its channel counts once.
+                # Start and done of an asynchronous collective both contain it. Its channel makes it count once.
                 for called in instruction.called:
                     found |= {channel: (k, sent, channel) for k, sent, channel in self._sent(called, known)}
         known[name] = [*found.values(), *repeated]
         return known[name]
 
     def _rounds(self, loop: Instruction) -> int:
-        """How often a loop's body runs: as the compiler notes, or the bound that its condition compares with."""
+        """Return the trip count of a loop: the compiler's `known_trip_count`, else the constant in its condition."""
         if noted := re.search(r'known_trip_count[^0-9]*"?(\d+)', loop.text):
             return int(noted[1])
         bounds = list(self._bounds(loop.attribute("condition")))
@@ -136,10 +155,14 @@ class Program:
 
 
 def group_size(text: str) -> int:
-    """How many chips take part in a collective, from its `replica_groups`. Raises ValueError where it does not tell."""
+    """Return the number of chips in each group of a collective, from the instruction's `replica_groups`.
+
+    Raises:
+        ValueError: the text has no groups in a known form.
+    """
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}", text):
         sizes: Mapping[str, int] = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        # An axis, or a part of one: 'axis':(size of what comes before it)its size.
+        # Each entry is a whole axis, 'axis', or a part of one, 'axis':(size of the parts before it)size of this part.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
         return prod(int(part) if part else sizes[axis] for axis, part in axes)
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):

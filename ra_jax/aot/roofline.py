@@ -1,4 +1,4 @@
-"""What a compiled step needs and how fast it can be: memory, arithmetic and communication of a chip."""
+"""Memory that a compiled step needs per chip, and lower bounds of its compute and communication time."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,7 +11,13 @@ from ra_jax.aot.topology import Chip
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a chip. arguments: state, weights and batch; temporaries: what else is alive at the peak."""
+    """Memory of one chip, in bytes.
+
+    Attributes:
+        arguments: train state, weights and batch.
+        temporaries: everything else in memory at the peak, with the program's code.
+        available: memory of the chip.
+    """
 
     arguments: int
     temporaries: int
@@ -19,30 +25,33 @@ class Footprint:
 
     @classmethod
     def of(cls, program: jax.stages.Compiled, chip: Chip) -> "Footprint":
-        """What a program for such chips needs of each, by the compiler's own account."""
+        """Read the memory that `program` needs per chip from the compiler's memory analysis."""
         memory = program.memory_analysis()
-        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is donated
+        # Aliased outputs are the new train state, which reuses the memory of the donated one.
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + max(0, outputs)
         return cls(memory.argument_size_in_bytes, temporaries, int(chip.memory))
 
     @property
     def total(self) -> int:
-        """Bytes in use at the peak."""
+        """Bytes in use at the peak: arguments and temporaries."""
         return self.arguments + self.temporaries
 
     @property
     def fits(self) -> bool:
-        """Whether the chip has that much memory."""
+        """Whether the total fits the memory of the chip."""
         return self.total <= self.available
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bounds of a step's time, none of them measured.
+    """Lower bounds of the step time. They are computed, not measured.
 
-    flops: model FLOPs of the whole step (`training.flops.step_flops`); compute_seconds: those at every chip's peak;
-    collective_bytes: that a chip sends, by kind; collective_seconds: those over all its links; seconds: the larger of
-    the two, as if one were done behind the other; mfu_bound: compute_seconds / seconds.
+    Attributes:
+        flops: model FLOPs of the whole step over all chips (`training.flops.step_flops`).
+        compute_seconds: time for these FLOPs if every chip computes at its peak.
+        collective_bytes: bytes that one chip sends, by kind of collective.
+        collective_seconds: time to send these bytes if all links of the chip run at full bandwidth.
     """
 
     flops: float
@@ -52,21 +61,21 @@ class Roofline:
 
     @classmethod
     def of(cls, program: jax.stages.Compiled, step: TracedStep, chip: Chip) -> "Roofline":
-        """The bounds of a step's program on such chips."""
+        """Compute the bounds of the compiled `program` of `step` on chips of the kind `chip`."""
         chips = step.partitioner.mesh.size
         moved = Program(program.as_text()).collectives
         return cls(step.flops, step.flops / chips / chip.peak, moved, sum(moved.values()) / chip.link_bandwidth)
 
     @property
     def seconds(self) -> float:
-        """Bound of the step's time [s]."""
+        """Lower bound of the step time [s]: the larger of compute and communication, as if they overlapped fully."""
         return max(self.compute_seconds, self.collective_seconds)
 
     @property
     def mfu_bound(self) -> float:
-        """Largest possible share of all chips' peak that model FLOPs make."""
+        """Upper bound of the model FLOPs utilization (MFU): compute_seconds / seconds, at most 1."""
         return self.compute_seconds / self.seconds
 
     def to_dict(self) -> dict:
-        """Fields and bounds by name, for JSON."""
+        """Return fields, seconds and mfu_bound by name, for JSON."""
         return asdict(self) | {"seconds": self.seconds, "mfu_bound": self.mfu_bound}

@@ -1,4 +1,4 @@
-"""TPUs that are not there: their devices, to compile for, and what their makers say of a chip."""
+"""Devices of TPU topologies that are not present, for compilation, and the published figures of their chips."""
 
 import os
 import re
@@ -12,8 +12,14 @@ from ra_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak of dense bf16 products [FLOP/s], memory [bytes], bandwidth of all links to other chips in one direction
-    [bytes/s], and dimensions of their grid; by Google's "TPU system architecture" pages."""
+    """Figures of a TPU chip, from Google's "TPU system architecture" pages.
+
+    Attributes:
+        peak: peak rate of dense bf16 matrix products [FLOP/s].
+        memory: memory of the chip [bytes].
+        link_bandwidth: bandwidth of all links to other chips together, in one direction [bytes/s].
+        dimensions: number of dimensions of the grid of chips.
+    """
 
     peak: float
     memory: float
@@ -30,23 +36,26 @@ KNOWN = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4",
 
 
 def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
-    """The devices of a topology such as "v5e:4x4", and what its chips can do. Needs the package libtpu, and no TPU.
+    """Return the devices of a topology such as "v5e:4x4", and the figures of its chips.
 
-    Raises ConfigError for a topology that libtpu does not know, and where libtpu is missing.
+    This needs the package libtpu, but no TPU.
+
+    Raises:
+        ConfigError: libtpu does not support the topology, or libtpu is not installed.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[kind].dimensions - 1), shape):
         raise ConfigError(f"--topology {name}: unknown; expected chips and their grid, such as {', '.join(KNOWN)}")
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology {name}: compiling for a TPU needs libtpu: pip install 'ra_jax[tpu]'")
-    # libtpu asks the machine it is on for a TPU, and would wait for an answer; several processes may use it at once.
+    # Without these settings, libtpu waits for the metadata server of a TPU machine, and only one process can load it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-1")
     from jax.experimental import topologies
 
-    # A host has 2 x 2 chips, says libtpu, where it is not told of a chip alone.
+    # By default libtpu assumes hosts of 2 x 2 chips, which a topology of a single chip does not have.
     alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)

@@ -1,8 +1,8 @@
-"""The configuration of a training: groups of settings with their ranges, contradictions, and where values come from.
+"""The configuration of a training run: settings with their ranges, checks for contradictions, and parsing.
 
-Import from the submodules `settings`, `ranges`, `checks` and `parse`. The names below were those of the single module
-`ra_jax.config` of version 0.1; they stay importable from here until version 0.3. The attribute `ra_jax.config.parse` is
-therefore the function; `from ra_jax.config.parse import ...` reaches the module.
+Import from the submodules `settings`, `ranges`, `checks` and `parse`. In version 0.1 `ra_jax.config` was a single
+module. Its names, listed below, can be imported from here until version 0.3. Therefore the attribute
+`ra_jax.config.parse` is the function `parse`, and only `from ra_jax.config.parse import ...` reaches the module.
 """
 
 from ra_jax.config.parse import from_checkpoint, from_flat_dict, load_toml, parse, to_flat_dict, to_toml

@@ -1,6 +1,7 @@
-"""Contradictions between the settings of a training, each with what was given, what is expected and what to do.
+"""Checks for contradictions between the settings of a training run.
 
-They are found before anything is loaded. The range of a single setting stands on its field.
+They run before anything is loaded. Each message names the given value, the expected value and the fix. The range of a
+single setting is declared on its field in `ra_jax.config.settings`.
 """
 
 import math
@@ -14,10 +15,10 @@ from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, Parall
 
 
 def find_problems(config: TrainConfig) -> Iterator[str]:
-    """Yields a line for each setting out of range and each contradiction: given, expected, what to do."""
+    """Yield a line for each setting out of range, or if there are none, for each contradiction between settings."""
     if lines := list(out_of_range(config)):
         yield from lines
-        return  # contradictions are defined for settings within their ranges only
+        return  # the checks for contradictions assume that every setting is in its range
     yield from _not_available(config)
     yield from _mode(config.grpo, config.losses, config.rollouts.reward_functions)
     yield from _automatic(config)
@@ -65,7 +66,7 @@ def _mode(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple[str, ...
 
 
 def _automatic(config: TrainConfig) -> Iterator[str]:
-    """What rewards of generated images need, and what needs them."""
+    """Yield the contradictions of settings for automatic rewards, policy estimators and max_drift."""
     grpo, automatic = config.grpo, config.mode == "automatic"
     if automatic and config.rollouts.num_generations == 1:
         yield (

@@ -1,7 +1,7 @@
-"""From a command line, a TOML file or a checkpoint to a `TrainConfig`, and back to TOML.
+"""Parses a `TrainConfig` from a command line, a TOML file or a dictionary, and writes it as TOML.
 
-`parse` serves `python -m ra_jax.train`; `from_flat_dict` serves callers with settings in a dictionary. Everything here
-reads the flags from the fields of `ra_jax.config.settings`: a flag that is added there needs no other entry.
+`python -m ra_jax.train` uses `parse`. Callers that have settings in a dictionary use `from_flat_dict`. All functions
+take the names and types of flags from the fields of `ra_jax.config.settings`, so that a new flag is added only there.
 """
 
 import dataclasses
@@ -22,20 +22,23 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.errors import ConfigError
 
 _GROUPS: dict[str, type] = typing.get_type_hints(TrainConfig)  # group -> its dataclass
-_TYPES: dict[str, Any] = {  # flat name -> type, without its range: every flag and TOML key there is
+_TYPES: dict[str, Any] = {  # flat name of each flag and TOML key -> type, without its range
     name: hint for group in _GROUPS.values() for name, hint in typing.get_type_hints(group).items()
 }
-# Settings by a name of earlier versions: flags, TOML files and checkpoints may still say these.
+# Name in earlier versions -> present name. Flags, TOML files and checkpoints may still use the earlier name.
 FORMER_NAMES = {"routing_specialisation": "routing_specialization"}
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for (default: this process's).
+    """Parse a command line into a configuration.
 
-    Raises ConfigError for unknown flags and TOML keys, TOML values of the wrong type, settings out of range
-    and contradictory ones; exits with a message, as command lines do, for `--help` and for flags whose value
-    cannot be read.
+    argv: the arguments; by default those of this process. `--help`, and a flag whose value cannot be parsed, print
+    their text and exit.
+
+    Raises:
+        ConfigError: a flag or TOML key is unknown, a TOML value has the wrong type, a setting is out of range, or
+            settings contradict each other.
     """
     argv, file = _split_config_file(_known_flags(sys.argv[1:] if argv is None else argv))
     config = tyro.cli(
@@ -49,15 +52,20 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def config_file(argv: Sequence[str] | None = None) -> Path | None:
-    """The file that `--config` names on a command line (default: this process's); None without it."""
+    """Return the file of `--config FILE` in a command line, or None without the flag.
+
+    argv: the arguments; by default those of this process.
+    """
     _, file = _split_config_file(_known_flags(sys.argv[1:] if argv is None else argv))
     return None if file is None else Path(file)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """Settings of a TOML file by flat name, typed as the fields are.
+    """Read the settings of a TOML file, by flat name and with the types of the fields.
 
-    Raises ConfigError, naming file and key, for keys that do not exist and values of the wrong type.
+    Raises:
+        ConfigError: the file does not exist or is not TOML, a key is unknown, or a value has the wrong type. The
+            message names the file and the key.
     """
     try:
         flat = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -72,17 +80,29 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 
 def from_flat_dict(flat: Mapping[str, Any]) -> TrainConfig:
-    """The inverse of `to_flat_dict`; absent settings take their defaults. Raises ConfigError like `parse`."""
+    """Build and check a configuration from settings by flat name. Absent settings take their defaults.
+
+    This is the inverse of `to_flat_dict`.
+
+    Raises:
+        ConfigError: as `parse` does.
+    """
     return _checked(from_checkpoint(flat))
 
 
 def from_checkpoint(flat: Mapping[str, Any]) -> TrainConfig:
-    """The settings of a run that has been trained, without a new one's checks: its trackers may be missing here."""
+    """Build the configuration of a run from the settings in its checkpoint, without the checks of a new run.
+
+    Those checks could fail here: the trackers of that run, such as wandb, need not be installed on this machine.
+
+    Raises:
+        ConfigError: a name is unknown, or a value has the wrong type.
+    """
     return _build(_typed_settings(flat))
 
 
 def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
-    """Every setting by its flat name; tuples become lists, so that the result is JSON."""
+    """Return all settings by flat name. Tuples become lists, so that the result can be written as JSON."""
     flat: dict[str, Any] = {}
     for group in _GROUPS:
         flat |= dataclasses.asdict(getattr(config, group))
@@ -90,7 +110,7 @@ def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """The resolved configuration as TOML that `--config` reads back; settings that are None are left out."""
+    """Return the configuration as TOML that `--config` can read. Settings that are None are left out."""
     flat = to_flat_dict(config)
     sections = []
     for group, kind in _GROUPS.items():
@@ -101,9 +121,10 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotation `hint` of the setting `name` has it: 3 as 3.0 for a float, a list as a tuple.
+    """Convert `value` to the type `hint` of the setting `name`: 3 to 3.0 for a float, a list to a tuple.
 
-    Raises TypeError that names the setting, the value and what is expected.
+    Raises:
+        TypeError: the value has another type. The message names the setting, the value and the expected type.
     """
     try:
         return _converted(value, hint)
@@ -112,7 +133,11 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _known_flags(argv: Sequence[str]) -> list[str]:
-    """`argv` with flags spelt with underscores. Raises ConfigError for a flag that does not exist."""
+    """Return `argv` with underscores for hyphens in flags, and with present names for former ones.
+
+    Raises:
+        ConfigError: a flag does not exist.
+    """
     spelt = []
     for token in argv:
         if not token.startswith("--"):
@@ -130,7 +155,11 @@ def _known_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _split_config_file(argv: list[str]) -> tuple[list[str], str | None]:
-    """`argv` without `--config FILE`, and that file. Raises ConfigError where no file follows the flag."""
+    """Return `argv` without `--config FILE`, and that file or None.
+
+    Raises:
+        ConfigError: no file follows the flag.
+    """
     rest, file = [], None
     tokens: Iterator[str] = iter(argv)
     for token in tokens:
@@ -146,7 +175,7 @@ def _split_config_file(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _build(settings: Mapping[str, Any]) -> TrainConfig:
-    """TrainConfig from typed settings; those that have neither value nor default are `tyro.MISSING`."""
+    """Build a TrainConfig from typed settings. A required setting without a value becomes `tyro.MISSING`."""
     groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     for group, kind in _GROUPS.items():
         for field in dataclasses.fields(kind):
@@ -156,7 +185,11 @@ def _build(settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def _checked(config: TrainConfig) -> TrainConfig:
-    """`config`, or a ConfigError with a line for each setting that is missing, else for each of its problems."""
+    """Return `config` if it is complete and free of problems.
+
+    Raises:
+        ConfigError: one line for each missing setting or, if none is missing, for each problem.
+    """
     required = [name for name, value in to_flat_dict(config).items() if value is tyro.MISSING]
     missing = [f"{name}: not given; expected a path; add --{name} PATH" for name in required]
     if lines := missing or list(find_problems(config)):
@@ -165,9 +198,11 @@ def _checked(config: TrainConfig) -> TrainConfig:
 
 
 def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`flat` with the fields' types and present names (`FORMER_NAMES`).
+    """Return the settings `flat` with the types of the fields, and with present names for former ones.
 
-    Raises ConfigError for an unknown name, for a value of the wrong type, and for a setting under both its names.
+    Raises:
+        ConfigError: a name is unknown, a value has the wrong type, or a setting has a value under both its present
+            and its former name (`FORMER_NAMES`).
     """
     for former, name in FORMER_NAMES.items():
         if former in flat and name in flat:
@@ -184,13 +219,17 @@ def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(name: str, what: str) -> ConfigError:
-    """The error for `what`, a flag, key or table called `name`, with the most similar name there is."""
+    """Return the error for an unknown flag, key or table `name`, with the most similar known name."""
     nearest = difflib.get_close_matches(name, [*_TYPES, "config"], n=1, cutoff=0.0)[0]
     return ConfigError(f"unknown {what}; the nearest known one is {nearest}; --help lists them all")
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; of a union, as the first member that takes it. Raises ValueError if none does."""
+    """Convert `value` to the type `hint`, or to the first member of a union that it fits.
+
+    Raises:
+        ValueError: the value does not fit the type.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, UnionType):
         for option in options:
@@ -204,13 +243,13 @@ def _converted(value: Any, hint: Any) -> Any:
         return value
     elif hint is float and type(value) is int:
         return float(value)
-    elif type(value) is hint:  # not isinstance: true is no whole number
+    elif type(value) is hint:  # not isinstance(): bool is a subclass of int, and true is not a number here
         return value
     raise ValueError(value)
 
 
 def _described(hint: Any) -> str:
-    """The type `hint` in words, for an error message."""
+    """Return the type `hint` in words, for an error message."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, UnionType):
         return " or ".join(_described(option) for option in options if option is not NoneType)

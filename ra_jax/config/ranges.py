@@ -1,4 +1,4 @@
-"""The range of a number, written where the flag is declared, and the check of a whole settings object.
+"""Ranges of numeric settings, declared on the fields of a settings dataclass, and their check.
 
     @dataclass(frozen=True)
     class Settings:
@@ -7,8 +7,8 @@
 
     list(out_of_range(Settings(rate=0.0)))  # ["rate = 0.0: expected a value greater than 0"]
 
-A range applies to the numbers of its field: to the value itself, or to each item of a tuple. None and text such as
-"auto" are not checked. The command line (tyro) and TOML see the annotated type only.
+A range applies to the number in its field, or to each number of a tuple. None and text such as "auto" are not checked.
+The command line (tyro) and the TOML parser read only the annotated type and ignore the range.
 """
 
 import math
@@ -20,13 +20,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `low` to `high`, and `or_exactly`.
+    """The finite numbers between `low` and `high`, and the value `or_exactly`.
 
     Attributes:
-        expected: the range in words, as an error message gives it.
-        low, high: the bounds; infinite where there is none.
-        includes_low, includes_high: whether the bounds belong to the range.
-        or_exactly: one value outside the bounds that is valid too.
+        expected: the range in words, for error messages.
+        low: lower bound, or minus infinity.
+        high: upper bound, or infinity.
+        includes_low: whether `low` itself is in the range.
+        includes_high: whether `high` itself is in the range.
+        or_exactly: one more valid value, outside the bounds; None for none.
     """
 
     expected: str
@@ -37,7 +39,7 @@ class Range:
     or_exactly: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range; NaN and the infinities never do."""
+        """Return whether `value` is in the range. NaN and the infinities are in no range."""
         if value == self.or_exactly:
             return True
         above_low = self.low <= value if self.includes_low else self.low < value
@@ -46,39 +48,39 @@ class Range:
 
 
 def finite() -> Range:
-    """Every number but NaN and the infinities."""
+    """Return the range of all numbers but NaN and the infinities."""
     return Range("a finite number")
 
 
 def at_least(low: float, *, or_exactly: float | None = None) -> Range:
-    """low <= x, or x = or_exactly: a value, such as -1, that has a meaning of its own."""
+    """Return the range low <= x. `or_exactly` adds one value with a special meaning, such as -1 for "all"."""
     exactly = "" if or_exactly is None else f"{or_exactly} or "
     return Range(f"a value {exactly}at least {low}", low, or_exactly=or_exactly)
 
 
 def above(low: float) -> Range:
-    """low < x."""
+    """Return the range low < x."""
     return Range(f"a value greater than {low}", low, includes_low=False)
 
 
 def at_least_and_below(low: float, high: float) -> Range:
-    """low <= x < high."""
+    """Return the range low <= x < high."""
     return Range(f"a value at least {low} and below {high}", low, high, includes_high=False)
 
 
 def above_and_at_most(low: float, high: float) -> Range:
-    """low < x <= high."""
+    """Return the range low < x <= high."""
     return Range(f"a value greater than {low} and at most {high}", low, high, includes_low=False)
 
 
 def between(low: float, high: float) -> Range:
-    """low < x < high."""
+    """Return the range low < x < high."""
     words = f"a value between {low} and {high}, both excluded"
     return Range(words, low, high, includes_low=False, includes_high=False)
 
 
 def field_ranges(kind: type) -> dict[str, Range]:
-    """The ranges of a settings dataclass by field name; fields without one are left out."""
+    """Return the ranges of a settings dataclass by field name, without the fields that have no range."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
         field.name: extra
@@ -89,9 +91,10 @@ def field_ranges(kind: type) -> dict[str, Range]:
 
 
 def out_of_range(settings: Any) -> Iterator[str]:
-    """Yields "name = value: expected ..." for each number of a settings dataclass outside its field's range.
+    """Yield "name = value: expected ..." for each number that is outside its field's range.
 
-    Fields that are dataclasses, such as the groups of a `TrainConfig`, are checked in turn.
+    settings: a settings dataclass. Fields that are dataclasses themselves, such as the groups of a `TrainConfig`, are
+    checked recursively.
     """
     limits = field_ranges(type(settings))
     for field in fields(settings):

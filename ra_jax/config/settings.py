@@ -1,13 +1,15 @@
-"""The configuration of `python -m ra_jax.train`: frozen groups of settings, one flat flag each.
+"""The settings of `python -m ra_jax.train`: frozen dataclasses with one command-line flag for each field.
 
-A value comes from the command line, else from the TOML file of `--config`, else from the default written
-here. Groups sort the settings in code and in `--help`; flags and TOML keys are flat, as no name occurs twice:
+The value of a setting comes from the command line, else from the TOML file of `--config`, else from the default here.
+The dataclasses group the settings in code and in `--help`. Flags and TOML keys have no group in their name, because
+every name occurs only once:
 
     config = parse(["--config", "configs/tiny.toml", "--learning_rate", "3e-4"])
     config.optimization.learning_rate
 
-A numeric field carries its range (`ra_jax.config.ranges`); its comment, or the string below it, is its help text. The
-field is all that a new flag needs here; checks, TOML, `--help` and checkpoints read it.
+The comment above a field is its help text. Continuation lines of a comment begin with a letter, because tyro joins only
+such lines. A numeric field declares its range (`ra_jax.config.ranges`), and its help text repeats that range. A new
+flag needs only a field here: `--help`, TOML, checkpoints and the check of ranges read the fields.
 """
 
 from dataclasses import dataclass
@@ -19,57 +21,87 @@ from ra_jax.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on. Panel sizes are those of one panel of the diptych, in pixels."""
+    """The records to train on, and the sizes of their images. A panel is one half of the model's input image: reference
+    left, photo right."""
 
-    train_json_path: str  # records: JSON or JSONL, a folder with input/ mask/ gt/, a pack, or tfds:NAME
-    val_json_path: str | None = None  # records for previews (None: taken from the training data) and max_drift
-    score_format: Literal["dict", "tensor"] = "dict"  # scores as {"removal_score": ...} or [removal, ...]
-    aspect_ratio_buckets: str = "512,512;448,576;576,448"  # panel sizes "height,width;..." [pixels]
-    mask_augmentation: bool = True  # enlarge masks at random in training: outlines, boxes, dilation
-    data_workers: Annotated[int, at_least(0)] = 2  # threads that read and decode images ahead (0: none, when asked for)
+    # Records to train on: a JSON or JSONL file, a folder with input/ mask/ gt/, a pack that python -m ra_jax.data pack
+    # wrote, or tfds:NAME.
+    train_json_path: str
+    # Held-out records for previews and for max_drift, which needs them. None: previews show training records.
+    val_json_path: str | None = None
+    # Format of the scores in the records. dict: {"removal_score": ...}; tensor: [removal, background, smoothness].
+    score_format: Literal["dict", "tensor"] = "dict"
+    # Panel sizes in pixels, "height,width;height,width;...". Each photo uses the size with the nearest aspect ratio.
+    aspect_ratio_buckets: str = "512,512;448,576;576,448"
+    # Enlarge masks at random in training: to a smooth outline, to a bounding box, or by dilation.
+    mask_augmentation: bool = True
+    # Threads that load batches ahead of time (at least 0). 0: a batch is loaded when the step needs it.
+    data_workers: Annotated[int, at_least(0)] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The frozen base: FLUX-Fill and Redux in diffusers' layout."""
+    """The base model that training starts from, and how it computes."""
 
-    pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-Fill-dev"  # diffusers folder or hub id
-    pretrained_redux_model_name_or_path: str = "black-forest-labs/FLUX.1-Redux-dev"  # folder or hub id
-    base_precision: Literal["auto", "int8"] = "auto"  # stored frozen kernels; auto: as mixed_precision computes
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"  # compute dtype; fp16 is refused: FLUX overflows
+    # FLUX.1-Fill: a folder in diffusers' layout, or a Hugging Face hub id.
+    pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-Fill-dev"
+    # FLUX.1-Redux, which encodes the reference image: a folder in diffusers' layout, or a hub id.
+    pretrained_redux_model_name_or_path: str = "black-forest-labs/FLUX.1-Redux-dev"
+    # Storage of the frozen base. auto: in the dtype of mixed_precision; int8: kernels of the transformer's blocks in 8
+    # bits.
+    base_precision: Literal["auto", "int8"] = "auto"
+    # Dtype of the computation. no: float32; bf16: bfloat16; fp16: not supported, because FLUX overflows in it.
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    # Activations of each block that are kept for the backward pass, in addition to the block's input; the others are
+    # recomputed. none: keep all (no recomputation); products: keep matrix products and attention outputs; blocks: keep
+    # attention outputs; full: keep nothing; points: as full, and the policy loss processes its timesteps one after
+    # another.
     gradient_checkpointing: Literal["none", "products", "blocks", "full", "points"] = "blocks"
-    """What the backward pass finds kept beside each block's input: none everything, products all products and
-    attention, blocks attention, full nothing; points: as full, and a log-probability's points in time one by one."""
+    # Number of prompt tokens, all zeros, in front of the tokens of the reference image (at least 0).
     max_sequence_length: Annotated[int, at_least(0)] = 512
-    """prompt tokens (zeros) before the reference image's [tokens]"""
-    guidance_scale: Annotated[float, at_least(0)] = 30.0  # embedded guidance, the same in training and in previews
+    # Guidance value that the transformer gets as input, in training and in previews (at least 0).
+    guidance_scale: Annotated[float, at_least(0)] = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """LoRA experts and the router that mixes them. Without --use_lora the whole transformer is trained."""
+    """LoRA experts, and the router that mixes them. The router gives each image one gate (mixing weight) per expert."""
 
-    use_lora: bool = False  # train LoRA experts on the frozen base
-    num_experts: Annotated[int, at_least(1)] = 3  # E, experts in the mixture
-    expert_names: tuple[str, ...] = ()  # one for each (E = 3: removal background smoothness)
-    lora_rank: Annotated[int, at_least(1)] = 64  # r, rank of each expert
-    lora_alpha: Annotated[float, above(0)] = 64.0  # alpha; experts are scaled by alpha / r
+    # Train LoRA experts and a router on the frozen base. Without this flag the whole transformer is trained.
+    use_lora: bool = False
+    # Number E of experts (at least 1).
+    num_experts: Annotated[int, at_least(1)] = 3
+    # Names of the experts, E in number. Not given: removal background smoothness for E = 3, else expert_0 expert_1 ...
+    expert_names: tuple[str, ...] = ()
+    # Rank of each expert (at least 1).
+    lora_rank: Annotated[int, at_least(1)] = 64
+    # Scale of the experts: their outputs are multiplied by lora_alpha / lora_rank (greater than 0).
+    lora_alpha: Annotated[float, above(0)] = 64.0
+    # Dropout probability of the experts' inputs in the base loss (at least 0 and below 1).
     lora_dropout: Annotated[float, at_least_and_below(0, 1)] = 0.0
-    """dropout on the experts' input in the base loss [probability]"""
-    target_modules: str | None = None  # regex on layer names (None: every linear layer of the blocks)
-    routing: Literal["uniform", "fixed", "soft", "topk", "sample"] = "soft"  # sample: automatic rewards only
-    routing_temperature: Annotated[float, above(0)] = 1.0  # the router's logits are divided by it
-    router_floor: Annotated[float, at_least(0)] = 0.05  # f, smallest gate of an expert; E * f < 1
+    # Regular expression for the names of the layers that get experts. None: all linear layers of the transformer's
+    # blocks.
+    target_modules: str | None = None
+    # How gates are computed. uniform: 1/E each; fixed: fixed_expert_weights; soft: by the router; topk: by the router,
+    # but only the expert with the largest gate is used; sample: as soft, but each rollout uses one expert, drawn with
+    # the gates as probabilities (automatic rewards only).
+    routing: Literal["uniform", "fixed", "soft", "topk", "sample"] = "soft"
+    # Temperature of the router: its logits are divided by this value before the softmax (greater than 0).
+    routing_temperature: Annotated[float, above(0)] = 1.0
+    # Smallest gate that the router can give to an expert (at least 0, and less than 1/E).
+    router_floor: Annotated[float, at_least(0)] = 0.05
+    # Gates of fixed routing, and the initial gates of the router: E numbers with sum 1 (each at least 0). Not
+    # given: 0.4 0.3 0.3 for E = 3, else 1/E each.
     fixed_expert_weights: Annotated[tuple[float, ...], at_least(0)] = ()
-    """where routing starts (E = 3: 0.4 0.3 0.3; else 1/E)"""
+    # Weight of the mean entropy of each image's gates in the diversity loss (at least 0). Larger values make the router
+    # use fewer experts per image.
     routing_specialization: Annotated[float, at_least(0)] = 0.5
-    """lambda, weight of the gates' own entropy in the diversity loss"""
+    # Decay per step of the running mean of the gates in the diversity loss (at least 0 and below 1).
     routing_mean_decay: Annotated[float, at_least_and_below(0, 1)] = 0.9
-    """beta, decay of the gates' running mean in the diversity loss"""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts' names [E], given or default."""
+        """Names of the experts, E in number: `expert_names`, or the default names."""
         if self.expert_names:
             return self.expert_names
         if self.num_experts == 3:
@@ -78,7 +110,8 @@ class ExpertsConfig:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The gates [E] that `fixed` routing uses and `soft` and `topk` start from, given or default."""
+        """Gates [E] of `fixed` routing, and initial gates of `soft`, `topk` and `sample` routing:
+        `fixed_expert_weights`, or the default gates."""
         if self.fixed_expert_weights:
             return self.fixed_expert_weights
         return DEFAULT_REWARD_WEIGHTS if self.num_experts == 3 else (1 / self.num_experts,) * self.num_experts
@@ -86,26 +119,46 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
-    """Learning from scores: where rewards come from and how the policy follows them."""
+    """GRPO: training from rewards. The policy loss prefers results with a higher reward than others of the same
+    group."""
 
-    use_grpo: bool = False  # train with GRPO; rewards are computed from generated images, or people's
-    use_human_scores: bool = False  # rewards are the records' three scores
-    enable_grpo_rewards: bool = False  # without it rewards and the policy loss are 0
-    enable_grpo_loss: bool = False  # without it the loss is base + diversity
-    policy_estimator: Literal["matching", "sde", "nft"] = "matching"  # sde: automatic rewards only
-    clip_range: Annotated[float, between(0, 1)] = 0.2  # epsilon, the ratio is clipped to 1 +- epsilon
+    # Switch GRPO on. It also needs --enable_grpo_rewards for rewards, and --enable_grpo_loss for the policy loss.
+    use_grpo: bool = False
+    # Take rewards from the three human scores of each record (human mode), not from generated images (automatic mode).
+    use_human_scores: bool = False
+    # Compute rewards. Without this flag there are no rewards, and the policy loss is 0.
+    enable_grpo_rewards: bool = False
+    # Add the policy loss to the total loss. Without this flag the loss is base + diversity.
+    enable_grpo_loss: bool = False
+    # How the policy loss compares the trained weights with the old policy, an earlier copy of them. matching: by the
+    # flow-matching error of a result; sde: by the probability of the noisy sampling steps (automatic rewards only);
+    # nft: by the velocity, without a ratio.
+    policy_estimator: Literal["matching", "sde", "nft"] = "matching"
+    # Clip range of the estimator matching. The policy ratio, the probability of a result under the trained weights
+    # divided by that under the old policy, is clipped to 1 ± this value (between 0 and 1, both excluded).
+    clip_range: Annotated[float, between(0, 1)] = 0.2
+    # Clip range of the estimator sde, in place of clip_range (between 0 and 1, both excluded).
     sde_clip_range: Annotated[float, between(0, 1)] = 0.02
-    """the same for the estimator sde, whose ratio has another scale"""
-    nft_beta: Annotated[float, above(0)] = 1.0  # beta of the estimator nft, how firmly the old policy is held on to
-    policy_temperature: Annotated[float | Literal["auto"], above(0)] = 0.1  # tau; auto adapts it to the clip fraction
-    policy_sync_steps: Annotated[int, at_least(1)] = 8  # the old policy is renewed every so many steps
-    num_policy_timesteps: Annotated[int, at_least(1)] = 4  # K, pairs of time and noise in a log-probability
+    # How strongly the estimator nft pulls the weights back to the old policy (greater than 0).
+    nft_beta: Annotated[float, above(0)] = 1.0
+    # Temperature of the estimator matching: log-probability = -(flow-matching error) / temperature (greater than 0).
+    # auto: starts at 0.1 and adapts so that about 15 % of the ratios are clipped.
+    policy_temperature: Annotated[float | Literal["auto"], above(0)] = 0.1
+    # Interval between copies of the trained weights to the old policy, in steps (at least 1). It applies to human mode.
+    policy_sync_steps: Annotated[int, at_least(1)] = 8
+    # Number of (time, noise) pairs at which the estimators matching and nft evaluate each result (at least 1).
+    num_policy_timesteps: Annotated[int, at_least(1)] = 4
+    # Part of the noise schedule, from its noisy end, that the times of num_policy_timesteps are drawn from (greater
+    # than 0 and at most 1).
     policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
-    """they are drawn from this noisiest part of the schedule"""
-    kl_weight: Annotated[float, at_least(0)] = 0.0  # weight of the distance to the base's velocity
-    removal_reward_weight: Annotated[float, at_least(0)] = 0.4  # weight of the removal score
-    background_reward_weight: Annotated[float, at_least(0)] = 0.3  # weight of the background score
-    smoothness_reward_weight: Annotated[float, at_least(0)] = 0.3  # weight of the smoothness score
+    # Weight of the squared distance between the velocities of the trained model and of the base (at least 0). 0: off.
+    kl_weight: Annotated[float, at_least(0)] = 0.0
+    # Weight of the removal score in the reward (at least 0).
+    removal_reward_weight: Annotated[float, at_least(0)] = 0.4
+    # Weight of the background score in the reward (at least 0).
+    background_reward_weight: Annotated[float, at_least(0)] = 0.3
+    # Weight of the smoothness score in the reward (at least 0).
+    smoothness_reward_weight: Annotated[float, at_least(0)] = 0.3
 
     @property
     def reward_weights(self) -> tuple[float, float, float]:
@@ -113,127 +166,184 @@ class GRPOConfig:
         return (self.removal_reward_weight, self.background_reward_weight, self.smoothness_reward_weight)
 
 
-# Of the scores removal, background, smoothness; the gates of three experts, one for each, start from the same.
+# Weights of the scores removal, background and smoothness. The gates of three experts, one per score, start with them.
 DEFAULT_REWARD_WEIGHTS = GRPOConfig().reward_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Automatic rewards (--use_grpo without human scores): what is generated for each condition, how it is judged."""
+    """Automatic rewards (--use_grpo --enable_grpo_rewards without --use_human_scores): each step generates images,
+    called rollouts, and scores them."""
 
-    num_generations: Annotated[int, at_least(1)] = 8  # G, rollouts a condition, which are compared with each other
-    rollout_steps: Annotated[int, at_least(1)] = 8  # sampling steps of a rollout
-    num_iterations: Annotated[int, at_least(1)] = 2  # updates from the same rollouts
-    reward_functions: tuple[str, ...] = ()  # NAME, NAME=WEIGHT or MODULE:FUNCTION=WEIGHT (none: the three scores)
+    # Rollouts per condition (photo, mask and reference) in a step, whose rewards are compared (at least 1; with
+    # automatic rewards at least 2).
+    num_generations: Annotated[int, at_least(1)] = 8
+    # Sampling steps of a rollout (at least 1).
+    rollout_steps: Annotated[int, at_least(1)] = 8
+    # Updates of the weights from the same rollouts (at least 1).
+    num_iterations: Annotated[int, at_least(1)] = 2
+    # Rewards: NAME, NAME=WEIGHT, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHT, separated by spaces. Not given: removal,
+    # background and smoothness, weighted by --removal_reward_weight and so on.
+    reward_functions: tuple[str, ...] = ()
+    # How the policy loss uses rollouts that are worse than the mean of their group. keep: as the others; drop: not at
+    # all; auto: drop for the estimator matching, keep for sde and nft.
     negative_advantages: Literal["auto", "keep", "drop"] = "auto"
-    """drop: only rollouts better than their group's mean teach anything (auto: the estimator matching drops)."""
+    # Interval between steps with rollouts and rewards, in steps (at least 1). The steps in between have no policy loss.
     reward_interval: Annotated[int, at_least(1)] = 1
-    """rollouts and rewards every so many steps, base loss alone between"""
-    decode_batch_size: Annotated[int, at_least(1)] = 4  # images the VAE decodes at once
-    sde_window: Annotated[int, at_least(1)] = 2  # noisy steps in a rollout for the estimator sde
-    sde_noise_level: Annotated[float, above(0)] = 0.7  # eta, the noise of those steps
+    # Number of images that the VAE decodes at once on each device (at least 1). A smaller number needs less memory.
+    decode_batch_size: Annotated[int, at_least(1)] = 4
+    # Number of sampling steps of a rollout in which the estimator sde adds noise (at least 1).
+    sde_window: Annotated[int, at_least(1)] = 2
+    # Strength of the noise that the estimator sde adds in these sampling steps (greater than 0).
+    sde_noise_level: Annotated[float, above(0)] = 0.7
 
     def drops_negative(self, estimator: str) -> bool:
-        """Whether rollouts that are worse than their group's mean are left out of the policy's loss."""
+        """Return whether the policy loss of `estimator` leaves out rollouts that are worse than their group's mean."""
         return self.negative_advantages == "drop" or (self.negative_advantages == "auto" and estimator == "matching")
 
     def due(self, step: int) -> bool:
-        """Whether step number `step` (from 0) generates and rewards."""
+        """Return whether step number `step`, counted from 0, generates and scores rollouts."""
         return step % self.reward_interval == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """total = base_loss_weight * base + policy_loss_weight * policy + diversity_loss_weight * diversity."""
+    """total = base_loss_weight * base + policy_loss_weight * policy + diversity_loss_weight * diversity + kl_weight *
+    kl."""
 
-    base_loss_weight: Annotated[float, at_least(0)] = 1.0  # weight of the flow-matching loss
-    policy_loss_weight: Annotated[float, at_least(0)] = 0.1  # weight of the clipped policy loss
-    diversity_loss_weight: Annotated[float, at_least(0)] = 0.05  # weight of the loss that keeps experts in use
-    loss_region: Literal["balanced", "panel", "mask", "all"] = "balanced"  # balanced: half mask, half rest
+    # Weight of the base loss, the flow-matching loss on the records' results (at least 0).
+    base_loss_weight: Annotated[float, at_least(0)] = 1.0
+    # Weight of the policy loss (at least 0).
+    policy_loss_weight: Annotated[float, at_least(0)] = 0.1
+    # Weight of the diversity loss, which keeps all experts in use (at least 0).
+    diversity_loss_weight: Annotated[float, at_least(0)] = 0.05
+    # Region that losses average over. balanced: half the weight on the mask, half on the rest of the photo; panel: the
+    # photo; mask: the mask; all: photo and reference. The mask is first dilated by 2 latent cells.
+    loss_region: Literal["balanced", "panel", "mask", "all"] = "balanced"
+    # Weight of a record in the base loss. none: 1; score: its reward, mapped to [0, 1]; softmax: softmax of the rewards
+    # in its scene; best: only the best record of each scene counts; auto: score in human mode, else none.
     base_loss_weighting: Literal["auto", "none", "score", "softmax", "best"] = "auto"
-    """How records count in the base loss; auto: score with human scores, else none."""
+    # Temperature of base_loss_weighting softmax: softmax(reward / temperature) (greater than 0).
     base_loss_softmax_temperature: Annotated[float, above(0)] = 0.05
-    """softmax: weights softmax(reward / temperature) in a group"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """The optimizer and its schedule. All counts steps, of one update each (num_iterations in automatic mode)."""
+    """The optimizer and its learning-rate schedule. The schedule counts steps. A step makes one update of the weights,
+    or with automatic rewards num_iterations updates."""
 
-    optimizer: Literal["adamw", "adafactor", "muon", "prodigy"] = "adamw"  # from optax
-    learning_rate: Annotated[float, above(0)] = 1e-4  # peak; for prodigy 1.0 is usual
-    router_learning_rate: Annotated[float | None, above(0)] = None  # peak for the router (None: learning_rate)
+    # Optimizer, from the library Optax.
+    optimizer: Literal["adamw", "adafactor", "muon", "prodigy"] = "adamw"
+    # Peak learning rate (greater than 0). 1.0 is usual for prodigy.
+    learning_rate: Annotated[float, above(0)] = 1e-4
+    # Peak learning rate of the router (greater than 0). None: learning_rate.
+    router_learning_rate: Annotated[float | None, above(0)] = None
+    # Learning rate over the run. constant: always the peak; the others begin with a linear warm-up of lr_warmup_steps;
+    # constant_with_warmup: then the peak; linear, cosine, polynomial: then a decay to 0 at the last step.
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
-    """Shape of the learning rate over the run; all but constant begin with a linear warm-up."""
-    lr_warmup_steps: Annotated[int, at_least(0)] = 0  # length of the warm-up [steps]
-    lr_power: Annotated[float, at_least(0)] = 1.0  # exponent of the polynomial schedule
-    adam_beta1: Annotated[float, at_least_and_below(0, 1)] = 0.9  # decay of the gradient's mean (adamw, muon, prodigy)
-    adam_beta2: Annotated[float, at_least_and_below(0, 1)] = 0.999  # decay of the gradient's square
+    # Length of the warm-up in steps (at least 0).
+    lr_warmup_steps: Annotated[int, at_least(0)] = 0
+    # Exponent of lr_scheduler polynomial (at least 0).
+    lr_power: Annotated[float, at_least(0)] = 1.0
+    # Decay of the running mean of gradients, for adamw, muon and prodigy (at least 0 and below 1).
+    adam_beta1: Annotated[float, at_least_and_below(0, 1)] = 0.9
+    # Decay of the running mean of squared gradients, for adamw, muon and prodigy (at least 0 and below 1).
+    adam_beta2: Annotated[float, at_least_and_below(0, 1)] = 0.999
+    # Decoupled weight decay, for matrices only; prodigy applies it to all weights (at least 0).
     adam_weight_decay: Annotated[float, at_least(0)] = 1e-2
-    """decoupled weight decay, of matrices (prodigy: of every weight)"""
-    adam_epsilon: Annotated[float, above(0)] = 1e-8  # added to the root of the gradient's square
-    max_grad_norm: Annotated[float, above(0)] = 1.0  # gradients are scaled down to this global norm
+    # Constant that is added to the denominator of an update, for adamw, muon and prodigy (greater than 0).
+    adam_epsilon: Annotated[float, above(0)] = 1e-8
+    # Largest global norm of the gradient; larger gradients are scaled down to it (greater than 0).
+    max_grad_norm: Annotated[float, above(0)] = 1.0
+    # Decay of the exponential moving average of the weights, which previews and infer use (at least 0 and below 1). 0:
+    # no average.
     ema_decay: Annotated[float, at_least_and_below(0, 1)] = 0.0
-    """decay of the averaged weights that previews and removal use (0: off)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Length, place and reproducibility of the run."""
+    """Length, output and reproducibility of the run."""
 
-    output_dir: str  # checkpoints, metrics.jsonl, previews and config.toml are written here
-    seed: Annotated[int, at_least(0)] = 0  # of everything random; the same seed gives the same run
+    # Folder for checkpoints, metrics.jsonl, previews, reports and config.toml.
+    output_dir: str
+    # Seed of all random numbers (at least 0). The same seed gives the same run.
+    seed: Annotated[int, at_least(0)] = 0
+    # Records in a microbatch, over all devices (at least 1). With automatic rewards it counts conditions.
     train_batch_size: Annotated[int, at_least(1)] = 4
-    """records (automatic mode: conditions) a microbatch, over all devices"""
-    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1  # microbatches a step
-    num_train_epochs: Annotated[int, at_least(1)] = 1  # passes over the data, unless max_train_steps is given
-    max_train_steps: Annotated[int | None, at_least(1)] = None  # length of the run [steps]; wins over num_train_epochs
-    checkpointing_steps: Annotated[int, at_least(0)] = 500  # a checkpoint every so many steps (0: only at the end)
+    # Microbatches in a step (at least 1).
+    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1
+    # Length of the run in passes over the data, if max_train_steps is not given (at least 1).
+    num_train_epochs: Annotated[int, at_least(1)] = 1
+    # Length of the run in steps (at least 1). None: num_train_epochs sets the length.
+    max_train_steps: Annotated[int | None, at_least(1)] = None
+    # Interval between checkpoints, in steps (at least 0). 0: only one checkpoint, at the end.
+    checkpointing_steps: Annotated[int, at_least(0)] = 500
+    # Number of checkpoints to keep; the oldest ones are deleted (at least 1). None: keep all.
     checkpoints_total_limit: Annotated[int | None, at_least(1)] = None
-    """oldest checkpoints beyond it are deleted (None: keep all)"""
-    resume_from_checkpoint: str | None = None  # "latest", or a checkpoint's folder
-    init_experts_from: str | None = None  # begin with another run's experts: its output_dir, or a checkpoint's folder
-    overwrite_output_dir: bool = False  # delete the run that output_dir already holds
+    # Continue a run from a checkpoint: "latest" for the latest one in output_dir, or the folder of a checkpoint.
+    resume_from_checkpoint: str | None = None
+    # Start a new run with the experts and router of another run: its output_dir, or the folder of one of its
+    # checkpoints.
+    init_experts_from: str | None = None
+    # Delete the run that output_dir already holds, and start a new one.
+    overwrite_output_dir: bool = False
+    # Stop the run when the flow loss or the velocity's norm, measured on val_json_path, exceeds that of the base by
+    # more than this fraction (greater than 0). None: never.
     max_drift: Annotated[float | None, above(0)] = None
-    """stop when the flow loss on val_json_path, or the velocity, grew by this fraction"""
-    drift_steps: Annotated[int, at_least(1)] = 10  # with max_drift, look every so many steps
+    # Interval between measurements for max_drift, in steps (at least 1).
+    drift_steps: Annotated[int, at_least(1)] = 10
+    # Folder that keeps compiled programs for later runs. auto: $JAX_COMPILATION_CACHE_DIR,
+    # else ~/.cache/ra_jax/compiled; none: keep no programs.
     jax_compilation_cache_dir: str = "auto"
-    """Folder of compiled programs; auto: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ra_jax/compiled; none: not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the work is shared out over devices and processes."""
+    """Division of the work over devices and processes."""
 
-    parallelism: Literal["mesh", "pmap"] = "mesh"  # mesh: jax.jit, weights shared out; pmap: a copy on every device
+    # mesh: jax.jit over a mesh of devices, which can shard the weights; pmap: jax.pmap with a copy of all weights on
+    # each device.
+    parallelism: Literal["mesh", "pmap"] = "mesh"
+    # Devices along the mesh axis data, which shards the batch and replicates the weights (-1 or at least 1). -1: all
+    # devices that mesh_fsdp and mesh_tensor leave.
     mesh_data: Annotated[int, at_least(1, or_exactly=-1)] = -1
-    """devices that share out the batch and repeat the weights (-1: all that are left)"""
-    mesh_fsdp: Annotated[int, at_least(1)] = 1  # devices that share out the batch and the weights
-    mesh_tensor: Annotated[int, at_least(1)] = 1  # devices that share out attention heads and MLP features
-    coordinator_address: str | None = None  # "host:port" of process 0 (None: from the environment, if it says)
-    num_processes: Annotated[int | None, at_least(1)] = None  # of the whole run; with coordinator_address
-    process_id: Annotated[int | None, at_least(0)] = None  # this one's number, from 0; with coordinator_address
+    # Devices along the mesh axis fsdp, which shards the batch and the weights (at least 1).
+    mesh_fsdp: Annotated[int, at_least(1)] = 1
+    # Devices along the mesh axis tensor, which shards attention heads and MLP features (at least 1).
+    mesh_tensor: Annotated[int, at_least(1)] = 1
+    # HOST:PORT of process 0, in a run of several processes. None: read from Slurm, Open MPI or the TPU machine; without
+    # them the run has one process.
+    coordinator_address: str | None = None
+    # Number of processes in the run (at least 1). Required with coordinator_address.
+    num_processes: Annotated[int | None, at_least(1)] = None
+    # Number of this process, counted from 0 (at least 0). Required with coordinator_address.
+    process_id: Annotated[int | None, at_least(0)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Metrics and previews."""
 
+    # Trackers that get the metrics, in addition to metrics.jsonl and the progress bar; separated by spaces. none: no
+    # tracker.
     report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl and the progress bar, separated by spaces."""
-    log_freq: Annotated[int, at_least(1)] = 10  # metrics every so many steps
-    validation_steps: Annotated[int, at_least(0)] = 500  # previews at step 0 and every so many steps (0: no previews)
-    num_validation_images: Annotated[int, at_least(1)] = 4  # scenes in a preview
-    num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps of a preview
+    # Interval between rows of metrics, in steps (at least 1).
+    log_freq: Annotated[int, at_least(1)] = 10
+    # Interval between previews, in steps (at least 0). The first preview is at step 0. 0: no previews.
+    validation_steps: Annotated[int, at_least(0)] = 500
+    # Number of scenes in a preview (at least 1).
+    num_validation_images: Annotated[int, at_least(1)] = 4
+    # Sampling steps of the images in a preview (at least 1).
+    num_inference_steps: Annotated[int, at_least(1)] = 28
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tunes FLUX.1-Fill to remove objects: LoRA experts with a router, from pairs, from human scores
-    or from rewards of what it generates.
+    """Fine-tunes FLUX.1-Fill to remove objects from photos. It trains LoRA experts and a router from pairs of photos,
+    from human scores, or from rewards of images that the model generates.
 
-    Any flag below may also stand in a TOML file, by its name: --config FILE.toml. The command line wins over
-    the file. Flags take underscores or hyphens.
+    Settings can also be read from a TOML file with the flags' names as keys: --config FILE.toml. A flag on the command
+    line overrides the file. Flags can be written with underscores or hyphens.
     """
 
     data: DataConfig
@@ -249,15 +359,15 @@ class TrainConfig:
 
     @property
     def mode(self) -> Literal["standard", "human", "automatic"]:
-        """Training mode: `standard` imitates every result; `human` also learns from the records' scores, `automatic`
-        from rewards of what it generates."""
+        """Training mode: `standard` has no rewards, `human` takes them from the records' scores, `automatic` from
+        generated images."""
         if self.grpo.use_human_scores:
             return "human"
         return "automatic" if self.grpo.use_grpo and self.grpo.enable_grpo_rewards else "standard"
 
     @property
     def updates(self) -> int:
-        """Updates of the weights in a step."""
+        """Number of updates of the weights in a step."""
         return self.rollouts.num_iterations if self.mode == "automatic" else 1
 
     @property
@@ -267,15 +377,18 @@ class TrainConfig:
 
     @property
     def base_loss_weighting(self) -> Literal["none", "score", "softmax", "best"]:
-        """How the base loss weighs records, with `auto` resolved by the mode."""
+        """How the base loss weighs records: `losses.base_loss_weighting`, with `auto` replaced by the mode's choice."""
         if self.losses.base_loss_weighting != "auto":
             return self.losses.base_loss_weighting
         return "score" if self.mode == "human" else "none"
 
     def total_steps(self, batches_per_epoch: int) -> int:
-        """Steps of the run: `max_train_steps`, else as many as the microbatches of `num_train_epochs` make.
+        """Return the number of steps of the run: `max_train_steps`, else the steps of `num_train_epochs` passes.
 
-        Raises ConfigError where the warm-up is longer than that.
+        batches_per_epoch: microbatches in one pass over the data.
+
+        Raises:
+            ConfigError: the warm-up is longer than the run.
         """
         microbatches = self.run.num_train_epochs * batches_per_epoch
         steps = self.run.max_train_steps or -(-microbatches // self.run.gradient_accumulation_steps)
