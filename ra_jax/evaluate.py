@@ -23,15 +23,16 @@ from ra_jax.errors import DataError, UserError
 from ra_jax.evaluation.measure import Evaluation, Fid, Networks
 from ra_jax.evaluation.pairs import Pair, find_pairs
 from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
-from ra_jax.evaluation.table import BY_NAME, COLUMNS, Row, csv_text, summarize, table_text, worst_first
+from ra_jax.evaluation.table import COLUMN_BY_NAME, COLUMNS, Row, csv_text, summarize, table_text, worst_first
 from ra_jax.outputs import Outputs, check_outputs, replace_file, write_file
 from ra_jax.reporting.contact_sheet import captioned, thumbnail
 
-METRICS, SUMMARY, SHEET = "metrics.csv", "summary.json", "contact_sheet.png"
-WITHOUT_TRUTH = ("removal_without_target", "background_without_target")
-ALWAYS = ("total_reward", "smoothness", "mask_area", "psnr_source_outside")
-MAIN = ("removal", "background", *WITHOUT_TRUTH, "smoothness", "psnr", "psnr_mask", "ssim_mask", "lpips")
-ID_WIDTH = 34  # characters of an id in one line of a caption
+METRICS_FILE, SUMMARY_FILE, SHEET_FILE = "metrics.csv", "summary.json", "contact_sheet.png"
+REWARDS_WITHOUT_TRUTH = ("removal_without_target", "background_without_target")
+ALWAYS_COMPUTED = ("total_reward", "smoothness", "mask_area", "psnr_source_outside")
+CAPTION_METRICS = ("removal", "background", *REWARDS_WITHOUT_TRUTH, "smoothness")
+CAPTION_METRICS += ("psnr", "psnr_mask", "ssim_mask", "lpips")
+MAX_ID_LINE = 34  # characters of an id in one line of a caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: EvaluateConfig) -> None:
     """Measures the results and writes the files; all settings and files are checked before anything is computed."""
-    _check_values(config)
-    output = _output_folder(config)
+    _check_ranges(config)
+    output = _check_output_folder(config)
     pairs = find_pairs(config.results, config.truth, config.only)
     has_truth = pairs[0].truth is not None
-    left_out = _not_asked_for(config, has_truth)
-    _check_sort_by(config.sort_by, has_truth, left_out)
+    not_computed = _find_not_computed(config, has_truth)
+    _check_sort_by(config.sort_by, has_truth, not_computed)
     networks = load_networks(config) if has_truth else Networks()
 
     weights = (config.removal_reward_weight, config.background_reward_weight, config.smoothness_reward_weight)
@@ -87,31 +88,33 @@ def run(config: EvaluateConfig) -> None:
         pass
     rows, fid = evaluation.rows, evaluation.fid()
     if networks.inception is not None and fid is None:
-        left_out["fid"] = "fewer than two results, or two ground truths"
-    left_out |= _no_value(rows)
+        not_computed["fid"] = "fewer than two results or fewer than two ground truths"
+    not_computed |= _count_missing(rows)
     summary = {
         "settings": dataclasses.asdict(config),
         "pictures": len(pairs),
         "metrics": summarize(rows),
         "fid": None if fid is None else dataclasses.asdict(fid),
-        "not_computed": left_out,
+        "not_computed": not_computed,
         "warnings": _warnings(fid),
     }
     output.mkdir(parents=True, exist_ok=True)
     # The summary is written first. It shows that the files are from an evaluation, even if the program is killed before
     # the last file: then --overwrite may still replace them.
-    write_file(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_file(output / METRICS, csv_text(rows))
+    write_file(output / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(output / METRICS_FILE, csv_text(rows))
     if config.sheet_rows:
         sheet = draw_sheet(pairs, rows, config)
-        with replace_file(output / SHEET) as draft:
+        with replace_file(output / SHEET_FILE) as draft:
             sheet.save(draft, "PNG")
     else:
-        (output / SHEET).unlink(missing_ok=True)  # one of an earlier evaluation would not match the new rows
+        (output / SHEET_FILE).unlink(missing_ok=True)  # one of an earlier evaluation would not match the new rows
     for warning in summary["warnings"]:
         logging.warning(warning)
-    _print(summary["metrics"], fid, left_out, len(pairs), has_truth)
-    print(f"\n{output / METRICS}\n{output / SUMMARY}" + (f"\n{output / SHEET}" if config.sheet_rows else ""))
+    _print_summary(summary["metrics"], fid, not_computed, len(pairs), has_truth)
+    print(f"\n{output / METRICS_FILE}\n{output / SUMMARY_FILE}")
+    if config.sheet_rows:
+        print(output / SHEET_FILE)
 
 
 def load_networks(config: EvaluateConfig) -> Networks:
@@ -121,45 +124,45 @@ def load_networks(config: EvaluateConfig) -> Networks:
         DataError: an extra is not installed, or weights do not exist or are of another kind.
     """
 
-    def loaded(load, *arguments):
-        return None if arguments[0] is None else load(*arguments)
+    def load_if_named(load, name, *arguments):
+        return None if name is None else load(name, *arguments)
 
     return Networks(
-        lpips=loaded(load_lpips, config.lpips),
-        inception=loaded(load_inception, config.inception_weights),
-        clip=loaded(load_transformer, config.clip_model, "--clip_model"),
-        dino=loaded(load_transformer, config.dino_model, "--dino_model"),
+        lpips=load_if_named(load_lpips, config.lpips),
+        inception=load_if_named(load_inception, config.inception_weights),
+        clip=load_if_named(load_transformer, config.clip_model, "--clip_model"),
+        dino=load_if_named(load_transformer, config.dino_model, "--dino_model"),
     )
 
 
 def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfig) -> Image.Image:
     """Draws the worst `sheet_rows` results, one in each row: main metrics | source | mask | result | truth."""
-    worst = worst_first(rows, config.sort_by)[: config.sheet_rows]
+    worst_indices = worst_first(rows, config.sort_by)[: config.sheet_rows]
     titles = ("source", "mask", "result", *(("truth",) if pairs[0].truth is not None else ()))
 
-    def panels(pair: Pair) -> list[np.ndarray]:
+    def thumbnails(pair: Pair) -> list[np.ndarray]:
         mask = Image.fromarray(read_mask(pair.mask))
         photos = [read_photo(path) for path in (pair.src, pair.result, pair.truth) if path is not None]
         return [thumbnail(image, config.thumbnail) for image in (photos[0], mask, *photos[1:])]
 
-    shown = list(dict.fromkeys((config.sort_by, "total_reward", *MAIN)))
-    captions = [_caption(rows[i], shown) for i in worst]
-    return captioned(captions, [panels(pairs[i]) for i in worst], titles)
+    names = list(dict.fromkeys((config.sort_by, "total_reward", *CAPTION_METRICS)))
+    captions = [_format_caption(rows[i], names) for i in worst_indices]
+    return captioned(captions, [thumbnails(pairs[i]) for i in worst_indices], titles)
 
 
-def _caption(row: Row, names: Sequence[str]) -> list[str]:
+def _format_caption(row: Row, names: Sequence[str]) -> list[str]:
     identity = str(row["id"])
-    lines = [identity[at : at + ID_WIDTH] for at in range(0, len(identity), ID_WIDTH)]
-    figures = [(BY_NAME[name], row[name]) for name in names if row.get(name) is not None]
-    return lines + [f"{column.name} {value:.{column.digits}f} {column.unit}".rstrip() for column, value in figures]
+    lines = [identity[start : start + MAX_ID_LINE] for start in range(0, len(identity), MAX_ID_LINE)]
+    values = [(COLUMN_BY_NAME[name], row[name]) for name in names if row.get(name) is not None]
+    return lines + [f"{column.name} {value:.{column.digits}f} {column.unit}".rstrip() for column, value in values]
 
 
-def _check_values(config: EvaluateConfig) -> None:
-    if lines := list(out_of_range(config)):
-        raise DataError("\n".join(lines))
+def _check_ranges(config: EvaluateConfig) -> None:
+    if errors := list(out_of_range(config)):
+        raise DataError("\n".join(errors))
 
 
-def _output_folder(config: EvaluateConfig) -> Path:
+def _check_output_folder(config: EvaluateConfig) -> Path:
     """Returns the output folder, if its three files can be written or --overwrite may replace them.
 
     Raises:
@@ -167,7 +170,7 @@ def _output_folder(config: EvaluateConfig) -> Path:
         DataError: one of the files already exists, and --overwrite is not given or no evaluation wrote the file.
     """
     output = Path(config.output_dir)
-    files = [output / name for name in (METRICS, SUMMARY, SHEET)]
+    files = [output / name for name in (METRICS_FILE, SUMMARY_FILE, SHEET_FILE)]
     records = Path(config.results) / RECORDS  # exists in a folder that ra_jax.infer wrote
     weights = {name: getattr(config, name) for name in ("inception_weights", "clip_model", "dino_model")}
     inputs, nested = flag_inputs(
@@ -179,14 +182,14 @@ def _output_folder(config: EvaluateConfig) -> Path:
     )
     nested |= {f"--{name}": [Path(path)] for name, path in weights.items() if path is not None}
     check_outputs(Outputs("--output_dir", output, files), inputs, nested)
-    there = [file for file in files if file.exists() or file.is_symlink()]
-    if there and not _is_summary(output / SUMMARY):
+    existing = [file for file in files if file.exists() or file.is_symlink()]
+    if existing and not _is_summary(output / SUMMARY_FILE):
         raise DataError(
-            f"{there[0]}: is there already, and {output} holds no {SUMMARY} of an earlier evaluation; move it, or "
-            "choose another --output_dir"
+            f"{existing[0]}: already exists, and {output} holds no {SUMMARY_FILE} of an earlier evaluation; move it, "
+            "or choose another --output_dir"
         )
-    if there and not config.overwrite:
-        raise DataError(f"{there[0]}: is there already; choose another --output_dir, or add --overwrite")
+    if existing and not config.overwrite:
+        raise DataError(f"{existing[0]}: already exists; choose another --output_dir, or add --overwrite")
     return output
 
 
@@ -201,58 +204,63 @@ def _is_summary(file: Path) -> bool:
     return isinstance(summary, dict) and {"settings", "metrics"} <= summary.keys()
 
 
-def _not_asked_for(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:
+def _find_not_computed(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:
     """Returns the metrics that will not be computed, each with the reason."""
     if not has_truth:
-        wanted = [column.name for column in COLUMNS if column.name not in (*ALWAYS, *WITHOUT_TRUTH)]
-        return dict.fromkeys([*wanted, "fid"], "no ground truth: give --truth, or records of source gt")
-    needs = {
+        computed = (*ALWAYS_COMPUTED, *REWARDS_WITHOUT_TRUTH)
+        names = [*(column.name for column in COLUMNS if column.name not in computed), "fid"]
+        return dict.fromkeys(names, "no ground truth; give --truth, or records of source gt")
+    flags = {
         "lpips": (config.lpips, "--lpips alexnet or --lpips vgg16 (extra: metrics)"),
-        "clip_similarity": (config.clip_model, "--clip_model FOLDER, a CLIP of transformers (extra: torch)"),
-        "dino_similarity": (config.dino_model, "--dino_model FOLDER, a DINO of transformers (extra: torch)"),
-        "fid": (config.inception_weights, "--inception_weights FILE, an Inception as TorchScript (extra: torch)"),
+        "clip_similarity": (config.clip_model, "--clip_model FOLDER, a CLIP model of transformers (extra: torch)"),
+        "dino_similarity": (config.dino_model, "--dino_model FOLDER, a DINO model of transformers (extra: torch)"),
+        "fid": (config.inception_weights, "--inception_weights FILE, a TorchScript Inception (extra: torch)"),
     }
-    return {name: f"not asked for: give {flag}" for name, (given, flag) in needs.items() if given is None}
+    return {name: f"not requested; give {flag}" for name, (value, flag) in flags.items() if value is None}
 
 
-def _check_sort_by(name: str, has_truth: bool, left_out: Mapping[str, str]) -> None:
-    names = [c.name for c in COLUMNS if c.name not in left_out and not (has_truth and c.name in WITHOUT_TRUTH)]
+def _check_sort_by(name: str, has_truth: bool, not_computed: Mapping[str, str]) -> None:
+    excluded = {*not_computed, *(REWARDS_WITHOUT_TRUTH if has_truth else ())}
+    names = [column.name for column in COLUMNS if column.name not in excluded]
     if name not in names:
-        why = f" ({left_out[name]})" if name in left_out else ""
-        raise DataError(f"--sort_by {name}: not computed{why}; expected one of {', '.join(names)}")
+        problem = f"not computed ({not_computed[name]})" if name in not_computed else "not a metric of this evaluation"
+        raise DataError(f"--sort_by {name}: {problem}; expected one of {', '.join(names)}")
 
 
-def _no_value(rows: Sequence[Row]) -> dict[str, str]:
+def _count_missing(rows: Sequence[Row]) -> dict[str, str]:
     """Returns, for each metric that some results lack, how many of them lack it and why."""
-    told = {}
+    reasons = {}
     for column in COLUMNS:
-        missing = sum(column.name in row and row[column.name] is None for row in rows)
-        if missing:
-            told[column.name] = f"{missing} of {len(rows)} pictures have none: {column.absent or 'not finite'}"
-    return told
+        count = sum(column.name in row and row[column.name] is None for row in rows)
+        if count:
+            why = column.why_missing or "the value is not finite"
+            reasons[column.name] = f"{count} of {len(rows)} results have no value: {why}"
+    return reasons
 
 
 def _warnings(fid: Fid | None) -> list[str]:
     if fid is None or min(fid.results, fid.truths) > fid.dimensions:
         return []
     return [
-        f"fid: {fid.results} results and {fid.truths} ground truths, but {fid.dimensions} feature dimensions: such an "
-        "FID is biased, and comparable only with one of as many pictures"
+        f"fid: the FID is biased, since {fid.results} results and {fid.truths} ground truths are too few for "
+        f"{fid.dimensions} feature dimensions; compare it only with an FID of equally many images"
     ]
 
 
-def _print(summary: Mapping, fid: Fid | None, left_out: Mapping[str, str], count: int, has_truth: bool) -> None:
-    against = "against their ground truth" if has_truth else "without ground truth: rewards and masks only"
-    print(f"{count} results {against}\n\n{table_text(summary)}")
+def _print_summary(
+    metrics: Mapping, fid: Fid | None, not_computed: Mapping[str, str], count: int, has_truth: bool
+) -> None:
+    with_truth = "with ground truth" if has_truth else "without ground truth: only metrics that do not need it"
+    print(f"{count} results {with_truth}\n\n{table_text(metrics)}")
     if fid is not None:
         print(f"\nfid {fid.value:.3f} ({fid.results} results, {fid.truths} ground truths, lower is better)")
-    reasons: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        reasons.setdefault(why, []).append(name)
-    if reasons:
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in not_computed.items():
+        names_by_reason.setdefault(reason, []).append(name)
+    if names_by_reason:
         print("\nnot computed:")
-    for why, names in reasons.items():
-        print(f"  {', '.join(names)}: {why}")
+    for reason, names in names_by_reason.items():
+        print(f"  {', '.join(names)}: {reason}")
 
 
 if __name__ == "__main__":

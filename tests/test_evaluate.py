@@ -13,7 +13,7 @@ from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.evaluation.measure import Evaluation, Networks, measure_arrays
 from ra_jax.evaluation.pairs import Pair
 from ra_jax.inference.candidates import find_scenes, plan_candidates, write_candidates
-from ra_jax.reporting.contact_sheet import LINE, MARGIN
+from ra_jax.reporting.contact_sheet import LINE_HEIGHT, MARGIN
 
 WEIGHTS = (0.4, 0.3, 0.3)
 
@@ -133,7 +133,7 @@ def test_the_summary_is_of_the_rows_and_says_what_is_missing(evaluated):
 def test_without_ground_truth_it_says_so(data, tmp_path, capsys):
     evaluate.main(flags(data, tmp_path, truth=None, only="*_ghost"))
     printed = capsys.readouterr().out
-    assert "3 results without ground truth: rewards and masks only" in printed
+    assert "3 results without ground truth: only metrics that do not need it" in printed
     assert "psnr_mask" in printed.split("not computed:")[1] and "give --truth" in printed
     columns = rows_of(tmp_path)[0]
     assert {"removal_without_target", "smoothness", "mask_area"} < set(columns) and "psnr" not in columns
@@ -169,7 +169,7 @@ def test_the_contact_sheet_shows_the_worst_first(data, tmp_path):
     ordered = sorted(rows_of(tmp_path), key=lambda row: float(row["psnr"]))
     assert not ordered[0]["result"].endswith("clean.png")
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png"))
-    top, side = LINE + 2 * MARGIN, 128  # pictures of 64 px are enlarged twice
+    top, side = LINE_HEIGHT + 2 * MARGIN, 128  # pictures of 64 px are enlarged twice
     row_height = (sheet.shape[0] - top) // 3
     right = sheet.shape[1]
     lefts = [right - n * (side + MARGIN) for n in (4, 3, 2, 1)]
@@ -202,7 +202,7 @@ def test_sizes_are_measured_one_after_the_other_and_told_in_order(tmp_path):
 def test_an_earlier_evaluation_is_kept_unless_told(data, tmp_path):
     earlier = json.dumps({"settings": {}, "metrics": {}})
     (tmp_path / "summary.json").write_text(earlier)
-    assert "summary.json: is there already; choose another --output_dir, or add --overwrite" in refused(
+    assert "summary.json: already exists; choose another --output_dir, or add --overwrite" in refused(
         flags(data, tmp_path)
     )
     assert (tmp_path / "summary.json").read_text() == earlier
@@ -222,8 +222,8 @@ def test_weights_that_are_not_there_are_named(data, tmp_path):
 def test_what_a_user_can_mend_is_told(data, tmp_path):
     out = tmp_path / "out"
     told = {
-        "--sort_by lpips: not computed (not asked for: give --lpips": {"sort_by": "lpips"},
-        "--sort_by colour: not computed; expected one of total_reward, removal": {"sort_by": "colour"},
+        "--sort_by lpips: not computed (not requested; give --lpips": {"sort_by": "lpips"},
+        "--sort_by colour: not a metric of this evaluation; expected one of total_reward": {"sort_by": "colour"},
         "--sort_by psnr: not computed (no ground truth": {"sort_by": "psnr", "truth": None},
         "sheet_rows = -1: expected a value at least 0": {"sheet_rows": -1},
         "removal_reward_weight = nan: expected a finite number": {"removal_reward_weight": "nan"},

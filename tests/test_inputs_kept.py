@@ -129,7 +129,7 @@ def test_an_input_is_kept(folder, command, way, capsys):
         case "hard link":
             Path("out").mkdir()
             if file is None:  # a pack is a new folder; no file of another is replaced
-                expected = "out is there already: choose another folder"
+                expected = "out already exists: choose another folder"
             else:
                 expected = f"out/{file}, which is the same file as"
             os.link(Path(read, "input" if read == "set" else "", "b.png"), Path("out", file or "x"))
@@ -193,7 +193,7 @@ def test_a_demos_folder_of_other_settings_is_kept(folder, capsys):
     Path("out/settings.json").write_text(json.dumps(vars(demo.DemoSettings(seed=3))))
     assert "was prepared with other settings" in refused("demo", ["--output_dir", "out"], capsys)
     Path("out/settings.json").write_text("no JSON")
-    assert "holds settings.json, and no settings.json of a demo" in refused("demo", ["--output_dir", "out"], capsys)
+    assert "holds settings.json, but no settings.json of a demo" in refused("demo", ["--output_dir", "out"], capsys)
     for output in ("set/labeled.json", "set/labeled.json/x"):
         assert "is a file; expected a folder" in refused("demo", ["--output_dir", output], capsys)
 
@@ -232,7 +232,7 @@ class TestInfer:
         Path("photos/b.png").rename("photos/a_0.png")
         for overwrite in ([], ["--overwrite"]):
             message = refused("infer", [*flags(**SINGLE, output_dir="photos"), *overwrite], capsys)
-            assert "photos/a_0.png: already exists, and photos/records.json does not name it as a result" in message
+            assert "photos/a_0.png: already exists, but photos/records.json does not name it as a result" in message
             assert "--overwrite" not in message
 
     def test_a_data_file_in_the_place_of_the_records(self, folder, capsys):
@@ -293,7 +293,7 @@ class TestEvaluate:
             Path("mine", name).write_text('{"metrics": "my own"}')
         argv = [*flags(results="set/labeled.json", truth="set/triplets.json", output_dir="mine"), *more]
         message = refused("evaluate", argv, capsys)
-        assert f"mine/{name}: is there already, and mine holds no summary.json of an earlier" in message
+        assert f"mine/{name}: already exists, and mine holds no summary.json of an earlier" in message
         assert "move it" in message and "--overwrite" not in message
 
     def test_a_link_among_an_evaluations_files(self, folder, capsys):
@@ -301,7 +301,7 @@ class TestEvaluate:
         Path("mine/summary.json").write_text('{"settings": {}, "metrics": {}}')
         Path("mine/contact_sheet.png").symlink_to("/nowhere")
         argv = flags(results="set/labeled.json", truth="set/triplets.json", output_dir="mine", sheet_rows=0)
-        assert "is there already; choose another --output_dir, or add --overwrite" in refused("evaluate", argv, capsys)
+        assert "already exists; choose another --output_dir, or add --overwrite" in refused("evaluate", argv, capsys)
 
     def test_weights_beside_the_results(self, folder, capsys):
         """Past the checks of the output: the folder is no CLIP."""

@@ -24,8 +24,9 @@ from ra_jax.evaluation.table import Row
 from ra_jax.rewards.image_metrics import psnr, seam_band
 from ra_jax.rewards.registry import REWARDS, RewardInputs, default_rewards, total_reward
 
-SEAM = 4  # pixels: the seam is the band of this width on each side of the mask's edge
-REGIONS = {"": "picture", "_mask": "mask", "_outside": "outside", "_seam": "seam"}  # suffix of a column -> region
+SEAM_WIDTH = 4  # pixels: the seam is the band of this width on each side of the mask's edge
+# Suffix of a column -> region.
+REGION_BY_SUFFIX = {"": "image", "_mask": "mask", "_outside": "outside", "_seam": "seam"}
 # Image sizes whose compiled programs stay in memory, about 10 MB each. Images are measured in order of size, so no
 # program is needed again after its size.
 MAX_COMPILED_SIZES = 16
@@ -90,7 +91,7 @@ class Evaluation:
             if len(sizes) > MAX_COMPILED_SIZES:
                 jax.clear_caches()
                 sizes = {pair.size}
-            self._rows[i] = self._row(pair)
+            self._rows[i] = self._measure_pair(pair)
             yield pair
 
     @property
@@ -109,7 +110,7 @@ class Evaluation:
         results = np.stack(self._features)
         return Fid(frechet_distance(results, np.stack(truths)), len(results), len(truths), results.shape[1])
 
-    def _row(self, pair: Pair) -> Row:
+    def _measure_pair(self, pair: Pair) -> Row:
         photos = {name: read_photo(path) for name, path in (("src", pair.src), ("result", pair.result))}
         if pair.truth is not None:
             photos["truth"] = read_photo(pair.truth)
@@ -120,23 +121,24 @@ class Evaluation:
             self._weights,
         )
         if pair.truth is not None:
-            values |= self._by_networks(pair, photos["result"], photos["truth"])
-        about = {"id": pair.id, "result": str(pair.result), "truth": None if pair.truth is None else str(pair.truth)}
-        return about | {"height": pair.size[0], "width": pair.size[1]} | {k: _finite(v) for k, v in values.items()}
+            values |= self._measure_by_networks(pair, photos["result"], photos["truth"])
+        info = {"id": pair.id, "result": str(pair.result), "truth": None if pair.truth is None else str(pair.truth)}
+        info |= {"height": pair.size[0], "width": pair.size[1]}
+        return info | {name: _finite_or_none(value) for name, value in values.items()}
 
-    def _by_networks(self, pair: Pair, result: Image.Image, truth: Image.Image) -> dict[str, float | None]:
+    def _measure_by_networks(self, pair: Pair, result: Image.Image, truth: Image.Image) -> dict[str, float | None]:
         networks, values = self._networks, {}
         if networks.lpips is not None:
             values["lpips"] = networks.lpips(as_floats(result), as_floats(truth))
         for name, embed in (("clip_similarity", networks.clip), ("dino_similarity", networks.dino)):
             if embed is not None:
-                values[name] = cosine_similarity(embed(result), self._of_truth(name, embed, pair, truth))
+                values[name] = cosine_similarity(embed(result), self._embed_truth(name, embed, pair, truth))
         if networks.inception is not None:
             self._features.append(networks.inception(result))
-            self._of_truth("inception", networks.inception, pair, truth)
+            self._embed_truth("inception", networks.inception, pair, truth)
         return values
 
-    def _of_truth(self, network: str, embed: Embed, pair: Pair, truth: Image.Image) -> np.ndarray:
+    def _embed_truth(self, network: str, embed: Embed, pair: Pair, truth: Image.Image) -> np.ndarray:
         key = (network, pair.truth.resolve())
         if key not in self._truth_features:
             self._truth_features[key] = embed(truth)
@@ -160,21 +162,21 @@ def measure_arrays(
     """
     names = default_rewards(truth is not None)
     batch = [None if x is None else jnp.asarray(x, jnp.float32)[None] for x in (result, source, mask, truth)]
-    scores, decibels, regions = jax.device_get(_scores_and_psnr(RewardInputs(*batch), names=names))
+    scores, psnr_values, regions = jax.device_get(_scores_and_psnr(RewardInputs(*batch), names=names))
     regions = {name: region[0] > 0 for name, region in regions.items()}
-    outside = regions["outside"].any()
+    has_outside = regions["outside"].any()
     values = {
         "total_reward": float(total_reward(np.array([scores[name][0] for name in names]), weights)),
         **{name: float(scores[name][0]) for name in names},
         "mask_area": float(mask.mean()),
-        "psnr_source_outside": float(decibels["source"][0]) if outside else None,
+        "psnr_source_outside": float(psnr_values["source"][0]) if has_outside else None,
     }
     if truth is None:
         return values
-    similarity = ssim_map(result, truth)
-    for suffix, name in REGIONS.items():
-        values[f"psnr{suffix}"] = float(decibels[name][0]) if regions[name].any() else None
-        values[f"ssim{suffix}"] = mean_ssim(similarity, regions[name])
+    ssim_values = ssim_map(result, truth)
+    for suffix, name in REGION_BY_SUFFIX.items():
+        values[f"psnr{suffix}"] = float(psnr_values[name][0]) if regions[name].any() else None
+        values[f"ssim{suffix}"] = mean_ssim(ssim_values, regions[name])
     return values
 
 
@@ -191,17 +193,17 @@ def _scores_and_psnr(inputs: RewardInputs, names: tuple[str, ...]):
     outside the mask.
     """
     regions = {
-        "picture": jnp.ones_like(inputs.mask),
+        "image": jnp.ones_like(inputs.mask),
         "mask": inputs.mask,
         "outside": 1.0 - inputs.mask,
-        "seam": seam_band(inputs.mask, SEAM),
+        "seam": seam_band(inputs.mask, SEAM_WIDTH),
     }
     scores = {name: REWARDS[name].function(inputs) for name in names}
-    decibels = {"source": psnr(inputs.image, inputs.source, regions["outside"])}
+    psnr_values = {"source": psnr(inputs.image, inputs.source, regions["outside"])}
     if inputs.target is not None:
-        decibels |= {name: psnr(inputs.image, inputs.target, region) for name, region in regions.items()}
-    return scores, decibels, regions
+        psnr_values |= {name: psnr(inputs.image, inputs.target, region) for name, region in regions.items()}
+    return scores, psnr_values, regions
 
 
-def _finite(value: float | None) -> float | None:
+def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ra_jax.data.formats import RECORDS, Entry, RawData, pictures_by_stem
-from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, probe_photo, read_mask, width_by_height
+from ra_jax.data.formats import RECORDS, Entry, RawData, images_by_stem
+from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, read_mask, verify_photo, width_by_height
 from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records
 from ra_jax.errors import MAX_ERRORS_SHOWN, DataError
 
-SAME_MASK = 0.5  # two masks with at least this intersection over union count as masks of the same object
+MIN_MASK_IOU = 0.5  # two masks show the same object if their intersection over union is at least this
 
 
 @dataclass(frozen=True)
@@ -66,139 +66,145 @@ def find_pairs(results: str | Path, truth: str | Path | None = None, only: str |
     results = Path(results)
     truths = None if truth_path is None else _read_truths(truth_path)
     records = _read_results(results, truths, only)
-    judged = [record for record in records if record.source != "gt"]
-    if not judged:
-        raise DataError(f"{results}: every record is of source gt: expected results to compare with the ground truth")
-    kept = set(_kept([record.result for record in judged], only))
-    judged = [record for record in judged if record.result in kept]
+    measured = [record for record in records if record.source != "gt"]
+    if not measured:
+        raise DataError(f"{results}: every record is of source gt; expected results to compare with the ground truth")
+    selected = set(_match_names([record.result for record in measured], only))
+    measured = [record for record in measured if record.result in selected]
     if truths is None:
-        known = [record for record in records if record.source == "gt"]
-        truths = _Truths(results, known) if known else None
+        gt_records = [record for record in records if record.source == "gt"]
+        truths = _DataSetTruths(results, gt_records) if gt_records else None
     if truths is None:
-        return [_pair(record, None) for record in judged]
-    found = [truths.of(record) for record in judged]
-    errors = [f"{record.result}: {path}" for record, path in zip(judged, found, strict=True) if isinstance(path, str)]
+        return [_make_pair(record, None) for record in measured]
+    paths = [truths.find(record) for record in measured]
+    errors = [f"{record.result}: {path}" for record, path in zip(measured, paths, strict=True) if isinstance(path, str)]
     if errors:
-        raise DataError(_listing(f"{truths.path}: no ground truth for {len(errors)} of {len(judged)} results", errors))
-    _check_sizes(judged, found)
-    return [_pair(record, path) for record, path in zip(judged, found, strict=True)]
+        title = f"{truths.path}: no ground truth for {len(errors)} of {len(measured)} results"
+        raise DataError(_format_errors(title, errors))
+    _check_sizes(measured, paths)
+    return [_make_pair(record, path) for record, path in zip(measured, paths, strict=True)]
 
 
-class _Truths:
+class _DataSetTruths:
     """The ground truth of a data set, by scene and by the photo's name."""
 
     def __init__(self, path: Path, records: Sequence[Record]):
         self.path = path
         self.records = records
-        self._scenes = _grouped(records, _scene)
-        self._names = _grouped(records, lambda record: record.src.stem)
+        self._by_scene = _group_by(records, _scene_key)
+        self._by_name = _group_by(records, lambda record: record.src.stem)
 
-    def of(self, record: Record) -> Path | str:
+    def find(self, record: Record) -> Path | str:
         """Returns the ground truth of a result, or a message that says why there is none."""
-        same = self._scenes.get(_scene(record), [])
-        by_name = not same
-        if by_name:
-            same = self._names.get(record.src.stem, [])
-        if not same:
-            return f"no scene of photo {record.src} and mask {record.mask}, and no photo named {record.src.stem}"
-        if len(same) > 1 and any(one.source == "gt" for one in same):
-            same = [one for one in same if one.source == "gt"]
-        if len({one.result.resolve() for one in same}) > 1:
-            return f"{len(same)} results could be its ground truth ({_names(one.result for one in same)}): expected one"
-        if by_name and not _same_mask(record.mask, same[0].mask):
-            named = f"the photo's name is that of {same[0].src}"
-            return f"{named}, but mask {record.mask} shows another object than {same[0].mask}"
-        return same[0].result
+        matches = self._by_scene.get(_scene_key(record), [])
+        matched_by_name = not matches
+        if matched_by_name:
+            matches = self._by_name.get(record.src.stem, [])
+        if not matches:
+            return f"no scene with photo {record.src} and mask {record.mask}, and no photo named {record.src.stem}"
+        if len(matches) > 1 and any(match.source == "gt" for match in matches):
+            matches = [match for match in matches if match.source == "gt"]
+        if len({match.result.resolve() for match in matches}) > 1:
+            names = _format_names(match.result for match in matches)
+            return f"{len(matches)} results could be its ground truth ({names}): expected one, or one of source gt"
+        if matched_by_name and not _same_mask(record.mask, matches[0].mask):
+            return (
+                f"photo {matches[0].src} has the same name, but mask {record.mask} shows another object than "
+                f"{matches[0].mask}"
+            )
+        return matches[0].result
 
 
-class _NamedPictures:
+class _FolderTruths:
     """The ground truth of a plain folder of images, by the photo's name."""
 
-    def __init__(self, path: Path, pictures: dict[str, list[Path]]):
+    def __init__(self, path: Path, images: dict[str, list[Path]]):
         self.path = path
-        self._pictures = pictures
+        self._images = images
 
-    def of(self, record: Record) -> Path | str:
+    def find(self, record: Record) -> Path | str:
         """Returns the ground truth of a result, or a message that says why there is none."""
-        found = self._pictures.get(record.src.stem, [])
-        if not found:
-            return f"no picture named {record.src.stem}, as its photo is"
-        return found[0] if len(found) == 1 else f"{len(found)} pictures of its photo's name ({_names(found)})"
+        stem = record.src.stem
+        matches = self._images.get(stem, [])
+        if not matches:
+            return f"no image with the name of its photo, {stem}"
+        if len(matches) > 1:
+            return f"{len(matches)} images have the name of its photo, {stem} ({_format_names(matches)}): expected one"
+        return matches[0]
 
 
-def _read_truths(path: Path) -> _Truths | _NamedPictures:
-    _refuse_picture(path, "--truth")
-    check_not_pack(path, "truths and results are matched by")
+def _read_truths(path: Path) -> _DataSetTruths | _FolderTruths:
+    _check_not_image(path, "--truth")
+    check_not_pack(path, "truths and results are matched by file name")
     if not path.is_dir() or (path / "input").is_dir():
-        return _Truths(path, load_records(path))
-    pictures = pictures_by_stem(path)
-    if not pictures:
-        raise DataError(
-            f"{path}: neither input/ mask/ gt/ nor pictures in it: expected the ground truth of the results"
-        )
-    return _NamedPictures(path, pictures)
+        return _DataSetTruths(path, load_records(path))
+    images = images_by_stem(path)
+    if not images:
+        raise DataError(f"{path}: has neither input/ mask/ gt/ nor images; expected the ground truth of the results")
+    return _FolderTruths(path, images)
 
 
-def _read_results(path: Path, truths: _Truths | _NamedPictures | None, only: str | None) -> list[Record]:
-    _refuse_picture(path, "--results")
-    check_not_pack(path, "truths and results are matched by")
+def _read_results(path: Path, truths: _DataSetTruths | _FolderTruths | None, only: str | None) -> list[Record]:
+    _check_not_image(path, "--results")
+    check_not_pack(path, "truths and results are matched by file name")
     if (path / RECORDS).is_file():
         return load_records(path / RECORDS)
     if not path.is_dir() or (path / "input").is_dir():
         return load_records(path)
-    pictures = pictures_by_stem(path)
-    if not pictures:
-        raise DataError(f"{path}: no {RECORDS}, no input/ and no pictures in it: expected results of removing objects")
-    if not isinstance(truths, _Truths):
+    images = images_by_stem(path)
+    if not images:
+        raise DataError(f"{path}: has no {RECORDS}, no input/ and no images; expected removals to measure")
+    if not isinstance(truths, _DataSetTruths):
         raise DataError(
-            f"{path}: a folder of pictures, which says nothing of their photos and masks; give a data set (triplets) "
-            f"as --truth, with photos of these names, or a data set or a folder with {RECORDS} as --results"
+            f"{path}: a folder of images does not say which photos and masks they were made from; give a data set "
+            f"(triplets) with photos of the same names as --truth, or give --results a data set or a folder with "
+            f"{RECORDS}"
         )
-    files = _kept([file for same_stem in pictures.values() for file in same_stem], only)
-    return _named_results(path, files, truths)
+    files = _match_names([file for same_stem in images.values() for file in same_stem], only)
+    return _make_records(path, files, truths)
 
 
-def _named_results(folder: Path, files: Sequence[Path], truths: _Truths) -> list[Record]:
+def _make_records(folder: Path, files: Sequence[Path], truths: _DataSetTruths) -> list[Record]:
     """Makes a record for each image of a plain folder, with photo and mask of the scene whose photo has its name."""
-    scenes = _grouped(truths.records, lambda record: record.src.stem)
-    stems = Counter(file.stem for file in files)
+    records_by_name = _group_by(truths.records, lambda record: record.src.stem)
+    stem_counts = Counter(file.stem for file in files)
     entries, errors = [], []
     for number, file in enumerate(files):
-        masks = {_scene(record) for record in scenes.get(file.stem, [])}
-        if len(masks) != 1:
-            errors.append(f"{file}: {len(masks) or 'no'} scenes whose photo is named {file.stem}: expected one")
+        scenes = {_scene_key(record) for record in records_by_name.get(file.stem, [])}
+        if len(scenes) != 1:
+            errors.append(f"{file}: {len(scenes) or 'no'} scenes have a photo named {file.stem}: expected one")
             continue
-        src, mask = masks.pop()
-        fields = {"id": file.name if stems[file.stem] > 1 else file.stem, "source": "other"}
+        src, mask = scenes.pop()
+        fields = {"id": file.name if stem_counts[file.stem] > 1 else file.stem, "source": "other"}
         fields |= {"src": str(src), "mask": str(mask), "result": str(file.resolve())}
         entries.append(Entry(number, fields))
     if errors:
-        raise DataError(_listing(f"{truths.path}: no scene for {len(errors)} of {len(files)} results", errors))
-    records, wrong = check_entries(RawData(Path(), entries, []))
-    if wrong:
-        raise DataError.from_errors(folder, wrong)
+        raise DataError(_format_errors(f"{truths.path}: no scene for {len(errors)} of {len(files)} results", errors))
+    records, record_errors = check_entries(RawData(Path(), entries, []))
+    if record_errors:
+        raise DataError.from_errors(folder, record_errors)
     return records
 
 
-def _kept(results: Sequence[Path], only: str | None) -> Sequence[Path]:
+def _match_names(results: Sequence[Path], only: str | None) -> Sequence[Path]:
     """Returns the results whose file name, with or without its ending, matches the glob `only`."""
     if only is None:
         return results
-    kept = [path for path in results if fnmatch(path.name, only) or fnmatch(path.stem, only)]
-    if not kept:
-        raise DataError(f"--only {only!r}: matches none of {len(results)} results, such as {_names(results)}")
-    return kept
+    selected = [path for path in results if fnmatch(path.name, only) or fnmatch(path.stem, only)]
+    if not selected:
+        raise DataError(f"--only {only!r}: matches none of {len(results)} results, such as {_format_names(results)}")
+    return selected
 
 
-def _check_sizes(judged: Sequence[Record], found: Sequence[Path]) -> None:
+def _check_sizes(records: Sequence[Record], truths: Sequence[Path]) -> None:
     sizes: dict[Path, Size | str] = {}
-    for path in dict.fromkeys(found):
+    for path in dict.fromkeys(truths):
         try:
-            sizes[path] = probe_photo(path)
+            sizes[path] = verify_photo(path)
         except UNREADABLE as error:
-            sizes[path] = f"unreadable picture {path}: {error}"
+            sizes[path] = f"image {path} cannot be read: {error}"
     errors = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
-    for record, path in zip(judged, found, strict=True):
+    for record, path in zip(records, truths, strict=True):
         size = sizes[path]
         if not isinstance(size, str) and size != record.size:
             errors.append(
@@ -206,18 +212,18 @@ def _check_sizes(judged: Sequence[Record], found: Sequence[Path]) -> None:
                 f"{width_by_height(size)}: expected the same size (width × height)"
             )
     if errors:
-        raise DataError(_listing("ground truth that cannot be compared with", errors))
+        raise DataError(_format_errors("the ground truth cannot be compared with the results", errors))
 
 
-def _pair(record: Record, truth: Path | None) -> Pair:
+def _make_pair(record: Record, truth: Path | None) -> Pair:
     return Pair(record.id, record.src, record.mask, record.result, truth, record.size)
 
 
-def _scene(record: Record) -> tuple[Path, Path]:
+def _scene_key(record: Record) -> tuple[Path, Path]:
     return record.src.resolve(), record.mask.resolve()
 
 
-def _grouped(items: Iterable, key) -> dict:
+def _group_by(items: Iterable, key) -> dict:
     groups: dict = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -225,21 +231,21 @@ def _grouped(items: Iterable, key) -> dict:
 
 
 def _same_mask(first: Path, second: Path) -> bool:
-    one, other = read_mask(first), read_mask(second)
-    return one.shape != other.shape or (one & other).sum() >= SAME_MASK * np.logical_or(one, other).sum()
+    mask1, mask2 = read_mask(first), read_mask(second)
+    return mask1.shape != mask2.shape or (mask1 & mask2).sum() >= MIN_MASK_IOU * np.logical_or(mask1, mask2).sum()
 
 
-def _refuse_picture(path: Path, flag: str) -> None:
+def _check_not_image(path: Path, flag: str) -> None:
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
-        raise DataError(f"{flag} {path}: a picture; expected a data set or a folder of pictures")
+        raise DataError(f"{flag} {path}: is an image; expected a data set or a folder of images")
 
 
-def _names(paths: Iterable[Path]) -> str:
+def _format_names(paths: Iterable[Path]) -> str:
     names = [path.name for path in paths]
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _listing(head: str, lines: Sequence[str]) -> str:
+def _format_errors(title: str, lines: Sequence[str]) -> str:
     shown = [f"  {line}" for line in lines[:MAX_ERRORS_SHOWN]]
     hidden = len(lines) - MAX_ERRORS_SHOWN
-    return "\n".join([head, *shown, *([f"  … and {hidden} more"] if hidden > 0 else [])])
+    return "\n".join([title, *shown, *([f"  … and {hidden} more"] if hidden > 0 else [])])

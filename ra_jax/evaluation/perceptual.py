@@ -33,9 +33,9 @@ def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None
     def distance(first: np.ndarray, second: np.ndarray) -> float | None:
         if min(first.shape[:2]) < SMALLEST_SIDE[net]:
             return None
-        pictures = [np.asarray(2.0 * image[None] - 1.0, np.float32) for image in (first, second)]
+        images = [np.asarray(2.0 * image[None] - 1.0, np.float32) for image in (first, second)]
         with jax.default_matmul_precision("float32"):  # accelerators round the inputs of convolutions by default
-            return float(apply(network.params, *pictures).squeeze())
+            return float(apply(network.params, *images).squeeze())
 
     return distance
 
@@ -53,16 +53,18 @@ def load_inception(path: str | Path) -> Embed:
         DataError: torch is not installed, the file does not exist, or it is not a TorchScript file. The returned
             function raises DataError if the network cannot be called like this, or its features are not finite.
     """
-    flag = f"--inception_weights {path}"
-    _require("torch", flag, "torch")
+    flag_value = f"--inception_weights {path}"
+    _require("torch", flag_value, "torch")
     import torch
 
     if not Path(path).is_file():
-        raise DataError(f"{flag}: no such file; expected a TorchScript Inception, such as inception-2015-12-05.pt")
+        raise DataError(
+            f"{flag_value}: no such file; expected a TorchScript Inception, such as inception-2015-12-05.pt"
+        )
     try:
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
-        raise DataError(f"{flag}: not a TorchScript file ({_first_line(error)})") from None
+        raise DataError(f"{flag_value}: not a TorchScript file ({_first_line(error)})") from None
 
     def embed(photo: Image.Image) -> np.ndarray:
         pixels = torch.from_numpy(np.array(photo, np.uint8)).permute(2, 0, 1)[None]
@@ -71,9 +73,10 @@ def load_inception(path: str | Path) -> Embed:
                 features = network(pixels, return_features=True)
         except RuntimeError as error:
             raise DataError(
-                f"{flag}: cannot be called as network(uint8 [1, 3, h, w], return_features=True): {_first_line(error)}"
+                f"{flag_value}: cannot be called as network(uint8 [1, 3, h, w], return_features=True): "
+                f"{_first_line(error)}"
             ) from None
-        return _vector(features, flag)
+        return _feature_vector(features, flag_value)
 
     return embed
 
@@ -92,43 +95,49 @@ def load_transformer(path: str | Path, flag: str) -> Embed:
         DataError: torch is not installed, transformers cannot load the folder, or weights of the model are missing or
             have another shape. The returned function raises DataError if the features are not finite.
     """
-    given = f"{flag} {path}"
-    _require("torch", given, "torch")
+    flag_value = f"{flag} {path}"
+    _require("torch", flag_value, "torch")
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
     if not (Path(path) / "config.json").is_file():
-        raise DataError(f"{given}: no folder with config.json; expected a model as transformers saves it")
+        raise DataError(
+            f"{flag_value}: is not a folder with config.json; expected a model folder as transformers saves it"
+        )
     try:
         processor = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
-        model, found = AutoModel.from_pretrained(
+        model, loading_info = AutoModel.from_pretrained(
             str(path), local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise DataError(f"{given}: transformers does not load it: {_first_line(error)}") from None
+        raise DataError(f"{flag_value}: transformers cannot load the folder: {_first_line(error)}") from None
     # transformers fills missing weights with random numbers. Only weights of a pooler may be missing, as in DINO's
     # files: the features do not depend on it.
-    missing = [key for key in (*found["missing_keys"], *found["mismatched_keys"]) if "pooler" not in str(key)]
+    missing = [
+        key for key in (*loading_info["missing_keys"], *loading_info["mismatched_keys"]) if "pooler" not in str(key)
+    ]
     if missing:
-        raise DataError(f"{given}: {len(missing)} weights of the model are missing or of another shape: {missing[:3]}")
+        raise DataError(
+            f"{flag_value}: {len(missing)} weights of the model are missing or have another shape: {missing[:3]}"
+        )
     model.eval()
-    of_pictures = getattr(model, "get_image_features", None)
+    get_image_features = getattr(model, "get_image_features", None)
 
     def embed(photo: Image.Image) -> np.ndarray:
         pixels = processor(images=photo, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            if of_pictures is None:
-                return _vector(model(pixel_values=pixels).last_hidden_state[:, 0], given)
-            features = of_pictures(pixel_values=pixels)
-        return _vector(getattr(features, "pooler_output", features), given)
+            if get_image_features is None:
+                return _feature_vector(model(pixel_values=pixels).last_hidden_state[:, 0], flag_value)
+            features = get_image_features(pixel_values=pixels)
+        return _feature_vector(getattr(features, "pooler_output", features), flag_value)
 
     return embed
 
 
 def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float | None:
     """Computes ⟨a, b⟩/(‖a‖·‖b‖) of two feature vectors [D], in [−1, 1]; None if one of them is zero."""
-    lengths = np.linalg.norm(first) * np.linalg.norm(second)
-    return float(np.clip(first @ second / lengths, -1.0, 1.0)) if lengths > 0.0 else None
+    norms = np.linalg.norm(first) * np.linalg.norm(second)
+    return float(np.clip(first @ second / norms, -1.0, 1.0)) if norms > 0.0 else None
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -152,23 +161,25 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     for features in (first, second):
         features = np.asarray(features, np.float64)
         if len(features) < 2:
-            raise ValueError(f"features {features.shape}: expected at least 2 pictures")
+            raise ValueError(f"features of shape {features.shape}: expected at least 2 images")
         means.append(features.mean(0))
         factors.append(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r"))
     traces = sum(float((factor**2).sum()) for factor in factors)
-    common = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
-    return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + traces - 2.0 * common)
+    cross_trace = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + traces - 2.0 * cross_trace)
 
 
-def _require(module: str, wanted_by: str, extra: str) -> None:
+def _require(module: str, flag_value: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise DataError(f'{wanted_by}: needs the extra {extra}; install it: pip install -e ".[{extra}]"')
+        raise DataError(f'{flag_value}: needs the extra {extra}; install it: pip install -e ".[{extra}]"')
 
 
-def _vector(features, given: str) -> np.ndarray:
+def _feature_vector(features, flag_value: str) -> np.ndarray:
     vector = features.numpy().astype(np.float64)
     if vector.ndim != 2 or len(vector) != 1 or not np.isfinite(vector).all():
-        raise DataError(f"{given}: gave features of shape {vector.shape}: expected [1, D], every one of them finite")
+        raise DataError(
+            f"{flag_value}: the network returned features of shape {vector.shape}; expected finite features [1, D]"
+        )
     return vector[0]
 
 

@@ -33,7 +33,7 @@ def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     if not total.size:
         return total
     for channel in range(first.shape[2]):
-        total += _channel_map(*(image[..., channel].astype(np.float64) for image in (first, second)))
+        total += _channel_ssim(*(image[..., channel].astype(np.float64) for image in (first, second)))
     return total / first.shape[2]
 
 
@@ -42,23 +42,23 @@ def mean_ssim(similarity: np.ndarray, region: np.ndarray | None = None) -> float
 
     Without a region it averages over all windows. Returns None if there is no such window.
     """
-    chosen = similarity if region is None else similarity[region[HALF:-HALF, HALF:-HALF]]
-    return float(chosen.mean()) if chosen.size else None
+    selected = similarity if region is None else similarity[region[HALF:-HALF, HALF:-HALF]]
+    return float(selected.mean()) if selected.size else None
 
 
-def _channel_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    mean1, mean2 = _windowed(first), _windowed(second)
-    variance1 = np.maximum(_windowed(first**2) - mean1**2, 0.0)  # rounding can make it negative in flat areas
-    variance2 = np.maximum(_windowed(second**2) - mean2**2, 0.0)
-    covariance = _windowed(first * second) - mean1 * mean2
+def _channel_ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    mean1, mean2 = _window_mean(first), _window_mean(second)
+    variance1 = np.maximum(_window_mean(first**2) - mean1**2, 0.0)  # rounding can make it negative in flat areas
+    variance2 = np.maximum(_window_mean(second**2) - mean2**2, 0.0)
+    covariance = _window_mean(first * second) - mean1 * mean2
     c1, c2 = K1**2, K2**2
-    likeness = (2.0 * mean1 * mean2 + c1) * (2.0 * covariance + c2)
-    return likeness / ((mean1**2 + mean2**2 + c1) * (variance1 + variance2 + c2))
+    numerator = (2.0 * mean1 * mean2 + c1) * (2.0 * covariance + c2)
+    return numerator / ((mean1**2 + mean2**2 + c1) * (variance1 + variance2 + c2))
 
 
-def _windowed(values: np.ndarray) -> np.ndarray:
-    at = np.arange(WINDOW) - HALF
-    weights = np.exp(-0.5 * (at / SIGMA) ** 2)
+def _window_mean(values: np.ndarray) -> np.ndarray:
+    offsets = np.arange(WINDOW) - HALF
+    weights = np.exp(-0.5 * (offsets / SIGMA) ** 2)
     weights /= weights.sum()
     for axis in (0, 1):
         values = correlate1d(values, weights, axis=axis, mode="constant")

@@ -19,19 +19,19 @@ class Column:
         better: the direction in which results are better: "higher", "lower", or "" for neither.
         unit: the unit, if any.
         digits: the number of decimal places in the printed table and on the contact sheet.
-        absent: why a result may have no value.
+        why_missing: why a result may have no value.
     """
 
     name: str
     better: str
     unit: str = ""
     digits: int = 4
-    absent: str = ""
+    why_missing: str = ""
 
 
-_NO_OUTSIDE = "the mask covers the whole picture"
-_NO_WINDOW = "no window of 11 × 11 pixels in the picture is centred there"
-_ZERO = "features of length 0"
+_NO_OUTSIDE = "the mask covers the whole image"
+_NO_WINDOW = "no window of 11 × 11 pixels is centered in the region"
+_ZERO_FEATURES = "all features are 0"
 
 COLUMNS = (
     Column("total_reward", "higher"),
@@ -44,18 +44,18 @@ COLUMNS = (
     Column("psnr_mask", "higher", "dB", 2),
     Column("psnr_outside", "higher", "dB", 2, _NO_OUTSIDE),
     Column("psnr_seam", "higher", "dB", 2, _NO_OUTSIDE),
-    Column("ssim", "higher", absent=_NO_WINDOW),
-    Column("ssim_mask", "higher", absent=_NO_WINDOW),
-    Column("ssim_outside", "higher", absent=_NO_WINDOW),
-    Column("ssim_seam", "higher", absent=_NO_WINDOW),
-    Column("lpips", "lower", absent="the picture is too small for the network"),
-    Column("clip_similarity", "higher", absent=_ZERO),
-    Column("dino_similarity", "higher", absent=_ZERO),
+    Column("ssim", "higher", why_missing=_NO_WINDOW),
+    Column("ssim_mask", "higher", why_missing=_NO_WINDOW),
+    Column("ssim_outside", "higher", why_missing=_NO_WINDOW),
+    Column("ssim_seam", "higher", why_missing=_NO_WINDOW),
+    Column("lpips", "lower", why_missing="the image is too small for the network"),
+    Column("clip_similarity", "higher", why_missing=_ZERO_FEATURES),
+    Column("dino_similarity", "higher", why_missing=_ZERO_FEATURES),
     Column("mask_area", "", "of photo"),
     Column("psnr_source_outside", "higher", "dB", 2, _NO_OUTSIDE),
 )
-BY_NAME = {column.name: column for column in COLUMNS}
-ABOUT = ("id", "result", "truth", "width", "height")  # first columns of the CSV, before the metrics
+COLUMN_BY_NAME = {column.name: column for column in COLUMNS}
+INFO_COLUMNS = ("id", "result", "truth", "width", "height")  # first columns of the CSV, before the metrics
 STATISTICS = ("mean", "median", "std", "count")
 
 
@@ -76,12 +76,12 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
 
 def csv_text(rows: Sequence[Row]) -> str:
     """Formats the rows as CSV, one line for each in the same order; the cell of a missing value is empty."""
-    names = [*ABOUT, *(column.name for column in measured_columns(rows))]
+    names = [*INFO_COLUMNS, *(column.name for column in measured_columns(rows))]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in names})
+        writer.writerow({name: _format_cell(row.get(name)) for name in names})
     return text.getvalue()
 
 
@@ -89,9 +89,9 @@ def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
     """Formats the result of `summarize` as aligned text, one line for each metric."""
     lines = [f"{'metric':<27}{'mean':>10}{'median':>10}{'std':>10}{'count':>8}  better"]
     for name, values in summary.items():
-        column = BY_NAME[name]
+        column = COLUMN_BY_NAME[name]
         numbers = "".join(f"{values[statistic]:>10.{column.digits}f}" for statistic in STATISTICS[:3])
-        lines.append(f"{_label(column):<27}{numbers}{values['count']:>8}  {column.better}".rstrip())
+        lines.append(f"{_format_label(column):<27}{numbers}{values['count']:>8}  {column.better}".rstrip())
     return "\n".join(lines)
 
 
@@ -101,16 +101,16 @@ def worst_first(rows: Sequence[Row], name: str) -> list[int]:
     Rows without a value come last. If neither direction of the metric is better (`mask_area`), the largest value comes
     first.
     """
-    sign = 1.0 if BY_NAME[name].better == "higher" else -1.0
+    sign = 1.0 if COLUMN_BY_NAME[name].better == "higher" else -1.0
     values = [row.get(name) for row in rows]
     return sorted(range(len(rows)), key=lambda i: (values[i] is None, 0.0 if values[i] is None else sign * values[i]))
 
 
-def _cell(value: float | str | None) -> str:
+def _format_cell(value: float | str | None) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _label(column: Column) -> str:
+def _format_label(column: Column) -> str:
     return f"{column.name} [{column.unit}]" if column.unit else column.name

@@ -12,11 +12,11 @@ from typing import Any
 
 WIDTH, HEIGHT = 360, 190  # size of the SVG view box [user units]
 LEFT, RIGHT, TOP, BOTTOM = 56, 344, 10, 166  # edges of the plot area in the view box
-COLORS = 6  # CSS classes s0 to s5; the seventh series uses s0 again
-MARKED = 20  # a line with at most this many points shows each point as a circle
-DENSE = 150  # a chart with more rows than this has thinner lines
-MAX_POINTS = 500  # a chart with more rows than this shows only some of them, see `thinned`
-TICKS = 4  # approximate number of ticks on an axis
+NUM_COLORS = 6  # CSS classes s0 to s5; the seventh series uses s0 again
+MAX_MARKED_POINTS = 20  # a line with at most this many points shows each point as a circle
+MAX_THICK_LINE_ROWS = 150  # a chart with more rows than this has thinner lines
+MAX_POINTS = 500  # a chart with more rows than this shows only some of them, see `thin_rows`
+NUM_TICKS = 4  # approximate number of ticks on an axis
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -49,7 +49,7 @@ class Chart:
     data: dict[str, Any]
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Formats `value` with four significant digits for readers, such as −0.0123 or 1.5e−5."""
     text = f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3e}"
     mantissa, _, exponent = text.partition("e")
@@ -58,9 +58,9 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def color(i: int) -> str:
+def color_class(i: int) -> str:
     """Returns the CSS class of series `i`."""
-    return f"s{i % COLORS}"
+    return f"s{i % NUM_COLORS}"
 
 
 def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, reference: float | None = None) -> Chart:
@@ -73,25 +73,25 @@ def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, refer
             is more than 20 times the smallest.
         reference: a value to compare with, drawn as a dashed horizontal line; None for no line.
     """
-    rows = thinned(rows, names)
+    rows = thin_rows(rows, names)
     values = [[row.get(name) for row in rows] for name in names]
     present = [value for series in values for value in series if value is not None]
     if reference is not None:
         present.append(reference)
     log = log and min(present) > 0 and max(present) > 20 * min(present)
     x, y = step_axis(rows), value_axis(min(present), max(present), log)
-    parts = grid(x, y)
+    parts = render_axes(x, y)
     if reference is not None:
         parts.append(
             f'<line class="reference" x1="{LEFT}" x2="{RIGHT}" y1="{y(reference):.1f}" y2="{y(reference):.1f}"/>'
         )
-    fine = " fine" if len(rows) > DENSE else ""
+    thin_class = " fine" if len(rows) > MAX_THICK_LINE_ROWS else ""
     for i, series in enumerate(values):
         points = [(x(row["step"]), y(value)) for row, value in zip(rows, series, strict=True) if value is not None]
-        parts.append(f'<polyline class="{color(i)}{fine}" points="{joined(points)}"/>')
-        if len(points) <= MARKED:
-            parts += [f'<circle class="{color(i)}" cx="{px:.1f}" cy="{py:.1f}" r="2.2"/>' for px, py in points]
-    return Chart(drawing(parts, summary(names.values(), values)), chart_data(rows, values, x, y))
+        parts.append(f'<polyline class="{color_class(i)}{thin_class}" points="{format_points(points)}"/>')
+        if len(points) <= MAX_MARKED_POINTS:
+            parts += [f'<circle class="{color_class(i)}" cx="{px:.1f}" cy="{py:.1f}" r="2.2"/>' for px, py in points]
+    return Chart(render_svg(parts, describe_series(names.values(), values)), chart_data(rows, values, x, y))
 
 
 def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
@@ -99,24 +99,24 @@ def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
 
     Rows that lack any of the metrics are left out.
     """
-    rows = thinned([row for row in rows if all(name in row for name in names)], names)
+    rows = thin_rows([row for row in rows if all(name in row for name in names)], names)
     values = [[row[name] for row in rows] for name in names]
     x, y = step_axis(rows), Axis(0.0, max(1.0, *map(sum, zip(*values, strict=True))), BOTTOM, TOP)
     # An area needs two points, so a single row is drawn at the left and at the right edge.
-    across = [LEFT, RIGHT] if len(rows) == 1 else [x(row["step"]) for row in rows]
-    repeat = len(across) // len(rows)
-    areas, floor = [], [0.0] * len(rows)
+    step_coordinates = [LEFT, RIGHT] if len(rows) == 1 else [x(row["step"]) for row in rows]
+    repeats = len(step_coordinates) // len(rows)
+    areas, lower = [], [0.0] * len(rows)
     for i, series in enumerate(values):
-        ceiling = [a + b for a, b in zip(floor, series, strict=True)]
-        outline = list(zip(across, map(y, ceiling * repeat), strict=True))
-        outline += reversed(list(zip(across, map(y, floor * repeat), strict=True)))
-        areas.append(f'<polygon class="{color(i)}" points="{joined(outline)}"/>')
-        floor = ceiling
+        upper = [a + b for a, b in zip(lower, series, strict=True)]
+        outline = list(zip(step_coordinates, map(y, upper * repeats), strict=True))
+        outline += reversed(list(zip(step_coordinates, map(y, lower * repeats), strict=True)))
+        areas.append(f'<polygon class="{color_class(i)}" points="{format_points(outline)}"/>')
+        lower = upper
     data = chart_data(rows, values, x, y) | {"stacked": True}
-    return Chart(drawing([*areas, *grid(x, y)], summary(names.values(), values)), data)
+    return Chart(render_svg([*areas, *render_axes(x, y)], describe_series(names.values(), values)), data)
 
 
-def thinned(rows: Rows, names: Iterable[str]) -> Rows:
+def thin_rows(rows: Rows, names: Iterable[str]) -> Rows:
     """Returns the rows that have any metric of `names`, reduced to about `MAX_POINTS` rows if there are more.
 
     To reduce them, the rows are split into equal stretches. Each stretch keeps the rows with the smallest and the
@@ -126,14 +126,14 @@ def thinned(rows: Rows, names: Iterable[str]) -> Rows:
     rows = [row for row in rows if any(name in row for name in names)]
     if len(rows) <= MAX_POINTS:
         return rows
-    kept = {0, len(rows) - 1}
-    stretches = max(1, MAX_POINTS // (2 * len(names)))
-    for i in range(stretches):
-        stretch = range(i * len(rows) // stretches, (i + 1) * len(rows) // stretches)
+    selected = {0, len(rows) - 1}
+    num_stretches = max(1, MAX_POINTS // (2 * len(names)))
+    for i in range(num_stretches):
+        stretch = range(i * len(rows) // num_stretches, (i + 1) * len(rows) // num_stretches)
         for name in names:
-            if there := [j for j in stretch if name in rows[j]]:
-                kept |= {min(there, key=lambda j: rows[j][name]), max(there, key=lambda j: rows[j][name])}
-    return [rows[j] for j in sorted(kept)]
+            if measured := [j for j in stretch if name in rows[j]]:
+                selected |= {min(measured, key=lambda j: rows[j][name]), max(measured, key=lambda j: rows[j][name])}
+    return [rows[j] for j in sorted(selected)]
 
 
 def step_axis(rows: Rows) -> Axis:
@@ -150,65 +150,67 @@ def value_axis(low: float, high: float, log: bool) -> Axis:
     """
     if log:
         return Axis(low / 1.2, high * 1.2, BOTTOM, TOP, log=True)
-    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    floor = max(low - room, 0.0) if low >= 0 else low - room
-    return Axis(floor, high + room, BOTTOM, TOP)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    start = max(low - margin, 0.0) if low >= 0 else low - margin
+    return Axis(start, high + margin, BOTTOM, TOP)
 
 
 def ticks(axis: Axis, *, whole: bool = False) -> list[float]:
-    """Returns about `TICKS` round values within the axis; integers only if `whole`.
+    """Returns about `NUM_TICKS` round values within the axis; integers only if `whole`.
 
     A logarithmic axis gets powers of ten, and also 2 and 5 times these powers if it spans few of them. It has at most
-    3 · `TICKS` ticks.
+    3 · `NUM_TICKS` ticks.
     """
     if axis.log:
         powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         digits = (1, 2, 5) if len(powers) <= 3 else (1,)
-        found = [digit * 10.0**power for power in powers for digit in digits]
-        found = found[:: 1 + len(found) // (3 * TICKS)]
+        values = [digit * 10.0**power for power in powers for digit in digits]
+        values = values[:: 1 + len(values) // (3 * NUM_TICKS)]
     else:
-        rough = (axis.high - axis.low) / TICKS
-        power = 10.0 ** math.floor(math.log10(rough))
+        min_step = (axis.high - axis.low) / NUM_TICKS
+        power = 10.0 ** math.floor(math.log10(min_step))
         digits = (1, 2, 5, 10) if whole and power < 10 else (1, 2, 2.5, 5, 10)
-        step = next(digit * power for digit in digits if digit * power >= rough)
+        step = next(digit * power for digit in digits if digit * power >= min_step)
         step = max(1.0, step) if whole else step
         first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
-        found = [i * step for i in range(first, last + 1)]
-    return [value for value in found if axis.low <= value <= axis.high]
+        values = [i * step for i in range(first, last + 1)]
+    return [value for value in values if axis.low <= value <= axis.high]
 
 
-def grid(x: Axis, y: Axis) -> list[str]:
+def render_axes(x: Axis, y: Axis) -> list[str]:
     """Returns the SVG elements of both axes: grid lines, tick marks and numbers."""
     parts = []
     for value in ticks(y):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text class="left" x="{LEFT - 6}" y="{y(value) + 3.5:.1f}">{number(value)}</text>')
+        parts.append(f'<text class="left" x="{LEFT - 6}" y="{y(value) + 3.5:.1f}">{format_number(value)}</text>')
     for value in ticks(x, whole=True):
         parts.append(f'<line class="tick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        middle = min(x(value), WIDTH - 3.6 * len(f"{value:.0f}"))  # keeps the last number inside the drawing
-        parts.append(f'<text class="below" x="{middle:.1f}" y="{BOTTOM + 17}">{value:.0f}</text>')
+        center = min(x(value), WIDTH - 3.6 * len(f"{value:.0f}"))  # keeps the last number inside the drawing
+        parts.append(f'<text class="below" x="{center:.1f}" y="{BOTTOM + 17}">{value:.0f}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     return parts
 
 
-def joined(points: Iterable[tuple[float, float]]) -> str:
+def format_points(points: Iterable[tuple[float, float]]) -> str:
     """Formats points for the SVG attribute `points`: "x,y x,y"."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def summary(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> str:
+def describe_series(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> str:
     """Describes the chart in words for screen readers: the first and the last value of each series."""
-    ends = ([value for value in series if value is not None] for series in values)
+    recorded = ([value for value in series if value is not None] for series in values)
     return "; ".join(
-        f"{label} from {number(end[0])} to {number(end[-1])}" for label, end in zip(labels, ends, strict=True) if end
+        f"{label} from {format_number(series[0])} to {format_number(series[-1])}"
+        for label, series in zip(labels, recorded, strict=True)
+        if series
     )
 
 
-def drawing(parts: Iterable[str], words: str) -> str:
+def render_svg(parts: Iterable[str], description: str) -> str:
     """Returns the `<svg>` element with these parts, a description, and the cursor line that the page's script moves."""
     cursor = f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>'
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(words)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(description)}">'
         f"{''.join(parts)}{cursor}</svg>"
     )
 

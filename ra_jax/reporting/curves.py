@@ -12,10 +12,10 @@ from matplotlib import pyplot as plt
 from ra_jax.outputs import replace_file
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
-DRIFT, USAGE, GATES = "Held-out drift", "Expert usage", "Expert weight"
+DRIFT_TITLE, USAGE_TITLE, GATES_TITLE = "Held-out drift", "Expert usage", "Expert weight"
 # Title of a chart -> names or patterns of the metrics in it. Charts without any recorded metric are left out.
-# `recorded_panels` adds USAGE and GATES, the charts of the experts.
-PANELS = {
+# `recorded_panels` adds the charts of the experts.
+CHARTS = {
     "Loss": ("train_loss", "base_loss"),
     "Policy loss": ("policy_loss",),
     "KL loss": ("kl_loss",),
@@ -25,53 +25,53 @@ PANELS = {
     "Policy temperature": ("policy_temperature",),
     "Reward": ("mean_reward", "reward_std"),
     "Scores": ("removal_score", "background_score", "smoothness_score", "*_score"),
-    "Scenes without spread": ("frac_reward_zero_std",),
+    "Groups with equal rewards": ("frac_reward_zero_std",),
     "Reward fallbacks": ("reward_fallbacks",),
-    "Velocity norm, to the base": ("velocity_norm_ratio", "held_out_velocity_norm_ratio"),
+    "Velocity norm relative to the base": ("velocity_norm_ratio", "held_out_velocity_norm_ratio"),
     "KL to the base": ("kl_to_base",),
     "Held-out flow loss": ("held_out_flow_loss",),
-    DRIFT: ("held_out_flow_drift",),
+    DRIFT_TITLE: ("held_out_flow_drift",),
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("lr",),
-    "Seconds a step": ("step_time",),
+    "Seconds per step": ("step_time",),
 }
-COLUMNS = 3
+NUM_COLUMNS = 3
 
 
 def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Returns the charts that a run's rows have metrics for, as {title: {metric: label}}.
 
-    The charts of `PANELS` come first, then `USAGE` and `GATES`, in which `expert_names` are the labels of experts
-    0, 1, ...
+    The charts of `CHARTS` come first, then those of the experts' usage and gates, in which `expert_names` are the
+    labels of experts 0, 1, ...
     """
     recorded = sorted(set().union(*rows))
-    panels = {
-        title: {name: name for pattern in patterns for name in fnmatch.filter(recorded, pattern)}
-        for title, patterns in PANELS.items()
+    charts = {
+        title: {metric: metric for pattern in patterns for metric in fnmatch.filter(recorded, pattern)}
+        for title, patterns in CHARTS.items()
     }
-    for title, kind in ((USAGE, "usage"), (GATES, "weight")):
-        names = {f"routing_expert_{i}_{kind}": name for i, name in enumerate(expert_names)}
-        panels[title] = {metric: name for metric, name in names.items() if metric in recorded}
-    return {title: names for title, names in panels.items() if names}
+    for title, kind in ((USAGE_TITLE, "usage"), (GATES_TITLE, "weight")):
+        labels = {f"routing_expert_{i}_{kind}": name for i, name in enumerate(expert_names)}
+        charts[title] = {metric: label for metric, label in labels.items() if metric in recorded}
+    return {title: labels for title, labels in charts.items() if labels}
 
 
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
     """Draws the metrics.jsonl of the run in `output_dir` as `curves.png` in the same folder; returns the new path."""
     rows = read_rows(output_dir / METRICS_FILE)
-    panels = recorded_panels(rows, expert_names)
-    height = max(1, -(-len(panels) // COLUMNS))
-    figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.6 * height), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    charts = recorded_panels(rows, expert_names)
+    num_rows = max(1, -(-len(charts) // NUM_COLUMNS))
+    figure, axes = plt.subplots(num_rows, NUM_COLUMNS, figsize=(4.2 * NUM_COLUMNS, 2.6 * num_rows), squeeze=False)
+    for axis in axes.flat[len(charts) :]:
         axis.axis("off")
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
-        for name, label in names.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
+    for axis, (title, labels) in zip(axes.flat, charts.items(), strict=False):
+        for metric, label in labels.items():
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="." if len(points) < 20 else None)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(labels) > 1:
             axis.legend(fontsize=7)
     figure.tight_layout()
     path = output_dir / "curves.png"

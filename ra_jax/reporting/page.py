@@ -12,20 +12,20 @@ from typing import Any
 from ra_jax.config.parse import from_checkpoint, to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.outputs import write_file
-from ra_jax.reporting.charts import Chart, Rows, area_chart, color, line_chart, number
-from ra_jax.reporting.curves import DRIFT, GATES, USAGE, recorded_panels
+from ra_jax.reporting.charts import Chart, Rows, area_chart, color_class, format_number, line_chart
+from ra_jax.reporting.curves import DRIFT_TITLE, GATES_TITLE, USAGE_TITLE, recorded_panels
 from ra_jax.reporting.preview_strip import preview_strip
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
 
-REPORT = "report.html"
-LIMIT = 8_000_000  # bytes: largest size of the page; the previews may use what its other parts leave
-MARKUP = 10_000  # bytes reserved for the parts of the page that `write_report` does not count, such as the <head>
-HERE = Path(__file__).parent
-MODES = {
-    "standard": "standard: imitates results",
+REPORT_FILE = "report.html"
+MAX_PAGE_BYTES = 8_000_000  # largest size of the page; the previews may use what its other parts leave
+RESERVED_BYTES = 10_000  # for the parts of the page that `write_report` does not count, such as the <head>
+ASSETS_DIR = Path(__file__).parent  # with report.css and report.js
+MODE_DESCRIPTIONS = {
+    "standard": "standard: imitates the records' results",
     "human": "human: learns from the records' scores",
-    "automatic": "automatic: learns from computed rewards",
+    "automatic": "automatic: learns from rewards of generated images",
 }
 KEY_FIGURES = {
     "train_loss": "Total loss",
@@ -34,28 +34,28 @@ KEY_FIGURES = {
     "mean_reward": "Mean reward",
     "held_out_flow_loss": "Held-out flow loss",
     "mean_ratio": "Mean ratio ρ",
-    "clip_fraction_at_sync": "Clipped before a renewal",
-    "velocity_norm_ratio": "Velocity norm, to the base",
+    "clip_fraction_at_sync": "Clip fraction before a sync",
+    "velocity_norm_ratio": "Velocity norm relative to the base",
     "kl_to_base": "KL to the base",
     "reward_fallbacks": "Reward fallbacks",
     "grad_norm": "Gradient norm",
-    "step_time": "Seconds a step",
-    "images_per_second": "Records a second",
+    "step_time": "Seconds per step",
+    "images_per_second": "Records per second",
 }
-NOTES = {
-    "Ratio": "1 where the old policy has just been renewed",
-    "Velocity norm, to the base": "starts at 1; a steady climb means drift",
-    "KL to the base": "squared distance to the base's velocity",
-    DRIFT: "growth of the held-out flow loss over the base's",
+CHART_NOTES = {
+    "Ratio": "1 right after a sync of the old policy",
+    "Velocity norm relative to the base": "starts at 1; a steady increase means drift",
+    "KL to the base": "mean squared difference from the base's velocity",
+    DRIFT_TITLE: "relative increase of the held-out flow loss over the base's",
     "Gradient norm": "before clipping",
-    "Seconds a step": "the first includes compilation",
-    USAGE: "fraction of scenes whose largest gate it is",
-    GATES: "mean gates",
+    "Seconds per step": "the first step includes compilation",
+    USAGE_TITLE: "fraction of conditions for which the expert has the largest gate",
+    GATES_TITLE: "mean gate of each expert",
 }
-OF_THE_DATA = "of the data's records, not the model's results"
-REFERENCES = {"Ratio": 1.0, "Velocity norm, to the base": 1.0}
+DATA_SCORES_NOTE = "of the records in the data, not of generated images"
+REFERENCE_VALUES = {"Ratio": 1.0, "Velocity norm relative to the base": 1.0}
 # Charts with a logarithmic value axis, if their values span more than a factor of 20.
-LOGARITHMIC = ("Gradient norm", "Seconds a step")
+LOG_CHARTS = ("Gradient norm", "Seconds per step")
 
 
 def write_report(
@@ -74,18 +74,19 @@ def write_report(
     metrics = output_dir / METRICS_FILE
     rows = read_rows(metrics) if metrics.exists() else []
     name = output_dir.resolve().name
-    charts, curves = curve_sections(rows, expert_names, config)
-    head = [
+    charts, curves_section = render_curves(rows, expert_names, config)
+    top = [
         f'<header><p class="kind">Training run</p><h1>{escape(name)}</h1>',
-        f'<p class="ending">{escape(ending)}</p>{facts(rows, config)}</header>',
-        key_figures(rows),
+        f'<p class="ending">{escape(ending)}</p>{render_facts(rows, config)}</header>',
+        render_key_figures(rows),
     ]
-    tail = [settings(config), reproduction(output_dir, config), foot()]
-    style, script = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    bottom = [render_settings(config), render_command(output_dir, config), render_footer()]
+    style, script = ((ASSETS_DIR / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     data = json.dumps([chart.data for chart in charts], separators=(",", ":")).replace("<", "\\u003c")
-    frame = len("".join([*head, curves, *tail, style, script, data]).encode())
-    previews = section("Previews", preview_strip(output_dir / "previews", LIMIT - frame - MARKUP))
-    path = output_dir / REPORT
+    size = len("".join([*top, curves_section, *bottom, style, script, data]).encode())
+    strip = preview_strip(output_dir / "previews", MAX_PAGE_BYTES - size - RESERVED_BYTES)
+    previews_section = render_section("Previews", strip)
+    path = output_dir / REPORT_FILE
     write_file(
         path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -94,23 +95,24 @@ def write_report(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
         f"<title>{escape(name)}: training run</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join([*head, previews, curves, *tail])
+        + "\n".join([*top, previews_section, curves_section, *bottom])
         + '\n</main>\n<dialog id="viewer"><figure><img alt=""><figcaption></figcaption></figure></dialog>\n'
         f'<script type="application/json" id="curves">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n',
     )
     return path
 
 
-def facts(rows: Rows, config: TrainConfig) -> str:
+def render_facts(rows: Rows, config: TrainConfig) -> str:
     """Returns a list of mode, recorded steps and time in steps; the time is left out if it is not known."""
-    found = {"Mode": MODES.get(config.mode, config.mode)}
-    done = rows[-1]["step"] if rows else 0
+    facts = {"Mode": MODE_DESCRIPTIONS.get(config.mode, config.mode)}
+    last_step = rows[-1]["step"] if rows else 0
     total = config.run.max_train_steps
-    found["Steps recorded"] = f"{done} of {total}" if total else f"{done}"
+    facts["Steps recorded"] = f"{last_step} of {total}" if total else f"{last_step}"
     if (seconds := time_in_steps(rows)) is not None:
         since = "" if rows[0]["step"] == 1 else f" from step {rows[0]['step']} on"
-        found["Time in steps"] = f"{duration(seconds)}{since}, without loading and previews"
-    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in found.items())
+        excluded = "model loading, previews and drift measurements"
+        facts["Time in steps"] = f"{format_duration(seconds)}{since}, excluding {excluded}"
+    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
@@ -122,11 +124,11 @@ def time_in_steps(rows: Rows) -> float | None:
     """
     if not rows or any("step_time" not in row for row in rows):
         return None
-    before = [rows[0]["step"] - 1, *(row["step"] for row in rows)]
-    return sum((row["step"] - last) * row["step_time"] for row, last in zip(rows, before, strict=False))
+    previous_steps = [rows[0]["step"] - 1, *(row["step"] for row in rows)]
+    return sum((row["step"] - previous) * row["step_time"] for row, previous in zip(rows, previous_steps, strict=False))
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Formats a duration in two units, such as 3 h 20 min or 11 min 40 s; below a minute as 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -134,7 +136,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def key_figures(rows: Rows) -> str:
+def render_key_figures(rows: Rows) -> str:
     """Returns the section with the last and the first value of each metric in `KEY_FIGURES`."""
     tiles = []
     for name, label in KEY_FIGURES.items():
@@ -142,47 +144,52 @@ def key_figures(rows: Rows) -> str:
         if not recorded:
             continue
         first, last = recorded[0], recorded[-1]
-        late = "" if last is rows[-1] else f" (step {last['step']})"
-        beside = f"{exactly(first[name])} at step {first['step']}" if first is not last else f"step {first['step']}"
+        last_step = "" if last is rows[-1] else f" (step {last['step']})"
+        first_step = f"step {first['step']}"
+        first_value = first_step if first is last else f"{render_value(first[name])} at {first_step}"
         tiles.append(
             f'<div class="tile"><dt>{escape(label)}<code>{name.replace("_", "_<wbr>")}</code></dt>'
-            f'<dd class="last">{exactly(last[name])}{late}</dd><dd class="first">{beside}</dd></div>'
+            f'<dd class="last">{render_value(last[name])}{last_step}</dd><dd class="first">{first_value}</dd></div>'
         )
     if not tiles:
-        return section("Key figures", '<p class="note">No metrics were recorded.</p>')
+        return render_section("Key figures", '<p class="note">No metrics were recorded.</p>')
     note = (
-        f'<p class="note">Last recorded, and below it the first. The last row is that of step {rows[-1]["step"]}.</p>'
+        '<p class="note">Each tile shows the last recorded value of a metric and, below it, the first. The last row '
+        f"is from step {rows[-1]['step']}.</p>"
     )
-    return section("Key figures", f'<dl class="tiles">{"".join(tiles)}</dl>{note}')
+    return render_section("Key figures", f'<dl class="tiles">{"".join(tiles)}</dl>{note}')
 
 
-def curve_sections(rows: Rows, expert_names: Sequence[str], config: TrainConfig) -> tuple[list[Chart], str]:
+def render_curves(rows: Rows, expert_names: Sequence[str], config: TrainConfig) -> tuple[list[Chart], str]:
     """Returns all charts of the run, and the section that shows them in the same order."""
     charts, figures = [], []
-    references = REFERENCES | {DRIFT: config.run.max_drift}
-    for title, names in recorded_panels(rows, expert_names).items():
-        if title == GATES:
-            if not any(all(name in row for name in names) for row in rows):
+    references = REFERENCE_VALUES | {DRIFT_TITLE: config.run.max_drift}
+    for title, labels in recorded_panels(rows, expert_names).items():
+        if title == GATES_TITLE:
+            if not any(all(metric in row for metric in labels) for row in rows):
                 continue
-            chart = area_chart(rows, names)
+            chart = area_chart(rows, labels)
         else:
-            chart = line_chart(rows, names, log=title in LOGARITHMIC, reference=references.get(title))
-        notes = [NOTES[title]] if title in NOTES else []
+            chart = line_chart(rows, labels, log=title in LOG_CHARTS, reference=references.get(title))
+        notes = [CHART_NOTES[title]] if title in CHART_NOTES else []
         if config.mode == "human" and title in ("Reward", "Scores"):
-            notes.append(OF_THE_DATA)
-        if title == DRIFT and config.run.max_drift is not None:
-            notes.append("dashed: max_drift")
+            notes.append(DATA_SCORES_NOTE)
+        if title == DRIFT_TITLE and config.run.max_drift is not None:
+            notes.append("dashed line: max_drift")
         if chart.data["y"][-1]:
-            notes.append("logarithmic")
+            notes.append("logarithmic axis")
         charts.append(chart)
-        figures.append(panel(title, "; ".join(notes), list(names.values()), chart))
+        figures.append(render_chart(title, "; ".join(notes), list(labels.values()), chart))
     if not figures:
         return [], ""
-    hint = '<p class="note">Point at a curve, or tap it, to read all of them at that step; arrow keys move on.</p>'
-    return charts, section("Curves", f'{hint}<div class="panels">{"".join(figures)}</div>')
+    hint = (
+        '<p class="note">Point at a chart, or tap it, to show the values of all charts at that step. The arrow keys '
+        "move to other steps.</p>"
+    )
+    return charts, render_section("Curves", f'{hint}<div class="panels">{"".join(figures)}</div>')
 
 
-def panel(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
+def render_chart(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
     """Returns a chart with its title, note and legend.
 
     The legend shows the last values. The page's script replaces them by the values at the pointer.
@@ -190,49 +197,49 @@ def panel(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
     entries = []
     for i, (label, values) in enumerate(zip(labels, chart.data["values"], strict=True)):
         last = next((value for value in reversed(values) if value is not None), None)
-        shown = "" if last is None else exactly(last)
-        entries.append(f'<li class="{color(i)}"><span>{escape(label)}</span> <b>{shown}</b></li>')
-    aside = f"<small>{escape(note)}</small>" if note else ""
+        value = "" if last is None else render_value(last)
+        entries.append(f'<li class="{color_class(i)}"><span>{escape(label)}</span> <b>{value}</b></li>')
+    small_note = f"<small>{escape(note)}</small>" if note else ""
     return (
-        f'<figure class="panel"><figcaption>{escape(title)} <span class="at"></span>{aside}</figcaption>'
+        f'<figure class="panel"><figcaption>{escape(title)} <span class="at"></span>{small_note}</figcaption>'
         f'{chart.svg}<ul class="legend">{"".join(entries)}</ul></figure>'
     )
 
 
-def settings(config: TrainConfig) -> str:
+def render_settings(config: TrainConfig) -> str:
     """Returns the section with all settings by group; those that differ from their defaults are marked."""
-    flat, standard = to_flat_dict(config), defaults()
-    changed = [name for name in standard if flat[name] != standard[name]]
+    values, defaults = to_flat_dict(config), default_settings()
+    changed = [name for name in defaults if values[name] != defaults[name]]
     bodies = []
     for group in dataclasses.fields(TrainConfig):
         lines = [f'<tr class="group"><th colspan="3" scope="rowgroup">{escape(group.name)}</th></tr>']
         for field in dataclasses.fields(getattr(config, group.name)):
-            name, mark = field.name, ' class="changed"' if field.name in changed else ""
-            default = (
-                f"<td>{shown_setting(standard[name])}</td>" if name in standard else "<td><i>has to be given</i></td>"
-            )
+            name, row_class = field.name, ' class="changed"' if field.name in changed else ""
+            default = format_setting(defaults[name]) if name in defaults else "<i>required</i>"
             lines.append(
-                f'<tr{mark}><th scope="row"><code>{name}</code></th><td>{shown_setting(flat[name])}</td>{default}</tr>'
+                f'<tr{row_class}><th scope="row"><code>{name}</code></th><td>{format_setting(values[name])}</td>'
+                f"<td>{default}</td></tr>"
             )
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
-    return section(
+    return render_section(
         "Settings",
-        f"<details><summary>{len(flat)} settings, {len(changed)} of them other than the default</summary>"
-        '<label class="only"><input type="checkbox"> only those</label><div class="wide"><table class="settings">'
+        f"<details><summary>{len(values)} settings, of which {len(changed)} differ from their defaults</summary>"
+        '<label class="only"><input type="checkbox"> show only settings that differ from their defaults</label>'
+        '<div class="wide"><table class="settings">'
         '<thead><tr><th scope="col">Setting</th><th scope="col">Value</th><th scope="col">Default</th></tr></thead>'
         f"{''.join(bodies)}</table></div></details>",
     )
 
 
-def defaults() -> dict[str, Any]:
+def default_settings() -> dict[str, Any]:
     """Returns the default of every setting that has one, by the names of `to_flat_dict`."""
     groups = TrainConfig.__dataclass_fields__.values()
     fields = (field for group in groups for field in dataclasses.fields(group.type))
-    given = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
 
-def shown_setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Formats a setting's value as HTML: "on", "off", "not set", or the value itself."""
     if value is None or value == []:
         return "<i>not set</i>"
@@ -241,33 +248,34 @@ def shown_setting(value: Any) -> str:
     return escape(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-def reproduction(output_dir: Path, config: TrainConfig) -> str:
+def render_command(output_dir: Path, config: TrainConfig) -> str:
     """Returns the section with the command that repeats the run, if the folder has the run's config.toml."""
-    file = output_dir / "config.toml"
-    if not file.exists():
-        return section(
-            "To run it again",
-            '<p class="note">The folder has no config.toml; the settings above are those of the run.</p>',
+    title = "Repeat this run"
+    config_file = output_dir / "config.toml"
+    if not config_file.exists():
+        return render_section(
+            title, '<p class="note">The folder has no config.toml. The settings of the run are listed above.</p>'
         )
-    command = f"python -m ra_jax.train --config {shlex.quote(str(file))} --output_dir NEW_FOLDER"
+    command = f"python -m ra_jax.train --config {shlex.quote(str(config_file))} --output_dir NEW_FOLDER"
     note = (
-        f'<p class="note">The same data, random numbers and order: seed {config.run.seed}. To go on with this run '
-        "instead, replace <code>--output_dir NEW_FOLDER</code> by <code>--resume_from_checkpoint latest</code>.</p>"
+        '<p class="note">The command uses the same data in the same order and the same random numbers (seed '
+        f"{config.run.seed}). To continue this run instead, replace <code>--output_dir NEW_FOLDER</code> with "
+        "<code>--resume_from_checkpoint latest</code>.</p>"
     )
-    return section("To run it again", f"<pre><code>{escape(command)}</code></pre>{note}")
+    return render_section(title, f"<pre><code>{escape(command)}</code></pre>{note}")
 
 
-def section(title: str, content: str) -> str:
+def render_section(title: str, content: str) -> str:
     """Returns a section of the page; `content` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def exactly(value: float) -> str:
+def render_value(value: float) -> str:
     """Returns `value` as a `<data>` element: rounded for readers, exact in the attribute `value` for programs."""
-    return f'<data value="{value!r}">{number(value)}</data>'
+    return f'<data value="{value!r}">{format_number(value)}</data>'
 
 
-def foot() -> str:
+def render_footer() -> str:
     """Returns the footer with the time of writing and the version of ra_jax."""
-    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return f"<footer>Written {written} by ra_jax {escape(__version__)}</footer>"
+    time = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return f"<footer>Written on {time} by ra_jax {escape(__version__)}</footer>"

@@ -13,9 +13,9 @@ from ra_jax.outputs import write_file
 
 METRICS_FILE = "metrics.jsonl"
 # `summarize` reports the latest value of these metrics, and the mean over the steps of all others.
-LATEST = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
+LATEST_METRICS = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
 # `summarize` keeps the NaN and infinite values of these metrics, which every step has.
-ALWAYS = ("train_loss", "grad_norm")
+ALWAYS_MEASURED = ("train_loss", "grad_norm")
 
 
 class Tracker(Protocol):
@@ -36,9 +36,10 @@ class JsonLines:
 
     def __init__(self, output_dir: Path, first_step: int):
         path = output_dir / METRICS_FILE
-        kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() and first_step else []
+        rows = read_rows(path) if path.exists() and first_step > 0 else []
+        earlier_rows = [row for row in rows if row["step"] <= first_step]
         # write_file replaces the old file only when the new one is complete: a run that is killed here keeps its rows.
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(path, "".join(json.dumps(row) + "\n" for row in earlier_rows))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -83,7 +84,8 @@ class WeightsAndBiases:
             import wandb
         except ModuleNotFoundError:
             raise ConfigError(
-                "--report_to wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
+                "--report_to wandb: the package wandb is not installed; run `pip install wandb`, or use "
+                "--report_to tensorboard"
             ) from None
         self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")
 
@@ -101,8 +103,8 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -> list[Tracker]:
     """Opens the tracker of metrics.jsonl and the trackers that `--report_to` names."""
-    named = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
-    return [JsonLines(output_dir, first_step), *named]
+    trackers = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
+    return [JsonLines(output_dir, first_step), *trackers]
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -112,7 +114,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
         OutputError: a line is not a JSON object with an integer `step`, so the file is not from a run.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    for line_number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             continue
         try:
@@ -121,8 +123,8 @@ def read_rows(path: Path) -> list[dict[str, float]]:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise OutputError(
-                f"{path}, line {number}: expected a JSON object with a whole number as 'step', as a run writes it; "
-                "move the file, or choose another --output_dir"
+                f"{path}, line {line_number}: expected a JSON object with an integer 'step', as a run writes it; move "
+                "the file, or choose another --output_dir"
             )
         rows.append(row)
     return rows
@@ -131,14 +133,14 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def summarize(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """Reduces the metrics of several steps to one row.
 
-    A metric becomes its mean over the steps that measured it, or its latest value if it is in `LATEST`. A value that
-    is not finite counts as not measured. Metrics in `ALWAYS` are the exception: if one of their values is not finite,
-    neither is their mean.
+    A metric becomes its mean over the steps that measured it, or its latest value if it is in `LATEST_METRICS`.
+    A value that is not finite counts as not measured. Metrics in `ALWAYS_MEASURED` are the exception: if one of their
+    values is not finite, neither is their mean.
     """
     row = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         values = np.asarray([step[name] for step in steps if name in step], np.float64)
-        measured = values if name in ALWAYS else values[np.isfinite(values)]
+        measured = values if name in ALWAYS_MEASURED else values[np.isfinite(values)]
         if measured.size:
-            row[name] = float(measured[-1] if name in LATEST else measured.mean())
+            row[name] = float(measured[-1] if name in LATEST_METRICS else measured.mean())
     return row

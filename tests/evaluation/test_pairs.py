@@ -88,7 +88,7 @@ def test_a_plain_folder_named_as_the_photos(data):
     pairs = find_pairs(data / "plain", data / "triplets.json")
     assert found(pairs) == {name: f"{name}_empty.jpg" for name in sorted(NAMES)}
     assert {pair.id: pair.mask.name for pair in pairs} == {name: f"{name}.png" for name in NAMES}
-    with pytest.raises(DataError, match="says nothing of their photos and masks; give a data set"):
+    with pytest.raises(DataError, match="does not say which photos and masks they were made from; give a data set"):
         find_pairs(data / "plain")
     picture(data / "plain/forest.png")
     with pytest.raises(DataError, match=r"no scene for 1 of 3 results\n.*forest\.png: no scenes"):
@@ -150,11 +150,11 @@ def test_many_that_cannot_be_matched_are_counted(data):
 
 def test_what_is_no_data_set(data):
     (data / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no records\.json, no input/ and no pictures"):
+    with pytest.raises(DataError, match=r"no records\.json, no input/ and no images"):
         find_pairs(data / "empty")
-    with pytest.raises(DataError, match="neither input/ mask/ gt/ nor pictures"):
+    with pytest.raises(DataError, match="neither input/ mask/ gt/ nor images"):
         find_pairs(data / "removed", data / "empty")
-    with pytest.raises(DataError, match=r"--results .*: a picture; expected a data set or a folder"):
+    with pytest.raises(DataError, match=r"--results .*: is an image; expected a data set or a folder"):
         find_pairs(data / "gt/beach_empty.jpg")
     with pytest.raises(DataError, match="nowhere"):
         find_pairs(data / "nowhere")
@@ -164,5 +164,5 @@ def test_a_ground_truth_that_cannot_be_read(data):
     (data / "truth").mkdir()
     picture(data / "truth/street.png")
     (data / "truth/beach.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"cannot be compared with\n  unreadable picture .*beach\.png"):
+    with pytest.raises(DataError, match=r"cannot be compared with the results\n  image .*beach\.png cannot be read"):
         find_pairs(data / "removed", data / "truth")

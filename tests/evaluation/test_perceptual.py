@@ -114,7 +114,7 @@ class TestFrechetDistance:
         assert frechet_distance(first, second) == pytest.approx(3.0**2 + 1.0**2)
 
     def test_one_picture_has_no_covariance(self):
-        with pytest.raises(ValueError, match="at least 2 pictures"):
+        with pytest.raises(ValueError, match="at least 2 images"):
             frechet_distance(np.zeros((1, 4)), np.zeros((5, 4)))
 
 
@@ -223,7 +223,7 @@ class TestTransformer:
         np.testing.assert_allclose(embed(photo()), expected, rtol=1e-4, atol=1e-5)
 
     def test_no_model_there(self, tmp_path):
-        with pytest.raises(DataError, match=r"--dino_model .*no folder with config\.json"):
+        with pytest.raises(DataError, match=r"--dino_model .*is not a folder with config\.json"):
             load_transformer(tmp_path, "--dino_model")
 
     def test_weights_that_do_not_fill_the_model_are_not_made_up(self, tiny_dino, tmp_path):
@@ -238,7 +238,7 @@ class TestTransformer:
 
     def test_a_folder_that_is_not_complete(self, tiny_dino, tmp_path):
         (tmp_path / "config.json").write_text((tiny_dino / "config.json").read_text())
-        with pytest.raises(DataError, match="transformers does not load it"):
+        with pytest.raises(DataError, match="transformers cannot load the folder"):
             load_transformer(tmp_path, "--dino_model")
 
 
@@ -268,4 +268,4 @@ def test_the_command_with_every_network(tiny_inception, tiny_clip, tiny_dino, tm
     assert summary["fid"]["value"] == pytest.approx(frechet_distance(*sets), abs=1e-6)
     assert (summary["fid"]["results"], summary["fid"]["truths"], summary["fid"]["dimensions"]) == (10, 2, 6)
     assert summary["not_computed"] == {}
-    assert "10 results and 2 ground truths, but 6 feature dimensions" in summary["warnings"][0]
+    assert "10 results and 2 ground truths are too few for 6 feature dimensions" in summary["warnings"][0]

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from ra_jax.reporting.contact_sheet import LINE, MARGIN, captioned, contact_sheet, thumbnail
+from ra_jax.reporting.contact_sheet import LINE_HEIGHT, MARGIN, captioned, contact_sheet, thumbnail
 
 
 def flat(color, height=100, width=120):
@@ -27,18 +27,18 @@ def test_tiny_panels_are_enlarged_pixel_by_pixel():
 
 def test_captions_stand_before_their_rows_and_titles_above():
     sheet = np.asarray(captioned([["one", "1.0"], ["two", "2.0"]], [[flat(10)], [flat(20)]], ["result"]))
-    first = LINE + 2 * MARGIN
+    first = LINE_HEIGHT + 2 * MARGIN
     pictures = sheet.shape[1] - MARGIN - 120
     assert [sheet[y, pictures, 0] for y in (first, first + 100 + MARGIN)] == [10, 20]
     for top, left, right in ((MARGIN, pictures, None), (first, 0, pictures), (first + 100 + MARGIN, 0, pictures)):
-        assert (sheet[top : top + 2 * LINE if left == 0 else top + LINE, left:right] < 128).any()
+        assert (sheet[top : top + 2 * LINE_HEIGHT if left == 0 else top + LINE_HEIGHT, left:right] < 128).any()
 
 
 def test_a_long_caption_is_not_cut():
     lines = ["a name that is much longer than any picture is wide, and then goes on", *"abcdefghijk"]
     sheet = captioned([lines], [[flat(10)]], ["result"])
-    assert sheet.height >= len(lines) * LINE and sheet.width > 300
-    last = np.asarray(sheet)[-LINE - MARGIN :, : sheet.width - 130]
+    assert sheet.height >= len(lines) * LINE_HEIGHT and sheet.width > 300
+    last = np.asarray(sheet)[-LINE_HEIGHT - MARGIN :, : sheet.width - 130]
     assert (last < 128).any()
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ra_jax.config.parse import from_checkpoint, to_flat_dict, to_toml
 from ra_jax.reporting import page as report_page
-from ra_jax.reporting.charts import MAX_POINTS, line_chart, number, thinned
+from ra_jax.reporting.charts import MAX_POINTS, format_number, line_chart, thin_rows
 from ra_jax.reporting.contact_sheet import contact_sheet
-from ra_jax.reporting.page import duration, time_in_steps, write_report
+from ra_jax.reporting.page import format_duration, time_in_steps, write_report
 from ra_jax.reporting.preview_strip import preview_strip
 
 VOID = {"meta", "img", "br", "wbr", "input"}
@@ -157,7 +157,7 @@ def test_curves_have_a_point_for_every_row_that_recorded_the_metric(run):
     points = {title: [len(line.split()) for line in lines] for title, lines in zip(titles, drawn, strict=True)}
     assert points["Loss"] == [21, 21]
     assert points["Scores"] == [21, 21]  # the known one, and the one known by its ending
-    assert points["Velocity norm, to the base"] == [10]
+    assert points["Velocity norm relative to the base"] == [10]
     assert points["Expert usage"] == [21, 21]
     loss = page.curves[titles.index("Loss")]
     assert loss["steps"] == [row["step"] for row in rows]
@@ -186,7 +186,7 @@ def test_drift_is_drawn_with_its_limit(tmp_path):
     assert [len(found) for found in lines] == [0, 1]
     low, high, start, end, _ = limited.curves[0]["y"]
     assert float(lines[1][0]["y1"]) == pytest.approx(start + (end - start) * (0.05 - low) / (high - low), abs=0.1)
-    assert "dashed: max_drift" in limited.shown and "dashed" not in free.shown
+    assert "dashed line: max_drift" in limited.shown and "dashed" not in free.shown
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_many_steps_are_thinned_and_that_is_said(tmp_path):
     for step in range(0, 300, 10):
         write_sheet(tmp_path, step, [(192, 192)])
     html = preview_strip(tmp_path, 10**7)
-    assert "12 of 30 steps shown" in html and ">step 0<" in html and ">step 290<" in html
+    assert "12 of 30 steps are shown" in html and ">step 0<" in html and ">step 290<" in html
     small = preview_strip(tmp_path, len(html) - 500)
     assert pictures(small) and len(small) < len(html)
     assert "too large for this page" in preview_strip(tmp_path, 1000)
@@ -300,7 +300,7 @@ def test_the_page_stays_below_its_limit(run, monkeypatch):
         write_sheet(run / "previews", step, [(512, 512)] * 2)
     assert (run / "previews" / "step_000000.png").stat().st_size > 2_000_000
     free = page_of(run)
-    monkeypatch.setattr(report_page, "LIMIT", 300_000)
+    monkeypatch.setattr(report_page, "MAX_PAGE_BYTES", 300_000)
     bound = page_of(run)
     assert len(bound.text.encode()) <= 300_000 < len(free.text.encode()) < 8_000_000
     assert pictures(bound.text)
@@ -309,7 +309,7 @@ def test_the_page_stays_below_its_limit(run, monkeypatch):
 def test_of_many_rows_the_extremes_remain():
     rows = [{"step": i, "loss": 1.0, "other": 2.0} for i in range(10_000)]
     rows[777]["loss"], rows[4321]["other"] = 9.0, -3.0
-    kept = thinned(rows, ("loss", "other"))
+    kept = thin_rows(rows, ("loss", "other"))
     assert len(kept) <= MAX_POINTS + 2
     assert [kept[0]["step"], kept[-1]["step"]] == [0, 9999]
     assert rows[777] in kept and rows[4321] in kept
@@ -321,7 +321,7 @@ def test_time_is_the_rows_means_by_their_steps():
     assert time_in_steps(rows_of([501, 510])) == 60.0 + 9 * 2.0  # branched off at step 500
     assert time_in_steps([rows[0], {"step": 10}]) is None
     assert time_in_steps([]) is None
-    assert [duration(seconds) for seconds in (4.2, 59.99, 98, 12_040)] == [
+    assert [format_duration(seconds) for seconds in (4.2, 59.99, 98, 12_040)] == [
         "4.2 s",
         "60.0 s",
         "1 min 38 s",
@@ -334,4 +334,4 @@ def test_time_is_the_rows_means_by_their_steps():
     [(0.0, "0"), (0.12239, "0.1224"), (1e-4, "1e−4"), (-2.5e-5, "−2.5e−5"), (1.5e7, "1.5e7"), (100.0, "100")],
 )
 def test_numbers_are_written_short(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
