@@ -1,4 +1,4 @@
-"""The command line of `python -m ra_jax.evaluate` on synthetic scenes, and the pixels' metrics against closed forms."""
+"""`python -m ra_jax.evaluate` on synthetic scenes, and PSNR and rewards compared with closed forms."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(data, tmp_path_factory):
-    """Rows, summary and folder of all results against the ground truth."""
+    """Rows, summary and output folder of an evaluation of all results with ground truth."""
     out = tmp_path_factory.mktemp("evaluated") / "out"
     evaluate.main(flags(data, out))
     return rows_of(out), json.loads((out / "summary.json").read_text()), out
@@ -68,7 +68,7 @@ class TestPixels:
         assert values["mask_area"] == pytest.approx(inside)
         whole = inside * 0.1**2 + (1.0 - inside) * 0.01**2
         assert values["psnr"] == pytest.approx(-10.0 * math.log10(whole), abs=1e-3)
-        band = np.zeros_like(self.mask)  # the mask is 8 pixels high: no pixel lies more than 4 inside its edge
+        band = np.zeros_like(self.mask)  # the mask is 8 pixels high, so all of it lies within 4 pixels of its edge
         band[4:20, 6:24] = True
         inner = (self.mask & band).sum() / band.sum()
         seam = inner * 0.1**2 + (1.0 - inner) * 0.01**2
@@ -143,7 +143,7 @@ def test_without_ground_truth_it_says_so(data, tmp_path, capsys):
 def test_what_infer_writes_is_measured_against_triplets(data, tmp_path):
     scenes = find_scenes(data / "triplets.json")
     candidates = plan_candidates(scenes, range(2), tmp_path / "removed")
-    # The second candidate of each scene leaves the object where it is; the first paints its hole grey.
+    # The second candidate of each scene is the unchanged photo; the first fills the mask with gray.
     for _ in write_candidates(candidates, lambda photo, mask, ref, seed: photo if seed else painted(photo, mask)):
         pass
     evaluate.main(flags(data, tmp_path / "out", results=tmp_path / "removed"))
@@ -169,7 +169,7 @@ def test_the_contact_sheet_shows_the_worst_first(data, tmp_path):
     ordered = sorted(rows_of(tmp_path), key=lambda row: float(row["psnr"]))
     assert not ordered[0]["result"].endswith("clean.png")
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png"))
-    top, side = LINE_HEIGHT + 2 * MARGIN, 128  # pictures of 64 px are enlarged twice
+    top, side = LINE_HEIGHT + 2 * MARGIN, 128  # images of 64 px are enlarged by 2
     row_height = (sheet.shape[0] - top) // 3
     right = sheet.shape[1]
     lefts = [right - n * (side + MARGIN) for n in (4, 3, 2, 1)]

@@ -13,7 +13,10 @@ NAMES = ("street", "beach")
 
 @pytest.fixture
 def data(tmp_path):
-    """input/ mask/ gt/ with two scenes, triplets.json, removed/ with two results a scene and infer's records.json."""
+    """A folder with two scenes in input/ mask/ gt/, triplets.json, and removed/.
+
+    removed/ has two results for each scene and a records.json as infer writes it.
+    """
     for room in ("input", "mask", "gt", "removed"):
         (tmp_path / room).mkdir()
     mask = np.zeros((12, 16), np.uint8)

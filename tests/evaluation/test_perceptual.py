@@ -1,4 +1,4 @@
-"""Networks are tiny and random, except for LPIPS, whose package holds its weights."""
+"""Metrics by networks. The networks are tiny and random, except for LPIPS, whose package contains its weights."""
 
 import csv
 import importlib.util
@@ -32,7 +32,7 @@ def photo(seed=0, size=(20, 14)):
 
 @pytest.fixture(scope="module")
 def tiny_inception(tmp_path_factory):
-    """A TorchScript file that is called as StyleGAN's Inception is: each channel's mean and largest byte."""
+    """A TorchScript file with the interface of StyleGAN's Inception; features: each channel's mean and maximum."""
 
     class Statistics(torch.nn.Module):
         def forward(self, pictures, return_features: bool = False):
@@ -68,7 +68,7 @@ def tiny_dino(tmp_path_factory):
 
 
 def with_preprocessing(folder, kind):
-    """16 × 16 pixels, bicubic, to [−1, 1]."""
+    """Adds a preprocessor that resizes to 16 × 16 pixels (bicubic) and scales to [−1, 1]."""
     settings = {"image_processor_type": kind, "size": {"height": 16, "width": 16}, "do_center_crop": False}
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -76,7 +76,7 @@ def with_preprocessing(folder, kind):
 
 
 def with_moments(rng, count, mean, deviation):
-    """[count, D] whose sample mean and covariance are exactly mean and diag(deviation²)."""
+    """Returns features [count, D] whose sample mean and covariance are exactly mean and diag(deviation²)."""
     draws = rng.normal(size=(count, len(mean)))
     draws -= draws.mean(0)
     q, _ = np.linalg.qr(draws)
@@ -107,7 +107,7 @@ class TestFrechetDistance:
         assert frechet_distance(features, features[::-1]) == pytest.approx(0.0, abs=1e-8)
 
     def test_fewer_pictures_than_dimensions(self):
-        """Along one line: (μ1 − μ2)² + (σ1 − σ2)², whatever the dimensions that nothing varies in."""
+        """If features vary along one line only, the distance is (μ1 − μ2)² + (σ1 − σ2)²."""
         line = np.zeros(32)
         line[3] = 1.0
         first, second = np.outer([-1.0, 0.0, 1.0], line), np.outer([1.0, 3.0, 5.0], line)
@@ -243,7 +243,7 @@ class TestTransformer:
 
 
 def prepared(picture):
-    """[1, 3, 16, 16] float32: what the tiny models' preprocessing is set to, by Pillow and NumPy."""
+    """Computes the preprocessing of the tiny models with Pillow and NumPy: [1, 3, 16, 16] float32."""
     small = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), np.float32) / 255.0
     return ((small - 0.5) / 0.5).transpose(2, 0, 1)[None].astype(np.float32)
 

@@ -12,7 +12,7 @@ def pictures():
 
 
 def window_by_window(first, second):
-    """The formula as the paper states it: weighted means, variances and covariance of each 11 × 11 window."""
+    """Computes SSIM by the paper's formula: weighted means, variances and covariance of each 11 × 11 window."""
     at = np.arange(11) - 5
     weights = np.exp(-(at[:, None] ** 2 + at**2) / (2 * 1.5**2))
     weights = (weights / weights.sum())[..., None]

@@ -1,4 +1,4 @@
-"""The figure of a run's curves."""
+"""`curves.png`, the figure of a run's curves, and which metrics share a chart."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run's page: whole, self-contained, and saying what the run's files say."""
+"""`report.html`: it is well-formed and self-contained, and shows the values in the run's files."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ EXPERTS = ("fast", "careful")
 
 
 class Page(HTMLParser):
-    """What a page consists of. Fails where a tag is not closed, or another one is."""
+    """The elements, text and script of a page. Fails if a tag is not closed, or is closed by another tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 
 def rows_of(steps):
-    """Rows as a human run writes them; the drift is measured at some of them only."""
+    """Makes rows as a run in human mode writes them; only every second row has `velocity_norm_ratio`."""
     noise = np.random.default_rng(0)
     rows = []
     for i, step in enumerate(steps):
@@ -84,7 +84,7 @@ def write_rows(folder, rows):
 
 
 def write_sheet(folder, step, sizes, color=(200, 100, 50)):
-    """A sheet with a scene for each (height, width): black masks, results of one colour, the rest noise."""
+    """Writes a sheet with a scene for each (height, width): black masks, results of one color, the rest noise."""
     noise = np.random.default_rng(1)
     scenes = []
     for size in sizes:
@@ -105,14 +105,14 @@ def page_of(folder, config=None, experts=EXPERTS, ending="finished"):
 
 
 def pictures(html):
-    """The embedded pictures, decoded."""
+    """Decodes the embedded images."""
     uris = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
     return [Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB") for uri in uris]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder as a run leaves it: rows, previews of two scenes, settings."""
+    """The folder of a finished run: rows, previews of two scenes, settings."""
     folder = tmp_path / "street"
     write_rows(folder, rows_of([1, *range(10, 210, 10)]))
     for step in (0, 100, 200):
@@ -156,7 +156,7 @@ def test_curves_have_a_point_for_every_row_that_recorded_the_metric(run):
     ]
     points = {title: [len(line.split()) for line in lines] for title, lines in zip(titles, drawn, strict=True)}
     assert points["Loss"] == [21, 21]
-    assert points["Scores"] == [21, 21]  # the known one, and the one known by its ending
+    assert points["Scores"] == [21, 21]  # removal_score, and lpips_score by the pattern *_score
     assert points["Velocity norm relative to the base"] == [10]
     assert points["Expert usage"] == [21, 21]
     loss = page.curves[titles.index("Loss")]
@@ -218,8 +218,8 @@ def test_what_users_name_is_escaped(tmp_path):
     write_rows(folder, rows_of([1, 2]))
     (folder / "config.toml").write_text("")
     page = page_of(folder, config_of(folder, train_json_path=nasty), (nasty, "'\""), ending=f"failed: {nasty}")
-    assert len(page.all("img")) == 1  # the viewer's
-    assert len(page.all("b")) == len(page.all("li"))  # the legends' values
+    assert len(page.all("img")) == 1  # only the viewer has one
+    assert len(page.all("b")) == len(page.all("li"))  # only the legends' values are <b>
     assert page.shown.startswith("<b>a & b: training run Training run <b>a & b failed: " + nasty)
     assert page.shown.count(nasty) >= 4  # ending, two legends, the setting
     assert 'src="http' not in page.text
@@ -318,7 +318,7 @@ def test_of_many_rows_the_extremes_remain():
 def test_time_is_the_rows_means_by_their_steps():
     rows = rows_of([1, 10, 20])
     assert time_in_steps(rows) == 60.0 + 9 * 2.0 + 10 * 2.0
-    assert time_in_steps(rows_of([501, 510])) == 60.0 + 9 * 2.0  # branched off at step 500
+    assert time_in_steps(rows_of([501, 510])) == 60.0 + 9 * 2.0  # a run that starts at step 501
     assert time_in_steps([rows[0], {"step": 10}]) is None
     assert time_in_steps([]) is None
     assert [format_duration(seconds) for seconds in (4.2, 59.99, 98, 12_040)] == [

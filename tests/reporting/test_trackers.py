@@ -1,4 +1,4 @@
-"""Rows of metrics: how steps are summed up, and what stays of a file that is written on."""
+"""Rows of metrics: how several steps become one row, and which rows remain in the file of a resumed run."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_stays():
 
 
 def test_what_some_steps_measured_is_their_mean():
-    """Steps without rewards have no such metrics, steps whose rewards failed have NaN or worse."""
+    """Steps without rewards lack these metrics; steps whose rewards failed have NaN or infinity."""
     steps = [{"mean_reward": np.float32(value)} for value in (1.0, np.nan, 3.0)] + [{"lr": np.float32(1)}]
     steps[1]["my_score"] = np.float32(np.inf)
     assert summarize(steps) == {"mean_reward": 2.0, "lr": 1.0}
