@@ -8,13 +8,14 @@ Arrays are [B, ...]. t is [B] and is broadcast over the trailing axes. Latents a
 import jax
 
 
-def _over(t: jax.Array, x: jax.Array) -> jax.Array:
+def _expand(t: jax.Array, x: jax.Array) -> jax.Array:
+    """Add axes to t [B], so that it is broadcast over the trailing axes of x [B, ...]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def interpolate(clean: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     """Compute x_t = (1 − t)·x0 + t·ε."""
-    t = _over(t, clean)
+    t = _expand(t, clean)
     return (1.0 - t) * clean + t * noise
 
 
@@ -25,9 +26,9 @@ def velocity_target(clean: jax.Array, noise: jax.Array) -> jax.Array:
 
 def clean_from_velocity(noisy: jax.Array, velocity: jax.Array, t: jax.Array) -> jax.Array:
     """Compute x̂0 = x_t − t·v."""
-    return noisy - _over(t, noisy) * velocity
+    return noisy - _expand(t, noisy) * velocity
 
 
 def noise_from_velocity(noisy: jax.Array, velocity: jax.Array, t: jax.Array) -> jax.Array:
     """Compute ε̂ = x_t + (1 − t)·v."""
-    return noisy + (1.0 - _over(t, noisy)) * velocity
+    return noisy + (1.0 - _expand(t, noisy)) * velocity

@@ -14,7 +14,7 @@ LOSS_REGIONS = ("balanced", "panel", "mask", "all")
 DILATION = 2  # latent cells
 
 
-def _normalized(region: jax.Array) -> jax.Array:
+def _normalize(region: jax.Array) -> jax.Array:
     """Compute weights [B, h, w] that are equal inside a region and sum to 1; all are 0 if the region is empty."""
     return region / jnp.maximum(region.sum((1, 2), keepdims=True), 1.0)
 
@@ -48,15 +48,15 @@ def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.
     panel = jnp.broadcast_to(jnp.arange(w // factor) >= w // factor // 2, cells.shape).astype(jnp.float32)
     edited = (edited > 0) * panel
     if kind == "balanced":
-        rest = _normalized(panel - edited)
-        share = 1.0 - 0.5 * rest.sum((1, 2), keepdims=True)
-        weights = share * _normalized(edited) + 0.5 * rest
+        rest = _normalize(panel - edited)
+        edited_share = 1.0 - 0.5 * rest.sum((1, 2), keepdims=True)
+        weights = edited_share * _normalize(edited) + 0.5 * rest
     elif kind == "panel":
-        weights = _normalized(panel)
+        weights = _normalize(panel)
     elif kind == "mask":
-        weights = _normalized(edited)
+        weights = _normalize(edited)
     elif kind == "all":
-        weights = _normalized(jnp.ones_like(panel))
+        weights = _normalize(jnp.ones_like(panel))
     else:
         raise ValueError(f"loss_region={kind!r}: expected one of {', '.join(LOSS_REGIONS)}")
     return pack(weights[..., None])

@@ -52,9 +52,9 @@ def sde_transition(
     μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ        Δ = t − t'
     """
     g, delta = diffusion_coefficient(t, noise_level), t - t_next
-    over = t.shape + (1,) * (x.ndim - t.ndim)
-    drift = velocity + (g**2 / (2.0 * t)).reshape(over) * noise_from_velocity(x, velocity, t)
-    return x - delta.reshape(over) * drift, g * jnp.sqrt(delta)
+    shape = t.shape + (1,) * (x.ndim - t.ndim)  # broadcasts [B] over the trailing axes of x
+    drift = velocity + (g**2 / (2.0 * t)).reshape(shape) * noise_from_velocity(x, velocity, t)
+    return x - delta.reshape(shape) * drift, g * jnp.sqrt(delta)
 
 
 def sample_sde(
@@ -88,11 +88,11 @@ def sample_sde(
     steps = len(times) - 1
     count = steps if count is None else count
 
-    def step(x, number):
-        t, t_next = (jnp.full(x.shape[:1], times[number + offset]) for offset in (0, 1))
-        level = jnp.where((number >= first) & (number < first + count), noise_level, 0.0)
+    def step(x, index):
+        t, t_next = (jnp.full(x.shape[:1], times[index + offset]) for offset in (0, 1))
+        level = jnp.where((index >= first) & (index < first + count), noise_level, 0.0)
         mean, std = sde_transition(x, velocity(x, t), t, t_next, level)
-        return mean + std.reshape(std.shape + (1,) * (x.ndim - 1)) * draw(number), x
+        return mean + std.reshape(std.shape + (1,) * (x.ndim - 1)) * draw(index), x
 
     final, states = jax.lax.scan(step, latents.astype(jnp.float32), jnp.arange(steps))
     states = jnp.concatenate([states, final[None]])

@@ -11,9 +11,9 @@ import numpy as np
 from ra_jax.errors import WeightError
 
 # Diffusers' defaults for values that are absent from scheduler_config.json, if FLUX's values differ from them.
-ABSENT = {"shift": 1.0, "use_dynamic_shifting": False}
+DIFFUSERS_DEFAULTS = {"shift": 1.0, "use_dynamic_shifting": False}
 # Settings of diffusers' scheduler that change its times or steps. FLUX uses these values, and no others are supported.
-FIXED = {
+FIXED_SETTINGS = {
     "invert_sigmas": False,
     "shift_terminal": None,
     "use_karras_sigmas": False,
@@ -52,11 +52,11 @@ class FlowSchedule:
         path = Path(folder) / "scheduler" / "scheduler_config.json"
         if not path.exists():
             return cls()
-        given = ABSENT | json.loads(path.read_text())
-        for name, value in FIXED.items():
-            if given.get(name, value) != value:
-                raise WeightError(f"{path}: {name} is {given[name]!r}, only {value!r} is known.")
-        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+        settings = DIFFUSERS_DEFAULTS | json.loads(path.read_text())
+        for name, value in FIXED_SETTINGS.items():
+            if settings.get(name, value) != value:
+                raise WeightError(f"{path}: {name} is {settings[name]!r}, but only {value!r} is supported.")
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
 
     def mu(self, tokens: int) -> float:
         """Compute μ for an image of `tokens` packed tokens."""

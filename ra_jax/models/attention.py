@@ -121,8 +121,8 @@ def cudnn(
     """
     length, tokens = q.shape[1], k.shape[1] if tokens is None else tokens
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    attended = None if tokens == k.shape[1] else jnp.full(len(k), tokens, jnp.int32)
-    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=attended, implementation=implementation)
+    key_lengths = None if tokens == k.shape[1] else jnp.full(len(k), tokens, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=key_lengths, implementation=implementation)
     return out[:, :length]
 
 
@@ -140,35 +140,35 @@ def by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _by_head_forward(q: jax.Array, k: jax.Array, v: jax.Array):
-    def head(given):
-        q, k, v = given
+    def one_head(arrays):
+        q, k, v = arrays
         scores = q @ k.T
-        largest = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
+        maximum = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - maximum)
         total = weights.sum(-1, keepdims=True)
-        return (weights @ v) / total, (largest + jnp.log(total))[:, 0]
+        return (weights @ v) / total, (maximum + jnp.log(total))[:, 0]
 
-    heads = _heads(q) * q.shape[-1] ** -0.5, _heads(k), _heads(v)
-    out, log_total = checkpoint_name(_map_heads(head, heads), ATTENTION_RESIDUALS)
-    return _records(out, len(q), q.dtype), (*heads, out, log_total)
+    heads = _split_heads(q) * q.shape[-1] ** -0.5, _split_heads(k), _split_heads(v)
+    out, log_total = checkpoint_name(_map_heads(one_head, heads), ATTENTION_RESIDUALS)
+    return _merge_heads(out, len(q), q.dtype), (*heads, out, log_total)
 
 
-def _by_head_backward(saved, gradient: jax.Array):
-    *heads, out, log_total = saved
-    records, dtype, dim = len(gradient), gradient.dtype, gradient.shape[-1]
+def _by_head_backward(residuals, gradient: jax.Array):
+    *heads, out, log_total = residuals
+    batch, dtype, dim = len(gradient), gradient.dtype, gradient.shape[-1]
 
-    def head(given):
-        q, k, v, gradient, log_total, along = given
-        weights = jnp.exp(k @ q.T - log_total)  # [T, S]
-        by_scores = weights * (v @ gradient.T - along)
-        # The gradient of q is by_scoresᵀ k = (kᵀ by_scores)ᵀ. The second form transposes k, which is small. Without
-        # the barrier XLA rewrites it into the first form, which transposes by_scores [T, S].
-        by_q = jax.lax.optimization_barrier(k.T @ by_scores).T
-        return by_q, by_scores @ q, weights @ gradient
+    def one_head(arrays):
+        q, k, v, gradient, log_total, gradient_dot_out = arrays
+        weights = jnp.exp(k @ q.T - log_total)  # [T, S]; d_x below is the gradient of x
+        d_scores = weights * (v @ gradient.T - gradient_dot_out)
+        # The gradient of q is d_scoresᵀ k = (kᵀ d_scores)ᵀ. The second form transposes k, which is small. Without the
+        # barrier XLA rewrites it into the first form, which transposes d_scores [T, S].
+        d_q = jax.lax.optimization_barrier(k.T @ d_scores).T
+        return d_q, d_scores @ q, weights @ gradient
 
-    gradient = _heads(gradient)
-    by_q, by_k, by_v = _map_heads(head, (*heads, gradient, log_total, (gradient * out).sum(-1)))
-    return tuple(_records(x, records, dtype) for x in (by_q * dim**-0.5, by_k, by_v))
+    gradient = _split_heads(gradient)
+    d_q, d_k, d_v = _map_heads(one_head, (*heads, gradient, log_total, (gradient * out).sum(-1)))
+    return tuple(_merge_heads(x, batch, dtype) for x in (d_q * dim**-0.5, d_k, d_v))
 
 
 by_head.defvjp(_by_head_forward, _by_head_backward)
@@ -180,14 +180,14 @@ def _map_heads(function: Callable[[Any], Any], heads: Any) -> Any:
     return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_PER_CALL, count))[1]
 
 
-def _heads(x: jax.Array) -> jax.Array:
+def _split_heads(x: jax.Array) -> jax.Array:
     """Move heads to the first axis: [B, S, H, D] -> [B·H, S, D] in float32."""
     return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _records(x: jax.Array, records: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _merge_heads(x: jax.Array, batch: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Move heads back: [B·H, S, D] -> [B, S, H, D] in `dtype`."""
-    return x.reshape(records, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
+    return x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
 
 
 def splash(
@@ -212,26 +212,26 @@ def splash(
         interpret=interpret,
     )
 
-    def padded_heads(x: jax.Array) -> jax.Array:
+    def pad_heads(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     segment = (jnp.arange(padded) >= (length if tokens is None else tokens)).astype(jnp.int32)
     segments = splash_attention.SegmentIds(q=segment, kv=segment)
-    out = jax.vmap(partial(kernel, segment_ids=segments))(padded_heads(q * dim**-0.5), padded_heads(k), padded_heads(v))
+    out = jax.vmap(partial(kernel, segment_ids=segments))(pad_heads(q * dim**-0.5), pad_heads(k), pad_heads(v))
     return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
 
 
-def rope_table(grid: tuple[int, int], others: int, axes_dims: tuple[int, ...], *, multiple: int = 1) -> Rope:
+def rope_table(grid: tuple[int, int], context_tokens: int, axes_dims: tuple[int, ...], *, multiple: int = 1) -> Rope:
     """Compute rotary positions in float64, as diffusers' `FluxPosEmbed` does, and return them in float32.
 
     Args:
         grid: rows and columns of image tokens. They come first; the token in row r and column c has position (0, r, c).
-        others: number of context tokens after the image, all at position (0, 0, 0).
+        context_tokens: number of context tokens after the image, all at position (0, 0, 0).
         axes_dims: features of a head that each of the three position axes rotates.
         multiple: padding at (0, 0, 0) extends the sequence to a multiple of this.
     """
     rows, cols = grid
-    tokens = rows * cols + others
+    tokens = rows * cols + context_tokens
     ids = np.zeros((tokens + -tokens % multiple, 3))
     ids[: rows * cols, 1] = np.repeat(np.arange(rows), cols)
     ids[: rows * cols, 2] = np.tile(np.arange(cols), rows)

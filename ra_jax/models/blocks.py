@@ -14,15 +14,15 @@ from ra_jax.models.lora import PRODUCT, Adapter
 from ra_jax.parallel.partitioning import STACKED, gather_params, parameter_name, shard_batch
 
 
-def _saves(*names: str) -> Callable:
+def _save_names(*names: str) -> Callable:
     """Return a `jax.checkpoint` policy that saves arrays with these names, and what cuDNN's attention returns.
 
     cuDNN's attention gives its arrays no names. The policy recognizes it by the name of its primitive.
     """
-    named = jax.checkpoint_policies.save_only_these_names(*names)
+    name_policy = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive, *args: Any, **parameters: Any):
-        return "dot_product_attention_fwd" in primitive.name or named(primitive, *args, **parameters)
+        return "dot_product_attention_fwd" in primitive.name or name_policy(primitive, *args, **parameters)
 
     return policy
 
@@ -30,8 +30,8 @@ def _saves(*names: str) -> Callable:
 # Arrays that a block saves for its backward pass, beside its input. None saves everything.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "products": _saves(ATTENTION_RESIDUALS, PRODUCT),
-    "blocks": _saves(ATTENTION_RESIDUALS),
+    "products": _save_names(ATTENTION_RESIDUALS, PRODUCT),
+    "blocks": _save_names(ATTENTION_RESIDUALS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -72,7 +72,7 @@ def scan_blocks(
     if blocks is None:
         return carry
     graphdef, params = nnx.split(blocks)
-    leaves = jax.tree.leaves(params, is_leaf=_is_apart)
+    leaves = jax.tree.leaves(params, is_leaf=_is_unstacked)
     count = len(leaves[0])
 
     def step(carry, layer):
@@ -86,9 +86,9 @@ def scan_blocks(
         # prevent_cse keeps XLA from merging the recomputation with the forward pass. In a loop XLA cannot merge them
         # anyway.
         step = jax.checkpoint(step, policy=policy, prevent_cse=unroll)
-    if not any(map(_is_apart, leaves)):
+    if not any(map(_is_unstacked, leaves)):
         return jax.lax.scan(step, carry, (jnp.arange(count), params), unroll=unroll)[0]
-    layers = [jax.tree.map(itemgetter(index), params, is_leaf=_is_apart) for index in range(count)]
+    layers = [jax.tree.map(itemgetter(index), params, is_leaf=_is_unstacked) for index in range(count)]
     for layer in enumerate(layers):
         carry, _ = step(carry, layer)
     return carry
@@ -104,12 +104,12 @@ def unstack_blocks(params: Any) -> Any:
         params: parameters of a transformer, or some of them.
     """
 
-    def apart(path: tuple, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-        few = re.search(STACKED, "/" + parameter_name(path)) and len(x) <= UNROLL_UP_TO
-        return tuple(x) if few else x
+    def unstack(path: tuple, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+        is_stacked = re.search(STACKED, "/" + parameter_name(path))
+        return tuple(x) if is_stacked and len(x) <= UNROLL_UP_TO else x
 
-    return jax.tree_util.tree_map_with_path(apart, params)
+    return jax.tree_util.tree_map_with_path(unstack, params)
 
 
-def _is_apart(x: Any) -> bool:
+def _is_unstacked(x: Any) -> bool:
     return isinstance(x, tuple)

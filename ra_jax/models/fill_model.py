@@ -101,7 +101,7 @@ class FillModel:
         if height % self.multiple or width % self.multiple:
             raise ValueError(
                 f"image of {height}x{width} pixels: both sides must be multiples of {self.multiple} "
-                "(twice the VAE's factor); resize or pad it"
+                "(twice the VAE's factor); resize or pad the image"
             )
         if masked_latents is None:
             masked_latents = self.encode(frozen, apply_mask(image, mask))
@@ -205,8 +205,8 @@ def assemble_model(
     Raises:
         WeightError: if the transformer's channels do not match the VAE's.
     """
-    trained = nnx.Param if train_base else nnx.LoRAParam
-    flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trained, ...)
+    trainable_type = nnx.Param if train_base else nnx.LoRAParam
+    flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trainable_type, ...)
     vae_graph, vae_state = nnx.split(vae)
     trainable, frozen = {"flux": flux_trainable}, {"flux": flux_frozen, "vae": vae_state}
     redux_graph = router_graph = None
@@ -216,12 +216,12 @@ def assemble_model(
         router_graph, trainable["router"] = nnx.split(router)
     config = flux.config
     channels = vae.config.latent_channels
-    expected = 8 * channels + 4 * vae.config.factor**2
-    if config.in_channels != expected or config.out_channels != 4 * channels:
+    in_channels, out_channels = 8 * channels + 4 * vae.config.factor**2, 4 * channels
+    if (config.in_channels, config.out_channels) != (in_channels, out_channels):
         raise WeightError(
-            f"the transformer takes {config.in_channels} channels and gives {config.out_channels}, but a Fill model on "
-            f"this VAE ({channels} latent channels, factor {vae.config.factor}) takes {expected} and gives "
-            f"{4 * channels}: use a FLUX.1-Fill transformer and the VAE from one folder"
+            f"the transformer has {config.in_channels} input channels and {config.out_channels} output channels: a "
+            f"Fill model with this VAE ({channels} latent channels, factor {vae.config.factor}) needs {in_channels} "
+            f"and {out_channels}; load a FLUX.1-Fill transformer and the VAE of the same folder"
         )
     model = FillModel(
         flux=flux_graph,

@@ -69,11 +69,12 @@ class FluxConfig:
         Raises:
             ValueError: for an unknown key, or a `patch_size` other than 1.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        values = known_values(config_json, [*known, "patch_size"], "transformer")
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = known_values(config_json, [*names, "patch_size"], "transformer")
         if (patch_size := values.pop("patch_size", 1)) != 1:
             raise ValueError(
-                f"transformer config: patch_size is {patch_size}, only 1 (latents packed outside) is known."
+                f"transformer config: patch_size is {patch_size}, but only 1 is supported, since latents are packed "
+                "before the transformer."
             )
         return cls(**values)
 
@@ -183,7 +184,7 @@ class TimeTextEmbed(nnx.Module):
         if self.guidance_embedder is None:
             return embedding
         if guidance is None:
-            raise ValueError("guidance is None, but this model embeds the guidance scale: give [B] values.")
+            raise ValueError("guidance is None, but this model embeds the guidance scale: pass an array [B].")
         return embedding + self.guidance_embedder(sinusoid(guidance), adapter)
 
 
@@ -261,9 +262,10 @@ class JointAttention(SelfAttention):
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
         length = x.shape[1]
-        here, there = jax.tree.map(lambda table: table[:length], rope), jax.tree.map(lambda table: table[length:], rope)
-        joined = zip(self.qkv(x, here, adapter), self.added_qkv(context, there, adapter), strict=True)
-        out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in joined), rope.tokens)
+        x_rope = jax.tree.map(lambda table: table[:length], rope)
+        context_rope = jax.tree.map(lambda table: table[length:], rope)
+        pairs = zip(self.qkv(x, x_rope, adapter), self.added_qkv(context, context_rope, adapter), strict=True)
+        out = self.attend(*(jnp.concatenate(pair, axis=1) for pair in pairs), rope.tokens)
         return self.to_out["0"](out[:, :length], adapter), self.to_add_out(out[:, length:], adapter)
 
     def added_qkv(
@@ -381,10 +383,10 @@ class Flux(nnx.Module):
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
         self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
-        blocks = dataclasses.replace(layers, int8=options.int8)
-        self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, blocks), config.num_layers, rngs)
+        block_layers = dataclasses.replace(layers, int8=options.int8)
+        self.transformer_blocks = stack_blocks(partial(DoubleBlock, config, block_layers), config.num_layers, rngs)
         self.single_transformer_blocks = stack_blocks(
-            partial(SingleBlock, config, blocks), config.num_single_layers, rngs
+            partial(SingleBlock, config, block_layers), config.num_single_layers, rngs
         )
         self.norm_out = Modulation(config.inner_dim, 2, layers, rngs)
         self.proj_out = layers.linear(config.inner_dim, config.out_channels, rngs, kernel_init=nnx.initializers.zeros)
@@ -417,7 +419,7 @@ class Flux(nnx.Module):
             ValueError: if shapes do not match `config`, or guidance is None but the model embeds it.
         """
         hidden, grid = jnp.concatenate([latents, condition.fill], axis=-1), condition.grid
-        self._check(hidden, condition)
+        self._check_shapes(hidden, condition)
         adapter = None if adapter is None else adapter.per_example(hidden.shape[0])
         embedding = self.time_text_embed(t, guidance, condition.pooled, adapter)
         rope = rope_table(grid, condition.context.shape[1], self.config.axes_dims_rope, multiple=self.sequence_multiple)
@@ -432,7 +434,7 @@ class Flux(nnx.Module):
         scale, shift = self.norm_out(embedding, adapter)
         return self.proj_out(modulate(x, shift, scale), adapter).astype(jnp.float32)
 
-    def _check(self, hidden: jax.Array, condition: Condition) -> None:
+    def _check_shapes(self, hidden: jax.Array, condition: Condition) -> None:
         config, batch, grid = self.config, hidden.shape[0], condition.grid
         expected = {
             "hidden": (hidden, (batch, grid[0] * grid[1], config.in_channels)),

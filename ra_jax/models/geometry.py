@@ -69,18 +69,18 @@ def abstract_fill_model(
     dtype = options.dtype
     flux = partial(Flux, geometry.flux, options.flux, attention=attention, lora=options.lora)
 
-    def modules() -> dict[str, nnx.Module]:
-        made = {"flux": flux(rngs=nnx.Rngs(0)), "vae": AutoencoderKL(geometry.vae, rngs=nnx.Rngs(0))}
+    def build_networks() -> dict[str, nnx.Module]:
+        networks = {"flux": flux(rngs=nnx.Rngs(0)), "vae": AutoencoderKL(geometry.vae, rngs=nnx.Rngs(0))}
         if geometry.vision is not None:
             redux = partial(Redux, geometry.vision, geometry.embedder, dtype=dtype, param_dtype=dtype)
-            made["redux"] = redux(rngs=nnx.Rngs(0))
+            networks["redux"] = redux(rngs=nnx.Rngs(0))
         if options.router is not None:
-            made["router"] = Router(options.router, 4 * geometry.vae.latent_channels, nnx.Rngs(0))
-        return made
+            networks["router"] = Router(options.router, 4 * geometry.vae.latent_channels, nnx.Rngs(0))
+        return networks
 
-    made = nnx.eval_shape(modules)
-    parts = [made.get(name) for name in ("flux", "vae", "redux", "router")]
-    return assemble_model(*parts, text_tokens=options.text_tokens, train_base=options.train_base)
+    networks = nnx.eval_shape(build_networks)
+    ordered = [networks.get(name) for name in ("flux", "vae", "redux", "router")]
+    return assemble_model(*ordered, text_tokens=options.text_tokens, train_base=options.train_base)
 
 
 def random_weights(shapes: Any, key: jax.Array) -> Any:

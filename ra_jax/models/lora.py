@@ -159,13 +159,14 @@ class ExpertLinear(nnx.Module):
         y = y + self.bias[...].astype(self.dtype)
         if self.lora is None or adapter is None or adapter.gates is None:
             return checkpoint_name(y, PRODUCT)
-        return checkpoint_name(y + self._experts(x, adapter), PRODUCT)
+        return checkpoint_name(y + self._expert_output(x, adapter), PRODUCT)
 
-    def _experts(self, x: jax.Array, adapter: Adapter) -> jax.Array:
+    def _expert_output(self, x: jax.Array, adapter: Adapter) -> jax.Array:
         lora, gates = self.lora, adapter.gates
         if gates.shape != (x.shape[0], lora.num_experts):
             raise ValueError(
-                f"gates have shape {gates.shape}: expected {(x.shape[0], lora.num_experts)}, one per expert."
+                f"gates have shape {gates.shape}: expected {(x.shape[0], lora.num_experts)}, one gate per example and "
+                "expert."
             )
         if lora.dropout and adapter.dropout_key is not None:
             x = _dropout(x, adapter.per_example(x.shape[0]).fold_in(self.stream).dropout_key, lora.dropout)
@@ -209,7 +210,7 @@ def attach_experts(model: nnx.Module, lora: LoRAConfig, key: jax.Array) -> list[
         examples = ", ".join(sorted(layers)[:: max(1, len(layers) // 6)])
         raise TargetError(
             f"target_modules {lora.target_modules!r} matches none of the {len(layers)} linear layers: "
-            f"give a regular expression for names such as {examples}."
+            f"use a regular expression that matches names such as {examples}."
         )
     for name in targets:
         stream = zlib.crc32(name.encode()) >> 1  # fits int32

@@ -39,7 +39,7 @@ class ModelOptions:
     def __post_init__(self):
         if (self.lora is None) != (self.router is None):
             raise ValueError(
-                f"lora is {self.lora} and router {self.router}: expected both, or None twice for no experts"
+                f"lora is {self.lora} and router {self.router}: expected both, or None for both (no experts)"
             )
 
     @property

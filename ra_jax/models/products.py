@@ -23,7 +23,7 @@ def save_for_backward(x: jax.Array) -> jax.Array:
     starting from the residual stream of the first block. With the barrier it makes a transposed copy of x instead,
     which takes less time. GPUs read x in place: there the copy would only cost time, so x has no barrier.
     """
-    return jax.lax.platform_dependent(x, cuda=_unchanged, default=jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(x, cuda=_identity, default=jax.lax.optimization_barrier)
 
 
 def unfused_on_gpu(x: jax.Array) -> jax.Array:
@@ -34,10 +34,10 @@ def unfused_on_gpu(x: jax.Array) -> jax.Array:
     product cannot, so adding the bias, and adding the experts' output to the base's, take further passes over memory.
     With the barrier XLA does not treat the two inputs as the same. Other platforms need no barrier.
     """
-    return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=_unchanged)
+    return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=_identity)
 
 
-def _unchanged(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -55,11 +55,11 @@ def _expert_product_forward(x: jax.Array, weight: jax.Array):
     return expert_product(x, weight), (x, weight)
 
 
-def _expert_product_backward(saved, gradient: jax.Array):
-    x, weight = saved
-    by_x = gradient @ weight.astype(x.dtype).T
-    by_weight = sum_over_tokens(x, gradient, narrow_out=weight.shape[0] > weight.shape[1])
-    return by_x, by_weight.astype(weight.dtype)
+def _expert_product_backward(residuals, gradient: jax.Array):
+    x, weight = residuals
+    x_gradient = gradient @ weight.astype(x.dtype).T
+    weight_gradient = sum_over_tokens(x, gradient, narrow_out=weight.shape[0] > weight.shape[1])
+    return x_gradient, weight_gradient.astype(weight.dtype)
 
 
 expert_product.defvjp(_expert_product_forward, _expert_product_backward)
@@ -78,13 +78,13 @@ def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> j
         narrow_out: whether out < in.
     """
     tokens = tuple(range(x.ndim - 1))
-    summed = partial(
+    product = partial(
         jax.lax.dot_general, dimension_numbers=((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
     )
 
-    def narrow_first(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier(summed(gradient, x)).T
+    def transposed_product(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(product(gradient, x)).T
 
-    return (
-        jax.lax.platform_dependent(x, gradient, cpu=narrow_first, default=summed) if narrow_out else summed(x, gradient)
-    )
+    if narrow_out:
+        return jax.lax.platform_dependent(x, gradient, cpu=transposed_product, default=product)
+    return product(x, gradient)

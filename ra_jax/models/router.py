@@ -57,9 +57,12 @@ class RouterConfig:
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing {self.routing!r} is unknown: expected one of {', '.join(ROUTINGS)}.")
         if experts < 1 or self.hidden < 1:
-            raise ValueError(f"num_experts is {experts} and hidden {self.hidden}: expected 1 or more of each.")
+            raise ValueError(f"num_experts is {experts} and hidden is {self.hidden}: expected 1 or more for both.")
         if self.floor < 0 or experts * self.floor >= 1:
-            raise ValueError(f"router floor {self.floor} for {experts} experts: expected 0 to below {1 / experts:g}.")
+            raise ValueError(
+                f"router_floor is {self.floor} for {experts} experts: expected at least 0 and less than "
+                f"1/num_experts = {1 / experts:g}."
+            )
         if self.temperature <= 0:
             raise ValueError(f"routing_temperature is {self.temperature}: expected a number above 0.")
         if not 1 <= self.top_k <= experts:
@@ -70,8 +73,8 @@ class RouterConfig:
             raise ValueError(f"fixed_expert_weights {weights}: expected weights from 0 to 1 that sum to 1.")
         if self.routing in ("soft", "topk", "sample") and min(weights) <= self.floor:
             raise ValueError(
-                f"fixed_expert_weights {weights}: {self.routing} routing starts from them, so each must exceed "
-                f"the router's floor, {self.floor}; give larger weights, a lower floor or --routing fixed."
+                f"fixed_expert_weights {weights}: they are the initial gates of {self.routing} routing, so each must "
+                f"exceed router_floor, {self.floor}; use larger weights, a lower floor or --routing fixed."
             )
 
 
@@ -88,12 +91,12 @@ class Router(nnx.Module):
         self.hidden = nnx.Linear(feature_count(latent_channels), config.hidden, rngs=rngs)
         # A weight at the floor has no finite logit. Only routings that do not read the logits allow such a weight.
         above_floor = np.maximum(np.asarray(config.fixed_weights) - config.floor, GATE_EPS)
-        start = config.temperature * np.log(above_floor / (1 - config.num_experts * config.floor))
+        initial_logits = config.temperature * np.log(above_floor / (1 - config.num_experts * config.floor))
         self.logits = nnx.Linear(
             config.hidden,
             config.num_experts,
             kernel_init=nnx.initializers.zeros,
-            bias_init=nnx.initializers.constant(start),
+            bias_init=nnx.initializers.constant(initial_logits),
             rngs=rngs,
         )
 
@@ -174,13 +177,14 @@ def router_features(
     latents = masked_latents.astype(jnp.float32).reshape(batch, *grid, channels)[:, :, panel_columns]
     mask = token_mask.astype(jnp.float32).reshape(batch, *grid)[:, :, panel_columns]
 
-    near = _dilate(mask, RING_TOKENS) > 0
-    pooled = [_mean_and_std(latents, region) for region in (near & (mask == 0), ~near)]
+    dilated = _dilate(mask, RING_TOKENS) > 0
+    ring, outside = dilated & (mask == 0), ~dilated
+    latent_statistics = [_mean_and_std(latents, region) for region in (ring, outside)]
     padded = jnp.pad(mask, ((0, 0), (1, 1), (1, 1)))
     perimeter = sum(jnp.abs(jnp.diff(padded, axis=axis)).sum(axis=(1, 2)) for axis in (1, 2))
     complexity = perimeter / (4 * jnp.sqrt(jnp.maximum(mask.sum(axis=(1, 2)), GATE_EPS)))
-    shape = jnp.stack([jnp.sqrt(mask.mean(axis=(1, 2))), complexity], axis=-1)
-    return jnp.concatenate([*pooled, shape], axis=-1)
+    mask_features = jnp.stack([jnp.sqrt(mask.mean(axis=(1, 2))), complexity], axis=-1)
+    return jnp.concatenate([*latent_statistics, mask_features], axis=-1)
 
 
 def _dilate(mask: jax.Array, radius: int) -> jax.Array:

@@ -58,7 +58,7 @@ class SiglipConfig:
             )
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one whole number (a square).")
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one integer, the side of a square.")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}.")
 
@@ -118,8 +118,8 @@ class SelfAttention(nnx.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear(dim, dim) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        heads = (*x.shape[:2], self.num_heads, -1)
-        q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attention(q, k, v).reshape(x.shape))
 
 
@@ -151,9 +151,9 @@ class Block(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-def _layer_norm(config: SiglipConfig, **common) -> nnx.LayerNorm:
+def _layer_norm(config: SiglipConfig, **options) -> nnx.LayerNorm:
     # The fast variance, E x² - (E x)², loses all digits if a channel's mean is large, as in trained SigLIPs.
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **common)
+    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **options)
 
 
 class SiglipVision(nnx.Module):
@@ -174,7 +174,7 @@ class SiglipVision(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        common = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         patch = (config.patch_size, config.patch_size)
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.patch_embedding = nnx.Conv(
@@ -185,15 +185,15 @@ class SiglipVision(nnx.Module):
             padding="VALID",
             kernel_init=lecun_normal,
             rngs=rngs,
-            **common,
+            **dtypes,
         )
-        positions = draw_with_xla(nnx.initializers.normal(config.hidden_size**-0.5))
+        draw_positions = draw_with_xla(nnx.initializers.normal(config.hidden_size**-0.5))
         self.position_embedding = nnx.Param(
-            positions(rngs.params(), (config.num_tokens, config.hidden_size), param_dtype)
+            draw_positions(rngs.params(), (config.num_tokens, config.hidden_size), param_dtype)
         )
-        make_block = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **common))
+        make_block = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **dtypes))
         self.layers = make_block(rngs.split(config.num_hidden_layers))
-        self.post_layernorm = _layer_norm(config, rngs=rngs, **common)
+        self.post_layernorm = _layer_norm(config, rngs=rngs, **dtypes)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Compute the last hidden state [B, num_tokens, hidden_size] float32 of preprocessed pixels [B, s, s, 3].
@@ -205,7 +205,7 @@ class SiglipVision(nnx.Module):
         if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
             raise ValueError(
                 f"pixels have shape {pixels.shape}: expected [B, {config.image_size}, {config.image_size}, "
-                f"{config.num_channels}]; take feature_extractor/ and image_encoder/ from one model."
+                f"{config.num_channels}]; use feature_extractor/ and image_encoder/ of the same model."
             )
         patches = self.patch_embedding(pixels.astype(self.dtype))
         x = patches.reshape(pixels.shape[0], config.num_tokens, config.hidden_size)
@@ -263,11 +263,11 @@ class Redux(nnx.Module):
         if vision.hidden_size != embedder.redux_dim:
             raise ValueError(
                 f"redux_dim is {embedder.redux_dim}: expected the image encoder's hidden_size, "
-                f"{vision.hidden_size}; take image_encoder/ and image_embedder/ from one model."
+                f"{vision.hidden_size}; use image_encoder/ and image_embedder/ of the same model."
             )
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.vision = SiglipVision(vision, **common)
-        self.embedder = ReduxEmbedder(embedder, **common)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.vision = SiglipVision(vision, **options)
+        self.embedder = ReduxEmbedder(embedder, **options)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Compute image tokens [B, T, txt_in_features] float32 from preprocessed pixels [B, s, s, 3]."""
@@ -299,8 +299,8 @@ def preprocess(folder: str | Path) -> Callable[[Image.Image], np.ndarray]:
         )
     processor = SiglipImageProcessorPil.from_pretrained(config.parent)
 
-    def pixels(image: Image.Image) -> np.ndarray:
+    def to_pixels(image: Image.Image) -> np.ndarray:
         batch = processor.preprocess(image, do_resize=True, do_convert_rgb=True, return_tensors="np")
         return np.ascontiguousarray(batch["pixel_values"][0].transpose(1, 2, 0), np.float32)
 
-    return pixels
+    return to_pixels

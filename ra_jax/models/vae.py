@@ -71,15 +71,15 @@ class VAEConfig:
             ValueError: for an unknown key, or a block type, activation or latent statistic that FLUX's VAE does not
                 have.
         """
-        fixed = _fixed_values(len(config_json.get("block_out_channels", cls.block_out_channels)))
-        known = [field.name for field in dataclasses.fields(cls)]
-        values = known_values(config_json, [*known, *fixed], "vae")
-        for key, value in fixed.items():
+        fixed_values = _fixed_values(len(config_json.get("block_out_channels", cls.block_out_channels)))
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = known_values(config_json, [*names, *fixed_values], "vae")
+        for key, value in fixed_values.items():
             if values.get(key, value) != value:
-                raise ValueError(f"vae config: {key} is {values[key]!r}, only {value!r} is known.")
+                raise ValueError(f"vae config: {key} is {values[key]!r}, but only {value!r} is supported.")
         # Autoencoders older than FLUX's have a null shift_factor, which means no shift.
         values["shift_factor"] = values.get("shift_factor") or 0.0
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{key: value for key, value in values.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of diffusers' config.json."""
@@ -110,12 +110,12 @@ class GroupNorm(nnx.Module):
         y = x.astype(jnp.float32)
         # Reduces over pixels first and over the group's few channels second, so that channels stay the inner axis. On
         # CPU a training step is a fifth faster than with one reduction of [B, H·W, groups, channels per group].
-        mean = self._mean(y)
-        inverse = jax.lax.rsqrt(self._mean(jnp.square(y - mean)) + NORM_EPS)
-        y = (y - mean) * (inverse * self.scale[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
+        mean = self._group_mean(y)
+        inverse_std = jax.lax.rsqrt(self._group_mean(jnp.square(y - mean)) + NORM_EPS)
+        y = (y - mean) * (inverse_std * self.scale[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
 
-    def _mean(self, x: jax.Array) -> jax.Array:
+    def _group_mean(self, x: jax.Array) -> jax.Array:
         """Compute the mean of each channel's group: [B, H, W, C] -> [B, 1, 1, C]."""
         by_channel = x.mean((1, 2)).reshape(x.shape[0], self.groups, -1)
         by_group = jnp.broadcast_to(by_channel.mean(-1, keepdims=True), by_channel.shape)
@@ -127,27 +127,27 @@ class _Layers:
 
     def __init__(self, config: VAEConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
-        self._common = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": lecun_normal, "rngs": rngs}
+        self._options = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": lecun_normal, "rngs": rngs}
 
     def conv(self, inputs: int, outputs: int, size: int = 3, *, strides: int = 1, padding="SAME") -> nnx.Conv:
-        return nnx.Conv(inputs, outputs, (size, size), strides=strides, padding=padding, **self._common)
+        return nnx.Conv(inputs, outputs, (size, size), strides=strides, padding=padding, **self._options)
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, **self._common)
+        return nnx.Linear(inputs, outputs, **self._options)
 
     def norm(self, channels: int) -> GroupNorm:
-        return GroupNorm(channels, self.config.norm_num_groups, param_dtype=self._common["param_dtype"])
+        return GroupNorm(channels, self.config.norm_num_groups, param_dtype=self._options["param_dtype"])
 
 
 class ResnetBlock(nnx.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 conv on x if the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, make: _Layers):
-        self.norm1 = make.norm(inputs)
-        self.conv1 = make.conv(inputs, outputs)
-        self.norm2 = make.norm(outputs)
-        self.conv2 = make.conv(outputs, outputs)
-        self.conv_shortcut = make.conv(inputs, outputs, 1) if inputs != outputs else None
+    def __init__(self, inputs: int, outputs: int, layers: _Layers):
+        self.norm1 = layers.norm(inputs)
+        self.conv1 = layers.conv(inputs, outputs)
+        self.norm2 = layers.norm(outputs)
+        self.conv2 = layers.conv(outputs, outputs)
+        self.conv_shortcut = layers.conv(inputs, outputs, 1) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv1(nnx.silu(self.norm1(x)))
@@ -158,12 +158,12 @@ class ResnetBlock(nnx.Module):
 class PixelAttention(nnx.Module):
     """x + to_out(softmax(q kᵀ/√C) v), with one head over all pixels of the image."""
 
-    def __init__(self, channels: int, make: _Layers):
-        self.group_norm = make.norm(channels)
-        self.to_q = make.linear(channels, channels)
-        self.to_k = make.linear(channels, channels)
-        self.to_v = make.linear(channels, channels)
-        self.to_out = nnx.List([make.linear(channels, channels)])
+    def __init__(self, channels: int, layers: _Layers):
+        self.group_norm = layers.norm(channels)
+        self.to_q = layers.linear(channels, channels)
+        self.to_k = layers.linear(channels, channels)
+        self.to_v = layers.linear(channels, channels)
+        self.to_out = nnx.List([layers.linear(channels, channels)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
@@ -190,10 +190,10 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 class MidBlock(nnx.Module):
     """A resnet, attention (optional) and another resnet at the lowest resolution."""
 
-    def __init__(self, channels: int, make: _Layers):
-        self.resnets = nnx.List([ResnetBlock(channels, channels, make) for _ in range(2)])
-        attention = make.config.mid_block_add_attention
-        self.attentions = nnx.List([PixelAttention(channels, make)] if attention else [])
+    def __init__(self, channels: int, layers: _Layers):
+        self.resnets = nnx.List([ResnetBlock(channels, channels, layers) for _ in range(2)])
+        attention = layers.config.mid_block_add_attention
+        self.attentions = nnx.List([PixelAttention(channels, layers)] if attention else [])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.resnets[0](x)
@@ -205,8 +205,8 @@ class MidBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Stride-2 conv with padding only below and on the right of the image, as in the original implementation."""
 
-    def __init__(self, channels: int, make: _Layers):
-        self.conv = make.conv(channels, channels, strides=2, padding=((0, 1), (0, 1)))
+    def __init__(self, channels: int, layers: _Layers):
+        self.conv = layers.conv(channels, channels, strides=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
@@ -215,8 +215,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbor upsampling by 2 along both sides, then a conv."""
 
-    def __init__(self, channels: int, make: _Layers):
-        self.conv = make.conv(channels, channels)
+    def __init__(self, channels: int, layers: _Layers):
+        self.conv = layers.conv(channels, channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
@@ -227,10 +227,10 @@ class Upsample(nnx.Module):
 class DownBlock(nnx.Module):
     """`layers_per_block` resnets; all blocks but the last then halve the resolution."""
 
-    def __init__(self, inputs: int, outputs: int, last: bool, make: _Layers):
-        widths = [inputs] + [outputs] * (make.config.layers_per_block - 1)
-        self.resnets = nnx.List([ResnetBlock(width, outputs, make) for width in widths])
-        self.downsamplers = nnx.List([] if last else [Downsample(outputs, make)])
+    def __init__(self, inputs: int, outputs: int, last: bool, layers: _Layers):
+        widths = [inputs] + [outputs] * (layers.config.layers_per_block - 1)
+        self.resnets = nnx.List([ResnetBlock(width, outputs, layers) for width in widths])
+        self.downsamplers = nnx.List([] if last else [Downsample(outputs, layers)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in (*self.resnets, *self.downsamplers):
@@ -241,10 +241,10 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """`layers_per_block` + 1 resnets; all blocks but the last then double the resolution."""
 
-    def __init__(self, inputs: int, outputs: int, last: bool, make: _Layers):
-        widths = [inputs] + [outputs] * make.config.layers_per_block
-        self.resnets = nnx.List([ResnetBlock(width, outputs, make) for width in widths])
-        self.upsamplers = nnx.List([] if last else [Upsample(outputs, make)])
+    def __init__(self, inputs: int, outputs: int, last: bool, layers: _Layers):
+        widths = [inputs] + [outputs] * layers.config.layers_per_block
+        self.resnets = nnx.List([ResnetBlock(width, outputs, layers) for width in widths])
+        self.upsamplers = nnx.List([] if last else [Upsample(outputs, layers)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in (*self.resnets, *self.upsamplers):
@@ -252,23 +252,24 @@ class UpBlock(nnx.Module):
         return x
 
 
-def _blocks(kind: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], make: _Layers) -> nnx.List:
+def _make_blocks(block: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], layers: _Layers) -> nnx.List:
     """Make one block per resolution, in the order of `widths`."""
-    inputs = (widths[0], *widths[:-1])
+    input_widths = (widths[0], *widths[:-1])
     last = len(widths) - 1
-    return nnx.List([kind(i, o, n == last, make) for n, (i, o) in enumerate(zip(inputs, widths, strict=True))])
+    pairs = enumerate(zip(input_widths, widths, strict=True))
+    return nnx.List([block(inputs, outputs, index == last, layers) for index, (inputs, outputs) in pairs])
 
 
 class Encoder(nnx.Module):
     """Image [B, H, W, in_channels] -> moments of the posterior [B, H/f, W/f, 2·latent_channels]."""
 
-    def __init__(self, make: _Layers):
-        config, widths = make.config, make.config.block_out_channels
-        self.conv_in = make.conv(config.in_channels, widths[0])
-        self.down_blocks = _blocks(DownBlock, widths, make)
-        self.mid_block = MidBlock(widths[-1], make)
-        self.conv_norm_out = make.norm(widths[-1])
-        self.conv_out = make.conv(widths[-1], 2 * config.latent_channels)
+    def __init__(self, layers: _Layers):
+        config, widths = layers.config, layers.config.block_out_channels
+        self.conv_in = layers.conv(config.in_channels, widths[0])
+        self.down_blocks = _make_blocks(DownBlock, widths, layers)
+        self.mid_block = MidBlock(widths[-1], layers)
+        self.conv_norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
@@ -280,13 +281,13 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents [B, h, w, latent_channels] -> image [B, f·h, f·w, out_channels]."""
 
-    def __init__(self, make: _Layers):
-        config, widths = make.config, make.config.block_out_channels[::-1]
-        self.conv_in = make.conv(config.latent_channels, widths[0])
-        self.mid_block = MidBlock(widths[0], make)
-        self.up_blocks = _blocks(UpBlock, widths, make)
-        self.conv_norm_out = make.norm(widths[-1])
-        self.conv_out = make.conv(widths[-1], config.out_channels)
+    def __init__(self, layers: _Layers):
+        config, widths = layers.config, layers.config.block_out_channels[::-1]
+        self.conv_in = layers.conv(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], layers)
+        self.up_blocks = _make_blocks(UpBlock, widths, layers)
+        self.conv_norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], config.out_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.mid_block(self.conv_in(x))
@@ -314,13 +315,13 @@ class AutoencoderKL(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        make = _Layers(config, dtype, param_dtype, rngs)
+        layers = _Layers(config, dtype, param_dtype, rngs)
         channels = config.latent_channels
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.encoder = Encoder(make)
-        self.decoder = Decoder(make)
-        self.quant_conv = make.conv(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
-        self.post_quant_conv = make.conv(channels, channels, 1) if config.use_post_quant_conv else None
+        self.encoder = Encoder(layers)
+        self.decoder = Decoder(layers)
+        self.quant_conv = layers.conv(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = layers.conv(channels, channels, 1) if config.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode images [B, H, W, 3] in [-1, 1] as mean and log-variance of the posterior, before `normalize`.
@@ -331,7 +332,7 @@ class AutoencoderKL(nnx.Module):
         Raises:
             ValueError: if `images` does not have this shape, or f does not divide H and W.
         """
-        _check("images", images, self.config.in_channels, self.config.factor)
+        _check_shape("images", images, self.config.in_channels, self.config.factor)
         moments = self.encoder(images.astype(self.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -344,7 +345,7 @@ class AutoencoderKL(nnx.Module):
         Raises:
             ValueError: if `latents` does not have this shape.
         """
-        _check("latents", latents, self.config.latent_channels, 1)
+        _check_shape("latents", latents, self.config.latent_channels, 1)
         latents = latents.astype(self.dtype)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
@@ -359,7 +360,7 @@ class AutoencoderKL(nnx.Module):
         return latents / self.config.scaling_factor + self.config.shift_factor
 
 
-def _check(name: str, x: jax.Array, channels: int, multiple: int) -> None:
+def _check_shape(name: str, x: jax.Array, channels: int, multiple: int) -> None:
     if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
         sides = f", H and W multiples of {multiple}" if multiple > 1 else ""
         raise ValueError(f"{name} have shape {x.shape}: expected [B, H, W, {channels}]{sides}.")

@@ -60,7 +60,7 @@ def test_schedules_of_other_kinds_are_refused(change, tmp_path):
     (name,) = change
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(DYNAMIC | change))
-    with pytest.raises(ValueError, match=rf"scheduler_config.json: {name} is .*, only .* is known"):
+    with pytest.raises(ValueError, match=rf"scheduler_config.json: {name} is .*, but only .* is supported"):
         FlowSchedule.from_folder(tmp_path)
 
 

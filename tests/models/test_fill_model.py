@@ -133,6 +133,6 @@ def test_what_a_redux_folder_brings(tiny_experts, tiny_fill, tiny_redux):
 def test_a_transformer_and_a_vae_of_different_models_are_told(make_tiny_fill):
     flux, vae = load_flux(make_tiny_fill(4)), load_vae(make_tiny_fill(8))
     with pytest.raises(
-        ValueError, match=r"takes 96 channels and gives 16, .* \(4 latent channels, factor 8\) takes 288"
+        ValueError, match=r"has 96 input channels and 16 output channels: .* \(4 latent channels, factor 8\) needs 288"
     ):
         assemble_model(flux, vae, None, None, text_tokens=8)

@@ -63,5 +63,5 @@ def test_points_one_by_one_save_as_little_as_full(flag, remat):
 
 def test_experts_without_a_router_are_refused():
     lora = LoRAConfig(num_experts=2, rank=2, alpha=2.0)
-    with pytest.raises(ValueError, match=r"lora is LoRAConfig\(.*\) and router None: expected both, or None twice"):
+    with pytest.raises(ValueError, match=r"lora is LoRAConfig\(.*\) and router None: expected both, or None for both"):
         ModelOptions("float32", text_tokens=8, lora=lora)

@@ -98,14 +98,14 @@ def test_topk_keeps_the_largest_with_the_gradient_of_soft():
     ("config", "message"),
     [
         ({"routing": "hard"}, "routing 'hard' is unknown: expected one of uniform, fixed, soft, topk"),
-        ({"floor": 0.34}, "floor 0.34 for 3 experts: expected 0 to below 0.333"),
-        ({"floor": 1 / 3}, "expected 0 to below 0.333"),
+        ({"floor": 0.34}, "router_floor is 0.34 for 3 experts: expected at least 0 and less than"),
+        ({"floor": 1 / 3}, "less than 1/num_experts = 0.333"),
         ({"temperature": 0.0}, "routing_temperature is 0.0"),
         ({"num_experts": 2}, "fixed_expert_weights has 3 values: expected 2, one per expert"),
         ({"fixed_weights": (0.5, 0.3, 0.3)}, "expected weights from 0 to 1 that sum to 1"),
-        ({"fixed_weights": (0.9, 0.05, 0.05)}, "each must exceed the router's floor, 0.05"),
+        ({"fixed_weights": (0.9, 0.05, 0.05)}, "each must exceed router_floor, 0.05"),
         ({"top_k": 4}, "top_k is 4: expected 1 to num_experts, 3"),
-        ({"hidden": 0}, "hidden 0: expected 1 or more"),
+        ({"hidden": 0}, "hidden is 0: expected 1 or more"),
     ],
 )
 def test_a_wrong_config_is_refused(config, message):

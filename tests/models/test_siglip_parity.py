@@ -138,7 +138,7 @@ def test_configs_are_read_and_written():
     [
         (SiglipConfig, {"hidden_act": "relu"}, "hidden_act is 'relu': expected one of gelu_pytorch_tanh, gelu"),
         (SiglipConfig, {"num_attention_heads": 7}, "num_attention_heads is 7: expected a divisor of hidden_size, 768"),
-        (SiglipConfig, {"patch_size": [14, 14]}, r"patch_size is \[14, 14\]: expected one whole number"),
+        (SiglipConfig, {"patch_size": [14, 14]}, r"patch_size is \[14, 14\]: expected one integer"),
         (
             ReduxConfig,
             {"redux_dims": 3},

@@ -161,8 +161,8 @@ def test_config_of_diffusers_is_read_and_written():
     ("content", "message"),
     [
         ({"block_out_channel": [64]}, r"unknown key 'block_out_channel' \(nearest known: 'block_out_channels'\)"),
-        ({"act_fn": "relu"}, "act_fn is 'relu', only 'silu' is known"),
-        ({"up_block_types": ["AttnUpDecoderBlock2D"]}, "only .'UpDecoderBlock2D'. is known"),
+        ({"act_fn": "relu"}, "act_fn is 'relu', but only 'silu' is supported"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D"]}, "only .'UpDecoderBlock2D'. is supported"),
         ({"block_out_channels": [32, 48]}, r"block_out_channels is \[32, 48\]: expected one or more multiples of"),
     ],
 )
