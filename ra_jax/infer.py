@@ -75,7 +75,7 @@ def run(config: InferConfig) -> None:
     seeds = range(config.seed, config.seed + config.repeat)
     candidates = plan_candidates(scenes, seeds, config.output_dir)
     settings = model_settings(config)
-    check_inputs_kept(config, settings, candidates)
+    check_output_paths(config, settings, candidates)
     check_overwrite(candidates, overwrite=config.overwrite)
 
     # Imported after the checks, so that faulty inputs are reported without waiting for this import.
@@ -89,7 +89,7 @@ def run(config: InferConfig) -> None:
     )
 
     def remove(photo: Image.Image, mask: np.ndarray, reference: Image.Image | None, seed: int) -> Image.Image:
-        made = pipe(
+        output = pipe(
             photo,
             Image.fromarray(mask),
             ref=reference,
@@ -97,21 +97,21 @@ def run(config: InferConfig) -> None:
             guidance_scale=settings["guidance_scale"],
             seed=seed,
         )
-        return made.images[0]
+        return output.images[0]
 
     for path in tqdm(write_candidates(candidates, remove), total=len(candidates), unit="image"):
         tqdm.write(str(path))
-    print(f"records, ready to be scored: {candidates[0].path.parent / RECORDS}")
+    print(f"records ready to be scored: {candidates[0].path.parent / RECORDS}")
 
 
-def check_inputs_kept(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
+def check_output_paths(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
     """Raise OutputError if an image or records.json would replace an input, or be written into an input folder."""
     folder = Path(config.output_dir)
     inputs, nested = _scene_inputs(config, [candidate.scene for candidate in candidates])
     models = ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path")
     nested |= {f"--{name}": [Path(settings[name]).expanduser()] for name in models}
     if config.experts is not None:
-        nested |= {"--experts": _experts_folders(config.experts)}
+        nested |= {"--experts": _checkpoint_folders(config.experts)}
     files = [*(candidate.path for candidate in candidates), folder / RECORDS]
     check_outputs(Outputs("--output_dir", folder, files), inputs, nested)
 
@@ -124,15 +124,15 @@ def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[s
     if config.source_mask is None:
         inputs, nested = flag_inputs({"--source_image": config.source_image})
         return {"--source_image": inputs["--source_image"] + record_paths(scenes)}, nested
-    given = {
+    paths = {
         "--source_image": config.source_image,
         "--source_mask": config.source_mask,
         "--ref_image": config.ref_image,
     }
-    return {flag: image_paths(Path(path)) for flag, path in given.items() if path is not None}, {}
+    return {flag: image_paths(Path(path)) for flag, path in paths.items() if path is not None}, {}
 
 
-def _experts_folders(experts: str) -> list[Path]:
+def _checkpoint_folders(experts: str) -> list[Path]:
     """Return the checkpoint that is read, and the checkpoint folders of the run that it belongs to."""
     checkpoint = find_checkpoint(experts)
     runs = [Path(experts)]
@@ -151,8 +151,8 @@ def model_settings(config: InferConfig) -> dict[str, Any]:
         trained = read_metadata(find_checkpoint(config.experts)).config
         # The settings of an older run may lack names that were added since.
         settings |= {name: trained[name] for name in settings if name in trained}
-    given = dataclasses.asdict(config)
-    return settings | {name: given[name] for name in settings if given.get(name) is not None}
+    flags = dataclasses.asdict(config)
+    return settings | {name: flags[name] for name in settings if flags.get(name) is not None}
 
 
 if __name__ == "__main__":

@@ -55,13 +55,13 @@ class RemovalPipeline:
     def __init__(self, loaded: LoadedModel, schedule: FlowSchedule, weights: Weights, panel_area: int = PANEL_AREA):
         self.model, self.schedule = loaded.model, schedule
         self._loaded, self._weights, self._panel_area = loaded, weights, panel_area
-        self._remover = lru_cache(maxsize=4)(
+        self._get_remover = lru_cache(maxsize=4)(
             lambda steps, guidance: make_remover(
                 loaded.model, schedule, num_inference_steps=steps, guidance_scale=guidance
             )
         )
-        self._velocity = jax.jit(self._panel_velocity)
-        self._denoise = jax.jit(self._panel_denoise, static_argnames="num_inference_steps")
+        self._velocity = jax.jit(self._compute_velocity)
+        self._denoise = jax.jit(self._run_sampler, static_argnames="num_inference_steps")
         self._decode = jax.jit(loaded.model.decode, static_argnames="grid")
         self._condition = jax.jit(loaded.model.condition)
         self._image_tokens = jax.jit(loaded.model.image_tokens)
@@ -95,8 +95,8 @@ class RemovalPipeline:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
         checkpoint = None if experts is None else find_checkpoint(experts)
-        about = None if checkpoint is None else read_metadata(checkpoint)
-        config = None if about is None else from_checkpoint(about.config)
+        metadata = None if checkpoint is None else read_metadata(checkpoint)
+        config = None if metadata is None else from_checkpoint(metadata.config)
         lora, router = (None, None) if config is None else expert_configs(config.experts)
         if max_sequence_length is None:
             max_sequence_length = (ModelConfig if config is None else config.model).max_sequence_length
@@ -111,11 +111,11 @@ class RemovalPipeline:
         schedule = FlowSchedule.from_folder(loaded.folder)
         if config is None:
             return cls(loaded, schedule, loaded.trainable)
-        check_base(checkpoint, about, loaded.fingerprint)
+        check_base(checkpoint, metadata, loaded.fingerprint)
         prefix = "ema" if config.optimization.ema_decay else "trainable"
         weights = restore(checkpoint, loaded.trainable, prefix=prefix)
-        area = max(height * width for height, width in parse_buckets(config.data.aspect_ratio_buckets))
-        return cls(loaded, schedule, weights, area)
+        panel_area = max(height * width for height, width in parse_buckets(config.data.aspect_ratio_buckets))
+        return cls(loaded, schedule, weights, panel_area)
 
     def __call__(
         self,
@@ -146,18 +146,18 @@ class RemovalPipeline:
         photo, coverage = np.asarray(upright_rgb(image)), soft_mask(mask)
         if coverage.shape != photo.shape[:2]:
             raise ValueError(
-                f"mask of {coverage.shape[::-1]} for an image of {photo.shape[1::-1]}: expected equal sizes (width, "
-                "height) once both are upright"
+                f"mask of size {coverage.shape[::-1]} for an image of size {photo.shape[1::-1]}: expected equal sizes "
+                "(width, height) after both are turned upright"
             )
         if num_images < 1:
             raise ValueError(f"num_images={num_images}: expected at least 1")
         multiple = self.model.multiple
         crop = plan_crop(coverage, panel_sizes(self._panel_area, multiple), multiple=multiple)
-        given = None if ref is None else np.asarray(upright_rgb(ref))
+        reference = None if ref is None else np.asarray(upright_rgb(ref))
         panels = {
             "source": crop.photo(photo),
             "mask": crop.mask(coverage),
-            "reference": crop.reference(given, photo, coverage),
+            "reference": crop.reference(reference, photo, coverage),
         }
         if self._loaded.preprocess is not None:
             panels["redux_pixels"] = self._loaded.preprocess(Image.fromarray(panels["reference"]))
@@ -165,14 +165,14 @@ class RemovalPipeline:
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_images))
             latents = initial_noise(self.model, keys, *crop.size)
         height, width = crop.size
-        expected = (num_images, 2 * height * width // multiple**2, self.model.latent_features)
-        if latents.shape != expected:
+        shape = (num_images, 2 * height * width // multiple**2, self.model.latent_features)
+        if latents.shape != shape:
             raise ValueError(
-                f"latents of shape {latents.shape}: expected {expected}, the packed noise [num_images, N, 4C] of a "
-                f"diptych of panels of {height} × {width} pixels, in which this photo is edited"
+                f"latents of shape {latents.shape}: expected {shape}, the packed noise [num_images, N, 4C] of a "
+                f"diptych; this photo is edited in panels of {height} × {width} pixels"
             )
         batch = {name: np.repeat(panel[None], num_images, 0) for name, panel in panels.items()}
-        remove = self._remover(num_inference_steps, float(guidance_scale))
+        remove = self._get_remover(num_inference_steps, float(guidance_scale))
         edited, gates = remove(self._weights, self._loaded.frozen, batch, jnp.asarray(latents, jnp.float32))
         images = [Image.fromarray(paste(photo, panel, coverage, crop)) for panel in np.asarray(edited)]
         return RemovalOutput(images, None if gates is None else np.asarray(gates))
@@ -205,7 +205,7 @@ class RemovalPipeline:
     def redux(self, pixels: jax.Array) -> jax.Array:
         """Encode preprocessed pixels [B, h, w, 3] to image tokens [B, T, joint_dim]."""
         if self.model.redux is None:
-            raise ValueError("this pipeline has no Redux: give from_pretrained(..., redux=FOLDER)")
+            raise ValueError("this pipeline has no Redux: load it with from_pretrained(..., redux=FOLDER)")
         return self._image_tokens(self._loaded.frozen, pixels)
 
     def velocity(self, latents: jax.Array, t: jax.Array, cond: Condition, guidance_scale: float = 30.0) -> jax.Array:
@@ -233,13 +233,13 @@ class RemovalPipeline:
         grid = (height // self.model.multiple, width // self.model.multiple)
         return self._decode(self._loaded.frozen, latents, grid=grid)
 
-    def _panel_velocity(self, weights, frozen, latents, t, cond, *, guidance_scale):
+    def _compute_velocity(self, weights, frozen, latents, t, cond, *, guidance_scale):
         gates, _ = self.model.gates(weights, cond, panel=slice(None))
         return self.model.velocity(
             weights, frozen, latents, t, cond, adapter=Adapter(gates), guidance_scale=guidance_scale
         )
 
-    def _panel_denoise(self, weights, frozen, latents, cond, *, num_inference_steps, guidance_scale):
+    def _run_sampler(self, weights, frozen, latents, cond, *, num_inference_steps, guidance_scale):
         times = self.schedule.sampling_times(num_inference_steps, latents.shape[1])
-        velocity = partial(self._panel_velocity, weights, frozen, guidance_scale=guidance_scale)
+        velocity = partial(self._compute_velocity, weights, frozen, guidance_scale=guidance_scale)
         return sample_euler(lambda x, t: velocity(x, t, cond), latents, times)

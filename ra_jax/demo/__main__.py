@@ -33,15 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def next_command(command: DemoCommand, paths: DemoPaths) -> str:
     """Return the command that trains on the demo: configs/tiny.toml, with flags for other paths or another size."""
-    words = ["python -m ra_jax.train --config configs/tiny.toml"]
+    parts = ["python -m ra_jax.train --config configs/tiny.toml"]
     if command.output_dir != DemoCommand.output_dir:
-        words += [
+        parts += [
             f"--train_json_path {paths.train}/labeled_dict.json --val_json_path {paths.held_out}/triplets.json",
             f"--pretrained_model_name_or_path {paths.fill} --pretrained_redux_model_name_or_path {paths.redux}",
         ]
     if command.settings.size != DemoSettings.size:
-        words += [f'--aspect_ratio_buckets "{command.settings.size},{command.settings.size}"']
-    return " ".join(words)
+        parts += [f'--aspect_ratio_buckets "{command.settings.size},{command.settings.size}"']
+    return " ".join(parts)
 
 
 if __name__ == "__main__":

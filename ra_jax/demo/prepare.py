@@ -39,7 +39,7 @@ TINY_FLUX = FluxConfig(
 TINY_SIGLIP = SiglipConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14
 )
-HELD_OUT = 100_000  # number of the first held-out scene; the training set starts at scene 0
+FIRST_HELD_OUT_SCENE = 100_000  # number of the scene; the training set starts at scene 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
     """
     paths = DemoPaths(Path(root))
     training, held_out = _datasets(settings)
-    _claim(paths, settings)
+    _check_or_write_settings(paths, settings)
     if not paths.train.exists():
         write_dataset(paths.train, training)
     if not paths.held_out.exists():
@@ -104,7 +104,7 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
             save_redux(_random_redux(settings.seed), folder)
     if not paths.fill.exists():
         with replace_folder(paths.fill) as folder:
-            _make_fill(paths, folder, settings)
+            _train_fill(paths, folder, settings)
     return paths
 
 
@@ -117,7 +117,7 @@ def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]
         raise ConfigError(f"size = {settings.size}: expected a multiple of {multiple}, the side of a token in pixels")
     common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
     training = DatasetSettings(scenes=settings.scenes, **common)
-    held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=HELD_OUT, **common)
+    held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=FIRST_HELD_OUT_SCENE, **common)
     try:
         training.strengths()
     except ValueError as error:
@@ -125,40 +125,41 @@ def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]
     return training, held_out
 
 
-def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
+def _check_or_write_settings(paths: DemoPaths, settings: DemoSettings) -> None:
     """Write settings.json to a new or empty folder; in any other folder, compare it with `settings`.
 
     Raises:
         OutputError: the folder has other settings, or it has files but no settings.json of a demo. It may then be a
             data set of the user, or a link to one.
     """
-    root, note = paths.root, paths.root / "settings.json"
-    advice = "give another --output_dir, one that is new or empty"
-    check_outputs(Outputs("--output_dir", root, [note]), {})
+    root, settings_file = paths.root, paths.root / "settings.json"
+    advice = "choose another --output_dir, one that is new or empty"
+    check_outputs(Outputs("--output_dir", root, [settings_file]), {})
     if root.exists() and any(root.iterdir()):
-        noted = _noted_settings(note)
-        if noted is None:
-            raise OutputError(f"{root}: holds {min(root.iterdir()).name}, and no settings.json of a demo: {advice}")
-        if noted != asdict(settings):
+        earlier = _read_settings(settings_file)
+        if earlier is None:
+            raise OutputError(f"{root}: holds {min(root.iterdir()).name}, but no settings.json of a demo; {advice}")
+        if earlier != asdict(settings):
             raise OutputError(
-                f"{root} was prepared with other settings ({noted}, now {asdict(settings)}): delete it, or {advice}"
+                f"{root}: was prepared with other settings (then {earlier}, now {asdict(settings)}); delete it, or "
+                f"{advice}"
             )
         for folder in (paths.train, paths.held_out, paths.redux, paths.fill):
             check_staging(folder)
         return
     root.mkdir(parents=True, exist_ok=True)
-    write_file(note, json.dumps(asdict(settings), indent=1))
+    write_file(settings_file, json.dumps(asdict(settings), indent=1))
 
 
-def _noted_settings(note: Path) -> dict | None:
+def _read_settings(file: Path) -> dict | None:
     """Return the content of a demo's settings.json; None if the file is missing or has another content."""
-    if not note.is_file():
+    if not file.is_file():
         return None
     try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return None  # The file is not JSON, or not UTF-8.
-    return noted if isinstance(noted, dict) and noted.keys() == asdict(DemoSettings()).keys() else None
+    return settings if isinstance(settings, dict) and settings.keys() == asdict(DemoSettings()).keys() else None
 
 
 def _random_redux(seed: int) -> Redux:
@@ -170,24 +171,24 @@ def _random_redux(seed: int) -> Redux:
     return Redux(TINY_SIGLIP, embedder, rngs=nnx.Rngs(seed))
 
 
-def _make_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
+def _train_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
     """Train the VAE, then the transformer on its latents, and save both to `folder`."""
     save_vae(_train_vae(settings), folder)
     save_fill_pipeline_config(folder)
     save_flux(Flux(TINY_FLUX, rngs=nnx.Rngs(settings.seed)), folder)
-    run = train(base_config(paths, folder, settings))
+    run_folder = train(base_config(paths, folder, settings))
     flux = load_flux(folder)
     graph, parameters, rest = nnx.split(flux, nnx.Param, ...)
-    averaged = restore(find_checkpoint(run), parameters, prefix="ema/flux")
+    averaged = restore(find_checkpoint(run_folder), parameters, prefix="ema/flux")
     save_flux(nnx.merge(graph, averaged, rest), folder)
 
 
 def _train_vae(settings: DemoSettings):
     """Train the VAE on source, ground truth and masked source of the scenes, each next to the scene's reference."""
-    drawn = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
-    apply_mask = np.where(drawn.mask[..., None], 0.5, drawn.source)
-    photos = np.concatenate([drawn.source, drawn.truth, apply_mask]).astype(np.float32)
-    references = np.concatenate([drawn.reference] * 3).astype(np.float32)
+    batch = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
+    masked = np.where(batch.mask[..., None], 0.5, batch.source)
+    photos = np.concatenate([batch.source, batch.truth, masked]).astype(np.float32)
+    references = np.concatenate([batch.reference] * 3).astype(np.float32)
     order = np.random.default_rng(settings.seed).permutation(len(photos))
     training = VAETraining(steps=settings.vae_steps, crop=settings.size // 2, seed=settings.seed)
     return train_vae(references[order], photos[order], TINY_VAE, training)

@@ -22,7 +22,7 @@ TINY_VAE = VAEConfig(
 )
 
 
-SAMPLE = 128  # number of diptychs on which mean and covariance of the latents are measured
+MEASURED_DIPTYCHS = 128  # number of diptychs on which mean and covariance of the latents are measured
 # Initial log-variance of the posterior. With 0, the noise would hide the weak colors of the scenes.
 INITIAL_LOGVAR = -6.0
 
@@ -67,7 +67,7 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
         training: settings of the training.
     """
     vae = AutoencoderKL(config, rngs=nnx.Rngs(training.seed))
-    _quiet(vae)
+    _set_initial_logvar(vae)
     graph, weights = nnx.split(vae)
     schedule = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, training.steps // 20, training.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
@@ -87,29 +87,31 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
         return optax.apply_updates(weights, updates), opt_state, loss
 
     rng = np.random.default_rng(training.seed)
-    sample = np.concatenate([references[:SAMPLE], photos[:SAMPLE]], axis=2)
+    diptychs = np.concatenate([references[:MEASURED_DIPTYCHS], photos[:MEASURED_DIPTYCHS]], axis=2)
     opt_state = optimizer.init(weights)
     for i in tqdm(range(training.steps), desc="VAE", unit="step"):
         if i == int(training.whiten_at * training.steps):
-            weights = _whitened(graph, weights, sample)
+            weights = _whiten_latents(graph, weights, diptychs)
             # Resets Adam's moments, but not the scalar step counts.
             opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)
-        batch = 2.0 * _crops(references, photos, training, rng) - 1.0
+        batch = 2.0 * _draw_crops(references, photos, training, rng) - 1.0
         weights, opt_state, _ = step(weights, opt_state, batch, jax.random.fold_in(jax.random.key(training.seed), i))
-    mean = _latents(graph, weights, sample)
+    latents = _encode_cells(graph, weights, diptychs)
     vae = nnx.merge(graph, weights)
-    vae.config = replace(config, shift_factor=float(mean.mean()), scaling_factor=float(1.0 / mean.std()))
+    vae.config = replace(config, shift_factor=float(latents.mean()), scaling_factor=float(1.0 / latents.std()))
     return vae
 
 
-def _quiet(vae: AutoencoderKL) -> None:
+def _set_initial_logvar(vae: AutoencoderKL) -> None:
     """Set the encoder's log-variance to `INITIAL_LOGVAR` for every image, in place."""
-    out, channels = vae.encoder.conv_out, vae.config.latent_channels
-    out.kernel[...] = out.kernel[...].at[..., channels:].set(0.0)
-    out.bias[...] = out.bias[...].at[channels:].set(INITIAL_LOGVAR)
+    conv_out, channels = vae.encoder.conv_out, vae.config.latent_channels
+    conv_out.kernel[...] = conv_out.kernel[...].at[..., channels:].set(0.0)
+    conv_out.bias[...] = conv_out.bias[...].at[channels:].set(INITIAL_LOGVAR)
 
 
-def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rng: np.random.Generator) -> np.ndarray:
+def _draw_crops(
+    references: np.ndarray, photos: np.ndarray, training: VAETraining, rng: np.random.Generator
+) -> np.ndarray:
     """Draw crops [batch_size, crop, 2·crop, 3]: the same random window of a reference and of its photo."""
     rows = rng.integers(len(photos), size=training.batch_size)
     offsets = rng.integers(photos.shape[1] - training.crop + 1, size=(training.batch_size, 2))
@@ -119,13 +121,13 @@ def _crops(references: np.ndarray, photos: np.ndarray, training: VAETraining, rn
     return np.stack([np.concatenate([references[window], photos[window]], axis=1) for window in windows])
 
 
-def _latents(graph, weights, images: np.ndarray) -> np.ndarray:
+def _encode_cells(graph, weights, images: np.ndarray) -> np.ndarray:
     """Encode images and return the posterior mean of every latent cell, [cells, C]."""
     mean, _ = jax.jit(lambda weights, x: nnx.merge(graph, weights).encode(x))(weights, 2.0 * images - 1.0)
     return np.asarray(mean).reshape(-1, mean.shape[-1])
 
 
-def _whitened(graph, weights, images: np.ndarray):
+def _whiten_latents(graph, weights, images: np.ndarray):
     """Return weights of the same autoencoder, except for padding, whose latents have zero mean and unit covariance.
 
         z' = W(z − μ),  W = Σ^{−1/2}
@@ -133,18 +135,18 @@ def _whitened(graph, weights, images: np.ndarray):
     W and μ are folded into the encoder's last convolution. W⁻¹ and μ are folded into kernel and bias of the decoder's
     first convolution.
     """
-    cells = _latents(graph, weights, images)
-    values, vectors = np.linalg.eigh(np.cov(cells.T))
-    values = np.maximum(values, 1e-6)
-    whiten = jnp.asarray(vectors / np.sqrt(values) @ vectors.T, jnp.float32)
-    color = jnp.asarray(vectors * np.sqrt(values) @ vectors.T, jnp.float32)
+    cells = _encode_cells(graph, weights, images)
+    eigenvalues, eigenvectors = np.linalg.eigh(np.cov(cells.T))
+    deviations = np.sqrt(np.maximum(eigenvalues, 1e-6))
+    whiten = jnp.asarray(eigenvectors / deviations @ eigenvectors.T, jnp.float32)
+    unwhiten = jnp.asarray(eigenvectors * deviations @ eigenvectors.T, jnp.float32)
     mean = jnp.asarray(cells.mean(0), jnp.float32)
     vae = nnx.merge(graph, weights)
-    out, first, channels = vae.encoder.conv_out, vae.decoder.conv_in, cells.shape[1]
-    scale = jnp.log(jnp.diag(whiten))  # Each channel's log-variance grows by twice the log of its scale.
-    kernel, bias = out.kernel[...], out.bias[...]
-    out.kernel[...] = jnp.concatenate([kernel[..., :channels] @ whiten, kernel[..., channels:]], -1)
-    out.bias[...] = jnp.concatenate([(bias[:channels] - mean) @ whiten, bias[channels:] + 2.0 * scale])
-    first.bias[...] = first.bias[...] + mean @ first.kernel[...].sum((0, 1))
-    first.kernel[...] = jnp.einsum("ij,hwjo->hwio", color, first.kernel[...])
+    conv_out, conv_in, channels = vae.encoder.conv_out, vae.decoder.conv_in, cells.shape[1]
+    log_scale = jnp.log(jnp.diag(whiten))  # Each channel's log-variance grows by twice the log of its scale.
+    kernel, bias = conv_out.kernel[...], conv_out.bias[...]
+    conv_out.kernel[...] = jnp.concatenate([kernel[..., :channels] @ whiten, kernel[..., channels:]], -1)
+    conv_out.bias[...] = jnp.concatenate([(bias[:channels] - mean) @ whiten, bias[channels:] + 2.0 * log_scale])
+    conv_in.bias[...] = conv_in.bias[...] + mean @ conv_in.kernel[...].sum((0, 1))
+    conv_in.kernel[...] = jnp.einsum("ij,hwjo->hwio", unwhiten, conv_in.kernel[...])
     return nnx.split(vae)[1]

@@ -24,12 +24,12 @@ def blend_weights(mask: np.ndarray, feather: int = FEATHER) -> np.ndarray:
     soft = (mask.astype(np.float32) - SOFT_FLOOR) / (255 - 2 * SOFT_FLOOR)
     weights = np.clip(soft, 0.0, 1.0)
     height, width = mask.shape
-    around = np.pad(weights, feather)
+    padded = np.pad(weights, feather)
     for y, x in np.ndindex(2 * feather + 1, 2 * feather + 1):
         distance = np.hypot(y - feather, x - feather)
         if 0 < distance < feather:
-            falling = around[y : y + height, x : x + width] - np.float32(distance / feather)
-            np.maximum(weights, falling, out=weights)
+            shifted = padded[y : y + height, x : x + width] - np.float32(distance / feather)
+            np.maximum(weights, shifted, out=weights)
     return weights
 
 
@@ -49,18 +49,17 @@ def paste(photo: np.ndarray, panel: np.ndarray, mask: np.ndarray, crop: Crop, fe
     Raises:
         ValueError: `panel` does not have the crop's panel size, or `mask` does not have the photo's size.
     """
-    if panel.shape != (*crop.size, 3) or mask.shape != photo.shape[:2]:
-        raise ValueError(
-            f"panel {panel.shape} and mask {mask.shape}: expected {(*crop.size, 3)}, the crop's size, and "
-            f"{photo.shape[:2]}, the photo's"
-        )
+    if panel.shape != (*crop.size, 3):
+        raise ValueError(f"panel has shape {panel.shape}: expected {(*crop.size, 3)}, the crop's panel size")
+    if mask.shape != photo.shape[:2]:
+        raise ValueError(f"mask has shape {mask.shape}: expected {photo.shape[:2]}, the photo's size")
     if panel.dtype != np.uint8:
         panel = (np.clip(panel, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
     left, top, right, bottom = crop.window
-    inside = np.s_[top:bottom, left:right]
-    made = Image.fromarray(panel).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-    weights = blend_weights(mask[inside], feather)[..., None]
-    blended = photo[inside] * (1 - weights) + np.asarray(made) * weights
+    window = np.s_[top:bottom, left:right]
+    edited = Image.fromarray(panel).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    weights = blend_weights(mask[window], feather)[..., None]
+    blended = photo[window] * (1 - weights) + np.asarray(edited) * weights
     result = photo.copy()
-    result[inside] = np.where(weights > 0, (blended + 0.5).astype(np.uint8), photo[inside])
+    result[window] = np.where(weights > 0, (blended + 0.5).astype(np.uint8), photo[window])
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.formats import RECORDS, Entry, RawData, match_stem, pictures_by_stem
+from ra_jax.data.formats import RECORDS, Entry, RawData, images_by_stem, match_stem
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
 from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
@@ -23,7 +23,7 @@ from ra_jax.errors import DataError
 from ra_jax.outputs import replace_file, write_file
 
 # (photo, soft mask [H, W] uint8, reference or None, seed) -> the photo with the object removed
-Remove = Callable[[Image.Image, np.ndarray, Image.Image | None, int], Image.Image]
+RemovalFunction = Callable[[Image.Image, np.ndarray, Image.Image | None, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find_scenes(
     source = Path(source_image)
     if source_mask is None:
         return _data_set_scenes(source, ref_image)
-    records, errors = check_entries(_loose_entries(source, Path(source_mask), ref_image), need_result=False)
+    records, errors = check_entries(_photo_entries(source, Path(source_mask), ref_image), need_result=False)
     if errors:
         raise DataError.from_errors(source, errors)
     return records
@@ -72,8 +72,8 @@ def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: 
     Scene names are those of `scene_names`.
     """
     folder = Path(output_dir)
-    named = zip(scenes, scene_names(scenes), strict=True)
-    return [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named for seed in seeds]
+    named_scenes = zip(scenes, scene_names(scenes), strict=True)
+    return [Candidate(scene, seed, folder / f"{name}_{seed}.png") for scene, name in named_scenes for seed in seeds]
 
 
 def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
@@ -90,42 +90,42 @@ def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None
             - `records.json` is not a list of records with unique ids.
     """
     folder = candidates[0].path.parent
-    earlier = _earlier_records(folder / RECORDS)
-    there = [candidate.path for candidate in candidates if candidate.path.stem in earlier]
+    records = _read_records(folder / RECORDS)
+    earlier_results = [candidate.path for candidate in candidates if candidate.path.stem in records]
     for path in (candidate.path for candidate in candidates):
-        if path.stem not in earlier and os.path.lexists(path):
+        if path.stem not in records and os.path.lexists(path):
             raise DataError(
-                f"{path}: already exists, and {folder / RECORDS} does not name it as a result; choose another "
-                "--output_dir or --seed, or move it"
+                f"{path}: already exists, but {folder / RECORDS} does not name it as a result; choose another "
+                "--output_dir or --seed, or move the file"
             )
-        if path.stem in earlier and not _names_result(earlier[path.stem], path):
+        if path.stem in records and not _names_result(records[path.stem], path):
             raise DataError(
-                f"{folder / RECORDS}: its record {path.stem!r} has another result than {path.name}; choose another "
+                f"{folder / RECORDS}: the result of record {path.stem!r} is not {path.name}; choose another "
                 "--output_dir or --seed"
             )
-    if there and not overwrite:
+    if earlier_results and not overwrite:
         raise DataError(
-            f"{there[0]}: {len(there)} of the pictures to be made are there already, or have records that may have "
-            "been scored; choose another --output_dir or --seed, or add --overwrite"
+            f"{earlier_results[0]}: {len(earlier_results)} of the images to be written already exist, or have records "
+            "that may have scores; choose another --output_dir or --seed, or add --overwrite"
         )
 
 
-def write_candidates(candidates: Sequence[Candidate], remove: Remove) -> Iterator[Path]:
+def write_candidates(candidates: Sequence[Candidate], remove: RemovalFunction) -> Iterator[Path]:
     """Compute each candidate; write its image, and its record to `records.json` in the same folder.
 
     Yields the path of each image after image and record are written. A run that is stopped therefore leaves a complete
     data set of the candidates written so far. Other records that are already in `records.json` are kept.
     """
-    for _, group in groupby(candidates, key=lambda candidate: candidate.scene.index):
+    for _, scene_candidates in groupby(candidates, key=lambda candidate: candidate.scene.index):
         inputs = None
-        for candidate in group:
+        for candidate in scene_candidates:
             inputs = inputs or _read_inputs(candidate.scene)
             folder = candidate.path.parent
             folder.mkdir(parents=True, exist_ok=True)
             result = remove(*inputs, candidate.seed)
             with replace_file(candidate.path) as draft:
                 result.save(draft, "PNG")
-            records = _earlier_records(folder / RECORDS) | {candidate.path.stem: _record(candidate)}
+            records = _read_records(folder / RECORDS) | {candidate.path.stem: _candidate_record(candidate)}
             write_file(folder / RECORDS, json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n")
             yield candidate.path
 
@@ -146,37 +146,44 @@ def scene_names(scenes: Sequence[Record]) -> list[str]:
 
 
 def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]:
-    check_not_pack(source, "removal writes the paths of")
+    check_not_pack(source, f"{RECORDS} needs the paths of image files")
     if source.suffix.lower() in SUFFIXES or (source.is_dir() and not (source / "input").is_dir()):
-        raise DataError(f"{source}: no --source_mask; expected the mask of this photo, or the folder of these photos'")
+        raise DataError(
+            f"{source}: --source_mask is missing; expected the mask of this photo, or a folder with the masks of these "
+            "photos"
+        )
     if ref_image is not None:
-        raise DataError(f"{ref_image}: --ref_image with a data set, whose records name references; leave it out")
+        raise DataError(
+            f"{ref_image}: --ref_image cannot be used with a data set, because its records name the references; remove "
+            "--ref_image"
+        )
     records = load_records(source, need_result=False)
-    _, first = np.unique(scene_ids(records), return_index=True)
-    return [records[i] for i in first]
+    _, first_records = np.unique(scene_ids(records), return_index=True)
+    return [records[i] for i in first_records]
 
 
-def _loose_entries(source: Path, mask: Path, ref_image: str | Path | None) -> RawData:
+def _photo_entries(source: Path, mask: Path, ref_image: str | Path | None) -> RawData:
     """Return data-set entries for a single photo, or for every photo in a folder."""
     reference = None if ref_image is None else Path(ref_image)
     if not source.is_dir():
-        return _entries([_fields(source, mask, reference)])
+        return _entries([_entry_fields(source, mask, reference)])
     if not mask.is_dir() or (reference is not None and not reference.is_dir()):
         raise DataError(
-            f"{source} is a folder: expected folders for --source_mask and --ref_image, with files named alike"
+            f"{source} is a folder: expected folders for --source_mask and --ref_image, too, with files named as the "
+            "photos are"
         )
-    photos = sorted(path for paths in pictures_by_stem(source).values() for path in paths)
-    masks, references = pictures_by_stem(mask), {} if reference is None else pictures_by_stem(reference)
+    photos = sorted(path for paths in images_by_stem(source).values() for path in paths)
+    masks, references = images_by_stem(mask), {} if reference is None else images_by_stem(reference)
     if not photos:
-        raise DataError(f"{source}: no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        raise DataError(f"{source}: no images; expected files with one of the suffixes {', '.join(sorted(SUFFIXES))}")
     if missing := [photo.name for photo in photos if match_stem(photo.name, masks) is None]:
-        named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        examples = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
-            f"{mask}: no mask for {len(missing)} of {len(photos)} photos in {source} ({named}); "
+            f"{mask}: no mask for {len(missing)} of {len(photos)} photos in {source} ({examples}); "
             "expected files named as the photos are"
         )
     return _entries(
-        [_fields(photo, match_stem(photo.name, masks), match_stem(photo.name, references)) for photo in photos]
+        [_entry_fields(photo, match_stem(photo.name, masks), match_stem(photo.name, references)) for photo in photos]
     )
 
 
@@ -184,7 +191,7 @@ def _entries(records: Sequence[dict[str, str]]) -> RawData:
     return RawData(Path(), [Entry(number, fields) for number, fields in enumerate(records)], [])
 
 
-def _fields(src: Path, mask: Path, ref: Path | None) -> dict[str, str]:
+def _entry_fields(src: Path, mask: Path, ref: Path | None) -> dict[str, str]:
     fields = {"src": str(src), "mask": str(mask)}
     return fields if ref is None else fields | {"ref": str(ref)}
 
@@ -194,7 +201,7 @@ def _read_inputs(scene: Record) -> tuple[Image.Image, np.ndarray, Image.Image | 
     return read_photo(scene.src), read_soft_mask(scene.mask), reference
 
 
-def _record(candidate: Candidate) -> dict[str, str]:
+def _candidate_record(candidate: Candidate) -> dict[str, str]:
     """Return the record of a candidate, with paths relative to the folder of `records.json`."""
     scene, folder = candidate.scene, candidate.path.parent.resolve()
     fields = {"id": candidate.path.stem}
@@ -204,7 +211,7 @@ def _record(candidate: Candidate) -> dict[str, str]:
     return fields | {"source": "policy"}
 
 
-def _earlier_records(path: Path) -> dict[str, dict]:
+def _read_records(path: Path) -> dict[str, dict]:
     """Return the records in the file `path` by id; an empty dict if there is no file.
 
     Raises:
@@ -223,8 +230,8 @@ def _earlier_records(path: Path) -> dict[str, dict]:
         raise DataError(f"{path}: not a list of records with ids; {advice}")
     by_id = {record["id"]: record for record in records}
     if len(by_id) < len(records):
-        twice = next(name for name, count in Counter(record["id"] for record in records).items() if count > 1)
-        raise DataError(f"{path}: several records have the id {twice!r}, expected ids that differ; {advice}")
+        duplicate = next(name for name, count in Counter(record["id"] for record in records).items() if count > 1)
+        raise DataError(f"{path}: several records have the id {duplicate!r}, expected unique ids; {advice}")
     return by_id
 
 

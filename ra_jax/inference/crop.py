@@ -78,7 +78,7 @@ def panel_sizes(max_area: int, multiple: int) -> tuple[Size, ...]:
     if max_area < multiple * multiple:
         raise ValueError(f"max_area = {max_area}: expected at least {multiple}² pixels, the smallest panel")
     sides = [(math.sqrt(max_area * aspect), math.sqrt(max_area / aspect)) for aspect in ASPECTS]
-    sizes = [(_at_most(height, multiple), _at_most(width, multiple)) for height, width in sides]
+    sizes = [(_round_down(height, multiple), _round_down(width, multiple)) for height, width in sides]
     return tuple(dict.fromkeys(sizes))  # With a small area, several aspect ratios round to the same size.
 
 
@@ -112,35 +112,36 @@ def plan_crop(
     """
     if not (mask > MASK_THRESHOLD).any():
         raise ValueError(
-            f"empty mask of {mask.shape[1]} × {mask.shape[0]} pixels: expected one > {MASK_THRESHOLD} at least"
+            f"empty mask of {mask.shape[1]} × {mask.shape[0]} pixels: expected at least one pixel > {MASK_THRESHOLD}"
         )
     photo = mask.shape
     left, top, right, bottom = bounding_box(mask > SOFT_FLOOR)
     margin = max(MIN_MARGIN, math.ceil(context * max(bottom - top, right - left)))
-    needed = min(photo[0], bottom - top + 2 * margin), min(photo[1], right - left + 2 * margin)
+    required = min(photo[0], bottom - top + 2 * margin), min(photo[1], right - left + 2 * margin)
 
-    fitting = []
+    choices = []
     for height, width in sizes:
-        scale = min(max_upscale, height / needed[0], width / needed[1])
+        scale = min(max_upscale, height / required[0], width / required[1])
         window = math.ceil(height / scale), math.ceil(width / scale)
         if window[0] <= photo[0] and window[1] <= photo[1]:
-            shape = abs(math.log(height / width) - math.log(needed[0] / needed[1]))
-            fitting.append((-scale, shape, window, (height, width)))
-    if not fitting:
-        return Crop((0, 0, photo[1], photo[0]), _whole(photo, sizes, multiple, max_upscale))
-    _, _, (height, width), size = min(fitting)
+            aspect_distance = abs(math.log(height / width) - math.log(required[0] / required[1]))
+            choices.append((-scale, aspect_distance, window, (height, width)))
+    if not choices:
+        return Crop((0, 0, photo[1], photo[0]), _whole_photo_size(photo, sizes, multiple, max_upscale))
+    _, _, (height, width), size = min(choices)
     x = min(max((left + right - width) // 2, 0), photo[1] - width)
     y = min(max((top + bottom - height) // 2, 0), photo[0] - height)
     return Crop((x, y, x + width, y + height), size)
 
 
-def _whole(photo: Size, sizes: Sequence[Size], multiple: int, max_upscale: float) -> Size:
+def _whole_photo_size(photo: Size, sizes: Sequence[Size], multiple: int, max_upscale: float) -> Size:
+    """Return the size of the panel that shows the whole photo."""
     area = max(height * width for height, width in sizes)
     scale = min(max_upscale, math.sqrt(area / (photo[0] * photo[1])))
-    return _at_most(photo[0] * scale, multiple), _at_most(photo[1] * scale, multiple)
+    return _round_down(photo[0] * scale, multiple), _round_down(photo[1] * scale, multiple)
 
 
-def _at_most(length: float, multiple: int) -> int:
+def _round_down(length: float, multiple: int) -> int:
     """Round a length down to a multiple of `multiple`, but not to 0.
 
     The factor 1 + 1e-9 compensates for rounding errors of square roots.

@@ -47,26 +47,26 @@ class PanelEncoder:
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
         """Encode a condition: masked_latents [N, 4C] float32 and image_tokens [T, D]."""
         pixels = np.asarray(self._preprocess(Image.fromarray(panels.reference)), np.float32)
-        batch = _batch(panels, "source", "mask", "reference") | {"redux_pixels": jnp.asarray(pixels)[None]}
-        latents, tokens = _condition(self._vae, self._redux, batch)
+        batch = _single_batch(panels, "source", "mask", "reference") | {"redux_pixels": jnp.asarray(pixels)[None]}
+        latents, tokens = _encode_condition(self._vae, self._redux, batch)
         return {"masked_latents": np.asarray(latents), "image_tokens": np.asarray(tokens)}
 
     def result(self, panels: Panels) -> dict[str, np.ndarray]:
         """Encode the result of a record: result_latents [N, 4C] float32."""
-        return {"result_latents": np.asarray(_result(self._vae, _batch(panels, "result", "reference")))}
+        return {"result_latents": np.asarray(_encode_result(self._vae, _single_batch(panels, "result", "reference")))}
 
 
 @jax.jit
-def _condition(vae: AutoencoderKL, redux: Redux, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    seen = apply_mask(as_diptych(batch, "source"), diptych_mask(batch))
-    return encode_image(vae, seen)[0], redux(batch["redux_pixels"])[0]
+def _encode_condition(vae: AutoencoderKL, redux: Redux, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    masked = apply_mask(as_diptych(batch, "source"), diptych_mask(batch))
+    return encode_image(vae, masked)[0], redux(batch["redux_pixels"])[0]
 
 
 @jax.jit
-def _result(vae: AutoencoderKL, batch: Batch) -> jax.Array:
+def _encode_result(vae: AutoencoderKL, batch: Batch) -> jax.Array:
     return encode_image(vae, as_diptych(batch, "result"))[0]
 
 
-def _batch(panels: Panels, *names: str) -> dict[str, jax.Array]:
+def _single_batch(panels: Panels, *names: str) -> dict[str, jax.Array]:
     """Return a batch of size 1 with the named panels."""
     return {name: jnp.asarray(getattr(panels, name))[None] for name in names}

@@ -19,9 +19,9 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from ra_jax.errors import WeightError
-from ra_jax.interop.diffusers_tables import FLUX, REDUX, SIGLIP, VAE
-from ra_jax.interop.hub import fingerprint, resolve
-from ra_jax.interop.transfer import Place, fill, store
+from ra_jax.interop.diffusers_tables import FLUX_TABLE, REDUX_TABLE, SIGLIP_TABLE, VAE_TABLE
+from ra_jax.interop.hub import fingerprint, resolve_folder
+from ra_jax.interop.transfer import PutParameter, load_parameters, save_parameters
 from ra_jax.models.attention import implementation_for
 from ra_jax.models.fill_model import FillModel, Weights, assemble_model
 from ra_jax.models.flux import FLOAT32, Flux, FluxConfig, FluxOptions
@@ -50,7 +50,7 @@ FLUX_SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 
-FLUX_PREPROCESSOR = {
+REDUX_PREPROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
@@ -62,7 +62,7 @@ FLUX_PREPROCESSOR = {
     "rescale_factor": 1 / 255,
 }
 
-SIGLIP_KINDS = ("siglip_vision_model", "siglip")
+SIGLIP_TYPES = ("siglip_vision_model", "siglip")
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
     Raises:
         WeightError: the weights could not be loaded, or do not fit the model.
     """
-    redux_folder = resolve(redux, REDUX_PARTS)
+    redux_folder = resolve_folder(redux, REDUX_PARTS)
     return LoadedEncoders(
-        vae=load_vae(resolve(fill, ENCODER_PARTS)),
+        vae=load_vae(resolve_folder(fill, ENCODER_PARTS)),
         redux=load_redux(redux_folder, dtype=dtype, param_dtype=dtype),
         preprocess=preprocess(redux_folder),
         fingerprint=encoders_fingerprint(fill, redux),
@@ -133,7 +133,8 @@ def encoders_fingerprint(fill: str, redux: str) -> str:
     Raises:
         WeightError: the weights could not be found or downloaded.
     """
-    return fingerprint(resolve(fill, ENCODER_PARTS), ENCODER_PARTS) + fingerprint(resolve(redux, REDUX_PARTS))
+    fill_folder, redux_folder = resolve_folder(fill, ENCODER_PARTS), resolve_folder(redux, REDUX_PARTS)
+    return fingerprint(fill_folder, ENCODER_PARTS) + fingerprint(redux_folder)
 
 
 def load_fill_model(
@@ -151,15 +152,15 @@ def load_fill_model(
     Raises:
         WeightError: the weights could not be loaded, or do not fit the model.
     """
-    folder = resolve(fill, FILL_PARTS)
+    folder = resolve_folder(fill, FILL_PARTS)
     rngs = nnx.Rngs(seed)
     flux = load_flux(folder, options.flux, lora=options.lora, rngs=rngs, placement=placement)
     vae = load_vae(folder, placement=placement)
-    base, embedder, redux_folder = fingerprint(folder), None, None
+    base_fingerprint, embedder, redux_folder = fingerprint(folder), None, None
     if redux is not None:
-        redux_folder = resolve(redux, REDUX_PARTS)
+        redux_folder = resolve_folder(redux, REDUX_PARTS)
         embedder = load_redux(redux_folder, dtype=options.dtype, param_dtype=options.dtype, placement=placement)
-        base += fingerprint(redux_folder)
+        base_fingerprint += fingerprint(redux_folder)
     router = None if options.router is None else Router(options.router, 4 * vae.config.latent_channels, rngs)
     model, trainable, frozen = assemble_model(
         flux, vae, embedder, router, text_tokens=options.text_tokens, train_base=options.train_base
@@ -176,7 +177,7 @@ def load_fill_model(
         folder=folder,
         preprocess=None if redux_folder is None else preprocess(redux_folder),
         image_tokens=0 if embedder is None else embedder.vision.config.num_tokens,
-        fingerprint=base,
+        fingerprint=base_fingerprint,
     )
 
 
@@ -213,32 +214,34 @@ def load_flux(
         attention = implementation_for(
             jax.default_backend(), dtype=options.dtype, head_dim=config.attention_head_dim, devices=devices
         )
-        log.info("attention: %s", attention)
+        log.info("attention implementation: %s", attention)
     if lora is not None and rngs is None:
-        raise ValueError("rngs is None: expected nnx.Rngs, since lora asks for experts with first values.")
+        raise ValueError("rngs is None: expected nnx.Rngs, because lora adds experts that need initial values.")
     base = nnx.eval_shape(lambda: Flux(config, options, attention=attention, rngs=nnx.Rngs(0)))
-    flux = fill(base, path, FLUX, _place("flux", placement))
+    flux = load_parameters(base, path, FLUX_TABLE, _put_function("flux", placement))
     if lora is None:
         return flux
-    mixture = nnx.eval_shape(lambda: Flux(config, options, attention=attention, lora=lora, rngs=nnx.Rngs(0)))
-    experts = _first_experts(base, lora, rngs.params(), placement)
-    return nnx.merge(nnx.graphdef(mixture), experts, nnx.state(flux))
+    with_experts = nnx.eval_shape(lambda: Flux(config, options, attention=attention, lora=lora, rngs=nnx.Rngs(0)))
+    experts = _initial_experts(base, lora, rngs.params(), placement)
+    return nnx.merge(nnx.graphdef(with_experts), experts, nnx.state(flux))
 
 
-def _first_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
+def _initial_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
     """Compute the initial values of the experts directly on the devices that `placement` assigns them to.
 
     `base` is abstract (`nnx.eval_shape`).
     """
     graphdef, shapes = nnx.split(base)
 
-    def experts(key: jax.Array) -> nnx.State:
+    def create_experts(key: jax.Array) -> nnx.State:
         flux = nnx.merge(graphdef, shapes)
         attach_experts(flux, lora, key)
         return nnx.state(flux, nnx.LoRAParam)
 
-    where = None if placement is None else placement.shardings({"flux": jax.eval_shape(experts, key)})["flux"]
-    return jax.jit(experts, out_shardings=where)(key)
+    shardings = None
+    if placement is not None:
+        shardings = placement.shardings({"flux": jax.eval_shape(create_experts, key)})["flux"]
+    return jax.jit(create_experts, out_shardings=shardings)(key)
 
 
 def load_vae(
@@ -255,9 +258,8 @@ def load_vae(
     """
     path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
     options = {"dtype": dtype, "param_dtype": param_dtype}
-    return fill(
-        nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options)), path, VAE, _place("vae", placement)
-    )
+    vae = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), **options))
+    return load_parameters(vae, path, VAE_TABLE, _put_function("vae", placement))
 
 
 def load_redux(
@@ -271,19 +273,20 @@ def load_redux(
 
     Arguments and errors are as in `load_vae`. In addition, raises WeightError if the two have different widths.
     """
-    vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
+    vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, *SIGLIP_TYPES)
     embedder_path, embedder = _read_config(folder, "image_embedder", ReduxConfig, "ReduxImageEncoder")
     options = {"dtype": dtype, "param_dtype": param_dtype}
     try:
         redux = nnx.eval_shape(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0), **options))
     except ValueError as error:
         raise WeightError(f"{folder}: {error}") from error
-    redux.vision = fill(redux.vision, vision_path, SIGLIP, _place("redux/vision", placement))
-    redux.embedder = fill(redux.embedder, embedder_path, REDUX, _place("redux/embedder", placement))
+    put_vision, put_embedder = (_put_function(f"redux/{part}", placement) for part in ("vision", "embedder"))
+    redux.vision = load_parameters(redux.vision, vision_path, SIGLIP_TABLE, put_vision)
+    redux.embedder = load_parameters(redux.embedder, embedder_path, REDUX_TABLE, put_embedder)
     return redux
 
 
-def _place(part: str, placement: Placement | None) -> Place | None:
+def _put_function(part: str, placement: Placement | None) -> PutParameter | None:
     """Return a function that puts parameters of this part of the frozen weights on their devices.
 
     Without a placement, the result is None, which stands for the default device.
@@ -310,19 +313,19 @@ def read_configs(
 
 def read_redux_configs(redux: str | Path) -> tuple[SiglipConfig, ReduxConfig]:
     """Read the sizes of SigLIP and the Redux embedder, as `read_configs` does."""
-    _, vision = _read_config(redux, "image_encoder", SiglipConfig, *SIGLIP_KINDS)
+    _, vision = _read_config(redux, "image_encoder", SiglipConfig, *SIGLIP_TYPES)
     _, embedder = _read_config(redux, "image_embedder", ReduxConfig, "ReduxImageEncoder")
     return vision, embedder
 
 
 def save_flux(flux: Flux, folder: str | Path) -> None:
     """Write the transformer without its experts to `folder`/transformer, for diffusers' from_pretrained."""
-    store(flux, flux.config.to_dict(), Path(folder) / "transformer", "diffusion_pytorch_model", FLUX)
+    save_parameters(flux, flux.config.to_dict(), Path(folder) / "transformer", "diffusion_pytorch_model", FLUX_TABLE)
 
 
 def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
     """Write the autoencoder to `folder`/vae, for diffusers' from_pretrained."""
-    store(vae, vae.config.to_dict(), Path(folder) / "vae", "diffusion_pytorch_model", VAE)
+    save_parameters(vae, vae.config.to_dict(), Path(folder) / "vae", "diffusion_pytorch_model", VAE_TABLE)
 
 
 def save_redux(redux: Redux, folder: str | Path) -> None:
@@ -333,12 +336,13 @@ def save_redux(redux: Redux, folder: str | Path) -> None:
     """
     folder = Path(folder)
     size = redux.vision.config.image_size
-    preprocessor = FLUX_PREPROCESSOR | {"size": {"height": size, "width": size}}
-    store(redux.vision, redux.vision.config.to_dict(), folder / "image_encoder", "model", SIGLIP)
-    embedder = folder / "image_embedder"
-    store(redux.embedder, redux.embedder.config.to_dict(), embedder, "diffusion_pytorch_model", REDUX)
+    preprocessor = REDUX_PREPROCESSOR | {"size": {"height": size, "width": size}}
+    vision, embedder = redux.vision, redux.embedder
+    save_parameters(vision, vision.config.to_dict(), folder / "image_encoder", "model", SIGLIP_TABLE)
+    embedder_folder = folder / "image_embedder"
+    save_parameters(embedder, embedder.config.to_dict(), embedder_folder, "diffusion_pytorch_model", REDUX_TABLE)
     _write_json(folder / "feature_extractor" / "preprocessor_config.json", preprocessor)
-    _write_pipeline(
+    _write_model_index(
         folder,
         "FluxPriorReduxPipeline",
         image_encoder=("transformers", "SiglipVisionModel"),
@@ -361,10 +365,10 @@ def save_fill_pipeline_config(folder: str | Path, scheduler: Mapping[str, Any] |
     """
     scheduler = dict(scheduler or {})
     if unknown := sorted(set(scheduler) - set(FLUX_SCHEDULER)):
-        raise ValueError(f"scheduler has unknown keys {unknown}: expected some of {sorted(FLUX_SCHEDULER)}.")
+        raise ValueError(f"scheduler has unknown keys {unknown}: the known keys are {sorted(FLUX_SCHEDULER)}.")
     folder = Path(folder)
     _write_json(folder / "scheduler" / "scheduler_config.json", FLUX_SCHEDULER | scheduler)
-    _write_pipeline(
+    _write_model_index(
         folder,
         "FluxFillPipeline",
         scheduler=("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -373,9 +377,9 @@ def save_fill_pipeline_config(folder: str | Path, scheduler: Mapping[str, Any] |
     )
 
 
-def _write_pipeline(folder: Path, name: str, **components: tuple[str, str]) -> None:
-    text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), (None, None))
-    _write_json(folder / "model_index.json", {"_class_name": name, **components, **text})
+def _write_model_index(folder: Path, class_name: str, **components: tuple[str, str]) -> None:
+    text_components = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), (None, None))
+    _write_json(folder / "model_index.json", {"_class_name": class_name, **components, **text_components})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -383,12 +387,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(content, indent=2) + "\n")
 
 
-def _read_config(folder: str | Path, component: str, config_type: Any, *kinds: str) -> tuple[Path, Any]:
+def _read_config(folder: str | Path, component: str, config_type: Any, *model_types: str) -> tuple[Path, Any]:
     """Return the folder of a component, and its config.json as a `config_type`.
 
     Raises:
         WeightError: the file is missing, is not JSON, has values that `config_type` does not accept, or its
-            `_class_name` (without one, its `model_type`) is not one of `kinds`.
+            `_class_name` (without one, its `model_type`) is not one of `model_types`.
     """
     path = Path(folder) / component
     file = path / "config.json"
@@ -396,9 +400,9 @@ def _read_config(folder: str | Path, component: str, config_type: Any, *kinds: s
         raise WeightError(f"{file} does not exist: expected the folder of a pipeline in diffusers' layout.")
     try:
         content = json.loads(file.read_text())
-        kind = content.get("_class_name", content.get("model_type"))
-        if kind not in kinds:
-            raise ValueError(f"it is of a {kind}, expected {' or '.join(kinds)}.")
+        model_type = content.get("_class_name", content.get("model_type"))
+        if model_type not in model_types:
+            raise ValueError(f"describes a {model_type}; expected {' or '.join(model_types)}.")
         return path, config_type.from_dict(content)
     except ValueError as error:
         raise WeightError(f"{file}: {error}") from error

@@ -8,7 +8,7 @@ purposes: loading, saving, and the check that every tensor is used exactly once.
 import dataclasses
 import re
 
-AS_IS: tuple[int, ...] = ()
+SAME_AXES: tuple[int, ...] = ()
 LINEAR = (1, 0)  # [out, in] in the file -> kernel [in, out]
 CONV = (2, 3, 1, 0)  # OIHW in the file -> kernel HWIO
 
@@ -22,12 +22,12 @@ class Rule:
         tensor: name of the tensor, with \1 for the first group of the pattern. If the name contains `{block}`, the
             parameter stacks one tensor per block along axis 0.
         axes: permutation from the axes of the tensor in the file to those of the parameter (of one block, if
-            stacked); `AS_IS` for the same order.
+            stacked); `SAME_AXES` for the same order.
     """
 
     pattern: str
     tensor: str
-    axes: tuple[int, ...] = AS_IS
+    axes: tuple[int, ...] = SAME_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Table:
     prefix: str = ""
     unused: str | None = None
 
-    def tensor(self, path: str) -> tuple[str, tuple[int, ...]]:
+    def find_tensor(self, path: str) -> tuple[str, tuple[int, ...]]:
         """Return tensor name (possibly with `{block}`) and axes for the parameter at `path`.
 
         Raises:
@@ -54,7 +54,7 @@ class Table:
         for rule in self.rules:
             if match := re.fullmatch(rule.pattern, path):
                 return match.expand(rule.tensor), rule.axes
-        raise KeyError(f"no rule for the parameter {path}: expected one in ra_jax/interop/diffusers_tables.py.")
+        raise KeyError(f"no rule matches the parameter {path}: add one in ra_jax/interop/diffusers_tables.py.")
 
     def is_unused(self, tensor: str) -> bool:
         """Whether loading skips this tensor of the file."""
@@ -63,7 +63,7 @@ class Table:
 
 _BLOCKS = r"((?:single_)?transformer_blocks)\.(.+)"
 
-FLUX = Table(
+FLUX_TABLE = Table(
     (
         Rule(_BLOCKS + r"\.kernel", r"\1.{block}.\2.weight", LINEAR),
         Rule(_BLOCKS + r"\.scale", r"\1.{block}.\2.weight"),
@@ -73,7 +73,7 @@ FLUX = Table(
     )
 )
 
-VAE = Table(
+VAE_TABLE = Table(
     (
         Rule(r"(.+\.attentions\.0\.to_(?:q|k|v|out\.0))\.kernel", r"\1.weight", LINEAR),
         Rule(r"(.+)\.kernel", r"\1.weight", CONV),
@@ -82,7 +82,7 @@ VAE = Table(
     )
 )
 
-SIGLIP = Table(
+SIGLIP_TABLE = Table(
     (
         Rule(r"layers\.(.+)\.kernel", r"encoder.layers.{block}.\1.weight", LINEAR),
         Rule(r"layers\.(.+)\.scale", r"encoder.layers.{block}.\1.weight"),
@@ -99,4 +99,4 @@ SIGLIP = Table(
     unused=r"head\..+|embeddings\.position_ids|text_model\..+|logit_(scale|bias)",
 )
 
-REDUX = Table((Rule(r"(.+)\.kernel", r"\1.weight", LINEAR), Rule(r"(.+)\.bias", r"\1.bias")))
+REDUX_TABLE = Table((Rule(r"(.+)\.kernel", r"\1.weight", LINEAR), Rule(r"(.+)\.bias", r"\1.bias")))

@@ -12,10 +12,10 @@ from ra_jax.errors import WeightError
 COMPONENTS = ("transformer", "vae", "image_encoder", "image_embedder")
 
 
-SAMPLES, SAMPLE_BYTES = 256, 1024  # number and size of the evenly spaced chunks that are hashed in each file
+CHUNKS, CHUNK_BYTES = 256, 1024  # number and size of the evenly spaced chunks that are hashed in each file
 
 
-def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
+def resolve_folder(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
     """Return the local folder of a pipeline; download it first if `name_or_path` is a hub id.
 
     Args:
@@ -28,9 +28,9 @@ def resolve(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         folder = _download(str(name_or_path), subfolders)
-    if absent := [name for name in subfolders if not (folder / name).is_dir()]:
+    if missing := [name for name in subfolders if not (folder / name).is_dir()]:
         raise WeightError(
-            f"{name_or_path} has no {'/, '.join(absent)}/: expected a model in diffusers' layout with "
+            f"{name_or_path} has no {'/, '.join(missing)}/: expected a model in diffusers' layout with "
             f"{'/, '.join(subfolders)}/."
         )
     return folder
@@ -51,19 +51,19 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
         )
     except HFValidationError:
         raise WeightError(
-            f"pretrained model {repo_id!r}: there is no such folder here, and a hub id looks like owner/name. "
-            f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/; `python -m ra_jax.demo` makes "
-            "those that configs/tiny.toml names."
+            f"pretrained model {repo_id!r}: this folder does not exist, and the name is not a hub id (OWNER/NAME). "
+            f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/; `python -m ra_jax.demo` creates "
+            "the folders that configs/tiny.toml names."
         ) from None
     # The advice is the same for gated and missing repositories, without a network and with a full disk.
     except (HfHubHTTPError, OSError) as error:
         raise WeightError(
-            f"pretrained model {repo_id!r} cannot be had: it is not a folder here, and the Hugging Face hub gave "
-            f"{type(error).__name__}: {error}\n"
+            f"pretrained model {repo_id!r} could not be loaded: this folder does not exist, and the download from the "
+            f"Hugging Face hub failed with {type(error).__name__}: {error}\n"
             f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/, or a hub id. Either\n"
-            f"  - accept the licence at https://huggingface.co/{repo_id} and run `hf auth login`,\n"
-            "  - or download the model elsewhere and give its folder,\n"
-            "  - or begin with the embedded tiny model, which needs no download: `python -m ra_jax.demo`, then\n"
+            f"  - accept the license at https://huggingface.co/{repo_id} and run `hf auth login`,\n"
+            "  - or download the model on another machine and pass its folder,\n"
+            "  - or start with the tiny demo model, which needs no download: run `python -m ra_jax.demo`, then\n"
             "    `python -m ra_jax.train --config configs/tiny.toml`."
         ) from error
 
@@ -85,7 +85,10 @@ def fingerprint(folder: str | Path, components: Sequence[str] = COMPONENTS) -> s
     folder = Path(folder)
     files = [path for name in components for path in sorted((folder / name).glob("*.safetensors"))]
     if not files:
-        raise WeightError(f"{folder} has no safetensors in any of {'/, '.join(components)}/.")
+        raise WeightError(
+            f"{folder} has no .safetensors files: expected a model in diffusers' layout with weights in at least one "
+            f"of {'/, '.join(components)}/."
+        )
     digest = hashlib.sha256()
     for config in dict.fromkeys(path.with_name("config.json") for path in files):
         digest.update(config.read_bytes())
@@ -93,9 +96,10 @@ def fingerprint(folder: str | Path, components: Sequence[str] = COMPONENTS) -> s
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}".encode())
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(header))
-            for offset in np.linspace(8 + header, max(8 + header, size - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header_bytes))
+            start = 8 + header_bytes
+            for offset in np.linspace(start, max(start, size - CHUNK_BYTES), CHUNKS, dtype=np.int64):
                 file.seek(int(offset))
-                digest.update(file.read(SAMPLE_BYTES))
+                digest.update(file.read(CHUNK_BYTES))
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from ra_jax.errors import WeightError
 from ra_jax.outputs import replace_file
 
 STEMS = ("diffusion_pytorch_model", "model")  # file names without suffix in diffusers and in transformers
-FLOATS = ("BF16", "F16", "F32", "F64")
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 5 * 10**9  # also the host memory needed for writing, because a shard is written in one piece
 
 
@@ -28,16 +28,16 @@ class StoredTensor:
         file: the safetensors file.
         name: name of the tensor in the file.
         shape: shape of the tensor.
-        kind: safetensors' name of the dtype, such as "BF16".
+        dtype_name: safetensors' name of the dtype, such as "BF16".
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype_name: str
 
     def read(self) -> np.ndarray:
-        """Read the values, in the dtype of the file, which must be one of `FLOATS`."""
+        """Read the values, in the dtype of the file, which must be one of `FLOAT_DTYPES`."""
         # Opens the file for this tensor only. If it stayed mapped, every page read so far would count as used memory.
         with safe_open(self.file, framework="np") as tensors:
             return tensors.get_tensor(self.name)
@@ -54,37 +54,40 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         WeightError: there is no such file, a file is missing or damaged, or two shards hold the same tensor.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _files(folder):
+    for file in _tensor_files(folder):
         try:
             with safe_open(file, framework="np") as header:
                 slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 (not a dict)
                 stored = [StoredTensor(file, n, tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()]
         except SafetensorError as error:
-            raise WeightError(f"{file} cannot be read ({error}): download or write it again.") from error
+            raise WeightError(f"{file} could not be read ({error}): download or write it again.") from error
         for tensor in stored:
             if (earlier := tensors.setdefault(tensor.name, tensor)) is not tensor:
-                raise WeightError(f"{file} holds {tensor.name}, as {earlier.file.name} does: expected it once.")
+                raise WeightError(
+                    f"{file} and {earlier.file.name} both hold the tensor {tensor.name}: expected it in one file only; "
+                    "download or write the files again."
+                )
     return tensors
 
 
-def _files(folder: Path) -> list[Path]:
+def _tensor_files(folder: Path) -> list[Path]:
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             try:
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError) as error:
-                raise WeightError(f"{index} cannot be read ({error!r}): expected JSON with weight_map.") from error
-            if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise WeightError(f"{index} could not be read ({error!r}): expected JSON with weight_map.") from error
+            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise WeightError(
-                    f"{index} names shards that are not there: {', '.join(absent)}; the download is not complete."
+                    f"{index} lists shards that do not exist: {', '.join(missing)}; complete the download."
                 )
             return [folder / shard for shard in shards]
         if (single := folder / f"{stem}.safetensors").is_file():
             return [single]
     raise WeightError(
-        f"{folder} has no safetensors: expected one of {', '.join(f'{stem}.safetensors' for stem in STEMS)}, "
-        "or shards with an index beside them."
+        f"{folder} has no safetensors file: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, "
+        "or shards with an index."
     )
 
 
@@ -101,13 +104,13 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
         read: returns a tensor by name. It is called once per tensor; the tensors of one shard are in memory together.
     """
     shards: list[list[str]] = [[]]
-    used = 0
+    shard_bytes = 0
     for name, size in sizes.items():
-        if shards[-1] and used + size > SHARD_BYTES:
+        if shards[-1] and shard_bytes + size > SHARD_BYTES:
             shards.append([])
-            used = 0
+            shard_bytes = 0
         shards[-1].append(name)
-        used += size
+        shard_bytes += size
 
     index = f"{stem}.safetensors.index.json"
     if len(shards) == 1:
@@ -128,12 +131,12 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
             save_file({name: read(name) for name in names}, draft, metadata={"format": "pt"})
     written = {*files, index} if len(files) > 1 else set(files)
     # Delete an old index before its shards, so that it never names files that do not exist.
-    stale = [file for file in (index, *_shards(folder, stem)) if file not in written]
+    stale = [file for file in (index, *_existing_files(folder, stem)) if file not in written]
     for file in stale:
         (folder / file).unlink(missing_ok=True)
 
 
-def _shards(folder: Path, stem: str) -> list[str]:
+def _existing_files(folder: Path, stem: str) -> list[str]:
     """Names of the single file and the shards with this stem that exist in the folder."""
-    shard = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    return [path.name for path in folder.iterdir() if shard.fullmatch(path.name)]
+    name = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return [path.name for path in folder.iterdir() if name.fullmatch(path.name)]

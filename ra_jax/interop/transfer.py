@@ -18,7 +18,7 @@ from flax import nnx
 
 from ra_jax.errors import WeightError
 from ra_jax.interop.diffusers_tables import Table
-from ra_jax.interop.safetensors_io import FLOATS, StoredTensor, stored_tensors, write_tensors
+from ra_jax.interop.safetensors_io import FLOAT_DTYPES, StoredTensor, stored_tensors, write_tensors
 from ra_jax.models.quantization import quantize
 from ra_jax.outputs import write_file
 from ra_jax.parallel.partitioning import parameter_name
@@ -26,11 +26,11 @@ from ra_jax.parallel.partitioning import parameter_name
 Module = TypeVar("Module", bound=nnx.Module)
 
 # Puts a parameter on its devices, given its name (such as "transformer_blocks/attn/to_q/kernel") and value.
-Place = Callable[[str, np.ndarray], jax.Array]
+PutParameter = Callable[[str, np.ndarray], jax.Array]
 
-SCALE = "kernel_scale"  # name of the variable beside an int8 kernel that holds its scale
+SCALE_NAME = "kernel_scale"  # name of the variable beside an int8 kernel that holds its scale
 REPORT_LINES = 20  # lines shown for each kind of problem; the report only counts the rest
-STRIP = 32  # rows copied at a time
+STRIP_ROWS = 32  # rows copied at a time
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Parameter:
     def variables(self) -> list[tuple[tuple, nnx.Variable]]:
         """Path and variable of the parameter and, for an int8 kernel, of its scale."""
         own = [(self.path, self.variable)]
-        return own if self.scale is None else [*own, ((*self.path[:-1], SCALE), self.scale)]
+        return own if self.scale is None else [*own, ((*self.path[:-1], SCALE_NAME), self.scale)]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -64,12 +64,12 @@ class Parameter:
         shape = self.variable.shape[self.stacked :]
         return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
 
-    def in_file(self, block: np.ndarray) -> np.ndarray:
+    def to_file_axes(self, block: np.ndarray) -> np.ndarray:
         """Return a view of `block`, the parameter's values for one tensor, with the axes in the file's order."""
         return block.transpose(np.argsort(self.axes)) if self.axes else block
 
 
-def fill(module: Module, folder: Path, table: Table, place: Place | None = None) -> Module:
+def load_parameters(module: Module, folder: Path, table: Table, put: PutParameter | None = None) -> Module:
     """Return `module` with the weights in `folder`, cast to the dtypes of its parameters.
 
     Kernels whose dtype is int8 are quantized. Host memory holds one parameter at a time.
@@ -78,41 +78,41 @@ def fill(module: Module, folder: Path, table: Table, place: Place | None = None)
         module: abstract module (`nnx.eval_shape`), so that no initial values are computed.
         folder: folder of safetensors files.
         table: rules for this kind of module.
-        place: puts each parameter on its devices; None for the default device.
+        put: puts each parameter on its devices; None for the default device.
 
     Raises:
         WeightError: the files could not be read, or tensors and parameters do not match one to one in name and shape.
-            The message lists missing, unexpected and misshapen tensors.
+            The message lists missing, unexpected and wrongly shaped tensors.
     """
     graphdef, state = nnx.split(module)
-    source = stored_tensors(folder)
-    prefix = table.prefix if any(name.startswith(table.prefix) for name in source) else ""
-    parameters = _parameters(state, table, prefix)
-    _check(folder, parameters, source, prefix, table)
-    place = place or (lambda path, value: jnp.asarray(value))
+    stored = stored_tensors(folder)
+    prefix = table.prefix if any(name.startswith(table.prefix) for name in stored) else ""
+    parameters = _list_parameters(state, table, prefix)
+    _check_match(folder, parameters, stored, prefix, table)
+    put = put or (lambda name, value: jnp.asarray(value))
 
-    filled = []
+    loaded = []
     for parameter in parameters:
-        for (path, variable), value in zip(parameter.variables(), _read(parameter, source), strict=True):
-            filled.append((path, variable.replace(place(parameter_name(path), value))))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+        for (path, variable), value in zip(parameter.variables(), _read_values(parameter, stored), strict=True):
+            loaded.append((path, variable.replace(put(parameter_name(path), value))))
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def _read(parameter: Parameter, source: Mapping[str, StoredTensor]) -> list[np.ndarray]:
+def _read_values(parameter: Parameter, stored: Mapping[str, StoredTensor]) -> list[np.ndarray]:
     """Read the values of `parameter.variables()` from the files, in the same order."""
     values = [np.empty(variable.shape, variable.dtype) for _, variable in parameter.variables()]
-    for number, tensor in enumerate(parameter.tensors):
-        blocks = [value[number] if parameter.stacked else value for value in values]
+    for block, tensor in enumerate(parameter.tensors):
+        outputs = [value[block] if parameter.stacked else value for value in values]
         if parameter.scale is None:
-            _copy(source[tensor].read(), parameter.in_file(blocks[0]))
+            _copy_strips(stored[tensor].read(), parameter.to_file_axes(outputs[0]))
             continue
-        kernel = np.empty(blocks[0].shape, np.float32)
-        _copy(source[tensor].read(), parameter.in_file(kernel))
-        blocks[0][...], blocks[1][...] = quantize(kernel)
+        kernel = np.empty(outputs[0].shape, np.float32)
+        _copy_strips(stored[tensor].read(), parameter.to_file_axes(kernel))
+        outputs[0][...], outputs[1][...] = quantize(kernel)
     return values
 
 
-def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
+def save_parameters(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
     """Write all parameters except experts to `folder`, in their own dtypes, and `config` to `folder`/config.json.
 
     Args:
@@ -123,83 +123,83 @@ def store(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str
         table: rules for this kind of module.
     """
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
-    sources = {
+    blocks = {
         tensor: (parameter, block)
-        for parameter in _parameters(state, table, table.prefix)
+        for parameter in _list_parameters(state, table, table.prefix)
         for block, tensor in enumerate(parameter.tensors)
     }
 
     def read(tensor: str) -> np.ndarray:
-        parameter, block = sources[tensor]
+        parameter, block = blocks[tensor]
         value = np.asarray(parameter.variable[block] if parameter.stacked else parameter.variable[...])
         out = np.empty(parameter.tensor_shape, value.dtype)
-        _copy(parameter.in_file(value), out)
+        _copy_strips(parameter.to_file_axes(value), out)
         return out
 
     sizes = {
         tensor: math.prod(parameter.tensor_shape) * parameter.variable.dtype.itemsize
-        for tensor, (parameter, _) in sources.items()
+        for tensor, (parameter, _) in blocks.items()
     }
     write_tensors(folder, stem, sizes, read)
     write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
+def _list_parameters(state: nnx.State, table: Table, prefix: str) -> list[Parameter]:
     parameters, variables = [], dict(nnx.to_flat_state(state))
     for path, variable in variables.items():
-        if path[-1] == SCALE:
+        if path[-1] == SCALE_NAME:
             continue  # The scale of an int8 kernel belongs to the kernel's `Parameter`.
-        tensor, axes = table.tensor(parameter_name(path, "."))
+        tensor, axes = table.find_tensor(parameter_name(path, "."))
         stacked = "{block}" in tensor
         blocks = range(variable.shape[0] if stacked else 1)
         tensors = tuple(prefix + tensor.format(block=block) for block in blocks)
-        scale = variables.get((*path[:-1], SCALE)) if path[-1] == "kernel" else None
+        scale = variables.get((*path[:-1], SCALE_NAME)) if path[-1] == "kernel" else None
         parameters.append(Parameter(path, variable, tensors, stacked, axes, scale))
     return parameters
 
 
-def _copy(values: np.ndarray, out: np.ndarray) -> None:
+def _copy_strips(values: np.ndarray, out: np.ndarray) -> None:
     """Copy `values` to `out` and cast them; either may be a transposed view."""
     # A strip of rows fits into the cache. This is three times faster than transposing a large matrix in one piece.
-    for start in range(0, values.shape[0], STRIP):
-        out[start : start + STRIP] = values[start : start + STRIP]
+    for start in range(0, values.shape[0], STRIP_ROWS):
+        out[start : start + STRIP_ROWS] = values[start : start + STRIP_ROWS]
 
 
-def _check(
-    folder: Path, parameters: Sequence[Parameter], source: Mapping[str, StoredTensor], prefix: str, table: Table
+def _check_match(
+    folder: Path, parameters: Sequence[Parameter], stored: Mapping[str, StoredTensor], prefix: str, table: Table
 ) -> None:
     """Raise WeightError unless parameters and tensors match one to one."""
-    wanted = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
-    claims = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
+    expected = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
+    uses = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
     problems = {
         "missing (the model needs them)": [
-            f"{tensor} {list(shape)}" for tensor, shape in wanted.items() if tensor not in source
+            f"{tensor} {list(shape)}" for tensor, shape in expected.items() if tensor not in stored
         ],
-        "left over (the model has no place for them)": [
-            f"{tensor} {list(stored.shape)}"
-            for tensor, stored in source.items()
-            if tensor not in wanted and not table.is_unused(tensor.removeprefix(prefix))
+        "unexpected (the model has no parameters for them)": [
+            f"{name} {list(tensor.shape)}"
+            for name, tensor in stored.items()
+            if name not in expected and not table.is_unused(name.removeprefix(prefix))
         ],
-        "misshapen": [
-            f"{tensor} {list(source[tensor].shape)}, expected {list(shape)}"
-            for tensor, shape in wanted.items()
-            if tensor in source and source[tensor].shape != shape
+        "of the wrong shape": [
+            f"{tensor} {list(stored[tensor].shape)}, expected {list(shape)}"
+            for tensor, shape in expected.items()
+            if tensor in stored and stored[tensor].shape != shape
         ],
-        f"of a type other than {', '.join(FLOATS)} (quantised files are not read)": [
-            f"{tensor} {source[tensor].kind}"
-            for tensor in wanted
-            if tensor in source and source[tensor].kind not in FLOATS
+        f"of a dtype other than {', '.join(FLOAT_DTYPES)} (quantized files are not supported)": [
+            f"{tensor} {stored[tensor].dtype_name}"
+            for tensor in expected
+            if tensor in stored and stored[tensor].dtype_name not in FLOAT_DTYPES
         ],
-        "claimed by more than one parameter": [tensor for tensor, count in claims.items() if count > 1],
+        "used by more than one parameter": [tensor for tensor, count in uses.items() if count > 1],
     }
     if not any(problems.values()):
         return
-    report = [f"the tensors in {folder} are not those that its config.json asks for:"]
-    for kind, lines in problems.items():
+    report = [f"the tensors in {folder} do not match its config.json:"]
+    for problem, lines in problems.items():
         if lines:
-            report.append(f"{len(lines)} {kind}:")
+            report.append(f"{len(lines)} {problem}:")
             report += [f"  {line}" for line in lines[:REPORT_LINES]]
         if len(lines) > REPORT_LINES:
             report.append(f"  and {len(lines) - REPORT_LINES} more")
-    report.append("Take config.json and weights from one model in diffusers' layout.")
+    report.append("Use config.json and weights of the same model, in diffusers' layout.")
     raise WeightError("\n".join(report))

@@ -29,7 +29,7 @@ from ra_jax.checkpoints import restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
-from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
@@ -75,7 +75,7 @@ class Automatic:
     steps: int = 96
     points: int = 6
     held_out: int = 64
-    first_scene: int = HELD_OUT + 40_000
+    first_scene: int = FIRST_HELD_OUT_SCENE + 40_000
     num_inference_steps: int = 12
     settings: tuple[str, ...] = ()
 

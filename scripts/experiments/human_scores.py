@@ -27,7 +27,7 @@ from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantize, rule_scores, scenes, stack
-from ra_jax.demo.prepare import HELD_OUT, DemoPaths, DemoSettings, prepare
+from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.interop.diffusers import load_fill_model
@@ -82,7 +82,7 @@ class Experiment:
     base_steps: int = 2000
     steps: int = 40
     held_out: int = 128
-    first_scene: int = HELD_OUT + 20_000
+    first_scene: int = FIRST_HELD_OUT_SCENE + 20_000
     num_inference_steps: int = 12
 
     def demo_settings(self, mix: str) -> DemoSettings:

@@ -17,7 +17,7 @@ import tyro
 from human_scores import Experiment, Measure
 
 from ra_jax.checkpoints import find_checkpoint, restore
-from ra_jax.demo.prepare import HELD_OUT, DemoPaths
+from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
 from ra_jax.inference.sampling import diptych_condition
 
 LEAST_USAGE = 0.05
@@ -28,7 +28,7 @@ def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], demo: Path = Path("output/demo"), scenes: int = 400
 ) -> None:
     """Print a row a run; `scenes` held-out ones are looked at."""
-    measure = Measure(Experiment(held_out=scenes, first_scene=HELD_OUT + 60_000), DemoPaths(demo))
+    measure = Measure(Experiment(held_out=scenes, first_scene=FIRST_HELD_OUT_SCENE + 60_000), DemoPaths(demo))
     model, panels = measure.loaded.model, measure.panels()
     gates_from_features = jax.jit(
         lambda weights, frozen, panels: model.gates(weights, diptych_condition(model, frozen, panels))[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, _latents, _whitened, train_vae
+from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, _encode_cells, _whiten_latents, train_vae
 from ra_jax.models.vae import AutoencoderKL
 
 
@@ -25,9 +25,9 @@ def test_whitened_latents_have_unit_covariance_and_the_same_meaning(images):
     graph, weights = nnx.split(AutoencoderKL(TINY_VAE, rngs=nnx.Rngs(0)))
     weights = jax.tree.map(lambda x: x + 0.05, weights)  # biases that matter
     before = jax.tree.map(np.array, weights)
-    cells = _latents(graph, weights, images)
-    whitened = _whitened(graph, weights, images)
-    new_cells = _latents(graph, whitened, images)
+    cells = _encode_cells(graph, weights, images)
+    whitened = _whiten_latents(graph, weights, images)
+    new_cells = _encode_cells(graph, whitened, images)
     np.testing.assert_allclose(np.cov(new_cells.T), np.eye(8), atol=0.02)
     np.testing.assert_allclose(new_cells.mean(0), 0.0, atol=1e-3)
 

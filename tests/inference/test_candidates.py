@@ -107,17 +107,17 @@ def refusal(*arguments):
 
 def test_inputs_that_cannot_be_used(folders):
     photos, masks = folders / "photos", folders / "masks"
-    assert "no --source_mask" in refusal(photos)
-    assert "no --source_mask" in refusal(photos / "a.jpg")
+    assert "--source_mask is missing" in refusal(photos)
+    assert "--source_mask is missing" in refusal(photos / "a.jpg")
     assert "expected folders" in refusal(photos, masks / "a.png")
     assert "expected folders" in refusal(photos, masks, folders / "refs/b.webp")
     photo(photos / "c.jpg")
     assert "no mask for 1 of 3 photos" in refusal(photos, masks)
     (folders / "empty").mkdir()
-    assert "no pictures" in refusal(folders / "empty", masks)
+    assert "no images" in refusal(folders / "empty", masks)
     assert "no such file" in refusal(photos / "none.jpg", masks / "a.png")
     (folders / "set.json").write_text("[]")
-    assert "--ref_image with a data set" in refusal(folders / "set.json", None, folders / "refs")
+    assert "--ref_image cannot be used with a data set" in refusal(folders / "set.json", None, folders / "refs")
 
 
 def test_all_faulty_scenes_are_told_together(folders):
@@ -158,7 +158,7 @@ def test_remove_is_given_the_soft_mask_and_the_reference(folders):
 def test_pictures_that_are_there_are_not_replaced_unasked(folders):
     scenes = find_scenes(folders / "photos/a.jpg", folders / "masks/a.png")
     make(scenes, [0, 1], folders / "out")
-    with pytest.raises(DataError, match=r"a_1\.png: 1 of the pictures .* or add --overwrite"):
+    with pytest.raises(DataError, match=r"a_1\.png: 1 of the images .* or add --overwrite"):
         make(scenes, [1, 2], folders / "out")
     make(scenes, [2], folders / "out")
     make(scenes, [1], folders / "out", overwrite=True)
@@ -220,9 +220,7 @@ def test_records_of_one_id_are_not_replaced_by_one_of_them(folders):
     text = json.dumps([*records, records[1] | {"scores": [1, 1, 1]}])
     (folders / "out" / RECORDS).write_text(text)
     for overwrite in (False, True):
-        with pytest.raises(
-            DataError, match=r"records\.json: several records have the id 'b_0', expected ids that differ"
-        ):
+        with pytest.raises(DataError, match=r"records\.json: several records have the id 'b_0', expected unique ids"):
             make(scenes, [1], folders / "out", overwrite=overwrite)
         assert (folders / "out" / RECORDS).read_text() == text
 
@@ -233,7 +231,7 @@ def test_a_record_is_kept_though_its_picture_is_elsewhere(folders):
     (record,) = json.loads((folders / "out" / RECORDS).read_text())
     (folders / "out" / RECORDS).write_text(json.dumps([record | {"scores": [1, 1, 1]}]))
     picture.unlink()
-    with pytest.raises(DataError, match=r"a_0\.png: 1 of the pictures .* or have records .* or add --overwrite"):
+    with pytest.raises(DataError, match=r"a_0\.png: 1 of the images .* or have records .* or add --overwrite"):
         make(scenes, [0], folders / "out")
     make(scenes, [0], folders / "out", overwrite=True)  # a new picture, which has no scores yet
     assert load_records(folders / "out" / RECORDS)[0].scores is None
@@ -245,7 +243,7 @@ def test_a_record_of_another_picture_is_not_replaced(folders, result):
     (folders / "out").mkdir()
     text = json.dumps([{"id": "a_0", "result": result}])
     (folders / "out" / RECORDS).write_text(text)
-    with pytest.raises(DataError, match=r"its record 'a_0' has another result than a_0\.png; choose another"):
+    with pytest.raises(DataError, match=r"the result of record 'a_0' is not a_0\.png; choose another"):
         make(scenes, [0], folders / "out", overwrite=True)
     assert (folders / "out" / RECORDS).read_text() == text
 

@@ -177,7 +177,7 @@ def change_config(key, value):
     [
         (lambda file: file.unlink(), r"vae.config.json does not exist: expected the folder of a pipeline"),
         (lambda file: file.write_text("{"), r"vae.config.json: Expecting property name"),
-        (change_config("_class_name", "VQModel"), r"config.json: it is of a VQModel, expected AutoencoderKL"),
+        (change_config("_class_name", "VQModel"), r"config.json: describes a VQModel; expected AutoencoderKL"),
         (change_config("norm_type", "spatial"), r"config.json: vae config: unknown key 'norm_type'"),
     ],
 )
@@ -194,5 +194,5 @@ def test_encoder_and_embedder_of_different_models_are_told(copied_folder):
 
 
 def test_unknown_scheduler_values_are_told(tmp_path):
-    with pytest.raises(ValueError, match=r"scheduler has unknown keys \['shfit'\]: expected some of"):
+    with pytest.raises(ValueError, match=r"scheduler has unknown keys \['shfit'\]: the known keys are"):
         save_fill_pipeline_config(tmp_path, {"shfit": 1.0})

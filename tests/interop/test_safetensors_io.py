@@ -106,18 +106,18 @@ def cut_file(folder):
     [
         (
             lambda folder: write_index(folder, a="part-1.safetensors"),
-            r"index.json names shards that are not there: part-1.safetensors; the download is not complete",
+            r"index.json lists shards that do not exist: part-1.safetensors; complete the download",
         ),
         (
             lambda folder: (folder / f"{STEM}.safetensors.index.json").write_text("{}"),
-            r"index.json cannot be read \(KeyError\('weight_map'\)\): expected JSON with weight_map",
+            r"index.json could not be read \(KeyError\('weight_map'\)\): expected JSON with weight_map",
         ),
         (
             write_shards_that_overlap,
-            r"diffusion_pytorch_model.safetensors holds a, as b.safetensors does: expected it once",
+            r"diffusion_pytorch_model.safetensors and b.safetensors both hold the tensor a: expected it in one file",
         ),
-        (cut_file, r"diffusion_pytorch_model.safetensors cannot be read \(.*\): download or write it again"),
-        (lambda folder: (folder / f"{STEM}.safetensors").unlink(), r"has no safetensors: expected one of diffusion_"),
+        (cut_file, r"diffusion_pytorch_model.safetensors could not be read \(.*\): download or write it again"),
+        (lambda folder: (folder / f"{STEM}.safetensors").unlink(), r"has no safetensors file: expected diffusion_"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage, message):

@@ -14,7 +14,7 @@ from ra_jax.errors import WeightError
 from ra_jax.interop.diffusers import load_flux, load_redux, load_vae, save_redux
 from ra_jax.interop.diffusers_tables import Rule, Table
 from ra_jax.interop.safetensors_io import StoredTensor
-from ra_jax.interop.transfer import fill
+from ra_jax.interop.transfer import load_parameters
 from ra_jax.models.vae import AutoencoderKL
 from ra_jax.parallel.partitioning import AXES, Placement
 
@@ -63,11 +63,11 @@ def test_the_report_has_every_fault(copied_folder, change_tensors):
     with pytest.raises(WeightError) as error:
         load_flux(copied_folder)
     report = str(error.value)
-    assert f"the tensors in {copied_folder / 'transformer'} are not those" in report
+    assert f"the tensors in {copied_folder / 'transformer'} do not match its config.json" in report
     assert "2 missing (the model needs them):\n  transformer_blocks.1.attn.to_q.weight [16, 16]\n" in report
     assert "  x_embedder.bias [16]\n" in report
-    assert "1 left over (the model has no place for them):\n  controlnet.weight [2, 3]\n" in report
-    assert "1 misshapen:\n  single_transformer_blocks.2.proj_mlp.bias [9], expected [64]\n" in report
+    assert "1 unexpected (the model has no parameters for them):\n  controlnet.weight [2, 3]\n" in report
+    assert "1 of the wrong shape:\n  single_transformer_blocks.2.proj_mlp.bias [9], expected [64]\n" in report
 
 
 def test_a_long_report_is_cut_and_counted(copied_folder):
@@ -86,7 +86,7 @@ def test_quantized_files_are_refused(copied_folder, change_tensors):
         tensors["decoder.conv_in.bias"] = np.zeros(tensors["decoder.conv_in.bias"].shape, np.int8)
 
     change_tensors(copied_folder, "vae", quantize)
-    message = r"1 of a type other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"
+    message = r"1 of a dtype other than BF16, F16, F32, F64 .*\n  decoder.conv_in.bias I8\n"
     with pytest.raises(WeightError, match=message):
         load_vae(copied_folder)
 
@@ -104,14 +104,14 @@ def test_a_tensor_beside_its_prefixed_name_is_left_over(copied_folder, change_te
         tensors["post_layernorm.bias"] = np.zeros(16, np.float32)
 
     change_tensors(copied_folder, "image_encoder", change)
-    with pytest.raises(WeightError, match=r"1 left over .*\n  post_layernorm.bias \[16\]"):
+    with pytest.raises(WeightError, match=r"1 unexpected .*\n  post_layernorm.bias \[16\]"):
         load_redux(copied_folder)
 
 
 def test_a_table_that_uses_a_tensor_twice_is_refused(models, folder):
     abstract = nnx.eval_shape(lambda: AutoencoderKL(models["vae"].config, rngs=nnx.Rngs(0)))
     table = Table((Rule(r"(.+)\.(?:scale|bias)", r"\1.bias"), Rule(r"(.+)\.kernel", r"\1.weight")))
-    with pytest.raises(WeightError, match=r"claimed by more than one parameter:\n  decoder.conv_norm_out.bias"):
-        fill(abstract, folder / "vae", table)
-    with pytest.raises(KeyError, match=r"no rule for the parameter .* expected one in ra_jax/interop/diffusers_tables"):
-        Table(()).tensor("encoder.conv_in.kernel")
+    with pytest.raises(WeightError, match=r"used by more than one parameter:\n  decoder.conv_norm_out.bias"):
+        load_parameters(abstract, folder / "vae", table)
+    with pytest.raises(KeyError, match=r"no rule matches the parameter .*: add one in ra_jax/interop/diffusers_tables"):
+        Table(()).find_tensor("encoder.conv_in.kernel")
