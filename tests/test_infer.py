@@ -81,7 +81,7 @@ def test_faults_are_told_before_the_model_is_loaded(scene):
     (folder / "photo.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as caught:
         infer.main(flags)
-    assert "unreadable picture" in caught.value.code
+    assert "unreadable image" in caught.value.code
     with pytest.raises(SystemExit) as caught:
         infer.main([*flags, "--repeat", "0"])
     assert "repeat = 0: expected a value at least 1" in caught.value.code

@@ -43,11 +43,14 @@ def validate(
     )
     print(f"{file}\n\n{summary(records)}\n")
     if not errors:
-        print("no faults")
+        print("no errors")
         return 0
-    print(f"{len(errors)} fault{'s' * (len(errors) > 1)}, left out above (records count from 0, lines from 1)")
-    for fault in errors:
-        print(f"  {fault}")
+    print(
+        f"{len(errors)} error{'s' * (len(errors) > 1)} (records count from 0, lines from 1); the summary above leaves "
+        "out records with errors"
+    )
+    for error in errors:
+        print(f"  {error}")
     return 1
 
 
@@ -93,8 +96,8 @@ def pack(
             mixed_precision=mixed_precision,
         )
     write_pack(records, folder, encoder=encoder, watch=partial(tqdm, desc="packing", disable=None))
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{len(records)} records written to {folder}, {size / 1e6:.1f} MB")
+    total_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{len(records)} records written to {folder}, {total_bytes / 1e6:.1f} MB")
     return 0
 
 
@@ -123,8 +126,8 @@ def synth(
         scenes=scenes, size=size, mix=mix, seed=seed, first_scene=first_scene, candidates=candidates
     )
     check_outputs(Outputs("FOLDER", folder, owned=[folder, staging_folder(folder)]), {})
-    written = write_dataset(folder, settings)
-    print(f"{scenes} scenes written to {written}")
+    resolved_folder = write_dataset(folder, settings)
+    print(f"{scenes} scenes written to {resolved_folder}")
     return 0
 
 

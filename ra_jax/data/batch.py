@@ -45,17 +45,17 @@ class Field:
         return tuple(sizes[side] if isinstance(side, str) else side for side in self.shape)
 
 
-_PANEL, _TOKENS = ("B", "h", "w", 3), ("B", "N", "C4")
+_PANEL_SHAPE, _TOKENS_SHAPE = ("B", "h", "w", 3), ("B", "N", "C4")
 
 LOADED: dict[str, Field] = {
-    "source": Field(_PANEL, ("uint8",), ("photos",)),
-    "reference": Field(_PANEL, ("uint8",), ("photos",)),
-    "result": Field(_PANEL, ("uint8",), ("photos", "results")),
+    "source": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
+    "reference": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
+    "result": Field(_PANEL_SHAPE, ("uint8",), ("photos", "results")),
     "mask": Field(("B", "h", "w"), ("uint8",)),  # 1 = remove
     "redux_pixels": Field(("B", "s", "s", 3), ("float32",), ("redux",)),  # preprocessed reference
-    "masked_latents": Field(_TOKENS, ("float32",), ("latents",)),  # encoded source, mask pixels set to gray
+    "masked_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents",)),  # encoded source, mask pixels set to gray
     "image_tokens": Field(("B", "T", "D"), ("float32", "bfloat16"), ("latents",)),
-    "result_latents": Field(_TOKENS, ("float32",), ("latents", "results")),
+    "result_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents", "results")),
     "group_id": Field(("B",), ("int32",)),  # `records.scene_ids`
     "record_id": Field(("B",), ("int32",)),  # position in the list of records
     "epoch": Field(("B",), ("int32",)),
@@ -92,18 +92,18 @@ def check_schema(batch: Mapping[str, Any], parts: Collection[Part]) -> dict[str,
     """
     fields = batch_fields(parts)
     if batch.keys() != fields.keys():
-        missing, extra = sorted(fields.keys() - batch.keys()), sorted(batch.keys() - fields.keys())
-        raise ValueError(f"a batch with {sorted(parts)}: keys {missing} are missing, {extra} are too many")
+        missing, unexpected = sorted(fields.keys() - batch.keys()), sorted(batch.keys() - fields.keys())
+        raise ValueError(f"batch with parts {sorted(parts)}: missing keys {missing}, unexpected keys {unexpected}")
     sizes: dict[str, int] = {}
     for name, field in fields.items():
         array = batch[name]
         if str(array.dtype) not in field.dtypes:
-            raise ValueError(f"{name} is {array.dtype}: expected {' or '.join(field.dtypes)}")
+            raise ValueError(f"{name} has dtype {array.dtype}: expected {' or '.join(field.dtypes)}")
         if len(array.shape) == len(field.shape):
             for letter, side in zip(field.shape, array.shape, strict=True):
                 if isinstance(letter, str):
                     sizes.setdefault(letter, side)
             if array.shape == field.sized(sizes):
                 continue
-        raise ValueError(f"{name} has shape {array.shape}: expected {field.shape}, where {sizes}")
+        raise ValueError(f"{name} has shape {array.shape}: expected {field.shape} with sizes {sizes}")
     return sizes

@@ -25,7 +25,7 @@ def reference_on_white(source: Array, mask: Array) -> Array:
         ValueError: the shape of the mask is not that of the source without channels.
     """
     if source.shape[:-1] != mask.shape:
-        raise ValueError(f"mask {mask.shape} does not fit source {source.shape}: expected {source.shape[:-1]}")
+        raise ValueError(f"mask has shape {mask.shape}: expected {source.shape[:-1]} for a source of {source.shape}")
     xp = source.__array_namespace__()
     white = 255 if source.dtype == np.uint8 else 1
     return xp.where(mask[..., None] != 0, source, xp.asarray(white, dtype=source.dtype))
@@ -38,7 +38,10 @@ def join(reference: Array, photo: Array) -> Array:
         ValueError: the panels have different shapes.
     """
     if reference.shape != photo.shape:
-        raise ValueError(f"panels differ: reference {reference.shape}, photo {photo.shape}; resize them alike")
+        raise ValueError(
+            f"reference has shape {reference.shape}, photo has shape {photo.shape}: expected equal shapes; resize one "
+            "of them"
+        )
     return photo.__array_namespace__().concat([reference, photo], axis=-2)
 
 
@@ -58,6 +61,6 @@ def right_panel(x: Array, axis: int = -2) -> Array:
     """
     width = x.shape[axis]
     if width % 2:
-        raise ValueError(f"axis {axis} of shape {x.shape} is {width}: expected an even width, two panels side by side")
+        raise ValueError(f"axis {axis} of shape {x.shape} is {width}: expected an even width, twice that of a panel")
     axis %= x.ndim
     return x[(slice(None),) * axis + (slice(width // 2, None),)]

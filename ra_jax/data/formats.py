@@ -21,8 +21,8 @@ from ra_jax.data.packs import Pack, pack_folder
 from ra_jax.errors import DataError, RecordError
 
 RECORDS = "records.json"  # data file that `python -m ra_jax.infer` writes into its output folder
-DEMO = ("output", "demo")  # folder of the data set that configs/tiny.toml uses
-SUPPORTED = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
+_DEMO_FOLDER = ("output", "demo")  # folder of the data set that configs/tiny.toml uses
+_EXPECTED_FORMATS = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ def read_entries(path: str | Path) -> RawData:
     """
     if (folder := pack_folder(path)) is not None:
         pack = Pack(folder)
-        return RawData(folder, [Entry(i, pack.fields(i)) for i in range(len(pack.entries))], [])
+        return RawData(folder, [Entry(i, pack.fields(i)) for i in range(len(pack.record_metadata))], [])
     path = Path(path)
     if not path.exists():
-        made = "; `python -m ra_jax.demo` makes it" if path.parts[:2] == DEMO else ""
-        raise DataError(f"{path}: no such file or folder{made}: {SUPPORTED}")
+        hint = "; `python -m ra_jax.demo` creates it" if path.parts[:2] == _DEMO_FOLDER else ""
+        raise DataError(f"{path}: no such file or folder{hint}: {_EXPECTED_FORMATS}")
     if path.is_dir():
         return _read_folder(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}): {SUPPORTED}") from error
+        raise DataError(f"{path}: not UTF-8 text ({error}): {_EXPECTED_FORMATS}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        return _read_lines(path, text)
+        return _read_jsonl(path, text)
     return _read_json(path, text)
 
 
@@ -84,22 +84,23 @@ def _read_json(path: Path, text: str) -> RawData:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_lines(path, text)
-        comment = "; JSON has no // comments, remove them" if "//" in text.splitlines()[error.lineno - 1] else ""
-        error = RecordError(f"broken JSON: {error.msg} (column {error.colno}){comment}", line=error.lineno)
+            return _read_jsonl(path, text)
+        hint = "; JSON has no // comments, remove them" if "//" in text.splitlines()[error.lineno - 1] else ""
+        error = RecordError(f"broken JSON: {error.msg} (column {error.colno}){hint}", line=error.lineno)
         return RawData(path.parent, [], [error])
     if isinstance(content, list):
         return RawData(path.parent, [Entry(i, fields) for i, fields in enumerate(content)], [])
     if isinstance(content, dict) and "src" not in content:
         return _read_mapping(path, content.get("mapping", content))
-    found = "a single record" if isinstance(content, dict) else str(type(content))
-    return RawData(path.parent, [], [RecordError(f"{found} at the top: {SUPPORTED}; put records into a list")])
+    top_level = "a single record" if isinstance(content, dict) else str(type(content))
+    message = f"the top level is {top_level}: {_EXPECTED_FORMATS}; put records into a list"
+    return RawData(path.parent, [], [RecordError(message)])
 
 
-def _read_lines(path: Path, text: str) -> RawData:
+def _read_jsonl(path: Path, text: str) -> RawData:
     entries, errors = [], []
-    filled = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for record, (number, line) in enumerate(filled):
+    nonempty_lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for record, (number, line) in enumerate(nonempty_lines):
         try:
             entries.append(Entry(record, json.loads(line), number))
         except json.JSONDecodeError as error:
@@ -109,38 +110,38 @@ def _read_lines(path: Path, text: str) -> RawData:
 
 def _read_mapping(path: Path, mapping: object) -> RawData:
     if not isinstance(mapping, dict):
-        return RawData(
-            path.parent, [], [RecordError(f"got {type(mapping)}: expected {{gt: [inputs]}}", field="mapping")]
-        )
+        message = f"got {type(mapping)}: expected an object {{gt: [inputs]}}"
+        return RawData(path.parent, [], [RecordError(message, field="mapping")])
     pairs, errors = [], []
     for gt, inputs in mapping.items():
         if isinstance(inputs, list) and all(isinstance(name, str) for name in inputs):
             pairs += [(name, gt) for name in inputs]
         else:
-            message = f"'{gt}' maps to {str(inputs)[:80]!r}: expected a list of names in input/"
+            message = f"'{gt}' maps to {str(inputs)[:80]!r}: expected a list of file names in input/"
             errors.append(RecordError(message, field="mapping"))
-    raw = _triplets(path.parent, pairs)
+    raw = _read_pairs(path.parent, pairs)
     return RawData(raw.base, raw.entries, errors + raw.errors)
 
 
 def _read_folder(folder: Path) -> RawData:
     missing = [name for name in ("input", "mask") if not (folder / name).is_dir()]
     if missing:
-        raise DataError(f"{folder}: a folder without {' and '.join(f'{name}/' for name in missing)}: {SUPPORTED}")
-    inputs = sorted(path.name for paths in pictures_by_stem(folder / "input").values() for path in paths)
-    truths = pictures_by_stem(folder / "gt")
+        folders = " and ".join(f"{name}/" for name in missing)
+        raise DataError(f"{folder}: a folder without {folders}: {_EXPECTED_FORMATS}")
+    inputs = sorted(path.name for paths in images_by_stem(folder / "input").values() for path in paths)
+    truths = images_by_stem(folder / "gt")
     pairs = ((name, match_stem(name, truths)) for name in inputs)
-    return _triplets(folder, [(name, None if truth is None else truth.name) for name, truth in pairs])
+    return _read_pairs(folder, [(name, None if truth is None else truth.name) for name, truth in pairs])
 
 
-def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
+def _read_pairs(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
     """Return entries for pairs of (input, gt) names; masks and references are found by the name of the input."""
-    masks, references = pictures_by_stem(base / "mask"), pictures_by_stem(base / "ref")
+    masks, references = images_by_stem(base / "mask"), images_by_stem(base / "ref")
     entries, errors = [], []
     for record, (name, gt) in enumerate(pairs):
         mask, ref = match_stem(name, masks), match_stem(name, references)
         if mask is None:
-            message = f"no mask for input/{name}: expected mask/{name}, or that name with another ending"
+            message = f"no mask for input/{name}: expected mask/{name}, or that name with another suffix"
             errors.append(RecordError(message, record, field="mask"))
             continue
         fields = {
@@ -153,21 +154,21 @@ def _triplets(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
     return RawData(base, entries, errors)
 
 
-def pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
     """Map file names without suffix to the images in a folder, each list sorted; empty if the folder does not exist."""
-    pictures: dict[str, list[Path]] = {}
+    images: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in SUFFIXES:
-            pictures.setdefault(path.stem, []).append(path)
-    return pictures
+            images.setdefault(path.stem, []).append(path)
+    return images
 
 
-def match_stem(name: str, pictures: Mapping[str, Sequence[Path]]) -> Path | None:
+def match_stem(name: str, images: Mapping[str, Sequence[Path]]) -> Path | None:
     """Return the image with this file name, else the first one with the same stem, else None.
 
     Args:
         name: name or path of a file.
-        pictures: images by stem, from `pictures_by_stem`.
+        images: images by stem, from `images_by_stem`.
     """
-    candidates = pictures.get(Path(name).stem, ())
+    candidates = images.get(Path(name).stem, ())
     return next((path for path in candidates if path.name == name), next(iter(candidates), None))

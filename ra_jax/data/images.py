@@ -2,7 +2,7 @@
 
 Transparent pixels of photos become white and those of masks become black. Sizes are (height, width) in pixels of the
 upright image. A window is (left, top, right, bottom) in those pixels. An image file is a path, or an object with
-the same interface (`packs.PackedPicture`).
+the same interface (`packs.PackedImage`).
 """
 
 import io
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 Window = tuple[int, int, int, int]
 
 
-class Picture(Protocol):
+class ImageFile(Protocol):
     """An encoded image. Path satisfies this protocol."""
 
     @property
@@ -39,7 +39,7 @@ MIN_DECODE_SCALE = 1.5  # a photo is decoded to at least this factor times the s
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-def open_image(path: Picture) -> Image.Image:
+def open_image(path: ImageFile) -> Image.Image:
     """Open an image without decoding it.
 
     Raises:
@@ -49,7 +49,7 @@ def open_image(path: Picture) -> Image.Image:
     image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     if image.mode.startswith(("I", "F")):
         image.close()
-        raise ValueError(f"{path.name} has pixels of mode {image.mode}: expected 8 bits a channel; save it as such")
+        raise ValueError(f"{path.name} has mode {image.mode}: expected 8 bits per channel; convert the file")
     return image
 
 
@@ -69,13 +69,13 @@ def upright_size(image: Image.Image) -> Size:
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
-def photo_size(path: Picture) -> Size:
+def read_photo_size(path: ImageFile) -> Size:
     """Read the size of a photo from the file header, without decoding it; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_size(image)
 
 
-def probe_photo(path: Picture) -> Size:
+def verify_photo(path: ImageFile) -> Size:
     """Decode a photo to check that the file is whole, and return its size; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         size = upright_size(image)
@@ -86,12 +86,12 @@ def probe_photo(path: Picture) -> Size:
     return size
 
 
-def read_mask(path: Picture) -> np.ndarray:
+def read_mask(path: ImageFile) -> np.ndarray:
     """Read a mask as [h, w] bool, True = remove: `read_soft_mask` > 127; raises one of `UNREADABLE`."""
     return read_soft_mask(path) > MASK_THRESHOLD
 
 
-def read_soft_mask(path: Picture) -> np.ndarray:
+def read_soft_mask(path: ImageFile) -> np.ndarray:
     """Read a mask as [h, w] uint8: luminance, 0 where transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return soft_mask(image)
@@ -101,26 +101,26 @@ def soft_mask(image: Image.Image) -> np.ndarray:
     """Convert an opened mask to [h, w] uint8, upright: luminance, 0 where transparent."""
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
-        upright = _over(upright, "black")
+        upright = _composite_over(upright, "black")
     return np.asarray(upright.convert("L"))
 
 
-def read_photo(path: Picture) -> Image.Image:
+def read_photo(path: ImageFile) -> Image.Image:
     """Read a whole photo as upright RGB, white where it is transparent; raises one of `UNREADABLE`."""
     with open_image(path) as image:
         return upright_rgb(image)
 
 
-def read_panel(path: Picture, window: Window, size: Size) -> np.ndarray:
+def read_panel(path: ImageFile, window: Window, size: Size) -> np.ndarray:
     """Read a window of a photo and resize it to `size`: [h, w, 3] uint8, bicubic with antialiasing.
 
     Raises one of `UNREADABLE`.
     """
     height, width = size
     with open_image(path) as image:
-        shrink = _decode_smaller(image, window, size)
+        divisor = _decode_smaller(image, window, size)
         photo = upright_rgb(image)
-    box = tuple(side / shrink for side in window)
+    box = tuple(side / divisor for side in window)
     return np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
@@ -132,20 +132,20 @@ def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
     padding to the front.
     """
     left, top, right, bottom = window
-    spare = min((bottom - top) / size[0], (right - left) / size[1]) / MIN_DECODE_SCALE
-    if spare < 2 or orientation(image) != 1:
+    max_divisor = min((bottom - top) / size[0], (right - left) / size[1]) / MIN_DECODE_SCALE
+    if max_divisor < 2 or orientation(image) != 1:
         return 1.0
     width, height = image.size
-    drafted = image.draft(None, (int(width / spare), int(height / spare)))
-    return 1.0 if drafted is None else width / drafted[1][2]
+    draft = image.draft(None, (int(width / max_divisor), int(height / max_divisor)))
+    return 1.0 if draft is None else width / draft[1][2]
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an opened photo to upright RGB, white where it is transparent."""
     upright = ImageOps.exif_transpose(image)
-    return _over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
+    return _composite_over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
 
 
-def _over(image: Image.Image, color: str) -> Image.Image:
+def _composite_over(image: Image.Image, color: str) -> Image.Image:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ra_jax.data.formats import read_entries
-from ra_jax.data.images import SUFFIXES, Picture
-from ra_jax.data.packs import PackedPicture, pack_folder
+from ra_jax.data.images import SUFFIXES, ImageFile
+from ra_jax.data.packs import PackedImage, pack_folder
 from ra_jax.data.records import IMAGE_FIELDS, Record
 
-LAYOUT = ("input", "mask", "gt", "ref")  # folders of a data set in which images are found by name
+_LAYOUT_FOLDERS = ("input", "mask", "gt", "ref")  # folders of a data set in which images are found by name
 
 
 def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -22,15 +22,18 @@ def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[
 
     Returns:
         The arguments `inputs` and `nested` of `outputs.check_outputs`, both by flag. `inputs` holds the paths of
-        `input_paths`. `nested` holds those folders of `LAYOUT` beside the data file from which images are read: nothing
+        `input_paths`. `nested` holds the image folders beside the data file from which images are read: nothing
         may be written into them, but results may be written into the folder that holds them and the data file.
 
     Raises:
         DataError: raised by `input_paths`.
     """
     inputs = {flag: input_paths(path) for flag, path in flags.items() if path is not None}
-    beside = {flag: {Path(flags[flag]).parent / name for name in LAYOUT} for flag in inputs}
-    return inputs, {flag: sorted(beside[flag] & {path.parent for path in paths}) for flag, paths in inputs.items()}
+    nested = {}
+    for flag, paths in inputs.items():
+        image_folders = {Path(flags[flag]).parent / name for name in _LAYOUT_FOLDERS}
+        nested[flag] = sorted(image_folders & {path.parent for path in paths})
+    return inputs, nested
 
 
 def input_paths(path: str | Path) -> list[Path]:
@@ -54,9 +57,9 @@ def input_paths(path: str | Path) -> list[Path]:
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         return [path]
     data = read_entries(path)
-    fields = [entry.fields for entry in data.entries if isinstance(entry.fields, dict)]
-    files = [data.base / file for field in fields for name in IMAGE_FIELDS if isinstance(file := field.get(name), str)]
-    return [path, *files]
+    records = [entry.fields for entry in data.entries if isinstance(entry.fields, dict)]
+    values = [record.get(name) for record in records for name in IMAGE_FIELDS]
+    return [path, *(data.base / value for value in values if isinstance(value, str))]
 
 
 def image_paths(path: Path) -> list[Path]:
@@ -69,6 +72,6 @@ def image_paths(path: Path) -> list[Path]:
 
 def record_paths(records: Iterable[Record]) -> list[Path]:
     """Return the image files of records, each once; for records from a pack, the folder of the pack."""
-    pictures: Iterable[Picture | None] = (getattr(record, name) for record in records for name in IMAGE_FIELDS)
-    folders = (picture.pack.folder if isinstance(picture, PackedPicture) else picture for picture in pictures)
-    return [path for path in dict.fromkeys(folders) if path is not None]
+    images: Iterable[ImageFile | None] = (getattr(record, name) for record in records for name in IMAGE_FIELDS)
+    paths = (image.pack.folder if isinstance(image, PackedImage) else image for image in images)
+    return [path for path in dict.fromkeys(paths) if path is not None]

@@ -15,7 +15,7 @@ from PIL import Image
 from ra_jax.data.batch import LATENTS, LOADED
 from ra_jax.data.images import UNREADABLE, Size
 from ra_jax.data.masks import augment_mask
-from ra_jax.data.packs import Encoding, PackedPicture
+from ra_jax.data.packs import Encoding, PackedImage
 from ra_jax.data.panels import PanelCache, Panels, load_mask, load_panels, nearest_bucket
 from ra_jax.data.plan import MASK_STREAM, batches_per_epoch, epoch_plan, random_generator
 from ra_jax.data.records import Record, scene_ids
@@ -38,7 +38,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
     if not buckets or any(len(bucket) != 2 or min(bucket) < 1 for bucket in buckets):
         raise DataError(f'aspect_ratio_buckets "{text}": expected "height,width;height,width", e.g. "512,512;448,576"')
     if len(set(buckets)) < len(buckets):
-        raise DataError(f'aspect_ratio_buckets "{text}": a size stands there twice; expected sizes that differ')
+        raise DataError(f'aspect_ratio_buckets "{text}": a size is listed twice; expected different sizes')
     return buckets
 
 
@@ -82,9 +82,12 @@ class LoaderOptions:
         check_buckets(self.buckets, self.multiple)
         _check_rows(self.rows, self.batch_size)
         if self.latents and self.augment_masks:
-            raise ValueError("latents: expected masks as they are, since a pack has their latents; got augment_masks")
+            raise ValueError(
+                "latents=True with augment_masks=True: a pack has the latents of the original masks; "
+                "set augment_masks=False"
+            )
         if not (self.photos or self.latents):
-            raise ValueError("photos and latents are both off: expected one of them to load")
+            raise ValueError("photos=False and latents=False: expected at least one of them to be True")
 
 
 class Loader:
@@ -111,7 +114,7 @@ class Loader:
         self._extras = dict(extras or {})
         _check_extras(self._extras, len(records))
         if options.latents and pack_encoding(records) is None:
-            raise ValueError("latents: expected records of a pack with latents")
+            raise ValueError("latents=True: expected records of a pack with latents")
         self._records, self._options = list(records), options
         batch_size, buckets = options.batch_size, options.buckets
         self._rows = np.arange(batch_size) if options.rows is None else np.asarray(options.rows)
@@ -120,7 +123,7 @@ class Loader:
         record_buckets = np.array([nearest_bucket(record.size, buckets) for record in records], np.int32)
         self.batches_per_epoch = batches_per_epoch(record_buckets, batch_size)
         # Several epochs are cached: in a small data set, workers that read ahead are in different epochs.
-        self._plan = lru_cache(maxsize=8)(
+        self._plan_of = lru_cache(maxsize=8)(
             lambda epoch: epoch_plan(
                 self._scenes, record_buckets, batch_size=batch_size, seed=options.seed, epoch=epoch
             )
@@ -129,50 +132,48 @@ class Loader:
     def iterate(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Return an endless Grain iterator over batches start_batch, start_batch + 1, ...; close() ends its threads."""
         workers = self._options.workers
-        ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2, workers))
-        if not workers:
-            ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        rows = grain.MapDataset.range(start_batch * len(self._rows), _ENDLESS).map(self._example)
-        return iter(rows.batch(len(self._rows)).to_iter_dataset(ahead))
+        read_options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2, workers) if workers else 0)
+        rows = grain.MapDataset.range(start_batch * len(self._rows), _ENDLESS).map(self._load_row)
+        return iter(rows.batch(len(self._rows)).to_iter_dataset(read_options))
 
-    def _example(self, position: int) -> dict[str, np.ndarray]:
+    def _load_row(self, position: int) -> dict[str, np.ndarray]:
         """Load row `position` of this process, counted over all batches."""
         batch, row = divmod(position, len(self._rows))
         epoch, batch = divmod(batch, self.batches_per_epoch)
-        plan = self._plan(epoch)
+        plan = self._plan_of(epoch)
         row = self._rows[row]
-        at = int(plan.rows[batch, row])
-        record, bucket, group = self._records[at], self._options.buckets[plan.buckets[batch]], int(self._scenes[at])
+        record_id = int(plan.rows[batch, row])
+        record, scene = self._records[record_id], int(self._scenes[record_id])
         try:
-            example = self._pictures(record, bucket)
+            example = self._load_images(record, self._options.buckets[plan.buckets[batch]])
         except UNREADABLE as error:
             error.add_note(
-                f"while loading record {record.index} (id {record.id!r}), which was sound when the run began"
+                f"while loading record {record.index} (id {record.id!r}), which was readable when the run started"
             )
             raise
         if self._options.augment_masks:
-            generator = random_generator(self._options.seed, MASK_STREAM, epoch, group)
+            generator = random_generator(self._options.seed, MASK_STREAM, epoch, scene)
             example["mask"] = augment_mask(example["mask"], generator)
         example |= {
-            "group_id": np.int32(group),
-            "record_id": np.int32(at),
+            "group_id": np.int32(scene),
+            "record_id": np.int32(record_id),
             "epoch": np.int32(epoch),
             "condition_weight": plan.condition_weight[batch, row],
         }
-        return example | {name: values[at] for name, values in self._extras.items()}
+        return example | {name: values[record_id] for name, values in self._extras.items()}
 
-    def _pictures(self, record: Record, bucket: Size) -> dict[str, np.ndarray]:
+    def _load_images(self, record: Record, bucket: Size) -> dict[str, np.ndarray]:
         """Load the panels and latents of a record; the mask is not augmented."""
         options = self._options
         if not options.photos:
             return {"mask": load_mask(record, bucket, self._cache)} | _packed_latents(record)
         panels = load_panels(record, bucket, self._cache)
-        pictures = {"source": panels.source, "reference": panels.reference, "mask": panels.mask}
+        arrays = {"source": panels.source, "reference": panels.reference, "mask": panels.mask}
         if panels.result is not None:
-            pictures["result"] = panels.result
+            arrays["result"] = panels.result
         if options.preprocess_reference is not None and not options.latents:
-            pictures["redux_pixels"] = self._redux_pixels(record, bucket, panels)
-        return pictures | (_packed_latents(record) if options.latents else {})
+            arrays["redux_pixels"] = self._redux_pixels(record, bucket, panels)
+        return arrays | (_packed_latents(record) if options.latents else {})
 
     def _redux_pixels(self, record: Record, bucket: Size, panels: Panels) -> np.ndarray:
         def preprocess() -> np.ndarray:
@@ -184,7 +185,7 @@ class Loader:
 def pack_encoding(records: Sequence[Record]) -> Encoding | None:
     """Return the encoding of the pack that the records are from; None for records without a pack or latents."""
     source = records[0].src
-    return source.pack.encoding if isinstance(source, PackedPicture) else None
+    return source.pack.encoding if isinstance(source, PackedImage) else None
 
 
 def _packed_latents(record: Record) -> dict[str, np.ndarray]:
@@ -196,33 +197,35 @@ def check_results(records: Sequence[Record]) -> None:
     """Raise DataError if there are no records, or if only some of them have results."""
     if not records:
         raise DataError("no records: expected at least one")
-    without = [record.id for record in records if record.result is None]
-    if 0 < len(without) < len(records):
-        named = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-        raise DataError(f"{len(without)} of {len(records)} records have no result ({named}): expected all or none")
+    missing = [record.id for record in records if record.result is None]
+    if 0 < len(missing) < len(records):
+        ids = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise DataError(
+            f"{len(missing)} of {len(records)} records have no result ({ids}): expected a result in all or in none"
+        )
 
 
 def check_buckets(buckets: Sequence[Size], multiple: int) -> None:
     """Raise DataError if a side of a panel size is not divisible by `multiple`."""
     for bucket in buckets:
         if any(side % multiple for side in bucket):
-            fitting = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)
+            nearest_valid = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)
             raise DataError(
-                f"aspect_ratio_buckets: {bucket[0]},{bucket[1]} has a side that is no multiple of {multiple} "
-                f'pixels (one token of this model); the nearest that fits is "{fitting}"'
+                f"aspect_ratio_buckets: {bucket[0]},{bucket[1]} has a side that is not a multiple of {multiple} "
+                f'pixels (the size of a token of this model); the nearest valid size is "{nearest_valid}"'
             )
 
 
 def _check_extras(extras: Mapping[str, np.ndarray], count: int) -> None:
     for name, values in extras.items():
         if name in LOADED:
-            raise ValueError(f"extras[{name!r}]: a batch has that key itself; choose another name")
+            raise ValueError(f"extras[{name!r}]: the loader uses this name for a key of its own; choose another name")
         if len(values) != count:
-            raise ValueError(f"extras[{name!r}] has {len(values)} values: expected one a record, {count}")
+            raise ValueError(f"extras[{name!r}] has {len(values)} values: expected {count}, one per record")
 
 
 def _check_rows(rows: Sequence[int] | None, batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     if rows is not None and (len(rows) == 0 or min(rows) < 0 or max(rows) >= batch_size):
-        raise ValueError(f"rows {list(rows)[:8]}: expected some of 0 to {batch_size - 1}, the rows of a global batch")
+        raise ValueError(f"rows {list(rows)[:8]}: expected at least one of 0 to {batch_size - 1}, rows of a batch")

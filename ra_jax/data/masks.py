@@ -34,12 +34,12 @@ def augment_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         raise ValueError(f"empty mask {mask.shape}: expected at least one pixel to remove")
     kind = rng.choice(list(PROBABILITIES), p=list(PROBABILITIES.values()))
     if kind == OUTLINE:
-        grown = bezier_outline(inside, rng)
+        enlarged = bezier_outline(inside, rng)
     elif kind == BOX:
-        grown = box(inside)
+        enlarged = box(inside)
     else:
-        grown = square_dilation(inside, DILATION_SIZE, DILATION_TIMES)
-    return grown.astype(mask.dtype)
+        enlarged = square_dilation(inside, DILATION_SIZE, DILATION_TIMES)
+    return enlarged.astype(mask.dtype)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -61,11 +61,11 @@ def square_dilation(mask: np.ndarray, size: int, times: int = 1) -> np.ndarray:
     reach = times * (size // 2)
     for axis in (0, 1):
         rows = np.moveaxis(mask, axis, 0)
-        grown = rows.copy()
+        dilated = rows.copy()
         for step in range(1, min(reach, len(rows) - 1) + 1):
-            grown[step:] |= rows[:-step]
-            grown[:-step] |= rows[step:]
-        mask = np.moveaxis(grown, 0, axis)
+            dilated[step:] |= rows[:-step]
+            dilated[:-step] |= rows[step:]
+        mask = np.moveaxis(dilated, 0, axis)
     return mask
 
 
@@ -79,19 +79,19 @@ def bezier_outline(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     left, top, right, bottom = bounding_box(mask)
     center = np.array([(left + right) / 2, (top + bottom) / 2])
     # The edge pixels suffice: in every direction the mask pixel farthest from the center is an edge pixel.
-    edge = mask & ~_eroded(mask)
+    edge = mask & ~_erode(mask)
     offsets = np.argwhere(edge)[:, ::-1] + 0.5 - center
     angles = np.arctan2(offsets[:, 1], offsets[:, 0])
     distances = np.hypot(offsets[:, 0], offsets[:, 1]) + 1  # + 1: beyond the far corner of the pixel
 
-    knots = int(rng.integers(*KNOTS))
-    spacing = 2 * np.pi / knots
-    directions = (np.arange(knots) + rng.uniform(-0.25, 0.25, knots)) * spacing + rng.uniform(0, spacing)
+    count = int(rng.integers(*KNOTS))
+    spacing = 2 * np.pi / count
+    directions = (np.arange(count) + rng.uniform(-0.25, 0.25, count)) * spacing + rng.uniform(0, spacing)
     # The range is wide enough that both control points around a pixel take its distance into account. The curve between
     # them then passes outside the pixel.
     nearby = np.abs((angles - directions[:, None] + np.pi) % (2 * np.pi) - np.pi) <= 1.25 * spacing
     reach = np.where(nearby, distances, 0.0).max(1).clip(min=0.25 * distances.max())
-    radii = reach * rng.uniform(*SLACK, knots)
+    radii = reach * rng.uniform(*SLACK, count)
     curve = _closed_bezier(radii[:, None] * np.stack([np.cos(directions), np.sin(directions)], 1))
 
     canvas = Image.new("L", mask.shape[::-1])
@@ -104,14 +104,14 @@ def _closed_bezier(points: np.ndarray) -> np.ndarray:
 
     For consecutive points L, P, N, M, the segment from P to N has the controls P, P + (N − L)/6, N − (M − P)/6, N.
     """
-    before, after, beyond = np.roll(points, 1, 0), np.roll(points, -1, 0), np.roll(points, -2, 0)
-    controls = np.stack([points, points + (after - before) / 6, after - (beyond - points) / 6, after])
+    before, after, second_after = np.roll(points, 1, 0), np.roll(points, -1, 0), np.roll(points, -2, 0)
+    controls = np.stack([points, points + (after - before) / 6, after - (second_after - points) / 6, after])
     t = np.arange(SAMPLES) / SAMPLES
     bernstein = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
     return np.einsum("cs,ckd->ksd", bernstein, controls).reshape(-1, 2)
 
 
-def _eroded(mask: np.ndarray) -> np.ndarray:
+def _erode(mask: np.ndarray) -> np.ndarray:
     """Keep pixels whose four neighbors are all in the mask; pixels beyond the image count as outside."""
     padded = np.pad(mask, 1)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.images import Picture, Size
+from ra_jax.data.images import ImageFile, Size
 from ra_jax.data.inputs import record_paths
 from ra_jax.data.loader import check_results
-from ra_jax.data.packs import LABELS, SPLIT, VERSION, Encoding, Example, import_tfds
+from ra_jax.data.packs import LABEL_FIELDS, SPLIT, VERSION, Encoding, Example, import_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
 from ra_jax.errors import DataError, OutputError
@@ -51,10 +51,13 @@ def check_target(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> 
             FOLDER.partial exists and was not left by a stopped run.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", folder.name):
-        raise DataError(f"{folder}: {folder.name!r} is no name for a pack; expected small letters, digits and _")
+        raise DataError(
+            f"{folder}: {folder.name!r} is not a valid name for a pack; expected lower-case letters, digits and _, "
+            "starting with a letter"
+        )
     check_outputs(Outputs("FOLDER", folder, owned=[folder, staging_folder(folder)]), inputs, nested)
     if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder} is there already: choose another folder")
+        raise OutputError(f"{folder} already exists: choose another folder")
     check_staging(folder)
     import_tfds()
 
@@ -84,61 +87,63 @@ def write_pack(
     check_target(folder, {"the data set": record_paths(records)})
     if encoder is not None:
         check_results(records)
-    first: dict[tuple, int] = {}  # index of the first record of each condition
+    first_records: dict[tuple, Record] = {}  # the first record of each condition
     scenes: dict[tuple, int] = {}
-    for number, record in enumerate(records):
-        first.setdefault(_condition_of(record), number)
-    numbers = {condition: number for number, condition in enumerate(first)}
-    conditions = [records[number] for number in first.values()]
-    about = {
+    for record in records:
+        first_records.setdefault(_condition_key(record), record)
+    condition_index = {key: index for index, key in enumerate(first_records)}
+    conditions = list(first_records.values())
+    metadata = {
         "encoding": None if encoder is None else asdict(encoder.encoding),
         "conditions": [
             {
-                "size": _bucket(encoder, record) or record.size,
-                "scene": scenes.setdefault((record.src, record.mask), number),
+                "size": _panel_size(encoder, record) or record.size,
+                "scene": scenes.setdefault((record.src, record.mask), index),
                 "ref": record.ref is not None,
             }
-            for number, record in enumerate(conditions)
+            for index, record in enumerate(conditions)
         ],
         "records": [
-            {name: getattr(record, name) for name in LABELS}
-            | {"condition": numbers[_condition_of(record)], "result": record.result is not None}
+            {name: getattr(record, name) for name in LABEL_FIELDS}
+            | {"condition": condition_index[_condition_key(record)], "result": record.result is not None}
             for record in records
         ],
     }
     with replace_folder(folder) as staging:
-        pictures = (_condition(record, encoder) for record in watch(conditions))
-        _write_set(staging, folder.name, "conditions", pictures, {})
-        examples = (_record(record, numbers[_condition_of(record)], encoder) for record in watch(records))
-        _write_set(staging, folder.name, "records", examples, about)
+        examples = (_condition_example(record, encoder) for record in watch(conditions))
+        _write_set(staging, folder.name, "conditions", examples, {})
+        examples = (
+            _record_example(record, condition_index[_condition_key(record)], encoder) for record in watch(records)
+        )
+        _write_set(staging, folder.name, "records", examples, metadata)
 
 
-def _condition_of(record: Record) -> tuple[Picture, Picture, Picture | None]:
+def _condition_key(record: Record) -> tuple[ImageFile, ImageFile, ImageFile | None]:
     return record.src, record.mask, record.ref
 
 
-def _bucket(encoder: Encoder | None, record: Record) -> Size | None:
+def _panel_size(encoder: Encoder | None, record: Record) -> Size | None:
     """Return the panel size that the encoder uses for a record; None without an encoder."""
     return None if encoder is None else encoder.buckets[nearest_bucket(record.size, encoder.buckets)]
 
 
-def _condition(record: Record, encoder: Encoder | None) -> Example:
+def _condition_example(record: Record, encoder: Encoder | None) -> Example:
     if encoder is None:
-        ref = NOTHING if record.ref is None else record.ref.read_bytes()
+        ref = _MISSING_IMAGE if record.ref is None else record.ref.read_bytes()
         return {"src": record.src.read_bytes(), "mask": record.mask.read_bytes(), "ref": ref}
-    panels = load_panels(record, _bucket(encoder, record))
-    ref = NOTHING if record.ref is None else _png(panels.reference)
-    pictures = {"src": _png(panels.source), "mask": _png(panels.mask * np.uint8(255)), "ref": ref}
-    return pictures | dict(encoder.condition(panels))
+    panels = load_panels(record, _panel_size(encoder, record))
+    ref = _MISSING_IMAGE if record.ref is None else _png(panels.reference)
+    images = {"src": _png(panels.source), "mask": _png(panels.mask * np.uint8(255)), "ref": ref}
+    return images | dict(encoder.condition(panels))
 
 
-def _record(record: Record, condition: int, encoder: Encoder | None) -> Example:
-    example: Example = {"condition": condition, "result": NOTHING}
+def _record_example(record: Record, condition: int, encoder: Encoder | None) -> Example:
+    example: Example = {"condition": condition, "result": _MISSING_IMAGE}
     if record.result is None:
         return example
     if encoder is None:
         return example | {"result": record.result.read_bytes()}
-    panels = load_panels(record, _bucket(encoder, record))
+    panels = load_panels(record, _panel_size(encoder, record))
     return example | {"result": _png(panels.result)} | dict(encoder.result(panels))
 
 
@@ -148,35 +153,35 @@ def _png(panel: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-NOTHING = _png(np.zeros((1, 1, 3), np.uint8))  # placeholder for a missing image that every reader can decode
+_MISSING_IMAGE = _png(np.zeros((1, 1, 3), np.uint8))  # placeholder for a missing image that every reader can decode
 
 
-def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], about: dict) -> None:
+def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], metadata: dict) -> None:
     """Write one tensorflow-datasets set; the first example defines its features."""
-    tfds, place = import_tfds(), folder / part / VERSION
-    place.mkdir(parents=True)
-    some = list(islice(examples, ENCODE_BATCH))
+    tfds, set_folder = import_tfds(), folder / part / VERSION
+    set_folder.mkdir(parents=True)
+    batch = list(islice(examples, ENCODE_BATCH))
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name=name, version=VERSION, data_dir=str(place), module_name=__name__, config_name=part
+        name=name, version=VERSION, data_dir=str(set_folder), module_name=__name__, config_name=part
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=__doc__,
-        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in some[0].items()}),
-        metadata=tfds.core.MetadataDict(about),
+        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in batch[0].items()}),
+        metadata=tfds.core.MetadataDict(metadata),
     )
-    size = max(map(_bytes_of, some))  # the maximum, because a record without a result is small
+    example_bytes = max(map(_count_bytes, batch))  # the maximum, because a record without a result is small
     writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
+        info, max_examples_per_shard=max(1, SHARD_BYTES // example_bytes), file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    while some:
-        writer.add_examples({SPLIT: some})
-        some = list(islice(examples, ENCODE_BATCH))
+    while batch:
+        writer.add_examples({SPLIT: batch})
+        batch = list(islice(examples, ENCODE_BATCH))
     writer.close_all()
 
 
-def _bytes_of(example: Example) -> int:
+def _count_bytes(example: Example) -> int:
     return sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in example.values())
 
 

@@ -32,7 +32,7 @@ VERSION = "1.0.0"
 PARTS = ("conditions", "records")
 SPLIT = "train"
 PREFIX = "tfds:"
-LABELS = ("id", "scores", "split", "annotator", "source")
+LABEL_FIELDS = ("id", "scores", "split", "annotator", "source")
 EXAMPLE_CACHE_SIZE = 8  # examples in memory: src, mask and ref of one example are read one after another
 
 Example = dict[str, Any]
@@ -61,9 +61,9 @@ class Pack:
     Attributes:
         folder: folder of the pack.
         encoding: how the latents were computed; None for a pack without latents.
-        conditions: metadata of each condition: size, scene (the first condition with the same src and mask), and
+        condition_metadata: for each condition its size, scene (the first condition with the same src and mask), and
             whether it has a reference.
-        entries: metadata of each record: labels, index of the condition and whether it has a result.
+        record_metadata: for each record its labels, the index of the condition and whether it has a result.
 
     Raises:
         DataError: a file is missing or truncated, or the two sets do not form a pack.
@@ -72,79 +72,81 @@ class Pack:
     def __init__(self, folder: Path):
         tfds = import_tfds()
         sets = [tfds.builder_from_directory(folder / part / VERSION) for part in PARTS]
-        self.folder, about = folder, sets[1].info.metadata or {}
-        if not {"encoding", *PARTS} <= set(about):
-            raise DataError(f"{folder}: two tensorflow-datasets sets, but no pack: {_MADE}")
-        self.encoding = None if about["encoding"] is None else Encoding(**about["encoding"])
-        self.conditions: list[dict] = about["conditions"]
-        self.entries: list[dict] = about["records"]
+        self.folder, metadata = folder, sets[1].info.metadata or {}
+        if not {"encoding", *PARTS} <= set(metadata):
+            raise DataError(f"{folder}: contains two tensorflow-datasets sets, but is not a pack: {_EXPECTED_PACK}")
+        self.encoding = None if metadata["encoding"] is None else Encoding(**metadata["encoding"])
+        self.condition_metadata: list[dict] = metadata["conditions"]
+        self.record_metadata: list[dict] = metadata["records"]
         try:
             conditions, records = (
-                data.as_data_source(SPLIT, decoders=_undecoded(tfds, data.info.features)) for data in sets
+                data.as_data_source(SPLIT, decoders=_skip_image_decoding(tfds, data.info.features)) for data in sets
             )
             for part, data, examples in zip(PARTS, sets, (conditions, records), strict=True):
-                if len(examples) != len(about[part]):
-                    raise RuntimeError(f"{part} has {len(examples)} examples where {len(about[part])} were written")
+                if len(examples) != len(metadata[part]):
+                    raise RuntimeError(f"{part} has {len(examples)} examples: expected {len(metadata[part])}")
                 end = 0
                 for length in data.info.splits[SPLIT].shard_lengths:  # the last example of a truncated file fails
                     end += length
                     examples[end - 1]
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{folder}: its files are not whole ({error}): copy it again, or make it anew") from error
+            raise DataError(
+                f"{folder}: files of the pack are missing or truncated ({error}): copy or write the pack again"
+            ) from error
         self.condition: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(conditions.__getitem__)
         self.record: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(records.__getitem__)
 
-    def fields(self, number: int) -> dict[str, Any]:
-        """Return the fields of a record as in a data file, with a `PackedPicture` instead of each path."""
-        entry = self.entries[number]
-        at = entry["condition"]
-        condition = self.conditions[at]
+    def fields(self, index: int) -> dict[str, Any]:
+        """Return the fields of a record as in a data file, with a `PackedImage` instead of each path."""
+        record = self.record_metadata[index]
+        condition_index = record["condition"]
+        condition = self.condition_metadata[condition_index]
         size, scene = tuple(condition["size"]), condition["scene"]
-        fields = {name: entry[name] for name in LABELS}
-        fields["src"] = PackedPicture(self, "src", at, size, same=scene)
-        fields["mask"] = PackedPicture(self, "mask", at, size, same=scene)
+        fields = {name: record[name] for name in LABEL_FIELDS}
+        fields["src"] = PackedImage(self, "src", condition_index, size, content_id=scene)
+        fields["mask"] = PackedImage(self, "mask", condition_index, size, content_id=scene)
         if condition["ref"]:
-            fields["ref"] = PackedPicture(self, "ref", at, size, same=at)
-        if entry["result"]:
-            fields["result"] = PackedPicture(self, "result", number, size, same=number)
+            fields["ref"] = PackedImage(self, "ref", condition_index, size, content_id=condition_index)
+        if record["result"]:
+            fields["result"] = PackedImage(self, "result", index, size, content_id=index)
         return fields
 
 
 @dataclass(frozen=True)
-class PackedPicture:
+class PackedImage:
     """An image in a pack, used instead of a path.
 
-    Two images compare equal if `pack`, `name` and `same` are equal. Their bytes are then the same.
+    Two images compare equal if `pack`, `name` and `content_id` are equal. Their bytes are then the same.
 
     Attributes:
         pack: pack that holds the image.
         name: "src", "mask", "ref" or "result".
-        number: index of the example that holds the image.
+        index: index of the example that holds the image.
         size: (height, width) in pixels of the record's upright photo, or of its panel in a pack with latents.
-        same: for src and mask the first condition with the same files, for ref and result the index of the example.
+        content_id: for src and mask the first condition with the same files, for ref and result the example index.
     """
 
     pack: Pack = field(repr=False)
     name: str
-    number: int = field(compare=False)
+    index: int = field(compare=False)
     size: Size = field(compare=False)
-    same: int = field(repr=False)
+    content_id: int = field(repr=False)
 
     @property
     def stem(self) -> str:
         """Name and example index of the image, used like the stem of a file name."""
-        return f"{self.name}{self.number:06d}"
+        return f"{self.name}{self.index:06d}"
 
     def example(self) -> Example:
         """Return the whole example that holds the image."""
-        return (self.pack.record if self.name == "result" else self.pack.condition)(self.number)
+        return (self.pack.record if self.name == "result" else self.pack.condition)(self.index)
 
     def read_bytes(self) -> bytes:
         """Return the bytes of the encoded image."""
         return self.example()[self.name]
 
     def __str__(self) -> str:
-        return f"{self.name} of example {self.number} in {self.pack.folder}"
+        return f"{self.name} of example {self.index} in {self.pack.folder}"
 
 
 def pack_folder(path: str | Path) -> Path | None:
@@ -161,34 +163,34 @@ def pack_folder(path: str | Path) -> Path | None:
         if all((folder / part / VERSION / "dataset_info.json").is_file() for part in PARTS):
             return folder
         if (folder / "dataset_info.json").exists() or any(folder.glob("*.array_record*")):
-            raise DataError(f"{path}: a tensorflow-datasets set, but no pack: {_MADE}")
+            raise DataError(f"{path}: is a tensorflow-datasets set, but not a pack: {_EXPECTED_PACK}")
         return None
     tfds, name = import_tfds(), str(path).removeprefix(PREFIX)
     try:
-        found = Path(tfds.builder(f"{name}/{PARTS[1]}", try_gcs=False).data_dir).parents[1]
+        folder = Path(tfds.builder(f"{name}/{PARTS[1]}", try_gcs=False).data_dir).parents[1]
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise DataError(
-            f"{path}: tensorflow-datasets finds no set of that name ({_first_line(error)}): {_MADE}"
+            f"{path}: tensorflow-datasets has no data set with this name ({_first_line(error)}): {_EXPECTED_PACK}"
         ) from error
-    if pack_folder(found) is None:
-        raise DataError(f"{path}: {found} is no pack: {_MADE}")
-    return found
+    if pack_folder(folder) is None:
+        raise DataError(f"{path}: {folder} is not a pack: {_EXPECTED_PACK}")
+    return folder
 
 
-_MADE = f"expected the FOLDER, or {PREFIX}NAME, of `python -m ra_jax.data pack FILE FOLDER`"
+_EXPECTED_PACK = f"expected a folder that `python -m ra_jax.data pack FILE FOLDER` wrote, or {PREFIX}NAME for it"
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def check_not_pack(path: str | Path, needed: str) -> None:
-    """Raise DataError if `path` names a pack; `needed` says in the message what files are needed for."""
+def check_not_pack(path: str | Path, reason: str) -> None:
+    """Raise DataError if `path` names a pack; `reason` says in the message why single files are needed."""
     if pack_folder(path) is not None:
-        raise DataError(f"{path}: a pack has no files, which {needed}: give the data set that it was made of")
+        raise DataError(f"{path}: is a pack, but {reason}; give the data set that the pack was written from")
 
 
-def _undecoded(tfds, features: Mapping) -> dict:
+def _skip_image_decoding(tfds, features: Mapping) -> dict:
     return {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
 
 
@@ -197,5 +199,5 @@ def import_tfds():
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f'packs need tensorflow-datasets ({error}): pip install "ra_jax[packs]"') from error
+        raise DataError(f'packs need tensorflow-datasets ({error}): run pip install "ra_jax[packs]"') from error
     return tfds

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ra_jax.data.diptych import reference_on_white
-from ra_jax.data.images import Picture, Size, Window, photo_size, read_mask, read_panel, read_photo
+from ra_jax.data.images import ImageFile, Size, Window, read_mask, read_panel, read_photo, read_photo_size
 from ra_jax.data.masks import bounding_box
 from ra_jax.data.records import Record
 
@@ -49,22 +49,22 @@ class PanelCache:
                 self._values.move_to_end(key)
                 return self._values[key]
         value = make()
-        for part in _arrays(value):
-            part.flags.writeable = False
+        for array in _arrays(value):
+            array.flags.writeable = False
         with self._lock:
             if key not in self._values:
                 self._values[key] = value
-                self._bytes += sum(part.nbytes for part in _arrays(value))
+                self._bytes += sum(array.nbytes for array in _arrays(value))
             while self._bytes > self._max_bytes:
-                _, dropped = self._values.popitem(last=False)
-                self._bytes -= sum(part.nbytes for part in _arrays(dropped))
+                _, evicted = self._values.popitem(last=False)
+                self._bytes -= sum(array.nbytes for array in _arrays(evicted))
         return value
 
 
 def _arrays(value: Any) -> list[np.ndarray]:
     if isinstance(value, np.ndarray):
         return [value]
-    return [part for part in value if isinstance(part, np.ndarray)]
+    return [item for item in value if isinstance(item, np.ndarray)]
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
@@ -106,7 +106,7 @@ def resize_mask(mask: np.ndarray, window: Window, size: Size) -> np.ndarray:
 
 def load_mask(record: Record, bucket: Size, cache: PanelCache) -> np.ndarray:
     """Load only the mask of `load_panels`."""
-    return cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))[1]
+    return cache.get(("mask", record.mask, bucket), lambda: _load_window_and_mask(record.mask, bucket))[1]
 
 
 def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -> Panels:
@@ -119,29 +119,26 @@ def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -
     Raises one of `images.UNREADABLE` if a file has changed since the records were checked.
     """
     cache = cache or PanelCache(0)
-    window, mask = cache.get(("mask", record.mask, bucket), lambda: _fit_mask(record.mask, bucket))
+    window, mask = cache.get(("mask", record.mask, bucket), lambda: _load_window_and_mask(record.mask, bucket))
 
-    def photo(path: Picture) -> np.ndarray:
+    def load_photo(path: ImageFile) -> np.ndarray:
         return cache.get(("photo", path, window, bucket), lambda: read_panel(path, window, bucket))
 
-    def reference(path: Picture) -> np.ndarray:
-        if photo_size(path) == record.size:
-            return photo(path)
+    def load_reference(path: ImageFile) -> np.ndarray:
+        if read_photo_size(path) == record.size:
+            return load_photo(path)
         return np.asarray(ImageOps.pad(read_photo(path), bucket[::-1], Image.Resampling.BICUBIC, color="white"))
 
-    source = photo(record.src)
-    ref = record.ref
-    return Panels(
-        source=source,
-        mask=mask,
-        reference=reference_on_white(source, mask)
-        if ref is None
-        else cache.get(("reference", ref, window, bucket), lambda: reference(ref)),
-        result=None if record.result is None else photo(record.result),
-    )
+    source, ref = load_photo(record.src), record.ref
+    if ref is None:
+        reference = reference_on_white(source, mask)
+    else:
+        reference = cache.get(("reference", ref, window, bucket), lambda: load_reference(ref))
+    result = None if record.result is None else load_photo(record.result)
+    return Panels(source=source, mask=mask, reference=reference, result=result)
 
 
-def _fit_mask(path: Picture, bucket: Size) -> tuple[Window, np.ndarray]:
+def _load_window_and_mask(path: ImageFile, bucket: Size) -> tuple[Window, np.ndarray]:
     mask = read_mask(path)
     window = crop_window(mask.shape, bucket, bounding_box(mask))
     return window, resize_mask(mask, window, bucket)

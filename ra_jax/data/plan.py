@@ -55,13 +55,13 @@ def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed
     rng = random_generator(seed, PLAN_STREAM, epoch)
     shuffled = rng.permutation(len(scenes))
     scene_order = rng.permutation(int(scenes.max()) + 1)
-    order = shuffled[np.argsort(scene_order[scenes[shuffled]], kind="stable")]
+    record_order = shuffled[np.argsort(scene_order[scenes[shuffled]], kind="stable")]
 
     rows, batch_buckets = [], []
     for bucket in np.unique(buckets):
-        members = order[buckets[order] == bucket]
-        batches = -(-len(members) // batch_size)
-        rows.append(np.resize(members, (batches, batch_size)))  # np.resize repeats from the beginning
+        records = record_order[buckets[record_order] == bucket]
+        batches = -(-len(records) // batch_size)
+        rows.append(np.resize(records, (batches, batch_size)))  # np.resize repeats from the beginning
         batch_buckets.append(np.full(batches, bucket))
     batch_order = rng.permutation(sum(map(len, rows)))
     rows = np.concatenate(rows)[batch_order].astype(np.int32)
@@ -74,6 +74,6 @@ def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed
 
 def _condition_weight(scenes: np.ndarray) -> np.ndarray:
     """Return 1 / (number of rows with the same scene in the batch), [batches, B] float32."""
-    in_batch = scenes + np.arange(len(scenes), dtype=np.int64)[:, None] * (int(scenes.max()) + 1)
-    _, inverse, counts = np.unique(in_batch.ravel(), return_inverse=True, return_counts=True)
+    scene_in_batch = scenes + np.arange(len(scenes), dtype=np.int64)[:, None] * (int(scenes.max()) + 1)
+    _, inverse, counts = np.unique(scene_in_batch.ravel(), return_inverse=True, return_counts=True)
     return (1.0 / counts[inverse]).reshape(scenes.shape).astype(np.float32)

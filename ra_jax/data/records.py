@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ra_jax.data.formats import Entry, RawData, read_entries
-from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, Picture, Size, probe_photo, read_mask, width_by_height
-from ra_jax.data.packs import PackedPicture
-from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, nearest, parse_scores
+from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, ImageFile, Size, read_mask, verify_photo, width_by_height
+from ra_jax.data.packs import PackedImage
+from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, parse_scores, suggest_name
 from ra_jax.errors import DataError, RecordError
 
 __all__ = [
@@ -51,10 +51,10 @@ class Record:
 
     index: int
     id: str
-    src: Picture
-    mask: Picture
-    ref: Picture | None
-    result: Picture | None
+    src: ImageFile
+    mask: ImageFile
+    ref: ImageFile | None
+    result: ImageFile | None
     scores: Scores | None
     split: str | None
     annotator: str | None
@@ -63,7 +63,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class _Rules:
+class _Requirements:
     need_result: bool
     use_human_scores: bool
     score_format: ScoreFormat
@@ -135,16 +135,16 @@ def check_entries(
     errors = list(raw.errors)
     if not raw.entries and not errors:
         return [], [RecordError("no records: expected at least one")]
-    rules = _Rules(need_result, use_human_scores, score_format)
+    requirements = _Requirements(need_result, use_human_scores, score_format)
     if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
         # One error for the file instead of one per record: the file holds triplets, or it is the wrong file.
         errors.append(
             RecordError(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
         )
-        rules = _Rules(need_result, False, score_format)
-    drafts = [_draft(entry, raw.base, rules) for entry in raw.entries]
+        requirements = _Requirements(need_result, False, score_format)
+    drafts = [_check_fields(entry, raw.base, requirements) for entry in raw.entries]
     _check_ids(drafts)
-    _check_pictures(drafts)
+    _check_images(drafts)
     errors += [error for draft in drafts for error in draft.errors]
     errors.sort(key=lambda error: -1 if error.record is None else error.record)
     return [Record(**draft.values) for draft in drafts if not draft.errors], errors
@@ -152,7 +152,7 @@ def check_entries(
 
 def scene_ids(records: Sequence[Record]) -> np.ndarray:
     """Number the scenes 0, 1, ... in order of appearance; returns the scene id of each record, [R] int32."""
-    ids: dict[tuple[Picture, Picture], int] = {}
+    ids: dict[tuple[ImageFile, ImageFile], int] = {}
     return np.array([ids.setdefault((record.src, record.mask), len(ids)) for record in records], np.int32)
 
 
@@ -160,65 +160,66 @@ def _has_scores(entry: Entry) -> bool:
     return isinstance(entry.fields, dict) and entry.fields.get("scores") is not None
 
 
-def _draft(entry: Entry, base: Path, rules: _Rules) -> _Draft:
+def _check_fields(entry: Entry, base: Path, requirements: _Requirements) -> _Draft:
     """Check the fields of an entry without opening any image."""
     draft = _Draft(entry, dict.fromkeys(field.name for field in fields(Record)), [])
     if not isinstance(entry.fields, dict):
-        message = f"expected an object with src, mask and result, got {type(entry.fields)}"
+        message = f"got {type(entry.fields)}: expected an object with src, mask and result"
         draft.errors.append(RecordError(message, entry.record, entry.line))
         return draft
     draft.values["index"] = entry.record
     for name in entry.fields:
         if name not in FIELDS:
-            draft.add_error(name, f"unknown field: {nearest(name, FIELDS)}")
-    _draft_paths(draft, base, rules)
-    _draft_scores(draft, rules)
-    _draft_labels(draft)
+            draft.add_error(name, f"unknown field: {suggest_name(name, FIELDS)}")
+    _check_paths(draft, base, requirements)
+    _check_scores(draft, requirements)
+    _check_labels(draft)
     return draft
 
 
-def _draft_paths(draft: _Draft, base: Path, rules: _Rules) -> None:
-    required = ("src", "mask", "result") if rules.need_result else ("src", "mask")
+def _check_paths(draft: _Draft, base: Path, requirements: _Requirements) -> None:
+    required = ("src", "mask", "result") if requirements.need_result else ("src", "mask")
     for name in IMAGE_FIELDS:
         value = draft.entry.fields.get(name)
         if value is None:
             if name in required:
-                draft.add_error(name, f"missing: expected the path of a picture, relative to {base}")
-        elif isinstance(value, PackedPicture):
+                draft.add_error(name, f"missing: expected the path of an image, relative to {base}")
+        elif isinstance(value, PackedImage):
             draft.values[name] = value
         elif not isinstance(value, str) or not value:
-            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected the path of a picture")
+            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected the path of an image")
         else:
             draft.values[name] = base / value
 
 
-def _draft_scores(draft: _Draft, rules: _Rules) -> None:
+def _check_scores(draft: _Draft, requirements: _Requirements) -> None:
     value = draft.entry.fields.get("scores")
     if value is None:
-        if rules.use_human_scores:
+        if requirements.use_human_scores:
             draft.add_error("scores", NO_SCORES)
         return
-    written = not isinstance(draft.values["src"], PackedPicture)  # a pack stores scores in its own format
-    scores, problems = parse_scores(value, rules.score_format if rules.use_human_scores and written else None)
+    packed = isinstance(draft.values["src"], PackedImage)  # a pack stores scores in its own format
+    check_format = requirements.use_human_scores and not packed
+    scores, problems = parse_scores(value, requirements.score_format if check_format else None)
     draft.values["scores"] = scores
     for field, message in problems:
         draft.add_error(field, message)
 
 
-def _draft_labels(draft: _Draft) -> None:
-    given = draft.entry.fields
-    number, src = draft.entry.record, draft.values["src"]
-    identity = given.get("id")
-    if identity is None:
-        identity = f"{number:06d}_{src.stem}" if src else f"{number:06d}"
-    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-        draft.add_error("id", f"got {identity!r} ({type(identity).__name__}): expected a text or a whole number")
+def _check_labels(draft: _Draft) -> None:
+    record_fields = draft.entry.fields
+    index, src = draft.entry.record, draft.values["src"]
+    record_id = record_fields.get("id")
+    if record_id is None:
+        record_id = f"{index:06d}_{src.stem}" if src else f"{index:06d}"
+    if isinstance(record_id, bool) or not isinstance(record_id, str | int) or record_id == "":
+        draft.add_error("id", f"got {record_id!r} ({type(record_id).__name__}): expected a string or an integer")
     else:
-        draft.values["id"] = str(identity)
+        draft.values["id"] = str(record_id)
     for name in ("split", "annotator", "source"):
-        value = given.get(name)
+        value = record_fields.get(name)
         if value is not None and not isinstance(value, str):
-            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected a text")
+            draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected a string")
         elif name == "source" and value is not None and value not in SOURCES:
             draft.add_error(name, f"got {value!r}: expected one of {', '.join(SOURCES)}")
         else:
@@ -226,29 +227,28 @@ def _draft_labels(draft: _Draft) -> None:
 
 
 def _check_ids(drafts: Iterable[_Draft]) -> None:
-    first: dict[str, int] = {}
+    first_records: dict[str, int] = {}
     for draft in drafts:
-        identity = draft.values["id"]
-        if identity is None:
+        record_id = draft.values["id"]
+        if record_id is None:
             continue
-        earlier = first.setdefault(identity, draft.entry.record)
-        if earlier != draft.entry.record:
-            draft.add_error("id", f"duplicate id {identity!r}, first used by record {earlier}: expected unique ids")
+        first = first_records.setdefault(record_id, draft.entry.record)
+        if first != draft.entry.record:
+            draft.add_error("id", f"duplicate id {record_id!r}, first used by record {first}: expected unique ids")
 
 
-def _check_pictures(drafts: Sequence[_Draft]) -> None:
+def _check_images(drafts: Sequence[_Draft]) -> None:
     """Decode every image once, even if several records name it. Images in a pack were checked when it was written."""
-    wanted = dict.fromkeys(
-        (name == "mask", draft.values[name]) for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
+    images = dict.fromkeys(
+        (draft.values[name], name == "mask") for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
     )
     with ThreadPoolExecutor(max_workers=min(32, 2 * (os.cpu_count() or 1))) as pool:
-        looked_at = dict(zip(wanted, pool.map(_look_at, wanted), strict=True))
+        inspections = dict(zip(images, pool.map(lambda image: _inspect_image(*image), images), strict=True))
     for draft in drafts:
         sizes = {}
         for name in IMAGE_FIELDS:
             if path := draft.values[name]:
-                size, problem = looked_at[name == "mask", path]
-                sizes[name] = size
+                sizes[name], problem = inspections[path, name == "mask"]
                 if problem:
                     draft.add_error(name, problem)
         _check_sizes(draft, sizes)
@@ -257,27 +257,26 @@ def _check_pictures(drafts: Sequence[_Draft]) -> None:
 def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
     expected = draft.values["size"] = sizes.get("src")
     for name in ("mask", "result"):
-        given = sizes.get(name)
-        if expected and given and given != expected:
+        size = sizes.get(name)
+        if expected and size and size != expected:
             draft.add_error(
                 name,
-                f"size {width_by_height(given)}, but src is {width_by_height(expected)}: "
-                "expected the same (width × height)",
+                f"size {width_by_height(size)}, but src is {width_by_height(expected)}: "
+                "expected the same size (width × height)",
             )
 
 
-def _look_at(wanted: tuple[bool, Picture]) -> tuple[Size | None, str | None]:
+def _inspect_image(path: ImageFile, is_mask: bool) -> tuple[Size | None, str | None]:
     """Return the size of an image, or None, and a description of what is wrong with it, or None."""
-    is_mask, path = wanted
-    if isinstance(path, PackedPicture):
+    if isinstance(path, PackedImage):
         return path.size, None
     if not path.is_file():
         return None, f"no such file: {path}"
     try:
         if not is_mask:
-            return probe_photo(path), None
+            return verify_photo(path), None
         mask = read_mask(path)
     except UNREADABLE as error:
-        return None, f"unreadable picture {path}: {error}"
+        return None, f"unreadable image {path}: {error}"
     problem = None if mask.any() else f"empty mask {path}: expected at least one pixel > {MASK_THRESHOLD}"
     return mask.shape, problem

@@ -55,12 +55,12 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     background, base_colors = _background(rng, 1 / size)
     outline = _Outline.draw(rng)
-    fall = rng.uniform(0.1, 0.9) * np.pi  # direction of the shadow: 0 is right, π/2 is down, π is left
+    shadow_angle = rng.uniform(0.1, 0.9) * np.pi  # direction of the shadow: 0 is right, π/2 is down, π is left
     radius, reach, angle = outline.at(x, y)
     alpha = np.clip(0.5 + (reach - radius) * size, 0, 1)[..., None]
     truth = background(x, y)
-    body = _body(rng, outline, base_colors, fall)(x, y, radius / reach, angle)
-    source = (1 - alpha) * truth * _shadow(rng, outline, fall)(x, y)[..., None] + alpha * body
+    body = _body(rng, outline, base_colors, shadow_angle)(x, y, radius / reach, angle)
+    source = (1 - alpha) * truth * _shadow(rng, outline, shadow_angle)(x, y)[..., None] + alpha * body
     return Scene(
         source=source.astype(np.float32),
         truth=truth.astype(np.float32),
@@ -84,7 +84,7 @@ def scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:
 def stack(items: list[Scene]) -> Scene:
     """Stack scenes of one size to a single `Scene` whose arrays have a leading axis."""
     names = [field.name for field in fields(Scene)]
-    return Scene(**{name: np.stack([getattr(item, name) for item in items]) for name in names})
+    return Scene(**{name: np.stack([getattr(scene, name) for scene in items]) for name in names})
 
 
 def _wave(rng: np.random.Generator, period: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -125,16 +125,17 @@ def _color(rng: np.random.Generator, low: float, high: float, chroma: float) -> 
 
 def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
     """Return a random surface (x, y) -> [h, w, 3], lit from one side, mottled and textured, and its mean color."""
-    lit, spotted, marked = rng.uniform(0.02, 0.08), rng.uniform(0.015, 0.04), rng.uniform(0.085, 0.12)
-    slope, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
+    gradient_strength, mottle_strength = rng.uniform(0.02, 0.08), rng.uniform(0.015, 0.04)
+    texture_strength = rng.uniform(0.085, 0.12)
+    light_angle, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
     mottle, texture = _mottle(rng), _texture(rng)
-    room = lit + spotted + marked * tint
-    color = np.clip(_color(rng, 0.38, 0.62, 0.2), BACKGROUND_RANGE[0] + room, BACKGROUND_RANGE[1] - room)
+    margin = gradient_strength + mottle_strength + texture_strength * tint
+    color = np.clip(_color(rng, 0.38, 0.62, 0.2), BACKGROUND_RANGE[0] + margin, BACKGROUND_RANGE[1] - margin)
 
     def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        gradient = np.sqrt(2) * ((x - 0.5) * np.cos(slope) + (y - 0.5) * np.sin(slope))
-        light = lit * gradient + spotted * mottle(x, y)
-        return color + light[..., None] + texture(x, y)[..., None] * marked * tint
+        gradient = np.sqrt(2) * ((x - 0.5) * np.cos(light_angle) + (y - 0.5) * np.sin(light_angle))
+        light = gradient_strength * gradient + mottle_strength * mottle(x, y)
+        return color + light[..., None] + texture(x, y)[..., None] * texture_strength * tint
 
     return paint, color
 
@@ -145,13 +146,13 @@ def _background(
     """Return a random background, one surface or a wall above a floor, and the mean colors [2, 3] of wall and floor."""
     wall, wall_color = _surface(rng)
     floor, floor_color = _surface(rng)
-    horizon, tilt, single = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
+    horizon, tilt, wall_only = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
 
     def paint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         below = np.clip(0.5 + (y - horizon - tilt * (x - 0.5)) / pixel, 0, 1)[..., None]
         return wall(x, y) * (1 - below) + floor(x, y) * below
 
-    return (wall, np.stack([wall_color] * 2)) if single else (paint, np.stack([wall_color, floor_color]))
+    return (wall, np.stack([wall_color] * 2)) if wall_only else (paint, np.stack([wall_color, floor_color]))
 
 
 @dataclass(frozen=True)
@@ -167,18 +168,18 @@ class _Outline:
         """Draw a random ellipse, box, wavy blob or polygon with rounded corners, stretched along an axis."""
         kind = str(rng.choice(["ellipse", "box", "blob", "polygon"]))
         elongation, margin = np.sqrt(rng.uniform(1.0, 1.8)), rng.uniform(0.04, 0.06)
-        turn = rng.uniform(-0.25, 0.25) if kind == "box" else rng.uniform(0, _TAU)
+        rotation = rng.uniform(-0.25, 0.25) if kind == "box" else rng.uniform(0, _TAU)
         corners, jitter = int(rng.integers(3, 7)), rng.uniform(-0.1, 0.1, 6)
         amplitudes, phases = rng.uniform(0, [0.18, 0.12, 0.06]), rng.uniform(0, _TAU, 3)
 
-        along, across = np.cos(_ANGLES - turn) / elongation, np.sin(_ANGLES - turn) * elongation
-        inner = np.arctan2(across, along)[:, None]
+        along, across = np.cos(_ANGLES - rotation) / elongation, np.sin(_ANGLES - rotation) * elongation
+        angles = np.arctan2(across, along)[:, None]
         if kind in ("box", "polygon"):
             normals = np.arange(4) if kind == "box" else (np.arange(corners) + jitter[:corners]) * 4 / corners
             # A p-norm of the distances to the sides rounds the corners. Their maximum would give sharp ones.
-            unit = (np.maximum(np.cos(inner - normals * _TAU / 4), 0) ** 16).sum(1) ** (-1 / 16)
+            unit = (np.maximum(np.cos(angles - normals * _TAU / 4), 0) ** 16).sum(1) ** (-1 / 16)
         else:
-            unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * inner + phases)).sum(1)
+            unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * angles + phases)).sum(1)
         unit = unit / np.hypot(along, across)
         # The area is random, not the radius, because it determines how much of the image must be inpainted.
         size = np.sqrt(rng.uniform(0.02, 0.17) / (np.pi * np.mean(unit**2)))
@@ -196,40 +197,41 @@ class _Outline:
 
 
 def _body(
-    rng: np.random.Generator, outline: _Outline, base_colors: np.ndarray, fall: float
+    rng: np.random.Generator, outline: _Outline, base_colors: np.ndarray, shadow_angle: float
 ) -> Callable[..., np.ndarray]:
     """Return the surface of the object: (x, y, radius / reach, angle) -> [h, w, 3]."""
     # Of four colors, the one with the highest contrast is used: if the object matched the background, the strength of
     # its ghost could not be measured.
-    palette = np.stack([_color(rng, *span, 0.4) for span in ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))])
+    brightness_ranges = ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))
+    palette = np.stack([_color(rng, low, high, 0.4) for low, high in brightness_ranges])
     contrast = np.abs(palette[:, None] - base_colors).mean(-1).min(-1)
     color = palette[contrast.argmax()]
-    second = color + rng.uniform(0.12, 0.25) * rng.choice([-1.0, 1.0])
+    mark_color = color + rng.uniform(0.12, 0.25) * rng.choice([-1.0, 1.0])
     kind = rng.choice(["plain", "stripes", "spots"])
-    bulge, turn = rng.uniform(0.15, 0.5), rng.uniform(0, _TAU)
-    first, across = _wave(rng, rng.uniform(0.08, 0.14)), _wave(rng, rng.uniform(0.08, 0.14))
+    bulge, rotation = rng.uniform(0.15, 0.5), rng.uniform(0, _TAU)
+    wave_u, wave_v = _wave(rng, rng.uniform(0.08, 0.14)), _wave(rng, rng.uniform(0.08, 0.14))
 
     def paint(x: np.ndarray, y: np.ndarray, depth: np.ndarray, angle: np.ndarray) -> np.ndarray:
-        u = (x - outline.center[0]) * np.cos(turn) + (y - outline.center[1]) * np.sin(turn)
-        v = (y - outline.center[1]) * np.cos(turn) - (x - outline.center[0]) * np.sin(turn)
-        mark = {"plain": 0 * u, "stripes": first(u), "spots": first(u) * across(v)}[str(kind)]
+        u = (x - outline.center[0]) * np.cos(rotation) + (y - outline.center[1]) * np.sin(rotation)
+        v = (y - outline.center[1]) * np.cos(rotation) - (x - outline.center[0]) * np.sin(rotation)
+        mark = {"plain": 0 * u, "stripes": wave_u(u), "spots": wave_u(u) * wave_v(v)}[str(kind)]
         inside = np.minimum(depth, 1.0)
-        facing = -inside * np.cos(angle - fall)
+        facing = -inside * np.cos(angle - shadow_angle)
         shade = 1 + bulge * (0.6 * facing + 0.4 * np.sqrt(1 - inside**2) - 0.3)
         blend = (0.5 + 0.5 * mark)[..., None]
-        return np.clip((color * (1 - blend) + second * blend) * shade[..., None], *OBJECT_RANGE)
+        return np.clip((color * (1 - blend) + mark_color * blend) * shade[..., None], *OBJECT_RANGE)
 
     return paint
 
 
-def _shadow(rng: np.random.Generator, outline: _Outline, fall: float) -> Field:
+def _shadow(rng: np.random.Generator, outline: _Outline, shadow_angle: float) -> Field:
     """Return the brightness factor of the object's shadow, in (0, 1]: the shifted outline with a soft edge."""
-    length, soft, dark = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
-    shift = (np.cos(fall) * length, np.sin(fall) * length + 0.02)
+    length, softness, darkness = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
+    shift = (np.cos(shadow_angle) * length, np.sin(shadow_angle) * length + 0.02)
 
-    def left(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def brightness(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         radius, reach, _ = outline.at(x, y, shift)
-        edge = np.clip(0.5 + (reach - radius) / (2 * soft), 0, 1)
-        return 1 - dark * edge * edge * (3 - 2 * edge)
+        edge = np.clip(0.5 + (reach - radius) / (2 * softness), 0, 1)
+        return 1 - darkness * edge * edge * (3 - 2 * edge)
 
-    return left
+    return brightness

@@ -23,30 +23,30 @@ def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Score
         value: scores as written in the data set.
         score_format: expected format; None accepts both.
     """
-    given = next((name for name, (kind, _) in _FORMATS.items() if isinstance(value, kind)), None)
-    expected = score_format or given or "dict"
-    if given != expected:
-        advice = f"; pass --score_format {given}" if given else ""
+    value_format = next((name for name, (kind, _) in _FORMATS.items() if isinstance(value, kind)), None)
+    expected = score_format or value_format or "dict"
+    if value_format != expected:
+        advice = f"; pass --score_format {value_format}" if value_format else ""
         text = f"Expected {expected} format for scores, got {type(value)}"
         return None, [("scores", f"{text}: expected {_FORMATS[expected][1]}{advice}")]
-    problems = list(_dict_problems(value) if given == "dict" else _list_problems(value))
+    problems = list(_dict_problems(value) if value_format == "dict" else _list_problems(value))
     if problems:
         return None, problems
-    numbers = [value[name] for name in SCORE_NAMES] if given == "dict" else value
+    numbers = [value[name] for name in SCORE_NAMES] if value_format == "dict" else value
     return tuple(float(number) for number in numbers), []
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return advice for an unknown name: the known names, and the one that was probably meant."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"expected some of {', '.join(known)}" + (f"; did you mean '{close[0]}'?" if close else "")
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f"expected one of {', '.join(known)}" + (f"; did you mean '{similar[0]}'?" if similar else "")
 
 
 def _dict_problems(value: dict) -> Iterator[tuple[str, str]]:
     for name in value:
         if name not in SCORE_NAMES:
-            yield f"scores.{name}", f"unknown score: {nearest(name, SCORE_NAMES)}"
+            yield f"scores.{name}", f"unknown score: {suggest_name(name, SCORE_NAMES)}"
     for name in SCORE_NAMES:
         if name not in value:
             yield f"scores.{name}", "score missing: expected a number in [0, 1]"

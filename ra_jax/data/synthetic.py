@@ -42,8 +42,9 @@ __all__ = [
 
 DEFECTS = ("ghost", "cast", "seam", "blur")
 MIXES = ("one_clean", "no_clean")
-ROOMS = ("input", "mask", "gt", "ref")
-DOCUMENTS = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "unscored.json", "defects.json")
+SCENE_FOLDERS = ("input", "mask", "gt", "ref")  # one image per scene in each
+RESULT_FOLDER = "result"
+JSON_FILES = ("labeled_dict.json", "labeled_tensor.json", "triplets.json", "unscored.json", "defects.json")
 
 # A warm tint whose mean over the channels is 0. It changes no brightness, while a seam changes nothing else.
 CAST = np.array([0.22, 0.0, -0.22], np.float32)
@@ -55,14 +56,14 @@ ONE_CLEAN_STRENGTH = 0.6
 NO_CLEAN_RANGE = (0.2, 1.0)
 NO_CLEAN_DEFECTS = (3, 4)
 
-_PIXELS = (-3, -2, -1)  # axes of rows, columns and channels of an image
+_IMAGE_AXES = (-3, -2, -1)  # axes of rows, columns and channels of an image
 
 
 @lru_cache(maxsize=32)
 def _gaussian_matrix(size: int, sigma: float) -> np.ndarray:
     """Return the [size, size] matrix of a Gaussian blur with σ = `sigma` pixels, renormalized at the ends."""
-    at = np.arange(size)
-    kernel = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    positions = np.arange(size)
+    kernel = np.exp(-0.5 * ((positions[:, None] - positions) / sigma) ** 2)
     return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -132,7 +133,7 @@ def quantize(image: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return the weighted mean over pixels and channels of [..., h, w, c], with weights [..., h, w, 1]."""
-    return (weight * values).sum(_PIXELS) / (weight.sum(_PIXELS) * values.shape[-1])
+    return (weight * values).sum(_IMAGE_AXES) / (weight.sum(_IMAGE_AXES) * values.shape[-1])
 
 
 def _pairs(plane: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,24 +169,33 @@ def rule_scores(image: np.ndarray, scene: Scene) -> np.ndarray:
     error = np.asarray(image, np.float64) - scene.truth
     ghost = inside * (scene.source - scene.truth)
     ghost_power = _mean(ghost**2, core)
-    left = _mean(error * ghost, core) / ghost_power
-    rest = error * inside - left[..., None, None, None] * ghost
-    other = np.sqrt(_mean(rest**2, core) / ghost_power)
-    around = np.sqrt(_mean(error**2, 1 - inside))
+    object_share = _mean(error * ghost, core) / ghost_power
+    residual = error * inside - object_share[..., None, None, None] * ghost
+    replacement = np.sqrt(_mean(residual**2, core) / ghost_power)
+    outside_error = np.sqrt(_mean(error**2, 1 - inside))
 
-    rest = rest + error * (1 - inside)  # outside the mask, the whole error counts as residual
+    residual = residual + error * (1 - inside)  # outside the mask, the whole error counts as residual
     distance = max(1, round(inside.shape[-2] / 16))
-    r_near, r_far = _pairs(rest.mean(-1), distance)
+    r_near, r_far = _pairs(residual.mean(-1), distance)
     y_near, y_far = _pairs(scene.truth.mean(-1), distance)
     m_near, m_far = _pairs(inside[..., 0], distance)
     change, texture = r_far - r_near, y_far - y_near
     across, within = np.abs(m_far - m_near), m_far * m_near
     step = np.sqrt((across * change**2).sum(-1) / across.sum(-1))
-    lost = np.abs((within * change * texture).sum(-1) / (within * texture**2).sum(-1))
+    texture_change = np.abs((within * change * texture).sum(-1) / (within * texture**2).sum(-1))
 
-    factors = [1 - np.abs(left), 1 - other / 2, 1 - around / 0.2, 1 - step / 0.3, 1 - lost / 2]
-    gone, clear, background, even, detailed = np.clip(factors, 0, 1)
-    return np.stack([gone * clear, background, even * detailed], axis=-1)
+    removed, not_replaced, background, no_step, textured = np.clip(
+        [
+            1 - np.abs(object_share),
+            1 - replacement / 2,
+            1 - outside_error / 0.2,
+            1 - step / 0.3,
+            1 - texture_change / 2,
+        ],
+        0,
+        1,
+    )
+    return np.stack([removed * not_replaced, background, no_step * textured], axis=-1)
 
 
 def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -> np.ndarray:
@@ -204,10 +214,10 @@ def candidate_strengths(mix: str, seed: int, number: int, candidates: int = 4) -
     if mix == "one_clean":
         return np.concatenate([np.zeros((1, 4)), ONE_CLEAN_STRENGTH * np.eye(4)])
     if candidates < 2:
-        raise ValueError(f"candidates={candidates}: expected at least 2, scores are compared within a scene")
+        raise ValueError(f"candidates={candidates}: expected at least 2, because scores are compared within a scene")
     rng = np.random.default_rng((seed, number, 1))
-    order = rng.permuted(np.tile(np.arange(4), (candidates, 1)), axis=1)
-    present = order < rng.choice(NO_CLEAN_DEFECTS, (candidates, 1))
+    ranks = rng.permuted(np.tile(np.arange(4), (candidates, 1)), axis=1)
+    present = ranks < rng.choice(NO_CLEAN_DEFECTS, (candidates, 1))
     return np.where(present, rng.uniform(*NO_CLEAN_RANGE, (candidates, 4)), 0.0)
 
 
@@ -232,27 +242,29 @@ class DatasetSettings:
     candidates: int = 4
 
     @property
-    def numbers(self) -> range:
+    def scene_numbers(self) -> range:
         """The numbers of the scenes [S]."""
         return range(self.first_scene, self.first_scene + self.scenes)
 
     @property
-    def names(self) -> list[str]:
+    def scene_names(self) -> list[str]:
         """The names of the scenes [S]; names of their files start with them."""
-        return [f"scene_{number:05d}" for number in self.numbers]
+        return [f"scene_{number:05d}" for number in self.scene_numbers]
 
     @property
-    def results(self) -> list[list[str]]:
+    def result_paths(self) -> list[list[str]]:
         """The file paths of the results [S][K]."""
         kinds = ("clean", *DEFECTS) if self.mix == "one_clean" else range(self.candidates)
-        return [[f"result/{name}_{kind}.png" for kind in kinds] for name in self.names]
+        return [[f"{RESULT_FOLDER}/{name}_{kind}.png" for kind in kinds] for name in self.scene_names]
 
     def strengths(self) -> np.ndarray:
         """Return the defect strengths of every result, [S, K, 4]. Raises ValueError if a setting is out of range."""
         if self.scenes < 1:
             raise ValueError(f"scenes={self.scenes}: expected at least 1")
         check_size(self.size)
-        return np.stack([candidate_strengths(self.mix, self.seed, number, self.candidates) for number in self.numbers])
+        return np.stack(
+            [candidate_strengths(self.mix, self.seed, number, self.candidates) for number in self.scene_numbers]
+        )
 
 
 def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
@@ -275,31 +287,31 @@ def write_dataset(folder: str | Path, settings: DatasetSettings) -> Path:
         ValueError: a setting is out of range; see `DatasetSettings.strengths`.
     """
     strengths = settings.strengths()
-    known = _json(_known(settings, strengths))
+    defects_json = _json(_defects_content(settings, strengths))
     folder = Path(folder).resolve()
-    _refuse_foreign(folder, known, settings)
+    _check_replaceable(folder, defects_json, settings)
     records = []
     with replace_folder(folder) as partial:
-        for room in (*ROOMS, "result"):
-            (partial / room).mkdir()
-        rows = zip(settings.numbers, settings.names, settings.results, strengths, strict=True)
-        for number, name, files, values in rows:
+        for name in (*SCENE_FOLDERS, RESULT_FOLDER):
+            (partial / name).mkdir()
+        rows = zip(settings.scene_numbers, settings.scene_names, settings.result_paths, strengths, strict=True)
+        for number, name, files, scene_strengths in rows:
             scene = make_scene(np.random.SeedSequence((settings.seed, number)), settings.size)
-            scores = _write_scene(partial, name, scene, files, values)
+            scores = _write_scene(partial, name, scene, files, scene_strengths)
             paths = {"ref": f"ref/{name}.png", "src": f"input/{name}.png", "mask": f"mask/{name}.png"}
             records += [{**paths, "result": f, "scores": s} for f, s in zip(files, scores.tolist(), strict=True)]
-        for file, text in zip(DOCUMENTS, (*_documents(settings, records), known), strict=True):
+        for file, text in zip(JSON_FILES, (*_record_files(settings, records), defects_json), strict=True):
             (partial / file).write_text(text, encoding="utf-8")
-        _refuse_edited(folder, partial, [*DOCUMENTS, *sorted(_pictures(settings))])
+        _check_not_edited(folder, partial, [*JSON_FILES, *sorted(_image_paths(settings))])
     return folder
 
 
-def _known(settings: DatasetSettings, strengths: np.ndarray) -> dict:
+def _defects_content(settings: DatasetSettings, strengths: np.ndarray) -> dict:
     """Return the content of defects.json: settings, and the true strengths [S, K, 4] of every result."""
-    told = ("mix", "seed", "size", "scenes", "first_scene")
-    files = np.ravel(settings.results).tolist()
+    setting_names = ("mix", "seed", "size", "scenes", "first_scene")
+    files = np.ravel(settings.result_paths).tolist()
     return {
-        "settings": {name: getattr(settings, name) for name in told},
+        "settings": {name: getattr(settings, name) for name in setting_names},
         "mean_strength": dict(zip(DEFECTS, strengths.mean((0, 1)).tolist(), strict=True)),
         "records": [
             {"result": file, **dict(zip(DEFECTS, values.tolist(), strict=True))}
@@ -308,15 +320,16 @@ def _known(settings: DatasetSettings, strengths: np.ndarray) -> dict:
     }
 
 
-def _documents(settings: DatasetSettings, records: list[dict]) -> list[str]:
-    """Return the texts of all `DOCUMENTS` except defects.json, from the scored records in the order of the results."""
-    named = [{**record, "scores": dict(zip(SCORE_NAMES, record["scores"], strict=True))} for record in records]
-    mapping = {f"{name}.png": [f"{name}.png"] for name in settings.names}
-    kinds = len(records) // settings.scenes
-    unscored = [{**records[kinds * i + i % kinds]} for i in range(settings.scenes)]  # equally many of each kind
+def _record_files(settings: DatasetSettings, records: list[dict]) -> list[str]:
+    """Return the texts of all `JSON_FILES` except defects.json, from the scored records in the order of the results."""
+    dict_scores = [{**record, "scores": dict(zip(SCORE_NAMES, record["scores"], strict=True))} for record in records]
+    mapping = {f"{name}.png": [f"{name}.png"] for name in settings.scene_names}
+    candidates = len(records) // settings.scenes
+    # The candidates take turns, so that the file has equally many of each kind.
+    unscored = [{**records[candidates * i + i % candidates]} for i in range(settings.scenes)]
     for record in unscored:
         del record["scores"]
-    return [_json(content) for content in (named, records, {"mapping": mapping}, unscored)]
+    return [_json(content) for content in (dict_scores, records, {"mapping": mapping}, unscored)]
 
 
 def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], strengths: np.ndarray) -> np.ndarray:
@@ -330,12 +343,12 @@ def _write_scene(folder: Path, name: str, scene: Scene, files: list[str], streng
         strengths: [K, 4] defect strengths of the results.
     """
     results = quantize(apply_defects(scene, strengths))
-    pictures = [quantize(picture) for picture in (scene.source, scene.mask, scene.truth, scene.reference)]
-    for room, picture in zip(ROOMS, pictures, strict=True):
-        Image.fromarray(picture).save(folder / room / f"{name}.png", compress_level=1)
-    for file, picture in zip(files, results, strict=True):
-        Image.fromarray(picture).save(folder / file, compress_level=1)
-    source, _, truth, reference = (picture / 255 for picture in pictures)
+    images = [quantize(image) for image in (scene.source, scene.mask, scene.truth, scene.reference)]
+    for subfolder, image in zip(SCENE_FOLDERS, images, strict=True):
+        Image.fromarray(image).save(folder / subfolder / f"{name}.png", compress_level=1)
+    for file, image in zip(files, results, strict=True):
+        Image.fromarray(image).save(folder / file, compress_level=1)
+    source, _, truth, reference = (image / 255 for image in images)
     return rule_scores(results / 255, Scene(source, truth, reference, scene.mask)).round(4)
 
 
@@ -343,37 +356,41 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def _pictures(settings: DatasetSettings) -> set[str]:
+def _image_paths(settings: DatasetSettings) -> set[str]:
     """Return the paths of all images of a data set, relative to its folder."""
-    return {f"{room}/{name}.png" for room in ROOMS for name in settings.names}.union(*settings.results)
+    scene_images = {f"{folder}/{name}.png" for folder in SCENE_FOLDERS for name in settings.scene_names}
+    return scene_images.union(*settings.result_paths)
 
 
-def _refuse_foreign(folder: Path, known: str, settings: DatasetSettings) -> None:
+def _check_replaceable(folder: Path, defects_json: str, settings: DatasetSettings) -> None:
     """Raise OutputError unless `folder` is absent, empty, or holds a data set with the same settings."""
     advice = "choose another folder"
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder, found a file; {advice}")
-    files, folders = _pictures(settings).union(DOCUMENTS), {*ROOMS, "result"}
-    found, foreign = set(), []
+    files, folders = _image_paths(settings).union(JSON_FILES), {*SCENE_FOLDERS, RESULT_FOLDER}
+    existing, foreign = set(), []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_symlink() and path.is_file() and name in files:
-            found.add(name)
+            existing.add(name)
         elif path.is_symlink() or not path.is_dir() or name not in folders:  # `write_dataset` creates no links
             foreign.append(name)
     if foreign:
-        raise OutputError(f"{folder}: holds {len(foreign)} other files or folders, {foreign[0]} for one; {advice}")
-    if found and "defects.json" not in found:
-        raise OutputError(f"{folder}: holds a data set without defects.json, which no run of this wrote; {advice}")
-    if found and (folder / "defects.json").read_text(encoding="utf-8") != known:
-        raise OutputError(f"{folder}: holds a data set of other settings; {advice}, or delete this one first")
+        raise OutputError(
+            f"{folder}: contains files or folders that do not belong to the data set ({len(foreign)}, for example "
+            f"{foreign[0]}); {advice}"
+        )
+    if existing and "defects.json" not in existing:
+        raise OutputError(f"{folder}: contains files of a data set, but no defects.json with its settings; {advice}")
+    if existing and (folder / "defects.json").read_text(encoding="utf-8") != defects_json:
+        raise OutputError(f"{folder}: contains a data set with other settings; {advice}, or delete this one first")
 
 
-def _refuse_edited(folder: Path, new: Path, files: Sequence[str]) -> None:
+def _check_not_edited(folder: Path, new: Path, files: Sequence[str]) -> None:
     """Raise OutputError if a file in `folder` differs from the file in `new` that would replace it."""
     for name in files:
         if (folder / name).exists() and (folder / name).read_bytes() != (new / name).read_bytes():
             raise OutputError(
-                f"{folder}: {name} is not as these settings write it, and is not replaced; choose another folder, or "
+                f"{folder}: {name} differs from the file that would replace it, and is kept; choose another folder, or "
                 "delete this one first"
             )

@@ -50,13 +50,13 @@ PHOTOS = {"photos", "results"}
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (zeros({"photos"}), r"a batch with \['photos', 'results'\]: keys \['result'\] are missing, \[\] are too many"),
-        (zeros(PHOTOS, reward=np.zeros(2)), r"\[\] are missing, \['reward'\] are too many"),
-        (zeros(PHOTOS, mask=np.zeros((2, 4, 6), bool)), "mask is bool: expected uint8"),
+        (zeros({"photos"}), r"parts \['photos', 'results'\]: missing keys \['result'\], unexpected keys \[\]"),
+        (zeros(PHOTOS, reward=np.zeros(2)), r"missing keys \[\], unexpected keys \['reward'\]"),
+        (zeros(PHOTOS, mask=np.zeros((2, 4, 6), bool)), "mask has dtype bool: expected uint8"),
         (zeros(PHOTOS, mask=np.zeros((2, 4), np.uint8)), r"mask has shape \(2, 4\): expected \('B', 'h', 'w'\)"),
-        (zeros(PHOTOS, mask=np.zeros((2, 4, 5), np.uint8)), r"mask has shape \(2, 4, 5\): .*where .*'w': 6"),
+        (zeros(PHOTOS, mask=np.zeros((2, 4, 5), np.uint8)), r"mask has shape \(2, 4, 5\): .*with sizes .*'w': 6"),
         (zeros(PHOTOS, source=np.zeros((2, 4, 6, 1), np.uint8)), r"source has shape .*expected \('B', 'h', 'w', 3\)"),
-        (zeros(PHOTOS, epoch=np.zeros(3, np.int32)), r"epoch has shape \(3,\): expected \('B',\), where .*'B': 2"),
+        (zeros(PHOTOS, epoch=np.zeros(3, np.int32)), r"epoch has shape \(3,\): expected \('B',\) with sizes .*'B': 2"),
     ],
 )
 def test_a_batch_that_does_not_follow_the_schema_is_refused(batch, message):
@@ -67,5 +67,5 @@ def test_a_batch_that_does_not_follow_the_schema_is_refused(batch, message):
 def test_image_tokens_may_be_in_sixteen_bits():
     tokens = np.zeros((2, 7, 9), ml_dtypes.bfloat16)
     assert check_schema(zeros({"latents"}, image_tokens=tokens), {"latents"})["D"] == 9
-    with pytest.raises(ValueError, match="image_tokens is float16: expected float32 or bfloat16"):
+    with pytest.raises(ValueError, match="image_tokens has dtype float16: expected float32 or bfloat16"):
         check_schema(zeros({"latents"}, image_tokens=tokens.astype(np.float16)), {"latents"})

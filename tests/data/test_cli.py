@@ -16,7 +16,7 @@ def test_validate_prints_a_table(make_data_folder, capsys):
     # 3 × 0, 3 × 0.25 and 2 × 0.5; a score of 1 falls into the last tenth.
     assert ["smoothness_score", "8", "0.219", "0.195", *"3030020000"] in lines
     assert ["background_score", "8", "1.000", "0.000", *"0000000008"] in lines
-    assert ["no", "faults"] in lines
+    assert ["no", "errors"] in lines
 
 
 def test_validate_prints_every_fault_and_exits_1(make_data_folder, capsys):
@@ -26,7 +26,7 @@ def test_validate_prints_every_fault_and_exits_1(make_data_folder, capsys):
     assert main(["validate", str(data.write()), "--use_human_scores"]) == 1
     out = capsys.readouterr().out
     assert out.count("field 'scores.removal_score': NaN") == 25
-    assert "25 faults" in out
+    assert "25 errors" in out
     assert ["records", "1"] in [line.split() for line in out.splitlines()]
 
 
@@ -79,5 +79,5 @@ def test_synth_refuses_a_copy_of_its_own_that_was_edited(tmp_path, capsys):
     assert main(command) == main(command) == 0
     (folder / "labeled_dict.json").write_text("[]")
     assert main(command) == 1
-    assert "labeled_dict.json is not as these settings write it, and is not replaced" in capsys.readouterr().err
+    assert "labeled_dict.json differs from the file that would replace it" in capsys.readouterr().err
     assert (folder / "labeled_dict.json").read_text() == "[]"

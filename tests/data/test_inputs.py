@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ra_jax.data.inputs import flag_inputs, image_paths, input_paths, record_paths
-from ra_jax.data.packs import Pack, PackedPicture
+from ra_jax.data.packs import Pack, PackedImage
 from ra_jax.data.records import load_records
 
 
@@ -65,7 +65,7 @@ def test_records_name_files_or_their_pack(data, monkeypatch):
     assert set(record_paths(records)) == {data.folder / path.relative_to("set") for path in names(*ROOMS)}
     pack = object.__new__(Pack)
     pack.folder = Path("packed")
-    packed = PackedPicture(pack, "src", 0, (24, 24), same=0)
+    packed = PackedImage(pack, "src", 0, (24, 24), content_id=0)
     monkeypatch.setattr("ra_jax.data.inputs.pack_folder", lambda path: pack.folder)
     assert input_paths("tfds:packed") == [pack.folder]
     fields = {"src": packed, "mask": packed, "ref": None, "result": None}

@@ -163,21 +163,21 @@ def test_parse_buckets():
     for text in ("", "512", "512,512;a,b", "512,512,3", "0,16"):
         with pytest.raises(DataError, match='expected "height,width;height,width"'):
             parse_buckets(text)
-    with pytest.raises(DataError, match="stands there twice"):
+    with pytest.raises(DataError, match="listed twice"):
         parse_buckets("16,16;16,16")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"buckets": ((16, 20),)}, '16,20 has a side that is no multiple of 8 .* the nearest that fits is "16,16"'),
+        ({"buckets": ((16, 20),)}, '16,20 has a side that is not a multiple of 8 .* the nearest valid size is "16,16"'),
         ({"batch_size": 0}, "batch_size 0: expected at least 1"),
-        ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected some of 0 to 2"),
-        ({"extras": {"reward": np.zeros(3)}}, "3 values: expected one a record, 21"),
-        ({"extras": {"mask": np.zeros(21)}}, "a batch has that key itself"),
-        ({"latents": True}, "latents: expected masks as they are, .*; got augment_masks"),
-        ({"latents": True, "augment_masks": False}, "latents: expected records of a pack with latents"),
-        ({"photos": False}, "photos and latents are both off: expected one of them to load"),
+        ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected at least one of 0 to 2"),
+        ({"extras": {"reward": np.zeros(3)}}, "3 values: expected 21, one per record"),
+        ({"extras": {"mask": np.zeros(21)}}, "the loader uses this name"),
+        ({"latents": True}, "latents=True with augment_masks=True: .*; set augment_masks=False"),
+        ({"latents": True, "augment_masks": False}, "latents=True: expected records of a pack with latents"),
+        ({"photos": False}, "photos=False and latents=False: expected at least one"),
     ],
 )
 def test_refusals(records, changes, message):

@@ -148,7 +148,7 @@ def test_no_scores_field(refuse_spoilt):
 def test_no_scores_at_all_is_one_fault(make_data_folder):
     data = make_data_folder(sizes=[(24, 24)] * 3)
     message = refusal(data.folder, **HUMAN)
-    assert "1 fault " in message
+    assert "1 error " in message
     assert "use_human_scores=True but no 'scores' field found in data" in message
 
 
@@ -191,7 +191,7 @@ def test_missing_picture(refuse_spoilt):
 @pytest.mark.parametrize("field", ["src", "mask", "result", "ref"])
 def test_unreadable_picture(refuse_spoilt, field):
     (refuse_spoilt.data.folder / "words.png").write_text("these are words")
-    assert f"record 1, field '{field}': unreadable picture" in refuse_spoilt(**{field: "words.png"})
+    assert f"record 1, field '{field}': unreadable image" in refuse_spoilt(**{field: "words.png"})
 
 
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png"])
@@ -201,13 +201,13 @@ def test_picture_cut_short(refuse_spoilt, name):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    assert "record 1, field 'result': unreadable picture" in refuse_spoilt(result=name)
+    assert "record 1, field 'result': unreadable image" in refuse_spoilt(result=name)
 
 
 def test_sixteen_bit_picture(refuse_spoilt):
     Image.fromarray(np.full((24, 24), 40000, np.uint16)).save(refuse_spoilt.data.folder / "deep.png")
-    assert "record 1, field 'result': unreadable picture" in (message := refuse_spoilt(result="deep.png"))
-    assert "expected 8 bits a channel" in message
+    assert "record 1, field 'result': unreadable image" in (message := refuse_spoilt(result="deep.png"))
+    assert "expected 8 bits per channel" in message
 
 
 @pytest.mark.parametrize("field", ["mask", "result"])
@@ -237,12 +237,12 @@ def test_mask_threshold_is_above_127(make_data_folder):
     [
         ({"mask": ...}, "field 'mask': missing"),
         ({"src": None}, "field 'src': missing"),
-        ({"src": 3}, "field 'src': got 3 (int): expected the path of a picture"),
+        ({"src": 3}, "field 'src': got 3 (int): expected the path of an image"),
         ({"result": ""}, "field 'result': got '' (str)"),
         ({"scoers": {}}, "field 'scoers': unknown field"),
-        ({"zzz": 1}, "field 'zzz': unknown field: expected some of ref, src, mask"),
+        ({"zzz": 1}, "field 'zzz': unknown field: expected one of ref, src, mask"),
         ({"source": "policies"}, "field 'source': got 'policies': expected one of policy, other, gt"),
-        ({"split": 3}, "field 'split': got 3 (int): expected a text"),
+        ({"split": 3}, "field 'split': got 3 (int): expected a string"),
         ({"id": 1.5}, "field 'id': got 1.5 (float)"),
     ],
 )
@@ -252,7 +252,7 @@ def test_bad_fields(refuse_spoilt, changes, expected):
 
 def test_unknown_names_get_the_nearest_known_one(refuse_spoilt):
     message = refuse_spoilt(scoers={}, scores=GOOD | {"removel_score": 1})
-    assert "'scoers': unknown field: expected some of ref, src, " in message
+    assert "'scoers': unknown field: expected one of ref, src, " in message
     assert "; did you mean 'scores'?" in message
     assert "; did you mean 'removal_score'?" in message
 
@@ -266,7 +266,7 @@ def test_duplicate_id(refuse_spoilt):
 def test_record_that_is_no_object(make_data_folder):
     data = make_data_folder()
     message = refusal(data.write([*data.records, "input/s0.png"]))
-    assert "record 2: expected an object with src, mask and result, got <class 'str'>" in message
+    assert "record 2: got <class 'str'>: expected an object with src, mask and result" in message
 
 
 @pytest.mark.parametrize("content", [[], {}, {"mapping": {}}])
@@ -291,7 +291,7 @@ def test_comments_in_json_are_named(tmp_path):
 
 def test_data_of_the_demo_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "`python -m ra_jax.demo` makes it" in refusal("output/demo/data/train/labeled_dict.json")
+    assert "`python -m ra_jax.demo` creates it" in refusal("output/demo/data/train/labeled_dict.json")
 
 
 def test_broken_jsonl_names_record_and_line_and_reads_on(make_data_folder):
@@ -300,7 +300,7 @@ def test_broken_jsonl_names_record_and_line_and_reads_on(make_data_folder):
     path = data.folder / "data.jsonl"
     path.write_text("\n".join(lines))
     message = refusal(path)
-    assert "2 faults" in message
+    assert "2 errors" in message
     assert "record 1, line 3: broken JSON" in message
     assert "record 2, line 4, field 'mask': no such file" in message
 
@@ -313,7 +313,7 @@ def test_single_record_at_the_top(make_data_folder):
 def test_bad_mapping(make_data_folder):
     data = make_data_folder(sizes=[(24, 24)] * 2)
     message = refusal(data.write({"mapping": {"s0.png": "s0.png", "s1.png": ["none.png"]}}))
-    assert "field 'mapping': 's0.png' maps to 's0.png': expected a list of names in input/" in message
+    assert "field 'mapping': 's0.png' maps to 's0.png': expected a list of file names in input/" in message
     assert "record 0, field 'mask': no mask for input/none.png" in message
 
 
@@ -331,7 +331,7 @@ def test_all_faults_together_twenty_in_full(make_data_folder):
     data.records[-1] |= {"src": "none.png", "scores": [2, 3, 4], "extra": 1}
     path = data.write()
     message = refusal(path)
-    assert message.startswith(f"{path}: 28 faults")
+    assert message.startswith(f"{path}: 28 errors")
     assert sum("no such file" in line for line in message.splitlines()) == 20
     assert "and 8 more: `python -m ra_jax.data validate" in message
     records, errors = check_records(path)
