@@ -46,8 +46,8 @@ def leaves_on_disk(tree: Any, prefix: str = "") -> dict[str, jax.Array]:
 
     `prefix` is the part of the state that `tree` is, such as "trainable" or "ema/flux"; "" for the whole state.
     """
-    within = prefix and prefix + "/"
-    return {name_on_disk(within + name): leaf for name, leaf in named_leaves(tree).items()}
+    part = prefix and prefix + "/"
+    return {name_on_disk(part + name): leaf for name, leaf in named_leaves(tree).items()}
 
 
 def name_on_disk(name: str) -> str:
@@ -103,8 +103,8 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints after `step`: a run that resumes from `step` saves these steps again."""
-        for later in (found for found in self._manager.all_steps() if found > step):
-            self._manager.delete(later)
+        for later_step in [saved_step for saved_step in self._manager.all_steps() if saved_step > step]:
+            self._manager.delete(later_step)
 
     def close(self) -> None:
         """Wait for saves in progress, then release the folder."""
@@ -129,10 +129,13 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
-    within = {path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR}  # a link or its target may have this name
-    places = [path] if within else [path / CHECKPOINT_DIR, path / BEST_DIR]
-    found = [[folder for folder in place.glob("*") if folder.name.isdecimal()] for place in places if place.is_dir()]
-    steps = next(filter(None, found), [])
+    # A link or its target may have the name of a folder of checkpoints.
+    holds_steps = bool({path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR})
+    parents = [path] if holds_steps else [path / CHECKPOINT_DIR, path / BEST_DIR]
+    candidates = [
+        [folder for folder in parent.glob("*") if folder.name.isdecimal()] for parent in parents if parent.is_dir()
+    ]
+    steps = next(filter(None, candidates), [])
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {where}: expected a run's output folder (with {CHECKPOINT_DIR}/<step> in it) or "
@@ -184,16 +187,15 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     Raises CheckpointError if the checkpoint has another geometry. The message lists the leaves that differ.
     """
     on_disk = leaves_on_disk(like, prefix)
-    wanted, saved = geometry(on_disk), read_metadata(checkpoint).geometry
-    within = prefix and name_on_disk(prefix) + "/"
-    found = {name: spec for name, spec in saved.items() if name.startswith(within)}
-    if wanted != found:
-        raise CheckpointError(_difference(checkpoint, wanted, found))
+    expected, part = geometry(on_disk), prefix and name_on_disk(prefix) + "/"
+    saved = {name: spec for name, spec in read_metadata(checkpoint).geometry.items() if name.startswith(part)}
+    if expected != saved:
+        raise CheckpointError(_describe_difference(checkpoint, expected, saved))
     checkpoint = checkpoint.resolve()  # Orbax requires an absolute path
     leaves, structure = jax.tree.flatten(like)
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-        for name, leaf in zip(wanted, leaves, strict=True)
+        for name, leaf in zip(expected, leaves, strict=True)
     }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
@@ -204,20 +206,20 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
                 partial_restore=True,
             ),
         )
-    return jax.tree.unflatten(structure, [restored[name.replace("/", ".")] for name in wanted])
+    return jax.tree.unflatten(structure, [restored[name.replace("/", ".")] for name in expected])
 
 
-def _difference(checkpoint: Path, wanted: dict, found: dict, limit: int = 10) -> str:
-    lines = [f"{name}: this model has {wanted[name]}, the checkpoint none" for name in wanted.keys() - found.keys()]
-    lines += [f"{name}: only in the checkpoint" for name in found.keys() - wanted.keys()]
+def _describe_difference(checkpoint: Path, expected: dict, saved: dict, limit: int = 10) -> str:
+    lines = [f"{name}: this model has {expected[name]}, the checkpoint none" for name in expected.keys() - saved.keys()]
+    lines += [f"{name}: only in the checkpoint" for name in saved.keys() - expected.keys()]
     lines += [
-        f"{name}: this model has {wanted[name]}, the checkpoint {found[name]}"
-        for name in wanted.keys() & found.keys()
-        if wanted[name] != found[name]
+        f"{name}: this model has {expected[name]}, the checkpoint {saved[name]}"
+        for name in expected.keys() & saved.keys()
+        if expected[name] != saved[name]
     ]
-    listed = "\n  ".join(sorted(lines)[:limit])
+    shown = "\n  ".join(sorted(lines)[:limit])
     more = f"\n  and {len(lines) - limit} more" if len(lines) > limit else ""
     return (
-        f"checkpoint {checkpoint} is of another geometry ({len(lines)} arrays differ):\n  {listed}{more}\n"
-        "Use the model, --num_experts, --lora_rank, --target_modules, --optimizer and mode it was trained with."
+        f"checkpoint {checkpoint} has another geometry ({len(lines)} arrays differ):\n  {shown}{more}\n"
+        "Use the model, --num_experts, --lora_rank, --target_modules, --optimizer and mode that it was trained with."
     )

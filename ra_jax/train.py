@@ -10,11 +10,11 @@ from jax.errors import JaxRuntimeError
 from ra_jax.config.parse import config_file, parse
 from ra_jax.errors import UserError
 
-REFUSALS = (UserError, FloatingPointError)
+REPORTED_ERRORS = (UserError, FloatingPointError)
 OUT_OF_MEMORY = (
-    "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full (with a "
-    "policy points), fewer --num_policy_timesteps, a smaller --decode_batch_size, smaller --aspect_ratio_buckets, a "
-    "lower --lora_rank; on a GPU also XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+    "try a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing full (or "
+    "points if there is a policy loss), fewer --num_policy_timesteps, a smaller --decode_batch_size, smaller "
+    "--aspect_ratio_buckets, a lower --lora_rank; on a GPU also XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
 )
 
 
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and train. Errors that a user can fix are printed without a traceback, with exit status 1."""
     # force: Orbax has installed a log handler, and without force basicConfig() would then do nothing.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    for chatty in ("absl", "orbax", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for library in ("absl", "orbax", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         config, file = parse(argv), config_file(argv)
         # Imported after parsing, so that --help and wrong flags are answered at once.
@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file is not None:
             check_config_kept(config, file)
         output = train(config)
-    except REFUSALS as error:
+    except REPORTED_ERRORS as error:
         sys.exit(f"error: {error}")
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
         # A Python reward function that the compiled step called has raised this error.
-        if told := re.search(r"RewardError: (.*)", str(error)):
-            sys.exit(f"error: {told[1]}")
+        if reward_error := re.search(r"RewardError: (.*)", str(error)):
+            sys.exit(f"error: {reward_error[1]}")
         raise
     print(f"trained: {output}")
 

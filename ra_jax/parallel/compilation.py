@@ -37,16 +37,16 @@ def trim_host_memory() -> None:
         libc.malloc_trim(0)
 
 
-def enable_compilation_cache(where: str) -> None:
+def enable_compilation_cache(folder: str) -> None:
     """Set the folder in which JAX keeps compiled programs between runs.
 
-    `where` is a folder, "auto" or "none", as for `--jax_compilation_cache_dir`.
+    `folder` is a path, "auto" or "none", as for `--jax_compilation_cache_dir`.
     """
-    if where == "auto" and jax.config.jax_compilation_cache_dir:
+    if folder == "auto" and jax.config.jax_compilation_cache_dir:
         return
-    if where == "auto":
-        where = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ra_jax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", None if where == "none" else where)
+    if folder == "auto":
+        folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ra_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", None if folder == "none" else folder)
 
 
 def program_memory(program: jax.stages.Compiled) -> int:

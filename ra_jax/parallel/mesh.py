@@ -23,31 +23,32 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     slices of a TPU.
     """
     devices = jax.devices() if devices is None else devices
-    asked = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
+    flags = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
     if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
-        raise ConfigError(f"{asked}: expected sizes of 1 or more, or --mesh_data -1 for all that the others leave")
+        raise ConfigError(f"{flags}: expected sizes of 1 or more, or --mesh_data -1 for all remaining devices")
     inner = fsdp * tensor
     count = inner * data if data > 0 else inner * max(1, len(devices) // inner)
     if count != len(devices):
-        fix = f"give sizes of {divisors(len(devices))} whose product is {len(devices)}, or leave --mesh_data out"
+        advice = f"give sizes of {divisors(len(devices))} whose product is {len(devices)}, or leave --mesh_data out"
         if len(devices) == 1:
-            fix = "leave them out"
-        raise ConfigError(f"{asked}: these make {count} devices, and there are {len(devices)}; {fix}")
+            advice = "leave these flags out"
+        raise ConfigError(f"{flags}: these sizes make {count} devices, and there are {len(devices)}; {advice}")
     shape = (len(devices) // inner, fsdp, tensor)
-    sizes = Counter(getattr(device, "slice_index", 0) for device in devices).values()
-    slices = len(sizes)
-    if slices > 1 and shape[0] % slices == 0 and len(set(sizes)) == 1:
-        within = (shape[0] // slices, fsdp, tensor)
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    slice_sizes = Counter(getattr(device, "slice_index", 0) for device in devices).values()
+    slices = len(slice_sizes)
+    if slices > 1 and shape[0] % slices == 0 and len(set(slice_sizes)) == 1:
+        slice_shape = (shape[0] // slices, fsdp, tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            slice_shape, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif slices == 1 or devices[0].platform != "tpu":  # JAX calls nodes of GPUs slices, and any axis may join them
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        each = len(devices) // slices
-        tensor = math.gcd(tensor, each)
+        chips = len(devices) // slices
+        tensor = math.gcd(tensor, chips)
         raise ConfigError(
-            f"{asked}: {slices} slices of {each} chips are joined by --mesh_data, which has to be a multiple of "
-            f"{slices}, and is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {each // tensor} "
-            f"--mesh_tensor {tensor}"
+            f"{flags}: --mesh_data joins the {slices} slices of {chips} chips and must be a multiple of {slices}, "
+            f"but it is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {chips // tensor} --mesh_tensor {tensor}"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -55,8 +56,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Return the indices of the rows of a global batch that the devices of this process hold, in order."""
     check_batch(mesh, batch)
-    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in parts.values()]))
+    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:
@@ -64,9 +65,9 @@ def check_batch(mesh: Mesh, batch: int) -> None:
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch % shards:
         raise ConfigError(
-            f"train_batch_size = {batch} cannot be shared out over data x fsdp = {mesh.shape['data']} x "
+            f"train_batch_size = {batch} cannot be divided evenly over data x fsdp = {mesh.shape['data']} x "
             f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
-            "another multiple"
+            f"another multiple of {shards}"
         )
 
 

@@ -101,9 +101,8 @@ class MeshPartitioner:
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
         """Compute the result of `function`, sharded by `partitioning.RULES`; the weights are donated."""
-        places = self.placement.shardings(jax.eval_shape(function, *weights))
-        every = tuple(range(len(weights)))
-        return jax.jit(function, out_shardings=places, donate_argnums=every)(*weights)
+        shardings = self.placement.shardings(jax.eval_shape(function, *weights))
+        return jax.jit(function, out_shardings=shardings, donate_argnums=tuple(range(len(weights))))(*weights)
 
     def shard(self, tree: Any) -> Any:
         """Shard state or weights over the mesh by `partitioning.RULES`."""
@@ -129,9 +128,9 @@ class MeshPartitioner:
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         """Compile the step by `jax.jit`: the state is donated and sharded by `RULES`, metrics are replicated."""
         arguments = abstract((state, frozen, batch))
-        results = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
+        out_shardings = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
-            lowered = jax.jit(step, donate_argnums=0, out_shardings=results).lower(*arguments)
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=out_shardings).lower(*arguments)
         return compile_lowered(lowered, self.mesh.devices.flat[0].platform)
 
 
@@ -164,11 +163,11 @@ class PmapPartitioner:
         """
         if batch % self.shards:
             raise ConfigError(
-                f"train_batch_size = {batch} cannot be shared out over {self.shards} replicas; give --train_batch_size "
-                f"{-(-batch // self.shards) * self.shards}, or another multiple of {self.shards}"
+                f"train_batch_size = {batch} cannot be divided evenly over {self.shards} replicas; give "
+                f"--train_batch_size {-(-batch // self.shards) * self.shards}, or another multiple of {self.shards}"
             )
-        each = batch // jax.process_count()
-        return np.arange(jax.process_index() * each, (jax.process_index() + 1) * each)
+        rows = batch // jax.process_count()
+        return np.arange(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
     def scope(self) -> AbstractContextManager:
         """Context manager that does nothing: outside of steps a single device computes."""
@@ -182,22 +181,22 @@ class PmapPartitioner:
         """Place a copy on every replica, as one array with a leading axis: [...] -> [replicas, ...]."""
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
-        def copies(x: jax.Array) -> jax.Array:
+        def replicate(x: jax.Array) -> jax.Array:
             value = np.asarray(x)[None]  # on the host: all copies may not fit one device
             shards = [jax.device_put(value, device) for device in devices]
             return jax.make_array_from_single_device_arrays((self.shards, *x.shape), sharding, shards)
 
-        return jax.tree.map(copies, tree)
+        return jax.tree.map(replicate, tree)
 
     def unshard(self, tree: Any) -> Any:
         """Return the replicas' copies as one replicated array: [replicas, ...] -> [...]."""
-        everywhere = NamedSharding(self.mesh, P())
+        replicated = NamedSharding(self.mesh, P())
 
-        def one(x: jax.Array) -> jax.Array:
-            shards = [shard.data[0] for shard in x.addressable_shards]
-            return jax.make_array_from_single_device_arrays(x.shape[1:], everywhere, shards)
+        def merge(x: jax.Array) -> jax.Array:
+            copies = [shard.data[0] for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape[1:], replicated, copies)
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(merge, tree)
 
     def addressable(self, tree: Any) -> Any:
         """Return this process's first copy, on one device: [replicas, ...] -> [...]."""
@@ -206,11 +205,11 @@ class PmapPartitioner:
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         """Shard the rows over the replicas: [A·B_local, ...] -> [replicas, A, B / replicas, ...]."""
-        sharding, local = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)
+        sharding, replicas = NamedSharding(self.mesh, P(REPLICA)), len(self.mesh.local_devices)
 
         def put(x: np.ndarray) -> jax.Array:
-            parts = x.reshape(microbatches, local, -1, *x.shape[1:]).swapaxes(0, 1)
-            return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(parts))
+            by_replica = x.reshape(microbatches, replicas, -1, *x.shape[1:]).swapaxes(0, 1)
+            return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(by_replica))
 
         return jax.tree.map(put, batch)
 
@@ -229,7 +228,7 @@ def make_partitioner(config: ParallelConfig) -> Partitioner:
         return MeshPartitioner(make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor))
     if (config.mesh_fsdp, config.mesh_tensor) != (1, 1) or config.mesh_data not in (-1, jax.device_count()):
         raise ConfigError(
-            f"--parallelism pmap keeps a copy of the weights on each of the {jax.device_count()} devices and knows no "
+            f"--parallelism pmap keeps a copy of the weights on each of the {jax.device_count()} devices and uses no "
             "mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out, or give --parallelism mesh"
         )
     return PmapPartitioner(Mesh(np.asarray(jax.devices()), (REPLICA,)))

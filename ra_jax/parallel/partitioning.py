@@ -26,19 +26,19 @@ BATCH = (DATA, FSDP)
 # is not sharded. `tensor` shards the side of a layer that has heads or MLP features, so attention and the MLP between
 # two layers need no communication. The exception is proj_out of a single block: its input is the concatenation of
 # both, which is resharded before it.
-_FEATURES_OUT = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
-_FEATURES_IN = r"(to_out/0|to_add_out|net/2|proj_out)"
+_FEATURE_OUTPUTS = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
+_FEATURE_INPUTS = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (
-    (rf"{_FEATURES_OUT}/kernel$", P(FSDP, TENSOR)),
-    (rf"{_FEATURES_OUT}/(bias|kernel_scale)$", P(TENSOR)),
-    (rf"{_FEATURES_OUT}/lora_b$", P(None, (TENSOR, FSDP))),
-    (rf"{_FEATURES_IN}/kernel$", P(TENSOR, FSDP)),
-    (rf"{_FEATURES_IN}/lora_a$", P((TENSOR, FSDP), None)),
+    (rf"{_FEATURE_OUTPUTS}/kernel$", P(FSDP, TENSOR)),
+    (rf"{_FEATURE_OUTPUTS}/(bias|kernel_scale)$", P(TENSOR)),
+    (rf"{_FEATURE_OUTPUTS}/lora_b$", P(None, (TENSOR, FSDP))),
+    (rf"{_FEATURE_INPUTS}/kernel$", P(TENSOR, FSDP)),
+    (rf"{_FEATURE_INPUTS}/lora_a$", P((TENSOR, FSDP), None)),
     (r"/(kernel|lora_a)$", P(FSDP, None)),
     (r"/lora_b$", P(None, FSDP)),
 )
 STACKED = r"(transformer_blocks|vision/layers)/"
-REPEATED = r"(^|/)(vae|router)/"  # replicated: they are small, and kernels of convolutions are not matrices
+REPLICATED = r"(^|/)(vae|router)/"  # replicated: they are small, and kernels of convolutions are not matrices
 
 
 def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
@@ -52,22 +52,24 @@ def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
         sizes: the sizes of the mesh axes.
     """
     rule = None
-    if not re.search(REPEATED, name):
+    if not re.search(REPLICATED, name):
         rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if rule is None or len(shape) < len(rule):
         return P()
     spec = (None,) * (len(shape) - len(rule)) + tuple(rule)
-    return P(*(_dividing(axes, side, sizes) for axes, side in zip(spec, shape, strict=True)))
+    return P(*(_usable_axes(axes, side, sizes) for axes, side in zip(spec, shape, strict=True)))
 
 
-def _dividing(axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+def _usable_axes(
+    axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str, int]
+) -> str | tuple[str, ...] | None:
     """Return those of `axes` that have more than one device and together divide `side` evenly; None without any."""
-    chosen, parts = [], 1
+    usable, shards = [], 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
-        if sizes[axis] > 1 and side % (parts * sizes[axis]) == 0:
-            chosen.append(axis)
-            parts *= sizes[axis]
-    return tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None)
+        if sizes[axis] > 1 and side % (shards * sizes[axis]) == 0:
+            usable.append(axis)
+            shards *= sizes[axis]
+    return tuple(usable) if len(usable) > 1 else next(iter(usable), None)
 
 
 def parameter_name(path: tuple, separator: str = "/") -> str:
@@ -123,11 +125,11 @@ def shard_batch(tree: Any, *, axis: int = 0) -> Any:
     if not axis_sizes():
         return tree
 
-    def share(x: jax.Array) -> jax.Array:
+    def shard(x: jax.Array) -> jax.Array:
         spec = P(*[None] * axis, batch_axes(x.shape[axis]))
         return x if spec[axis] is None else jax.lax.with_sharding_constraint(x, spec)
 
-    return jax.tree.map(share, tree)
+    return jax.tree.map(shard, tree)
 
 
 def batch_axes(records: int) -> tuple[str, ...] | None:

@@ -39,8 +39,8 @@ def initialize(config: ParallelConfig) -> None:
     elif launcher := detect_launcher(os.environ, Path("/").joinpath):
         if launcher == "Open MPI" and OPEN_MPI_ADDRESS not in os.environ:
             raise ConfigError(
-                f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which versions before 5 set and JAX reads: give "
-                "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
+                f"started by Open MPI, but without {OPEN_MPI_ADDRESS}, which JAX reads and only versions before 5 set: "
+                "give --coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
                 "--process_id $OMPI_COMM_WORLD_RANK"
             )
         log.info("several processes, started by %s", launcher)
@@ -52,13 +52,14 @@ def initialize(config: ParallelConfig) -> None:
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 
 
-def detect_launcher(environment: dict[str, str], at: Callable[[str], Path]) -> str | None:
-    """Return the launcher of a run of several processes, or None. `at` maps the path of a device file to a Path."""
+def detect_launcher(environment: dict[str, str], device_path: Callable[[str], Path]) -> str | None:
+    """Return the launcher of a run of several processes, or None. `device_path` maps a device file to its Path."""
     for variable, launcher in LAUNCHERS.items():
         if int(environment.get(variable, "1")) > 1:
             return launcher
-    wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu") is not None
-    return "a TPU machine" if wanted and any(at(device).exists() for device in TPU_DEVICES) else None
+    may_use_tpu = "tpu" in environment.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu") is not None
+    has_tpu = any(device_path(device).exists() for device in TPU_DEVICES)
+    return "a TPU machine" if may_use_tpu and has_tpu else None
 
 
 def check_address(address: str, *, serves: bool) -> None:
@@ -72,15 +73,15 @@ def check_address(address: str, *, serves: bool) -> None:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
         raise ConfigError(
-            f"coordinator_address = {address}: the host is not known here ({error}); give that of process 0"
+            f"coordinator_address = {address}: the host cannot be resolved here ({error}); give the host of process 0"
         ) from error
     if serves:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ConfigError(
-                f"coordinator_address = {address}: process 0 cannot listen at port {port} of this machine ({error}); "
-                "give another one, to all processes"
+                f"coordinator_address = {address}: process 0 cannot listen on port {port} of this machine ({error}); "
+                "give all processes another port"
             ) from error
 
 
@@ -110,13 +111,13 @@ def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | 
         return None
     if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # each process has GPUs of its own
         return list(range(count))
-    part = count // processes
-    return list(range(rank * part, (rank + 1) * part))
+    gpus = count // processes
+    return list(range(rank * gpus, (rank + 1) * gpus))
 
 
-def tasks_per_node(told: str) -> list[int]:
+def tasks_per_node(text: str) -> list[int]:
     """Parse Slurm's list of the number of tasks on each node: "2(x3),1" is [2, 2, 2, 1]."""
-    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in told.split(",")]
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
     return [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
 
 
@@ -125,16 +126,16 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(where: str) -> None:
-    """Wait until all processes have reached the barrier `where`."""
+def barrier(name: str) -> None:
+    """Wait until all processes have reached the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
-def should_stop(here: bool, step: int) -> bool:
+def should_stop(received_sigterm: bool, step: int) -> bool:
     """Return whether the run ends after `step`, because of SIGTERM.
 
-    `here` says whether this process has received SIGTERM, and decides if the run has a single process. With several
-    processes, SIGTERM to any of them ends the run, at a step on which JAX has made all of them agree.
+    With one process, the run ends if this process has received SIGTERM. With several processes, SIGTERM to any of them
+    ends the run, at a step on which JAX has made all of them agree.
     """
-    return here if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    return received_sigterm if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

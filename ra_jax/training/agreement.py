@@ -73,8 +73,8 @@ def check_same_plan(plan: Mapping[str, object]) -> None:
     if jax.process_count() == 1:
         return
     digests = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
-    same = (multihost_utils.process_allgather(digests) == digests).all(axis=0)
-    if other := [name for name, agreed in zip(plan, same, strict=True) if not agreed]:
+    equal = (multihost_utils.process_allgather(digests) == digests).all(axis=0)
+    if differing := [name for name, is_equal in zip(plan, equal, strict=True) if not is_equal]:
         raise ConfigError(
-            f"the processes do not have the same {' and '.join(other)}: give all of them the same flags and files"
+            f"the processes do not have the same {' and '.join(differing)}: give all of them the same flags and files"
         )

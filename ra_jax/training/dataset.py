@@ -124,8 +124,8 @@ def load_training_records(config: TrainConfig) -> list[Record]:
     scenes = len(np.unique(scene_ids(records)))
     if automatic and scenes < len(records):
         log.warning(
-            "%s has %d records of %d scenes: automatic rewards take each record's result for the ground truth of its "
-            "scene; give one record a scene, with the truth as its result",
+            "%s has %d records of %d scenes: automatic rewards use each record's result as the ground truth of its "
+            "scene; give one record per scene, with the ground truth as its result",
             config.data.train_json_path,
             len(records),
             scenes,
@@ -142,18 +142,27 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
     encoding = pack_encoding(records)
     if encoding is None:
         return False
-    model, wrong = config.model, f"{config.data.train_json_path}: a pack with latents of "
-    for name, ours, read in (
+    model, path = config.model, config.data.train_json_path
+    for name, value, parse in (
         ("aspect_ratio_buckets", config.data.aspect_ratio_buckets, lambda text: set(parse_buckets(text))),
         ("mixed_precision", model.mixed_precision, str),
     ):
-        if read(theirs := getattr(encoding, name)) != read(ours):
-            raise ConfigError(f'{wrong}{name} "{theirs}", got "{ours}": train with those, or pack again')
+        if parse(packed_value := getattr(encoding, name)) != parse(value):
+            raise ConfigError(
+                f'{path}: the latents of this pack were made with {name} "{packed_value}", got "{value}": give '
+                f'--{name} "{packed_value}", or make the pack again'
+            )
     if config.data.mask_augmentation:
-        raise ConfigError(f"{wrong}the masks as they are: give --no_mask_augmentation, or pack without --latents")
+        raise ConfigError(
+            f"{path}: the latents of this pack were made with masks that are not augmented: give "
+            "--no_mask_augmentation, or make the pack again without --latents"
+        )
     fill, redux = model.pretrained_model_name_or_path, model.pretrained_redux_model_name_or_path
     if encoders_fingerprint(fill, redux) != encoding.encoders:
-        raise ConfigError(f"{wrong}another VAE or Redux than {fill} and {redux} have: train with those, or pack again")
+        raise ConfigError(
+            f"{path}: the latents of this pack were made with another VAE or Redux than those of {fill} and {redux}: "
+            "train with the models that the pack was made with, or make the pack again"
+        )
     return True
 
 

@@ -47,9 +47,9 @@ class Drift:
     def excess(self, limit: float) -> str | None:
         """Describe the measurement that exceeds the limit (a fraction), for messages; None if both are within it."""
         if not self.flow_drift <= limit:  # written so that NaN exceeds any limit
-            return f"the flow loss on held-out results is {self.flow_drift:+.1%} from the base's"
+            return f"the flow loss on held-out results is {self.flow_drift:.1%} above the base's"
         if not self.velocity_norm_ratio <= 1.0 + limit:
-            return f"velocity_norm_ratio is {self.velocity_norm_ratio:.3f}"
+            return f"velocity_norm_ratio on held-out results is {self.velocity_norm_ratio:.3f}"
         return None
 
 
@@ -67,16 +67,16 @@ class DriftGuard:
         self.limit, self.best_score = limit, -np.inf
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
         self._measure = jax.jit(
-            lambda trainable, frozen, batch: _errors_and_norms(objective, trainable, frozen, batch, seed)
+            lambda trainable, frozen, batch: _flow_losses_and_norm_ratio(objective, trainable, frozen, batch, seed)
         )
 
     def measure(self, trainable: Weights, frozen: Weights) -> Drift:
         """Measure the drift of these weights, as means over the held-out records."""
-        found = [self._measure(trainable, frozen, batch) for batch in self._batches]
-        policy, base, ratio = (
-            float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*found, strict=True)
+        measurements = [self._measure(trainable, frozen, batch) for batch in self._batches]
+        flow_loss, base_flow_loss, velocity_norm_ratio = (
+            float(np.concatenate([fetch(x) for x in values]).mean()) for values in zip(*measurements, strict=True)
         )
-        return Drift(policy, policy / base - 1.0, ratio)
+        return Drift(flow_loss, flow_loss / base_flow_loss - 1.0, velocity_norm_ratio)
 
     def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
         """Return whether these weights are within the limit and score best so far; if so, keep their score.
@@ -94,11 +94,11 @@ class DriftGuard:
         """Restore the best score from earlier metrics rows of the run; rows without held-out metrics are skipped."""
         for row in rows:
             if "held_out_flow_loss" in row:
-                held_out = {name: row.get(f"held_out_{name}", np.nan) for name in Drift.__annotations__}
-                self.is_best(Drift(**held_out), row, mode)
+                measurements = {name: row.get(f"held_out_{name}", np.nan) for name in Drift.__annotations__}
+                self.is_best(Drift(**measurements), row, mode)
 
 
-def _errors_and_norms(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
+def _flow_losses_and_norm_ratio(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
     """Return the flow loss with experts, the flow loss of the base, and the ratio of their velocity norms, each [B]."""
     model = objective.model
     encoded = encode(model, frozen, batch, objective.settings.loss_region)

@@ -32,19 +32,19 @@ class RewardFallbacks:
             self.total += failed
             self._streak = self._streak + 1 if failed else 0
             if failed and "mean_reward" in step:
-                log.warning("%s at step %d: %s", FALLBACK, number, _cause(step))
+                log.warning("%s at step %d: %s", FALLBACK, number, _describe_cause(step))
             if self._streak == LIMIT:
                 raise FloatingPointError(
-                    f"{FALLBACK}: at step {number} for the {LIMIT}th time in a row; {_cause(step)}; the last "
-                    "checkpoint is untouched"
+                    f"{FALLBACK}: at step {number} for the {LIMIT}th time in a row; {_describe_cause(step)}; the last "
+                    "checkpoint is unchanged"
                 )
         return self.total
 
 
-def _cause(step: Mapping[str, np.ndarray]) -> str:
+def _describe_cause(step: Mapping[str, np.ndarray]) -> str:
     scores = {name: float(value) for name, value in step.items() if name.endswith("_score")}
-    broken = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
+    not_finite = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
     return (
-        f"{', '.join(broken)}, expected finite numbers; look at the newest preview: if it is broken, lower "
-        "--learning_rate or use --mixed_precision no, else mend that reward function"
+        f"{', '.join(not_finite)}, expected finite numbers; look at the newest preview: if it is broken, lower "
+        "--learning_rate or use --mixed_precision no; if it is not, fix that reward function"
     )

@@ -27,10 +27,10 @@ def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) ->
     """
     d, s = config.inner_dim, image_tokens + context_tokens
     blocks = config.num_layers + config.num_single_layers
-    embed = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
+    in_and_out = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
         config.joint_attention_dim
     )
-    return 2.0 * (12.0 * d * d * s * blocks + embed) + attention_flops(config, image_tokens, context_tokens)
+    return 2.0 * (12.0 * d * d * s * blocks + in_and_out) + attention_flops(config, image_tokens, context_tokens)
 
 
 def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
@@ -112,8 +112,8 @@ class StepPasses:
 
 def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
     """Model FLOPs of a training step, without rematerialization and without gradients of frozen weights."""
-    policy = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
-    policy = policy * passes.policy_points * passes.samples
+    policy_point = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
+    policy = policy_point * passes.policy_points * passes.samples
     update = cost.trained * passes.base_loss + policy
     return passes.records * (passes.updates * update + passes.rollout_steps * passes.samples * cost.total)
 
@@ -149,7 +149,7 @@ def flops_of_step(
     height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
     points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
-    learns = config.uses_policy and (not automatic or config.rollouts.due(step))
+    has_policy_loss = config.uses_policy and (not automatic or config.rollouts.due(step))
     tokens = 2 * height * width // sizes.multiple**2, config.model.max_sequence_length + sizes.image_tokens
     experts = {name: x.shape for name, x in named_leaves(sizes.trainable).items() if config.experts.use_lora}
     cost = ForwardCost(
@@ -160,7 +160,7 @@ def flops_of_step(
     )
     passes = StepPasses(
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
-        policy_points=points if learns else 0,
+        policy_points=points if has_policy_loss else 0,
         kl=config.grpo.kl_weight > 0.0,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
         updates=config.updates,

@@ -67,23 +67,23 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
 
     Returns a description of how the run ended, for the report.
     """
-    state, step, total, unshard = setup.state, setup.compiled_steps(), setup.total_steps, setup.partitioner.unshard
-    interval = config.run.checkpointing_steps or total
+    state, train_step, total = setup.state, setup.compiled_steps(), setup.total_steps
+    unshard, interval = setup.partitioner.unshard, config.run.checkpointing_steps or total
     if setup.first_step >= total:
         return "completed"
     batches = setup.batches()
-    first = next(batches)
+    first_batch = next(batches)
     for number in setup.first_step_per_program():
-        step.prepare(state, setup.frozen, first, number)
+        train_step.prepare(state, setup.frozen, first_batch, number)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
-    batches = recorder.time_waits(chain([first], batches))
+    batches = recorder.time_waits(chain([first_batch], batches))
     with catch_sigterm() as stop:
         for done, batch in zip(range(setup.first_step + 1, total + 1), batches, strict=False):
-            state, metrics = step(state, setup.frozen, batch, done - 1)
+            state, metrics = train_step(state, setup.frozen, batch, done - 1)
             recorder.add(done, metrics, batch)
-            step.clear_jit_caches()
+            train_step.clear_jit_caches()
             stopping = should_stop(stop.is_set, done)  # read once: a later SIGTERM ends the run after the next step
             last = done == total or stopping
             if setup.guard is not None and (last or due(done, config.run.drift_steps)):
@@ -127,8 +127,8 @@ class RunCheckpoints:
 
     def describe_best(self) -> str:
         """Describe where the best checkpoint is, for the message of a run that drifted too far."""
-        found = self._best.latest()
-        return "no checkpoint was within it" if found is None else f"the best checkpoint is {found}"
+        best = self._best.latest()
+        return "no checkpoint is within the limit" if best is None else f"the best checkpoint is {best}"
 
     def close(self) -> None:
         """Wait for saves in progress, then release the folders."""
@@ -158,15 +158,17 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, setup: Setup):
         self._config, self._setup = config, setup
-        speaks = is_main_process()
-        self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if speaks else []
-        quiet = {} if speaks else {"disable": True}
-        self._bar = tqdm(total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **quiet)
-        earlier = read_rows(setup.output / METRICS_FILE) if speaks else []  # only process 0 writes this file
-        self._fallbacks = RewardFallbacks(earlier[-1].get("reward_fallbacks", 0.0) if earlier else 0.0)
-        self._pending: list[dict[str, jax.Array]] = []
-        self._images = self._tflops = self._waited = 0.0
-        self._since = time.perf_counter()
+        is_main = is_main_process()
+        self._trackers = open_trackers(setup.output, config.logging.report_to, setup.first_step) if is_main else []
+        bar_options = {} if is_main else {"disable": True}
+        self._bar = tqdm(
+            total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **bar_options
+        )
+        earlier_rows = read_rows(setup.output / METRICS_FILE) if is_main else []  # only process 0 writes this file
+        self._fallbacks = RewardFallbacks(earlier_rows[-1].get("reward_fallbacks", 0.0) if earlier_rows else 0.0)
+        self._pending_metrics: list[dict[str, jax.Array]] = []
+        self._images = self._tflops = self._data_wait = 0.0
+        self._start = time.perf_counter()
 
     @contextmanager
     def paused(self):
@@ -174,24 +176,24 @@ class Recorder:
 
         It first waits for the steps in progress, whose time still counts.
         """
-        jax.block_until_ready(self._pending)
-        before = time.perf_counter()
+        jax.block_until_ready(self._pending_metrics)
+        pause_start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - before
+        self._start += time.perf_counter() - pause_start
 
     def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches and measure the time spent waiting for them."""
         while True:
-            since = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - since
+            self._data_wait += time.perf_counter() - wait_start
             if batch is None:
                 return
             yield batch
 
     def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
         """Store a step's metrics, which stay on the device, and count its images and FLOPs."""
-        self._pending.append(metrics)
+        self._pending_metrics.append(metrics)
         run, loaded = self._config.run, self._setup.loaded
         self._images += run.train_batch_size * run.gradient_accumulation_steps
         sizes = ModelSizes(loaded.flux_config, loaded.trainable["flux"], loaded.model.multiple, loaded.image_tokens)
@@ -206,15 +208,15 @@ class Recorder:
 
         Raises FloatingPointError if the loss or the gradient is not finite, or rewards failed in ten steps in a row.
         """
-        steps = jax.device_get(self._pending)
+        steps = jax.device_get(self._pending_metrics)
         row = summarize(steps) | dict(more or {})
         if self._setup.step_settings.rollouts is not None:
             row["reward_fallbacks"] = self._fallbacks.count(steps, done)
-        seconds = time.perf_counter() - self._since
+        seconds = time.perf_counter() - self._start
         row |= {
             "lr": float(self._setup.learning_rate(done - 1)),
-            "step_time": seconds / len(self._pending),
-            "data_wait": self._waited / len(self._pending),
+            "step_time": seconds / len(steps),
+            "data_wait": self._data_wait / len(steps),
             "images_per_second": self._images / seconds,
             "tflops_per_second_per_device": self._tflops / seconds / jax.device_count(),
         }
@@ -222,13 +224,13 @@ class Recorder:
             tracker.write(done, row)
         self._bar.set_postfix({name: f"{row[name]:.4g}" for name in PROGRESS_METRICS if name in row}, refresh=False)
         self._bar.update(done - self._bar.n)
-        self._pending, self._images, self._tflops, self._waited = [], 0.0, 0.0, 0.0
-        self._since = time.perf_counter()
+        self._pending_metrics, self._images, self._tflops, self._data_wait = [], 0.0, 0.0, 0.0
+        self._start = time.perf_counter()
         # The loss comes from the weights before the update. The gradient shows whether the new weights are finite.
         for name in (name for name in ("train_loss", "grad_norm") if not math.isfinite(row[name])):
             raise FloatingPointError(
                 f"{name} is {row[name]} at step {done}: lower --learning_rate or --policy_loss_weight, "
-                "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is untouched"
+                "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is unchanged"
             )
         return row
 
@@ -239,7 +241,7 @@ class Recorder:
             tracker.close()
 
 
-class _Stop:
+class _StopFlag:
     is_set = False
 
 
@@ -249,16 +251,16 @@ def catch_sigterm():
 
     With several processes it does nothing: JAX then handles SIGTERM for all of them (`processes.should_stop`).
     """
-    stop = _Stop()
+    stop = _StopFlag()
     if jax.process_count() > 1:
         yield stop
         return
 
-    def note(*_):
+    def set_flag(*_):
         stop.is_set = True
 
-    before = signal.signal(signal.SIGTERM, note)
+    previous_handler = signal.signal(signal.SIGTERM, set_flag)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)

@@ -17,19 +17,19 @@ def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> 
     """
     if config.lr_scheduler == "constant":
         return optax.constant_schedule(peak)
-    warmup, rest = config.lr_warmup_steps, max(total_steps - config.lr_warmup_steps, 1)
-    after = {
+    warmup_steps, decay_steps = config.lr_warmup_steps, max(total_steps - config.lr_warmup_steps, 1)
+    decay = {
         "constant_with_warmup": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-        "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.lr_power, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
+        "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.lr_power, decay_steps),
     }[config.lr_scheduler]()
-    # Starts at peak/(warmup + 1) and not at 0, so that the first step changes the weights.
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+    # Starts at peak/(warmup_steps + 1) and not at 0, so that the first step changes the weights.
+    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
 
 
-def _names(params):
+def _leaf_names(params):
     """Replace every leaf by its own name (kernel, bias, lora_a, …)."""
 
     def name(path, _):
@@ -41,7 +41,7 @@ def _names(params):
 
 def weight_decay_mask(params):
     """Return True for every leaf that weight decay applies to: matrices, but not biases, norms or scales."""
-    return jax.tree.map(lambda name: name in MATRICES, _names(params))
+    return jax.tree.map(lambda name: name in MATRICES, _leaf_names(params))
 
 
 def muon_dimensions(params):
@@ -56,10 +56,10 @@ def muon_dimensions(params):
             return None
         return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
 
-    return jax.tree.map(dimensions, _names(params), params)
+    return jax.tree.map(dimensions, _leaf_names(params), params)
 
 
-def _by_name(config: OptimizationConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _make_optimizer(config: OptimizationConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
     match config.optimizer:
         case "adamw":
@@ -99,13 +99,13 @@ def build_optimizer(
     rate. Optax counts updates, and a step makes `updates` of them; the schedules count steps.
     """
 
-    def by_update(schedule: optax.Schedule) -> optax.Schedule:
+    def count_updates(schedule: optax.Schedule) -> optax.Schedule:
         return lambda count: schedule(count // updates)
 
     schedule = learning_rate(config, config.learning_rate, total_steps)
-    update = _by_name(config, by_update(schedule))
+    optimizer = _make_optimizer(config, count_updates(schedule))
     if config.router_learning_rate is not None:
-        router = _by_name(config, by_update(learning_rate(config, config.router_learning_rate, total_steps)))
-        groups = {"flux": update, "router": router}
-        update = optax.partition(groups, lambda params: {name: name for name in params})
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update), schedule
+        router_schedule = learning_rate(config, config.router_learning_rate, total_steps)
+        optimizers = {"flux": optimizer, "router": _make_optimizer(config, count_updates(router_schedule))}
+        optimizer = optax.partition(optimizers, lambda params: {name: name for name in params})
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer), schedule

@@ -29,11 +29,11 @@ def preview_records(records: Sequence[Record], reward_weights, count: int) -> li
     scenes = scene_ids(records)
     distinct = np.unique(scenes)
 
-    def quality(i: int) -> float:
+    def reward(i: int) -> float:
         return 0.0 if records[i].scores is None else float(total_reward(np.asarray(records[i].scores), reward_weights))
 
     chosen = distinct[np.linspace(0, len(distinct) - 1, min(count, len(distinct))).astype(int)]
-    return [records[max(np.flatnonzero(scenes == scene), key=quality)] for scene in chosen]
+    return [records[max(np.flatnonzero(scenes == scene), key=reward)] for scene in chosen]
 
 
 class Previews:

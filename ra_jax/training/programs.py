@@ -48,12 +48,12 @@ class CompiledSteps:
         conditions: int,
         computes_rewards: Callable[[int], bool] = lambda step: True,
     ):
-        self._make_step, self._settings, self._launch, self._due = make_step, settings, partitioner, computes_rewards
-        self._conditions = conditions
+        self._make_step, self._settings, self._partitioner = make_step, settings, partitioner
+        self._conditions, self._rewards_due = conditions, computes_rewards
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._fallbacks = 0  # fallbacks that no step's metrics have reported yet
-        self._traced = False  # whether a program is new since the last `clear_jit_caches`
+        self._unreported_fallbacks = 0  # fallbacks that no step's metrics have reported yet
+        self._has_new_program = False  # since the last `clear_jit_caches`
 
     def prepare(self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0) -> None:
         """Start to compile the program for batches of these shapes, unless it already exists.
@@ -69,7 +69,7 @@ class CompiledSteps:
                 compiling = self._compiler.submit(self._compile_with_rewards, arguments, device_memory())
             else:
                 compiling = self._compiler.submit(self._compile_plain, arguments)
-            self._programs[key], self._traced = compiling, True
+            self._programs[key], self._has_new_program = compiling, True
 
     def __call__(
         self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0
@@ -78,58 +78,58 @@ class CompiledSteps:
         self.prepare(state, frozen, batch, step)
         state, metrics = self._programs[self._key(batch, step)].result()(state, frozen, batch)
         metrics = scalars(metrics)
-        if self._fallbacks:
-            metrics["reward_fallbacks"] = np.float32(self._fallbacks)
-            self._fallbacks = 0
+        if self._unreported_fallbacks:
+            metrics["reward_fallbacks"] = np.float32(self._unreported_fallbacks)
+            self._unreported_fallbacks = 0
         return state, metrics
 
     def clear_jit_caches(self) -> None:
         """Call `compilation.clear_jit_caches` if a program is new since the last call and none is being compiled."""
-        if self._traced and all(compiling.done() for compiling in self._programs.values()):
+        if self._has_new_program and all(compiling.done() for compiling in self._programs.values()):
             clear_jit_caches(jax.default_backend())
-            self._traced = False
+            self._has_new_program = False
 
     def __len__(self) -> int:
         return len(self._programs)
 
     def _computes_rewards(self, step: int) -> bool:
-        return self._settings.rollouts is not None and self._due(step)
+        return self._settings.rollouts is not None and self._rewards_due(step)
 
     def _key(self, batch: Batch, step: int) -> tuple:
         shapes = tuple((name, array.shape, str(array.dtype)) for name, array in sorted(batch.items()))
         return shapes, self._computes_rewards(step)
 
     def _compile(self, settings: StepSettings, arguments):
-        return self._launch.compile(self._make_step(settings), *arguments)
+        return self._partitioner.compile(self._make_step(settings), *arguments)
 
     def _compile_plain(self, arguments):
         return self._compile(replace(self._settings, rollouts=None), arguments)
 
     def _compile_with_rewards(self, arguments, available: int):
         rollouts = self._settings.rollouts
-        decoded = min(rollouts.decode_batch_size, self._conditions)
+        decode_batch_size = min(rollouts.decode_batch_size, self._conditions)
         while True:
-            settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decoded))
-            program, needed = self._compile_measured(settings, arguments)
-            if needed <= available:
+            settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decode_batch_size))
+            program, required = self._compile_measured(settings, arguments)
+            if required <= available:
                 return program
-            if decoded == 1:
+            if decode_batch_size == 1:
                 break
-            decoded //= 2
+            decode_batch_size //= 2
             log.warning(
                 "a step with rollouts needs %.1f GB, the device has %.1f GB: trying again with decode_batch_size %d",
-                needed / 1e9,
+                required / 1e9,
                 available / 1e9,
-                decoded,
+                decode_batch_size,
             )
         cause = (
-            f"a step with rollouts needs {needed / 1e9:.1f} GB with one image decoded at a time, the device has "
+            f"a step with rollouts needs {required / 1e9:.1f} GB with one image decoded at a time, the device has "
             f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
-            "--aspect_ratio_buckets or --gradient_checkpointing full, then points"
+            "--aspect_ratio_buckets, or use --gradient_checkpointing full (points needs even less memory)"
         )
         if not has_results(arguments[2]):
-            raise ConfigError(f"{cause} (without results there is no simple loss to fall back to)")
-        self._fallbacks += 1
+            raise ConfigError(f"{cause} (the records have no results, so there is no simple loss to fall back to)")
+        self._unreported_fallbacks += 1
         log.warning("%s: %s", FALLBACK, cause)
         return self._compile_plain(arguments)
 

@@ -38,12 +38,13 @@ RUN_FOLDERS = (CHECKPOINT_DIR, BEST_DIR, "previews", "tensorboard", "wandb")
 RUN_FILES = (METRICS_FILE, "curves.png", "report.html")
 
 # Settings that a resumed run may change, each with the consequence that a warning names.
-OTHER_DATA, ANOTHER_ROUNDING = "not through the data it would have seen", "its base rounds as the former one did not"
+OTHER_BATCHES = "its batches are not those of the uninterrupted run"
+OTHER_ROUNDING = "its base is computed with different rounding"
 RESUME_WARNINGS = {
-    "train_batch_size": OTHER_DATA,
-    "gradient_accumulation_steps": OTHER_DATA,
-    "mixed_precision": ANOTHER_ROUNDING,
-    "base_precision": ANOTHER_ROUNDING,
+    "train_batch_size": OTHER_BATCHES,
+    "gradient_accumulation_steps": OTHER_BATCHES,
+    "mixed_precision": OTHER_ROUNDING,
+    "base_precision": OTHER_ROUNDING,
 }
 
 
@@ -59,35 +60,35 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
         OutputError: the folder is or lies in a folder of checkpoints; no run wrote its config.toml; or a file lies
             where a folder is expected, or the reverse.
     """
-    where = config.run.resume_from_checkpoint
+    requested = config.run.resume_from_checkpoint
     check_outputs(run_outputs(output), {})  # no inputs: only checks that folders are folders and files are files
-    if (around := enclosing_checkpoint(output)) is not None:
+    if (enclosing := enclosing_checkpoint(output)) is not None:
         raise OutputError(
-            f"--output_dir {output}: would write into {around}, where a run keeps its checkpoints; choose another "
-            "--output_dir"
+            f"--output_dir {output}: the run would write into {enclosing}, which holds the checkpoints of a run; "
+            "choose another --output_dir"
         )
     for file in (output / CONFIG_FILE, output / PREVIOUS_CONFIG):
         if file.is_file():
             check_config_unedited(file)
-    held = is_run_folder(output)
-    if where is not None and where != "latest":
-        checkpoint = find_checkpoint(where)
-        if held and checkpoint != find_checkpoint(output):
+    holds_run = is_run_folder(output)
+    if requested is not None and requested != "latest":
+        checkpoint = find_checkpoint(requested)
+        if holds_run and checkpoint != find_checkpoint(output):
             raise ConfigError(
-                f"resume_from_checkpoint {checkpoint} is not the latest of the run in output_dir {output}: what is "
-                "trained from here and the later checkpoints would be taken for one run; choose another --output_dir"
+                f"resume_from_checkpoint {checkpoint} is not the latest checkpoint of the run in output_dir {output}: "
+                "the folder would mix the resumed run with the later checkpoints; choose another --output_dir"
             )
         return checkpoint
-    if where == "latest":
+    if requested == "latest":
         try:
             return find_checkpoint(output)
         except CheckpointError:
             log.warning("--resume_from_checkpoint latest: %s holds no checkpoint yet, starting at step 0", output)
             return None
-    if held and not config.run.overwrite_output_dir:
+    if holds_run and not config.run.overwrite_output_dir:
         raise ConfigError(
-            f"output_dir {output} already holds a run: expected a new folder; go on with it by "
-            "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or choose another --output_dir"
+            f"output_dir {output} already holds a run: expected a new folder; resume the run with "
+            "--resume_from_checkpoint latest, delete it with --overwrite_output_dir, or choose another --output_dir"
         )
     return None
 
@@ -120,14 +121,14 @@ def check_config_unedited(file: Path) -> None:
     if comments and all(comment in groups for comment in comments):
         return
     if any((file.parent / name).exists() for name in (*RUN_FOLDERS, *RUN_FILES)):
-        what = (
-            f"it was edited: a run writes no comments but the groups' names ({', '.join(groups)}); copy your notes to "
-            "another folder and restore these comments"
+        reason = (
+            f"it was edited: the only comments that a run writes are {', '.join(groups)}; copy your notes to another "
+            "folder and restore these comments"
         )
     else:
-        what = "no run wrote it; move it (--config takes it from any other folder)"
+        reason = "no run wrote it; move it (--config takes it from any other folder)"
     raise OutputError(
-        f"{file}: the run would replace it by its own settings, but {what}, or choose another --output_dir"
+        f"{file}: the run would replace it with its own settings, but {reason}, or choose another --output_dir"
     )
 
 
@@ -167,8 +168,10 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
     inputs["--reward_functions"] = reward_module_paths(config.rollouts.reward_functions)
     if config.run.init_experts_from is not None:
         nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from)]
-    own = [(output / folder).resolve() for folder in (CHECKPOINT_DIR, BEST_DIR)] if is_run_folder(output) else []
-    if resume_from is not None and resume_from.parent not in own:
+    own_folders = []
+    if is_run_folder(output):
+        own_folders = [(output / folder).resolve() for folder in (CHECKPOINT_DIR, BEST_DIR)]
+    if resume_from is not None and resume_from.parent not in own_folders:
         nested["--resume_from_checkpoint"] = [resume_from]
     check_outputs(run_outputs(output), inputs, nested)
     check_run_folder(output)
@@ -202,11 +205,12 @@ def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE, P
 
 def check_seed(checkpoint: Path, seed: int) -> None:
     """Raise ConfigError if the run of the checkpoint was started with another seed."""
-    began = read_metadata(checkpoint).config["seed"]
-    if seed != began:
+    checkpoint_seed = read_metadata(checkpoint).config["seed"]
+    if seed != checkpoint_seed:
         raise ConfigError(
-            f"seed {seed}: checkpoint {checkpoint} began with seed {began}, and goes on with its data order and random "
-            f"draws; give --seed {began}, or begin a new run in another --output_dir"
+            f"seed {seed}: the run of checkpoint {checkpoint} was started with seed {checkpoint_seed}, which "
+            f"determines its data order and random draws; give --seed {checkpoint_seed}, or start a new run in another "
+            "--output_dir"
         )
 
 
@@ -227,12 +231,12 @@ def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None
             else:
                 path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    beginnings = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
-    lasting = replace(config, run=replace(config.run, **beginnings))
-    file, settings = output / CONFIG_FILE, to_toml(lasting).encode()
-    if file.is_file() and (former := file.read_bytes()) != settings:
-        write_file(output / PREVIOUS_CONFIG, former)
-        log.warning("%s says other settings than this run's: kept as %s", file, output / PREVIOUS_CONFIG)
+    defaults = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
+    config = replace(config, run=replace(config.run, **defaults))
+    file, settings = output / CONFIG_FILE, to_toml(config).encode()
+    if file.is_file() and (previous := file.read_bytes()) != settings:
+        write_file(output / PREVIOUS_CONFIG, previous)
+        log.warning("%s has other settings than this run: a copy is kept as %s", file, output / PREVIOUS_CONFIG)
     write_file(file, settings)
 
 
@@ -246,7 +250,7 @@ def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
     checkpoint = find_checkpoint(config.run.init_experts_from)
     metadata = read_metadata(checkpoint)
     check_base(checkpoint, metadata, loaded.fingerprint)
-    log.info("beginning with the experts of %s", checkpoint)
+    log.info("starting with the experts of %s", checkpoint)
     return restore(checkpoint, loaded.trainable, prefix="ema" if metadata.config["ema_decay"] else "trainable")
 
 
@@ -260,15 +264,16 @@ def restore_state(checkpoint: Path, state: TrainState, base: str, config: TrainC
     """
     metadata = read_metadata(checkpoint)
     check_base(checkpoint, metadata, base)
-    given = to_flat_dict(config)
-    for name, differs in RESUME_WARNINGS.items():
-        before = metadata.config.get(name, given[name])  # older checkpoints lack newer flags
-        if given[name] != before:
+    settings = to_flat_dict(config)
+    for name, consequence in RESUME_WARNINGS.items():
+        value = settings[name]
+        previous = metadata.config.get(name, value)  # older checkpoints lack newer flags
+        if value != previous:
             log.warning(
-                "%s is %s, the checkpoint's was %s: the run goes on, but %s", name, given[name], before, differs
+                "%s is %s, the checkpoint's was %s: the run continues, but %s", name, value, previous, consequence
             )
     log.info("resuming from %s", checkpoint)
     state = restore(checkpoint, state)
-    if given["policy_temperature"] not in ("auto", metadata.config["policy_temperature"]):
-        state = replace(state, temperature=jnp.asarray(given["policy_temperature"], state.temperature.dtype))
+    if settings["policy_temperature"] not in ("auto", metadata.config["policy_temperature"]):
+        state = replace(state, temperature=jnp.asarray(settings["policy_temperature"], state.temperature.dtype))
     return state, metadata.position

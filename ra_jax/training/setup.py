@@ -123,19 +123,19 @@ class Setup:
         batch is compared with the schema (`data.batch`).
         """
         batches = self.loader.iterate(self.first_step)
-        first = next(batches)
-        check_schema(first, self.parts)
-        for rows in chain([first], batches):
-            yield self.partitioner.put_batch(rows, self.microbatches)
+        first_batch = next(batches)
+        check_schema(first_batch, self.parts)
+        for batch in chain([first_batch], batches):
+            yield self.partitioner.put_batch(batch, self.microbatches)
 
     def first_step_per_program(self) -> list[int]:
         """Return the first step of this run with rewards and the first one without: they need different programs."""
-        first = {}
+        first_steps = {}
         for step in range(self.first_step, self.total_steps):
-            first.setdefault(self.computes_rewards(step), step)
-            if len(first) == 2 or self.step_settings.rollouts is None:
+            first_steps.setdefault(self.computes_rewards(step), step)
+            if len(first_steps) == 2 or self.step_settings.rollouts is None:
                 break
-        return list(first.values())
+        return list(first_steps.values())
 
     def objective_of(self, settings: StepSettings) -> Objective:
         """Return the objective of a step with these settings.
@@ -221,11 +221,12 @@ def prepare_frozen(frozen: Weights) -> Weights:
 def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
     """Raise ConfigError if one device cannot hold all weights; under pmap every device has a copy of them."""
     _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
-    needed, room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
-    if needed > room:
+    required, available = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
+    if required > available:
         raise ConfigError(
-            f"--parallelism pmap keeps all weights on each device, {needed / 1e9:.1f} GB, and a device has "
-            f"{room / 1e9:.1f} GB: leave it out, and share them out over a mesh with --mesh_fsdp {jax.device_count()}"
+            f"--parallelism pmap keeps all weights ({required / 1e9:.1f} GB) on each device, and a device has "
+            f"{available / 1e9:.1f} GB: leave --parallelism out, and shard the weights over a mesh with --mesh_fsdp "
+            f"{jax.device_count()}"
         )
 
 
@@ -274,9 +275,9 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
         tokens = 2 * height * width // loaded.model.multiple**2
         if not len(window_starts(schedule.sampling_times(steps, tokens), window)):
             raise ConfigError(
-                f"rollout_steps = {steps} with sde_window = {window}: panels of {height},{width} leave no place for "
-                "that many noisy steps after step 0, in the noisier half and at t <= 0.9; raise --rollout_steps (8 is "
-                "usual) or lower --sde_window"
+                f"rollout_steps = {steps} with sde_window = {window}: with panels of {height},{width} no window of "
+                "that many noisy steps can start after step 0, in the noisier half and at t <= 0.9; raise "
+                "--rollout_steps (8 is usual) or lower --sde_window"
             )
 
 
@@ -308,6 +309,6 @@ def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objectiv
 
 def restore_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
     """Restore the best score of a resumed run's guard from the metrics of the checkpoint that `best/` holds."""
-    kept = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
+    best_steps = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
     rows = (row for row in read_rows(output / METRICS_FILE) if row["step"] <= first_step)
-    guard.restore_best_score((row for row in rows if row["step"] in kept), mode)
+    guard.restore_best_score((row for row in rows if row["step"] in best_steps), mode)

@@ -105,10 +105,10 @@ def test_slices_of_chips_are_joined_by_data_and_nodes_of_gpus_by_any_axis():
 
 
 def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
-    with pytest.raises(ConfigError, match="knows no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
+    with pytest.raises(ConfigError, match="uses no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
         make_partitioner(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
     assert list(make_partitioner(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
-    with pytest.raises(ConfigError, match="= 6 cannot be shared out over 4 replicas; give --train_batch_size 8"):
+    with pytest.raises(ConfigError, match="= 6 cannot be divided evenly over 4 replicas; give --train_batch_size 8"):
         PmapPartitioner(AbstractMesh((4,), ("replica",))).rows(6)
 
 
@@ -138,5 +138,5 @@ def test_microbatches_are_of_the_largest_size_that_divides_the_rows(size, calls)
 
 def test_weights_that_do_not_fit_a_device_are_refused_under_pmap(make_config, monkeypatch):
     monkeypatch.setattr(setting_up, "device_memory", lambda: 10**5)
-    with pytest.raises(ConfigError, match=r"on each device, 0\.\d GB, and a device has 0\.0 GB: .*--mesh_fsdp 1"):
+    with pytest.raises(ConfigError, match=r"\(0\.\d GB\) on each device, and a device has 0\.0 GB: .*--mesh_fsdp 1"):
         set_up(make_config(parallelism="pmap"))

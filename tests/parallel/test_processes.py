@@ -87,12 +87,12 @@ def test_an_open_mpi_that_jax_does_not_recognize_is_told_what_to_say(monkeypatch
 
 
 def test_a_coordinator_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host is not known here"):
+    with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host cannot be resolved here"):
         check_address("nobody.invalid:1234", serves=False)
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         check_address(address, serves=False)
-        with pytest.raises(ConfigError, match=r"process 0 cannot listen at port \d+ of this machine"):
+        with pytest.raises(ConfigError, match=r"process 0 cannot listen on port \d+ of this machine"):
             check_address(address, serves=True)
     check_address(address, serves=True)
 
@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_processes": 2}, "num_processes without the rest: give --coordinator_address"),
+        ({"num_processes": 2}, "num_processes without coordinator_address and process_id: give --coordinator_address"),
         (
             {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
             "process_id = 2: expected 0 to 1 with num_processes = 2",

@@ -39,8 +39,8 @@ def test_fresh_experts_have_not_drifted_and_others_have(guard):
 
 def test_the_limit_holds_for_either_measure_and_nothing_is_within_it_that_is_no_number():
     assert WITHIN.excess(0.05) is None
-    assert "+6.0% from the base's" in Drift(0.3, 0.06, 1.0).excess(0.05)
-    assert "velocity_norm_ratio is 1.060" in Drift(0.3, 0.0, 1.06).excess(0.05)
+    assert "6.0% above the base's" in Drift(0.3, 0.06, 1.0).excess(0.05)
+    assert "velocity_norm_ratio on held-out results is 1.060" in Drift(0.3, 0.0, 1.06).excess(0.05)
     assert Drift(0.3, -0.5, 0.5).excess(0.05) is None  # better, and shorter
     for broken in (Drift(np.nan, np.nan, 1.0), Drift(0.3, 0.0, np.nan)):
         assert "nan" in broken.excess(0.05)

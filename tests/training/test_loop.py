@@ -181,7 +181,7 @@ def test_faulty_previews_leave_an_overwritten_run_alone(straight, make_config_in
 def test_going_back_within_a_run_is_refused(straight, make_config_in):
     """Checkpoint 6 would stay, and be taken for the latest of what is trained from 3."""
     config = make_config_in(straight.parent, resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN)
-    with pytest.raises(ConfigError, match=r"3 is not the latest of the run in output_dir .*choose another"):
+    with pytest.raises(ConfigError, match=r"3 is not the latest checkpoint of the run in output_dir .*choose another"):
         train(config)
 
 
@@ -219,7 +219,7 @@ def test_checkpoint_of_another_base_is_refused(straight, make_config, make_tiny_
 
 def test_resuming_with_another_seed_is_refused_before_the_model_is_loaded(straight, make_config):
     config = make_config(resume_from_checkpoint=str(straight), seed=7, pretrained_model_name_or_path="nowhere", **RUN)
-    with pytest.raises(ConfigError, match=r"seed 7: checkpoint .* began with seed 0.*give --seed 0"):
+    with pytest.raises(ConfigError, match=r"seed 7: the run of checkpoint .* was started with seed 0.*give --seed 0"):
         train(config)
 
 
@@ -228,7 +228,7 @@ def test_resuming_takes_another_temperature_and_tells_of_another_batch_and_base(
     setup = set_up(make_config(resume_from_checkpoint=str(straight), **settings))
     np.testing.assert_allclose(setup.state.temperature, 0.3, rtol=1e-6)
     assert "train_batch_size is 2, the checkpoint's was" in caplog.text
-    assert re.search(r"base_precision is int8, the checkpoint's was \w+: the run goes on, but its base", caplog.text)
+    assert re.search(r"base_precision is int8, the checkpoint's was \w+: the run continues, but its base", caplog.text)
 
 
 def test_missing_checkpoint_is_named(make_config, tmp_path):

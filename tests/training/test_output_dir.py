@@ -76,7 +76,7 @@ def test_a_runs_configuration_with_notes(folder):
     """Not to be moved: its checkpoints would stay without it."""
     Path("run/config.toml").write_text(RUN_CONFIG + "# the second try\n")
     message = refused(flags(train_json_path="set/labeled.json", output_dir="run"))
-    assert "run/config.toml: the run would replace it by its own settings, but it was edited" in message
+    assert "run/config.toml: the run would replace it with its own settings, but it was edited" in message
     assert "copy your notes to another folder" in message and "move it" not in message
 
 
@@ -91,7 +91,7 @@ def test_rows_that_no_run_wrote_in_a_run_that_goes_on(folder):
 def test_a_folder_in_the_place_of_a_file(folder, name):
     Path("new", name).mkdir(parents=True)
     message = refused(flags(train_json_path="set/labeled.json", output_dir="new"))
-    assert f"new/{name}" in message and "is a folder where a file is to be written" in message
+    assert f"new/{name}" in message and "is a folder; expected a file or no file" in message
 
 
 @pytest.mark.parametrize("output", ["run/checkpoints", "run/checkpoints/4", "run/checkpoints/4/new", "run/best/x"])
@@ -100,7 +100,7 @@ def test_the_folders_of_a_runs_checkpoints(folder, output):
         Path("run/best/2", part).mkdir(parents=True)
     argv = flags(train_json_path="set/labeled.json", output_dir=output, init_experts_from="run")
     message = refused([*argv, "--use_lora", "--overwrite_output_dir"])
-    assert f"--output_dir {output}: would write into " in message and "where a run keeps its" in message
+    assert f"--output_dir {output}: the run would write into " in message and "holds the checkpoints" in message
 
 
 @pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/4", "elsewhere/4", "latest"])
@@ -119,7 +119,7 @@ def test_experts_that_would_be_deleted(folder):
         Path("other").mkdir(exist_ok=True)
         argv = flags(train_json_path="set/labeled.json", init_experts_from=experts, output_dir="run")
         message = refused([*argv, "--use_lora", "--overwrite_output_dir"])
-        assert "would write run/checkpoints, which holds" in message and "of --init_experts_from" in message
+        assert "would write run/checkpoints, which contains" in message and "of --init_experts_from" in message
 
 
 def test_a_module_of_rewards(folder):
@@ -128,4 +128,4 @@ def test_a_module_of_rewards(folder):
     argv = flags(train_json_path="set/labeled.json", output_dir="run", reward_functions="run.previews.mine:sharp=0.5")
     policy = ["--use_lora", "--use_grpo", "--enable_grpo_rewards", "--enable_grpo_loss"]
     message = refused([*argv, *policy, "--overwrite_output_dir"])
-    assert "would write run/previews, which holds run/previews/mine.py, an input of --reward_functions" in message
+    assert "would write run/previews, which contains run/previews/mine.py, an input of --reward_functions" in message

@@ -76,9 +76,9 @@ def test_steps_on_a_pack_of_files(scored_scenes, make_config, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ({"mask_augmentation": True}, "a pack with latents of the masks as they are: give --no_mask_augmentation"),
-        ({"aspect_ratio_buckets": "32,64"}, 'of aspect_ratio_buckets "32,32", got "32,64": train with those, or pack'),
-        ({"mixed_precision": "bf16"}, 'of mixed_precision "no", got "bf16": train with those, or pack again'),
+        ({"mask_augmentation": True}, "made with masks that are not augmented: give --no_mask_augmentation"),
+        ({"aspect_ratio_buckets": "32,64"}, 'made with aspect_ratio_buckets "32,32", got "32,64": give --asp'),
+        ({"mixed_precision": "bf16"}, 'made with mixed_precision "no", got "bf16": give --mixed_precision "no"'),
     ],
 )
 def test_latents_that_training_would_not_make(packed, make_config, flags, told):
@@ -88,5 +88,5 @@ def test_latents_that_training_would_not_make(packed, make_config, flags, told):
 
 def test_latents_of_another_vae(packed, make_config, make_tiny_fill):
     fill = str(make_tiny_fill(2))
-    with pytest.raises(ConfigError, match=r"of another VAE or Redux than .* have: train with those, or pack again"):
+    with pytest.raises(ConfigError, match=r"made with another VAE or Redux than those of .*: train with the models"):
         set_up(make_config(**HUMAN, train_json_path=packed["labeled_dict"], pretrained_model_name_or_path=fill))

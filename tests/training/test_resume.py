@@ -51,7 +51,7 @@ def test_edited_values_are_kept_beside_the_settings_that_replace_them(output, co
     file.write_bytes(edited)
     prepare_output_dir(config, output, keep=keep)
     assert (file.read_bytes(), former.read_bytes()) == (settings, edited)
-    assert caplog.messages == [f"{file} says other settings than this run's: kept as {former}"]
+    assert caplog.messages == [f"{file} has other settings than this run: a copy is kept as {former}"]
     check_config_unedited(former)
 
 
