@@ -14,7 +14,7 @@ from ra_jax.data import __main__ as data
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-COMMAND = re.compile(r"(\w+=\S+ )*(python|bash|pip|source|hf|\.venv/)")
+COMMAND = re.compile(r"(\w+=(\"[^\"]*\"|\S+) )*(python|bash|pip|source|hf|\.venv/)")
 
 # Run by `test_readmes_commands_run_one_after_another` and `test_packs_are_made_and_trained_on`, at a tiny size.
 PROGRAMS = {
@@ -43,6 +43,9 @@ NOT_RUN = {
     "XLA_FLAGS=": "needs a GPU",
     "bash scripts/real_photos.sh": "needs photos that are not in the package",
     "python -m ra_jax.demo": "minutes; tests/demo/ runs it at a small size",
+    "python -m ra_jax.train --config configs/tiny.toml": "needs the demo's base; its flags are checked here",
+    "python -m ra_jax.infer --source_image output/demo/": "needs the demo's base; tests/test_infer.py runs its like",
+    "python -m ra_jax.evaluate --results output/tiny_pairs_removals": "needs the demo's base; another one is run here",
     "python -m ra_jax.train --config configs/tiny_auto.toml": "needs the demo's base; its flags are checked here",
     "python -m ra_jax.train --pretrained_model_name_or_path": "needs FLUX.1-Fill; its flags are checked here",
     "python -m ra_jax.train ...": "a fragment; its flags are checked here",
@@ -62,8 +65,8 @@ def commands(path):
 
 
 def arguments(command):
-    """The arguments of a command without the interpreter and the program; `...` is left out."""
-    return [token for token in shlex.split(command)[3:] if "..." not in token]
+    """The arguments of a command without the interpreter and the program; `...` and `...words...` are left out."""
+    return shlex.split(re.sub(r"\.\.\.(\w[\w ]*\.\.\.)?(?= |$)", "", command))[3:]
 
 
 DOCUMENTED = {command: path.name for path in DOCUMENTS for command in commands(path)}
@@ -89,7 +92,8 @@ def test_flags_of_training_commands_exist_and_agree(command, monkeypatch, tmp_pa
         pytest.skip("no flags of its own")
     monkeypatch.chdir(ROOT)
     (tmp_path / "empty.toml").write_text("")
-    given = [token.replace("FILE.toml", str(tmp_path / "empty.toml")) for token in arguments(command)]
+    examples = {"FILE.toml": str(tmp_path / "empty.toml"), "HOST:PORT": "localhost:1234"}
+    given = [examples.get(token, token) for token in arguments(command)]
     required = [] if "--train_json_path" in given else ["--train_json_path", "data.json"]
     required += [] if "--output_dir" in given else ["--output_dir", "output"]
     assert parse([*required, *given]).run.output_dir

@@ -1,4 +1,4 @@
-"""What README, docs, configurations, scripts and docstrings name exists: files, modules, links."""
+"""README and docs: the files, modules, links, anchors and messages that they name exist; page one stays one page."""
 
 import re
 from pathlib import Path
@@ -61,3 +61,31 @@ def test_links_lead_somewhere(path):
         headings = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8")) if anchor else []
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert not anchor or anchor[1:] in anchors, anchor
+
+
+def test_readme_is_one_page_with_one_image():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 10_000
+    assert len(re.findall(rb"!\[", text)) == 1
+
+
+def test_the_design_lists_every_module():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    modules = {path.relative_to(ROOT / "ra_jax") for path in ROOT.glob("ra_jax/**/*.py") if path.name != "__init__.py"}
+    assert [str(module) for module in sorted(modules) if f"`{module}`" not in text] == []
+
+
+def messages():
+    """The messages in the documents' tables of messages, in the words that a program may vary no more."""
+    for path in DOCUMENTS:
+        for table in re.findall(r"(?m)^\| message.*\n(?:\|.*\n)+", path.read_text(encoding="utf-8")):
+            for row in table.splitlines()[2:]:
+                for message in re.findall(r"`([^`]+)`", row.split("|")[1]):
+                    yield max(re.split(r"…|\d+|<class 'list'>|Expected dict ", message), key=len).strip(" ,×")
+
+
+@pytest.mark.parametrize("message", sorted(set(messages())))
+def test_a_message_that_a_table_explains_is_in_the_code(message):
+    # A text may go on in the next line of the code, as another string.
+    code = [re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in ROOT.glob("ra_jax/**/*.py")]
+    assert any(message in text for text in code)

@@ -53,7 +53,7 @@ class VAETraining:
 def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, training: VAETraining) -> AutoencoderKL:
     """Train an autoencoder for diptychs; its scaling and shift factors are measured on them.
 
-    Training uses crops of `training.crop` pixels from both panels, side by side. Their statistics are those of whole
+    Training uses crops of `VAETraining.crop` pixels from both panels, side by side. Their statistics are those of whole
     diptychs, at a quarter of the cost.
 
     Late in training, the latents are whitened once by a linear map, which is folded into the convolutions before and
