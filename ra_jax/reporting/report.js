@@ -1,18 +1,18 @@
 "use strict";
-// Curves: pointing at one shows the values of all of them at that step.
+// Charts: pointing at one chart shows the values of all charts at that step.
 const data = JSON.parse(document.getElementById("curves").textContent);
 const panels = [...document.querySelectorAll(".panel")].map((figure, i) => {
   const svg = figure.querySelector("svg"), slots = [...figure.querySelectorAll(".legend b")];
-  const spots = data[i].stacked ? [] : data[i].values.map((_, k) => {
-    const spot = document.createElementNS(svg.namespaceURI, "circle");
-    spot.setAttribute("class", `spot s${k % 6}`);
-    spot.setAttribute("r", 0);
-    return svg.appendChild(spot);
+  const markers = data[i].stacked ? [] : data[i].values.map((_, k) => {
+    const marker = document.createElementNS(svg.namespaceURI, "circle");
+    marker.setAttribute("class", `spot s${k % 6}`);
+    marker.setAttribute("r", 0);
+    return svg.appendChild(marker);
   });
-  return { ...data[i], svg, slots, spots, at: figure.querySelector(".at"), last: slots.map((slot) => slot.innerHTML) };
+  return { ...data[i], svg, slots, markers, at: figure.querySelector(".at"), last: slots.map((slot) => slot.innerHTML) };
 });
 
-function place([low, high, start, end, log], value) {
+function toPixels([low, high, start, end, log], value) {
   const f = log ? Math.log : (x) => x;
   return start + ((end - start) * (f(value) - f(low))) / (f(high) - f(low));
 }
@@ -23,14 +23,14 @@ function nearest(steps, step) {
   return best;
 }
 
-function written(value) {
+function formatValue(value) {
   const small = value !== 0 && Math.abs(value) < 1e-3, digits = Number(value.toPrecision(4));
   return (small ? digits.toExponential() : String(digits)).replace(/-/g, "−").replace("e+", "e");
 }
 
 function show(step) {
   for (const panel of panels) {
-    const i = nearest(panel.steps, step), x = place(panel.x, panel.steps[i]);
+    const i = nearest(panel.steps, step), x = toPixels(panel.x, panel.steps[i]);
     const cursor = panel.svg.querySelector(".cursor");
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
@@ -38,12 +38,12 @@ function show(step) {
     panel.at.textContent = `step ${panel.steps[i]}`;
     panel.values.forEach((values, k) => {
       const value = values[i];
-      panel.slots[k].textContent = value === null ? "–" : written(value);
-      if (!panel.spots[k]) return;
-      panel.spots[k].setAttribute("r", value === null ? 0 : 4);
+      panel.slots[k].textContent = value === null ? "–" : formatValue(value);
+      if (!panel.markers[k]) return;
+      panel.markers[k].setAttribute("r", value === null ? 0 : 4);
       if (value === null) return;
-      panel.spots[k].setAttribute("cx", x);
-      panel.spots[k].setAttribute("cy", place(panel.y, value));
+      panel.markers[k].setAttribute("cx", x);
+      panel.markers[k].setAttribute("cy", toPixels(panel.y, value));
     });
   }
 }
@@ -53,7 +53,7 @@ function hide() {
     panel.svg.classList.remove("on");
     panel.at.textContent = "";
     panel.slots.forEach((slot, k) => { slot.innerHTML = panel.last[k]; });
-    panel.spots.forEach((spot) => spot.setAttribute("r", 0));
+    panel.markers.forEach((marker) => marker.setAttribute("r", 0));
   }
 }
 
@@ -79,11 +79,11 @@ for (const panel of panels) {
 }
 document.addEventListener("pointerdown", (event) => { if (!event.target.closest(".panel")) hide(); });
 
-// Previews: a picture opens large; arrow keys, or a tap on either half, go through its scene's steps.
+// Previews: a click enlarges an image. Arrow keys, or taps on its left or right half, show other steps of the scene.
 const viewer = document.getElementById("viewer");
 let opened = null;
 
-function open(button) {
+function enlarge(button) {
   opened = button;
   const from = button.querySelector("img"), to = viewer.querySelector("img");
   to.src = from.src;
@@ -91,19 +91,19 @@ function open(button) {
   if (!viewer.open) viewer.showModal();
 }
 
-function along(direction) {
+function showNeighbor(direction) {
   const row = [...opened.closest("tr").querySelectorAll(".picture")];
   const next = row[row.indexOf(opened) + direction];
-  if (next) open(next);
+  if (next) enlarge(next);
 }
 
-document.querySelectorAll(".picture").forEach((button) => button.addEventListener("click", () => open(button)));
+document.querySelectorAll(".picture").forEach((button) => button.addEventListener("click", () => enlarge(button)));
 viewer.addEventListener("keydown", (event) => {
-  if (event.key === "ArrowLeft") along(-1);
-  if (event.key === "ArrowRight") along(1);
+  if (event.key === "ArrowLeft") showNeighbor(-1);
+  if (event.key === "ArrowRight") showNeighbor(1);
 });
 viewer.addEventListener("click", (event) => {
   if (event.target.tagName !== "IMG") return viewer.close();
   const box = event.target.getBoundingClientRect();
-  along(event.clientX < box.left + box.width / 2 ? -1 : 1);
+  showNeighbor(event.clientX < box.left + box.width / 2 ? -1 : 1);
 });
