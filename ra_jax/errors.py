@@ -24,14 +24,14 @@ class RecordError:
     field: str | None = None
 
     def __str__(self) -> str:
-        where = []
+        location = []
         if self.record is not None:
-            where.append(f"record {self.record}")
+            location.append(f"record {self.record}")
         if self.line is not None:
-            where.append(f"line {self.line}")
+            location.append(f"line {self.line}")
         if self.field is not None:
-            where.append(f"field '{self.field}'")
-        return f"{', '.join(where)}: {self.message}" if where else self.message
+            location.append(f"field '{self.field}'")
+        return f"{', '.join(location)}: {self.message}" if location else self.message
 
 
 class UserError(ValueError):
@@ -52,11 +52,11 @@ class DataError(UserError):
     @classmethod
     def from_errors(cls, path: str | Path, errors: Sequence[RecordError]) -> "DataError":
         """Build the error for a data file. Its message lists the first 20 errors and gives the number of the others."""
-        lines = [f"{path}: {len(errors)} fault{'s' * (len(errors) > 1)} (records count from 0, lines from 1)"]
+        lines = [f"{path}: {len(errors)} error{'s' * (len(errors) > 1)} (records count from 0, lines from 1)"]
         lines += [f"  {error}" for error in errors[:MAX_ERRORS_SHOWN]]
         hidden = len(errors) - MAX_ERRORS_SHOWN
         if hidden > 0:
-            lines.append(f"  … and {hidden} more: `python -m ra_jax.data validate {path}` lists them all")
+            lines.append(f"  … and {hidden} more: `python -m ra_jax.data validate {path}` lists all of them")
         return cls("\n".join(lines), errors)
 
 

@@ -1,4 +1,4 @@
-"""Old import paths of modules that have moved. They work until version `GONE_WITH`, with a warning.
+"""Old import paths of modules that have moved. They work until version `REMOVAL_VERSION`, with a warning.
 
 `install_old_paths` appends one finder to `sys.meta_path`. The finder handles only the old paths of `MOVED`, and only if
 no module has that name. A module at an old path is empty and looks up its names in the new modules. It imports these
@@ -15,7 +15,7 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any
 
-GONE_WITH = "0.3"
+REMOVAL_VERSION = "0.3"
 
 # Old module -> the modules that have its names now. They are searched in this order.
 MOVED = {
@@ -60,6 +60,7 @@ MOVED = {
 RENAMED = {
     "About": "CheckpointMetadata",
     "BEST": "BEST_DIR",
+    "BITS": "DTYPE_BITS",
     "claim_output_dir": "prepare_output_dir",
     "collect": "collect_experience",
     "compiled": "compile_lowered",
@@ -71,6 +72,8 @@ RENAMED = {
     "FLUX": "FLUX_TABLE",
     "FOLDER": "CHECKPOINT_DIR",
     "forget_traces": "clear_jit_caches",
+    "geometry_of": "read_geometry",
+    "has_result": "needs_result",
     "initialise": "initialize",
     "is_speaker": "is_main_process",
     "keys_for": "example_keys",
@@ -91,11 +94,15 @@ RENAMED = {
     "resumed": "restore_state",
     "roll_out_members": "generate_samples",
     "rows_of_process": "process_rows",
+    "SENT": "RING_FACTORS",
     "SHOWN_IN_FULL": "MAX_ERRORS_SHOWN",
     "SIGLIP": "SIGLIP_TABLE",
+    "smaller": "smaller_configs",
     "store": "save_parameters",
     "stream": "stream_key",
     "summarise": "summarize",
+    "trace": "build_abstract_step",
+    "TracedStep": "AbstractStep",
     "VAE": "VAE_TABLE",
     "wait_for_all": "barrier",
 }
@@ -110,8 +117,8 @@ class MovedFinder(MetaPathFinder, Loader):
         """Return the spec of a module that has moved, or None for any other name."""
         if fullname not in MOVED:
             return None
-        package = any(old.startswith(f"{fullname}.") for old in MOVED)
-        spec = spec_from_loader(fullname, self, origin=__file__, is_package=package)
+        is_package = any(old.startswith(f"{fullname}.") for old in MOVED)
+        spec = spec_from_loader(fullname, self, origin=__file__, is_package=is_package)
         spec.has_location = True  # then ImportError messages name this file, which has the table
         return spec
 
@@ -120,23 +127,23 @@ class MovedFinder(MetaPathFinder, Loader):
         old = module.__name__
         new = MOVED[old]
 
-        def names() -> list[str]:
+        def list_names() -> list[str]:
             return sorted({name for module_name in new for name in dir(importlib.import_module(module_name))})
 
-        def lookup(name: str) -> Any:
+        def get_attribute(name: str) -> Any:
             if name == "__all__":
-                return [found for found in names() if not found.startswith("_")]
+                return [public_name for public_name in list_names() if not public_name.startswith("_")]
             if not name.startswith("__"):  # only the import system and debuggers access such names
                 new_name = RENAMED.get(name, name)
                 for module_name in new:
-                    found = importlib.import_module(module_name)
-                    if hasattr(found, new_name):
-                        return getattr(found, new_name)
+                    new_module = importlib.import_module(module_name)
+                    if hasattr(new_module, new_name):
+                        return getattr(new_module, new_name)
             raise AttributeError(f"module {old!r}, which has moved to {' and '.join(new)}, has no attribute {name!r}")
 
-        module.__getattr__, module.__dir__ = lookup, names
+        module.__getattr__, module.__dir__ = get_attribute, list_names
         warnings.warn(
-            f"{old} has moved to {' and '.join(new)}; the old path goes with ra_jax {GONE_WITH}",
+            f"{old} has moved to {' and '.join(new)}; the old path will be removed in ra_jax {REMOVAL_VERSION}",
             FutureWarning,  # shown by default: the old paths exist for users' reward modules
             stacklevel=2,
         )

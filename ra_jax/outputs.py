@@ -76,13 +76,15 @@ def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None
         comparison = _Comparison(outputs)
         for flag, paths in inputs.items():
             for path in dict.fromkeys(paths):
-                comparison.check(flag, Path(path), may_be_around=False)
+                comparison.check(flag, Path(path), is_nested=False)
         for flag, paths in (nested or {}).items():
             for path in paths:
-                comparison.check(flag, Path(path), may_be_around=True)
+                comparison.check(flag, Path(path), is_nested=True)
         _check_writable(outputs)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, up to Python 3.12
-        raise OutputError(f"{outputs.flag}: cannot be checked ({error}); choose another {outputs.flag}") from error
+        raise OutputError(
+            f"{outputs.flag}: the path cannot be checked ({error}); choose another {outputs.flag}"
+        ) from error
 
 
 class _Comparison:
@@ -90,88 +92,91 @@ class _Comparison:
 
     def __init__(self, outputs: Outputs):
         self.flag = outputs.flag
-        self.chain = lru_cache(maxsize=None)(_chain)
-        self.real = lru_cache(maxsize=None)(Path.resolve)
+        self.ancestor_marks = lru_cache(maxsize=None)(_ancestor_marks)
+        self.resolve = lru_cache(maxsize=None)(Path.resolve)
         self.files = {mark: file for file in outputs.files for mark in self.marks(file)}
         folders = [] if outputs.folder is None else [outputs.folder]
         self.folders = {folder: _marks(folder) for folder in folders}
         self.owned = {folder: _marks(folder) for folder in outputs.owned}
         # Folder that is written to -> the output that a message about it names.
-        self.places = {folder: folder for folder in (*folders, *outputs.owned)}
+        self.output_in = {folder: folder for folder in (*folders, *outputs.owned)}
         for file in outputs.files:
-            self.places.setdefault(file.parent, file)
+            self.output_in.setdefault(file.parent, file)
 
     def marks(self, path: Path) -> set:
         """Return the same as `_marks`, but resolve a folder only once for all files in it."""
         if path.name in ("", "..") or path.is_symlink():
             return _marks(path)
-        return _identity(self.real(path.parent) / path.name)
+        return _identity(self.resolve(path.parent) / path.name)
 
-    def check(self, flag: str, path: Path, *, may_be_around: bool) -> None:
+    def check(self, flag: str, path: Path, *, is_nested: bool) -> None:
         """Raise OutputError if an output overlaps the input `path` of `flag`.
 
-        may_be_around: whether the output folder may contain the input.
+        is_nested: whether the output folder may contain the input.
         """
         if not path.exists():
             return
-        own = self.marks(path)
-        around = own | self.chain(path.parent) | (self.chain(path) if path.is_symlink() else set())
-        for file in (self.files[mark] for mark in own if mark in self.files):
-            self._refuse(file, "is the same file as", flag, path)
+        marks = self.marks(path)
+        ancestors = marks | self.ancestor_marks(path.parent)
+        if path.is_symlink():
+            ancestors |= self.ancestor_marks(path)
+        for file in (self.files[mark] for mark in marks if mark in self.files):
+            self._raise_overlap(file, "is the same file as", flag, path)
         if path.is_dir():
-            self._check_folder(flag, path, own, set() if may_be_around else around)
-        for folder, marks in self.owned.items():
-            if around & marks:
-                self._refuse(folder, "holds", flag, path)
+            self._check_folder(flag, path, marks, set() if is_nested else ancestors)
+        for folder, folder_marks in self.owned.items():
+            if ancestors & folder_marks:
+                self._raise_overlap(folder, "contains", flag, path)
 
-    def _check_folder(self, flag: str, path: Path, own: set, around: set) -> None:
-        for folder, marks in self.folders.items():
-            if own & marks:
-                self._refuse(folder, "is the same folder as", flag, path)
-            if around & marks:
-                self._refuse(folder, "holds", flag, path)
-        for place, output in self.places.items():
-            if own & self.chain(place):
-                self._refuse(output, "lies in", flag, path)
+    def _check_folder(self, flag: str, path: Path, marks: set, ancestors: set) -> None:
+        for folder, folder_marks in self.folders.items():
+            if marks & folder_marks:
+                self._raise_overlap(folder, "is the same folder as", flag, path)
+            if ancestors & folder_marks:
+                self._raise_overlap(folder, "contains", flag, path)
+        for folder, output in self.output_in.items():
+            if marks & self.ancestor_marks(folder):
+                self._raise_overlap(output, "is inside", flag, path)
 
-    def _refuse(self, output: Path, relation: str, flag: str, path: Path) -> None:
-        where = "is" if output == path else f"{relation} {path},"
+    def _raise_overlap(self, output: Path, relation: str, flag: str, path: Path) -> None:
+        verb = "is" if output == path else f"{relation} {path},"
         into = "into " if output in self.folders and output not in self.owned else ""
         raise OutputError(
-            f"{self.flag}: would write {into}{output}, which {where} an input of {flag}{_how(output, path)}; no "
-            f"command replaces or deletes what it reads: choose another {self.flag}, apart from its inputs"
+            f"{self.flag}: would write {into}{output}, which {verb} an input of {flag}"
+            f"{_hidden_relation(output, path)}; inputs are never replaced or deleted: choose another {self.flag} that "
+            "does not overlap the inputs"
         )
 
 
 def _check_names(outputs: Outputs) -> None:
     """Raise OutputError if the name of an output is longer than file systems allow."""
-    for path in (*_places(outputs), *outputs.files):
+    for path in (*_folders(outputs), *outputs.files):
         for name in path.parts:
             if (size := len(os.fsencode(name))) > MAX_NAME_BYTES:
                 raise OutputError(
                     f"{outputs.flag}: would write {name}, a name of {size} bytes; expected at most {MAX_NAME_BYTES}: "
-                    f"choose another {outputs.flag}, or shorten the name that it is made from"
+                    f"choose another {outputs.flag}, or shorten the file name that this name is derived from"
                 )
 
 
 def _check_kinds(outputs: Outputs) -> None:
     """Raise OutputError if a file or broken link is in the place of a folder, or an output file is no regular file."""
     advice = f"choose another {outputs.flag}"
-    for place in _places(outputs):
-        there = _existing(place)
-        if not there.exists():
-            raise OutputError(f"{outputs.flag} {there}: is a link that leads nowhere; expected a folder: {advice}")
-        if not there.is_dir():
-            raise OutputError(f"{outputs.flag} {there}: is a file; expected a folder: {advice}")
+    for folder in _folders(outputs):
+        path = _nearest_existing(folder)
+        if not path.exists():
+            raise OutputError(f"{outputs.flag} {path}: is a broken symbolic link; expected a folder: {advice}")
+        if not path.is_dir():
+            raise OutputError(f"{outputs.flag} {path}: is a file; expected a folder: {advice}")
     for file in outputs.files:
         if file.exists() and not file.is_file():
             kind = "folder" if file.is_dir() else "device, pipe or socket"
-            raise OutputError(f"{outputs.flag}: {file} is a {kind} where a file is to be written: move it, or {advice}")
+            raise OutputError(f"{outputs.flag}: {file} is a {kind}; expected a file or no file: move it, or {advice}")
 
 
 def _check_writable(outputs: Outputs) -> None:
     """Raise OutputError if no file can be created in an output folder. The test leaves the folders unchanged."""
-    for folder in dict.fromkeys(map(_existing, _places(outputs))):
+    for folder in dict.fromkeys(map(_nearest_existing, _folders(outputs))):
         before = folder.stat()
         probe = folder / f".{secrets.token_hex(8)}.tmp"
         try:
@@ -185,15 +190,15 @@ def _check_writable(outputs: Outputs) -> None:
             os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _places(outputs: Outputs) -> list[Path]:
+def _folders(outputs: Outputs) -> list[Path]:
     """Return the folders that the command writes to or replaces, and their parent folders, without duplicates."""
     folders = [*([] if outputs.folder is None else [outputs.folder]), *outputs.owned]
     return list(dict.fromkeys([*folders, *(path.parent for path in (*outputs.files, *outputs.owned))]))
 
 
-def _existing(place: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     """Return the path, or its nearest parent folder, that exists. A broken symbolic link counts as existing."""
-    return next(path for path in (place, *place.parents, Path()) if os.path.lexists(path))
+    return next(candidate for candidate in (path, *path.parents, Path()) if os.path.lexists(candidate))
 
 
 def _marks(path: Path) -> set:
@@ -209,24 +214,24 @@ def _identity(resolved: Path) -> set:
     return {resolved, (status.st_dev, status.st_ino)}
 
 
-def _chain(path: Path) -> set:
+def _ancestor_marks(path: Path) -> set:
     """Return the marks of a path, of its parent folders, and of the parent folders of symbolic links in it."""
     path = path.absolute()
     links = [part.parent.resolve() / part.name for part in (path, *path.parents) if part.is_symlink()]
-    around = {folder for link in links for folder in link.parents}
+    link_parents = {folder for link in links for folder in link.parents}
     resolved = path.resolve()
-    return set().union(*(_marks(folder) for folder in {resolved, *resolved.parents, *around}))
+    return set().union(*(_marks(folder) for folder in {resolved, *resolved.parents, *link_parents}))
 
 
-def _how(output: Path, path: Path) -> str:
+def _hidden_relation(output: Path, path: Path) -> str:
     """Return " (through a link)" or the like, or "" if the spelling of the two paths shows how they are related."""
 
-    def related(one: Path, other: Path) -> bool:
-        return one == other or one in other.parents or other in one.parents
+    def overlap(first: Path, second: Path) -> bool:
+        return first == second or first in second.parents or second in first.parents
 
-    if related(Path(os.path.abspath(output)), Path(os.path.abspath(path))):
+    if overlap(Path(os.path.abspath(output)), Path(os.path.abspath(path))):
         return ""
-    if related(output.resolve(), path.resolve()):
+    if overlap(output.resolve(), path.resolve()):
         return " (through a link)"
     return " (under another name)" if path.is_dir() else " (by a hard link)"
 
@@ -306,13 +311,13 @@ def check_staging(folder: Path) -> None:
             point, which cannot be renamed.
     """
     if os.path.ismount(folder):
-        raise OutputError(f"{folder}: is a mount point, which no other folder can replace; choose a new folder in it")
+        raise OutputError(f"{folder}: is a mount point, which cannot be replaced; choose a new folder inside it")
     staging = staging_folder(folder)
     note = staging / UNFINISHED
-    left = staging.is_dir() and not staging.is_symlink() and note.is_file()
-    left = left and note.read_bytes() == UNFINISHED_NOTE.encode()
-    if not left and (staging.exists() or staging.is_symlink()):
+    is_unfinished = staging.is_dir() and not staging.is_symlink() and note.is_file()
+    is_unfinished = is_unfinished and note.read_bytes() == UNFINISHED_NOTE.encode()
+    if not is_unfinished and (staging.exists() or staging.is_symlink()):
         raise OutputError(
-            f"{staging}: {folder} is written under this name first, but what lies there was not left by a run that "
-            "was stopped, and is not deleted; move it, or choose another output"
+            f"{staging}: {folder} is first written under this name, but it already exists and is not the unfinished "
+            "folder of a stopped run, so it is not deleted; move it, or choose another output"
         )

@@ -57,9 +57,9 @@ def compile_exact_products(environ: MutableMapping[str, str] = os.environ) -> No
         # programs that were compiled without the flag under the key of processes that have it.
         if bridge.default_backend() == "cpu":
             warnings.warn(
-                f"JAX was in use before ra_jax was imported. On the CPU jaxlib {jaxlib.__version__} then compiles some "
-                "chains of matrix products into programs that return wrong numbers. Import ra_jax before the first "
-                f"computation, or start Python with XLA_FLAGS={EXACT_PRODUCTS}",
+                f"JAX was in use before ra_jax was imported. Therefore jaxlib {jaxlib.__version__} compiles some "
+                "chains of matrix products to CPU programs that return wrong numbers. Import ra_jax before the first "
+                f"JAX computation, or start Python with XLA_FLAGS={EXACT_PRODUCTS}",
                 RuntimeWarning,
                 stacklevel=3,
             )

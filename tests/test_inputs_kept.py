@@ -1,12 +1,12 @@
-"""No command writes over, among or into what it reads: each is refused through its own main(), before it does anything.
+"""No command overwrites an input or writes into an input folder: its main() fails before it changes anything.
 
 The working folder of every test:
 
     photos/ masks/ refs/    a.png and b.png each
     set/                    a data set: input/ mask/ gt/ ref/ result/ and labeled.json, triplets.json
-    model/transformer/      a base's folder, with config.json
+    model/transformer/      the folder of a base, with config.json
     run/checkpoints/4       a checkpoint of an earlier run, and run/config.toml
-    link                    leads to the folder that the test names
+    link                    a link to a folder that the test chooses
 """
 
 import json
@@ -36,7 +36,7 @@ def picture(path, seed):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's would stay for other tests
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's logging would remain for other tests
     rooms = ("photos", "masks", "refs", *(f"set/{room}" for room in ("input", "mask", "gt", "ref", "result")))
     for number, room in enumerate(rooms):
         for i, name in enumerate(NAMES):
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tree(root):
-    """Everything below `root`: what a link leads to, and content and time of a file."""
+    """Return the target of each link, and content, time, inode and link count of each file, below `root`, by path."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -70,7 +70,7 @@ def tree(root):
 
 
 def message_of(main, argv, capsys):
-    """What a command says that ends with exit status 1."""
+    """Run a command that must end with exit status 1, and return its message."""
     try:
         status = main(argv)
     except SystemExit as end:
@@ -81,7 +81,7 @@ def message_of(main, argv, capsys):
 
 
 def refused(command, argv, capsys):
-    """The message of a command that is refused and leaves everything as it was."""
+    """Run a command that must fail without changing anything, and return its message."""
     before = tree(Path())
     message = message_of(COMMANDS[command], argv, capsys)
     assert tree(Path()) == before
@@ -98,8 +98,8 @@ COMMANDS = {
     "demo": demo.main,
     "aot": aot.main,
 }
-# The command line up to the place of its output, a folder that it reads, another one, a folder of masks that it reads,
-# and a file that it writes.
+# By command: its arguments up to the output folder; an input folder, another one, and one with masks; a file that it
+# writes, or None.
 READS = {
     "infer": (
         "--source_image photos --source_mask masks --ref_image refs --overwrite --output_dir",
@@ -117,18 +117,18 @@ WAYS = ("folder", "link", "hard link", "relative", "masks", "link around", "insi
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("command", READS)
-def test_an_input_is_kept(folder, command, way, capsys):
+def test_an_input_is_not_overwritten(folder, command, way, capsys):
     words, (read, other, masks, file) = READS[command]
-    expected = "no command replaces or deletes what it reads: choose another"
+    expected = "inputs are never replaced or deleted: choose another"
     match way:
         case "folder":
             output = read
         case "link":
             Path("link").symlink_to(read)
-            output, expected = "link", "(through a link); no command replaces"
+            output, expected = "link", "(through a link); inputs are never replaced"
         case "hard link":
             Path("out").mkdir()
-            if file is None:  # a pack is a new folder; no file of another is replaced
+            if file is None:  # a pack is always a new folder
                 expected = "out already exists: choose another folder"
             else:
                 expected = f"out/{file}, which is the same file as"
@@ -140,12 +140,12 @@ def test_an_input_is_kept(folder, command, way, capsys):
             output = masks
         case "link around":
             Path("link").symlink_to(Path(read).parent)
-            output, expected = f"link/{Path(read).name}", "(through a link); no command replaces"
+            output, expected = f"link/{Path(read).name}", "(through a link); inputs are never replaced"
         case "inside":
-            output, expected = f"{read}/new", "which lies in"
+            output, expected = f"{read}/new", "which is inside"
         case "around":
-            output, expected = (str(folder / Path(read).parent), "which holds")
-            if command == "pack":  # its parent's name is none for a pack
+            output, expected = (str(folder / Path(read).parent), "which contains")
+            if command == "pack":  # the name of the parent folder is not valid for a pack
                 Path("around").symlink_to(folder)
                 output = "around"
     assert expected in refused(command, [*words.split(), output], capsys)
@@ -153,8 +153,8 @@ def test_an_input_is_kept(folder, command, way, capsys):
 
 @pytest.mark.parametrize("way", ["folder", "link", "hard link", "relative", "masks", "staging"])
 @pytest.mark.parametrize("command", ["synth", "demo"])
-def test_a_data_set_of_the_users_is_kept(folder, command, way, capsys):
-    """Commands that make data from nothing read no files; what lies where they write is left alone all the same."""
+def test_a_data_set_of_the_user_is_not_replaced(folder, command, way, capsys):
+    """Commands that create data have no inputs, but they do not replace existing files either."""
     expected = "contains" if command == "synth" else "holds"
     match way:
         case "folder":
@@ -172,7 +172,7 @@ def test_a_data_set_of_the_users_is_kept(folder, command, way, capsys):
             output = "set/mask"
         case "staging":
             Path("set").rename("new.partial" if command == "synth" else "set.partial")
-            output, expected = "new", "was not left by a run that was stopped"
+            output, expected = "new", "is not the unfinished folder of a stopped run"
             if command == "demo":
                 output, expected = "set.partial", "holds"
     words = "synth --scenes 1 --size 32" if command == "synth" else "--output_dir"
@@ -180,7 +180,7 @@ def test_a_data_set_of_the_users_is_kept(folder, command, way, capsys):
     assert expected in refused(command, argv, capsys)
 
 
-def test_what_lies_in_a_demos_folder_under_a_name_of_its_drafts_is_kept(folder, capsys):
+def test_a_staging_folder_that_no_demo_wrote_is_not_replaced(folder, capsys):
     Path("out/data/train.partial").mkdir(parents=True)
     Path("out/data/train.partial/mine.txt").write_text("mine")
     settings = demo.DemoSettings()
@@ -188,7 +188,7 @@ def test_what_lies_in_a_demos_folder_under_a_name_of_its_drafts_is_kept(folder, 
     assert "out/data/train.partial" in refused("demo", ["--output_dir", "out"], capsys)
 
 
-def test_a_demos_folder_of_other_settings_is_kept(folder, capsys):
+def test_a_demo_folder_with_other_settings_is_not_replaced(folder, capsys):
     Path("out").mkdir()
     Path("out/settings.json").write_text(json.dumps(vars(demo.DemoSettings(seed=3))))
     assert "was prepared with other settings" in refused("demo", ["--output_dir", "out"], capsys)
@@ -220,7 +220,7 @@ SINGLE = {"source_image": "photos/a.png", "source_mask": "masks/a.png"}
 
 
 class TestInfer:
-    def test_a_mask_that_is_named_as_a_candidate(self, folder, capsys):
+    def test_a_mask_with_the_name_of_a_candidate(self, folder, capsys):
         Path("masks/a.png").rename("photos/a_0.png")
         argv = flags(source_image="photos/a.png", source_mask="photos/a_0.png", output_dir="photos")
         for overwrite in ([], ["--overwrite"]):
@@ -228,7 +228,7 @@ class TestInfer:
             assert "would write photos/a_0.png, which is an input of --source_mask" in message
             assert "--overwrite" not in message
 
-    def test_a_photo_of_the_users_beside_the_photo(self, folder, capsys):
+    def test_another_photo_with_the_name_of_a_candidate(self, folder, capsys):
         Path("photos/b.png").rename("photos/a_0.png")
         for overwrite in ([], ["--overwrite"]):
             message = refused("infer", [*flags(**SINGLE, output_dir="photos"), *overwrite], capsys)
@@ -241,7 +241,7 @@ class TestInfer:
         assert "would write set/records.json, which is an input of --source_image" in refused("infer", argv, capsys)
 
     def test_a_result_that_the_data_file_names(self, folder, capsys):
-        """Candidates of earlier candidates' scenes, into the same folder."""
+        """The data file names earlier candidates in the folder to which new ones would be written."""
         Path("set/result/a.png").rename("set/result/a_0.png")
         text = Path("set/labeled.json").read_text()
         Path("set/labeled.json").write_text(text.replace("result/a.png", "result/a_0.png"))
@@ -274,7 +274,7 @@ class TestEvaluate:
             assert "set/result/contact_sheet.png, which is an input of --results" in message
 
     def test_photos_of_candidates(self, folder, capsys):
-        """The records of a folder that infer wrote name photos elsewhere."""
+        """records.json of a folder that infer wrote names photos in another folder."""
         Path("made").mkdir()
         Path("photos/b.png").rename("photos/contact_sheet.png")
         record = {"src": "../photos/contact_sheet.png", "mask": "../masks/b.png", "result": "../set/result/b.png"}
@@ -304,24 +304,24 @@ class TestEvaluate:
         assert "already exists; choose another --output_dir, or add --overwrite" in refused("evaluate", argv, capsys)
 
     def test_weights_beside_the_results(self, folder, capsys):
-        """Past the checks of the output: the folder is no CLIP."""
+        """The output is allowed; the command fails later, because the folder is no CLIP model."""
         argv = flags(results="set/labeled.json", truth="set/triplets.json", clip_model="model", output_dir=".")
         assert "--clip_model" in (message := refused("evaluate", argv, capsys)) and "would write" not in message
 
     def test_weights(self, folder, capsys):
         argv = flags(results="set/labeled.json", truth="set/triplets.json", clip_model="model", output_dir="model/out")
-        assert "which lies in model, an input of --clip_model" in refused("evaluate", argv, capsys)
+        assert "which is inside model, an input of --clip_model" in refused("evaluate", argv, capsys)
 
 
 class TestPack:
     def test_the_folder_holds_the_data_file(self, folder, capsys):
-        """The advice to delete it would be a bad one."""
+        """The message must not advise to delete the folder."""
         message = refused("pack", ["pack", "set/labeled.json", "set"], capsys)
-        assert "FOLDER: would write set, which holds set/labeled.json, an input of FILE" in message
+        assert "FOLDER: would write set, which contains set/labeled.json, an input of FILE" in message
 
     def test_the_encoders_folder(self, folder, capsys):
         argv = ["pack", "set/labeled.json", "model/packed", "--latents", "--pretrained_model_name_or_path", "model"]
-        assert "which lies in model, an input of --pretrained_model_name_or_path" in refused("pack", argv, capsys)
+        assert "which is inside model, an input of --pretrained_model_name_or_path" in refused("pack", argv, capsys)
 
 
 class TestTrain:
@@ -329,7 +329,7 @@ class TestTrain:
         Path("set").rename("run/previews")
         argv = flags(train_json_path="run/previews/labeled.json", output_dir="run")
         message = refused("train", [*argv, "--overwrite_output_dir"], capsys)
-        assert "would write run/previews, which holds run/previews/labeled.json, an input of --train" in message
+        assert "would write run/previews, which contains run/previews/labeled.json, an input of --train" in message
 
     def test_a_preview_that_the_data_name(self, folder, capsys):
         Path("new/previews").mkdir(parents=True)
@@ -341,12 +341,12 @@ class TestTrain:
         assert "step_000000.png, an input of --val_json_path" in message
 
     def test_the_base_and_its_folder(self, folder, capsys):
-        for output, relation in {"model": "is an input", "model/run": "lies in model"}.items():
+        for output, relation in {"model": "is an input", "model/run": "is inside model"}.items():
             argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="model", output_dir=output)
             assert f"which {relation}" in refused("train", argv, capsys)
 
     def test_the_base_beside_the_runs_files(self, folder, capsys):
-        """Past the checks of the output: the base is incomplete."""
+        """The output is allowed; the command fails later, because the base is incomplete."""
         argv = flags(train_json_path="set/labeled.json", pretrained_model_name_or_path="model", output_dir=".")
         assert "model has no vae/, scheduler/" in refused("train", argv, capsys)
 
@@ -361,7 +361,7 @@ class TestTrain:
         Path("new/checkpoints").symlink_to(folder / "run/checkpoints")
         argv = flags(train_json_path="set/labeled.json", resume_from_checkpoint="run/checkpoints/4", output_dir="new")
         message = refused("train", argv, capsys)
-        assert "would write new/checkpoints, which holds" in message
+        assert "would write new/checkpoints, which contains" in message
         assert "an input of --resume_from_checkpoint (through a link)" in message
 
     @pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint=latest", "--log_freq=1"])
@@ -378,14 +378,14 @@ class TestTrain:
         Path("mine.toml").write_text("seed = 3\n")
         os.link("mine.toml", "run/metrics.jsonl")
         for file, expected in {
-            "run/previews/mine.toml": "run/previews, which holds run/previews/mine.toml, an input of --config",
+            "run/previews/mine.toml": "run/previews, which contains run/previews/mine.toml, an input of --config",
             "mine.toml": "run/metrics.jsonl, which is the same file as mine.toml, an input of --config (by a hard",
         }.items():
             argv = flags(config=file, train_json_path="set/labeled.json", output_dir="run")
             assert expected in refused("train", [*argv, "--overwrite_output_dir"], capsys)
 
     def test_a_runs_own_configuration_may_be_read(self, folder, capsys):
-        """Past the checks of the output: the data file that it names is not there."""
+        """The output is allowed; the command fails later, because the data file does not exist."""
         for flag in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
             Path("run/checkpoints/4").rename("elsewhere")
             message = refused("train", ["--config", "run/config.toml", flag], capsys)
@@ -411,8 +411,8 @@ class TestAot:
 
     def test_the_base(self, folder, capsys):
         argv = [*self.ARGUMENTS, "--json", "model/transformer/config.json"]
-        assert "which lies in model, an input of --pretrained_model" in refused("aot", argv, capsys)
+        assert "which is inside model, an input of --pretrained_model" in refused("aot", argv, capsys)
 
     def test_a_folder_that_is_missing(self, folder, capsys):
         argv = [*self.ARGUMENTS, "--json", "none/out.json"]
-        assert "--json none/out.json: there is no folder none" in refused("aot", argv, capsys)
+        assert "--json none/out.json: the folder none does not exist" in refused("aot", argv, capsys)

@@ -1,4 +1,4 @@
-"""Old import paths: the names that modules had in 0.1, at the paths of 0.1."""
+"""Old import paths: the names of version 0.1 at the module paths of version 0.1."""
 
 import importlib
 import importlib.util
@@ -13,16 +13,16 @@ import pytest
 
 import ra_jax
 from ra_jax import errors
-from ra_jax.moved import GONE_WITH, MOVED, RENAMED, install_old_paths
+from ra_jax.moved import MOVED, REMOVAL_VERSION, RENAMED, install_old_paths
 from ra_jax.rewards import image_metrics, registry, removal
 from ra_jax.rewards.custom import parse_rewards
 
 # Old module -> some of the names that it defined in 0.1.
 NAMES = {
-    "ra_jax.compile.hlo": "Instruction Program group_size",
+    "ra_jax.compile.hlo": "BITS SENT Instruction Program group_size",
     "ra_jax.compile.roofline": "Footprint Roofline",
     "ra_jax.compile.topology": "CHIPS Chip topology_devices",
-    "ra_jax.compile.traced": "TracedStep batch_shapes trace",
+    "ra_jax.compile.traced": "TracedStep batch_shapes geometry_of has_result largest_bucket smaller trace",
     "ra_jax.config_checks": "problems typed",
     "ra_jax.data.errors": "DataError Fault SHOWN_IN_FULL",
     "ra_jax.evaluation.contact_sheet": "captioned contact_sheet thumbnail",
@@ -76,7 +76,7 @@ ERRORS = {
 
 
 def run_python(*arguments, cwd):
-    """Runs an interpreter of its own in a folder; its standard output and error."""
+    """Run Python in a subprocess in the folder `cwd`, and return its standard output and standard error."""
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -84,7 +84,7 @@ def run_python(*arguments, cwd):
 
 @pytest.fixture
 def unload(monkeypatch):
-    """A function that takes a module out of `sys.modules` until the test ends, so that it is imported anew."""
+    """A function that removes a module from `sys.modules` until the test ends, so that it is imported again."""
 
     def unload(name):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -93,8 +93,8 @@ def unload(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_table_is_of_modules_that_are_gone_and_leads_to_modules_that_exist():
-    assert set(NAMES) == set(MOVED) - {"ra_jax.compile"}  # a package that had no names
+def test_old_modules_do_not_exist_and_new_ones_do():
+    assert set(NAMES) == set(MOVED) - {"ra_jax.compile"}  # this package had no names
     for old, new in MOVED.items():
         assert importlib.util.find_spec(old).loader.__class__.__name__ == "MovedFinder"
         assert all(importlib.util.find_spec(name).origin.endswith(".py") for name in new) and not set(new) & set(MOVED)
@@ -107,23 +107,23 @@ def test_the_changelog_has_the_table():
     assert listed == {old: new for old, new in MOVED.items() if old != "ra_jax.compile"}
 
 
-def test_old_paths_go_with_the_release_that_their_warning_names():
-    version, gone = (tuple(map(int, text.split(".")[:2])) for text in (ra_jax.__version__, GONE_WITH))
-    assert version < gone, "take out ra_jax/moved.py, its tests and its line in ra_jax/__init__.py"
+def test_old_paths_are_removed_in_the_version_that_their_warning_names():
+    version, removal = (tuple(map(int, text.split(".")[:2])) for text in (ra_jax.__version__, REMOVAL_VERSION))
+    assert version < removal, "remove ra_jax/moved.py, its tests and its line in ra_jax/__init__.py"
 
 
 @pytest.mark.parametrize("old", NAMES)
-def test_names_are_at_the_old_path_and_the_same_objects(old, unload):
+def test_names_at_the_old_path_are_the_same_objects(old, unload):
     unload(old)
     with pytest.warns(FutureWarning) as warned:
         module = importlib.import_module(old)
-    text = f"{old} has moved to {' and '.join(MOVED[old])}; the old path goes with ra_jax 0.3"
+    text = f"{old} has moved to {' and '.join(MOVED[old])}; the old path will be removed in ra_jax 0.3"
     assert [str(warning.message) for warning in warned] == [text]
     new = [importlib.import_module(name) for name in MOVED[old]]
     for name in NAMES[old].split():
         found = getattr(module, name)
         assert any(getattr(other, RENAMED.get(name, name), None) is found for other in new)
-        # Functions and classes come from where they are defined, not from a module that happens to import them.
+        # Functions and classes come from the module that defines them, not from one that imports them.
         home = getattr(found, "__module__", None) or ""
         assert home in MOVED[old] or not home.startswith("ra_jax.")
 
@@ -138,12 +138,12 @@ def test_an_error_caught_by_its_old_path_is_the_very_same_class(module, name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_renamed_function_is_at_the_old_path_by_its_old_name():
+def test_a_renamed_function_has_its_old_name_at_the_old_path():
     module = importlib.import_module("ra_jax.evaluation.image_metrics")
     assert module.region_mean is image_metrics.masked_mean
 
 
-def test_every_form_of_import_works_and_warns_where_it_stands(tmp_path):
+def test_every_form_of_import_works_and_warns_at_its_line(tmp_path):
     (tmp_path / "imports.py").write_text(
         textwrap.dedent("""\
         import ra_jax.data.errors
@@ -165,10 +165,10 @@ def test_every_form_of_import_works_and_warns_where_it_stands(tmp_path):
     )
     shown = run_python("-W", "always::FutureWarning", "imports.py", cwd=tmp_path)[1]
     lines = [int(line) for line in re.findall(r"imports\.py:(\d+): FutureWarning: ra_jax\.", shown)]
-    assert lines == [1, 2, 3, 3, 4, 5, 6]  # two of line 3: the package and its module
+    assert lines == [1, 2, 3, 3, 4, 5, 6]  # line 3 imports a package and its module
 
 
-def test_nothing_is_imported_before_a_name_is_asked_for(tmp_path):
+def test_new_modules_are_imported_only_when_a_name_is_accessed(tmp_path):
     code = """
 import sys, ra_jax
 assert not {"jax", "numpy"} & set(sys.modules)
@@ -182,14 +182,14 @@ assert "ra_jax.rewards.registry" in sys.modules and "ra_jax.parallel.partitioner
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_pickle_of_an_old_class_is_read():
+def test_a_pickle_with_the_old_path_of_a_class_can_be_loaded():
     written = pickle.dumps(errors.RecordError("broken", record=3), protocol=0)
     old = written.replace(b"ra_jax.errors", b"ra_jax.data.errors")
     assert old != written and pickle.loads(old) == errors.RecordError("broken", record=3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_unknown_name_is_an_error_that_names_both():
+def test_the_error_for_an_unknown_name_has_the_old_and_the_new_modules():
     with pytest.raises(ImportError, match=r"cannot import name 'removals' from 'ra_jax\.rl\.rewards' \(.*moved\.py\)"):
         from ra_jax.rl.rewards import removals  # noqa: F401
     text = (

@@ -1,4 +1,4 @@
-"""Places where nothing can be written: each command names them through its own main(), before it does anything."""
+"""Outputs that cannot be written: the main() of each command reports them before it changes anything."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from ra_jax.data import __main__ as data
 from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.outputs import UNFINISHED, UNFINISHED_NOTE
 
-# The command line up to the place of its output, and a file that the command writes there.
+# By command: its main(), its arguments up to the output folder, and a file that it writes there.
 COMMANDS = {
     "infer": (infer.main, "--source_image set/triplets.json --overwrite --output_dir", "scene_00000_0.png"),
     "evaluate": (
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tree(root):
-    """Everything below `root`, itself too: kind, time, and content or where a link leads."""
+    """Return mode, time, inode, and content or link target of `root` and of everything below it, by path."""
     found = {}
     for path in (root, *sorted(root.rglob("*"))):
         status = path.lstat()
@@ -43,7 +43,7 @@ def tree(root):
 
 
 def refused(command, output, capsys):
-    """The message of a command that is refused and leaves everything as it was."""
+    """Run a command that must fail without changing anything, and return its message."""
     main, words, _ = COMMANDS[command]
     before = tree(Path())
     try:
@@ -59,7 +59,7 @@ def refused(command, output, capsys):
 
 
 def lock(monkeypatch):
-    """Make the folder locked/, in which the file system lets nobody create a file: permissions do not stop root."""
+    """Create the folder locked/, in which no file can be created. Permissions alone would not stop root."""
     Path("locked").mkdir()
     opened = Path.open
 
@@ -74,16 +74,16 @@ def lock(monkeypatch):
 @pytest.mark.parametrize("output", ["{}", "{}/new", "{}/new/newer"])
 @pytest.mark.parametrize("place", ["loop", "dangling", "two_links"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_link_that_leads_nowhere(folder, command, place, output, capsys):
+def test_a_broken_link(folder, command, place, output, capsys):
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere")
     Path("two_links").symlink_to("dangling")
-    expected = f"{place}: is a link that leads nowhere; expected a folder"
+    expected = f"{place}: is a broken symbolic link; expected a folder"
     assert expected in refused(command, output.format(place), capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_file_around_the_place(folder, command, capsys):
+def test_a_file_in_the_place_of_a_parent_folder(folder, command, capsys):
     assert "set/triplets.json: is a file; expected a folder" in refused(command, "set/triplets.json/x", capsys)
 
 
@@ -96,7 +96,7 @@ def test_a_folder_in_which_no_file_can_be_created(folder, command, output, monke
 
 
 @pytest.mark.parametrize("command", ["pack", "synth"])
-def test_a_folder_around_in_which_no_file_can_be_created(folder, command, monkeypatch, capsys):
+def test_a_parent_folder_in_which_no_file_can_be_created(folder, command, monkeypatch, capsys):
     lock(monkeypatch)
     assert "locked (Read-only file system): choose another FOLDER" in refused(command, "locked/new", capsys)
 
@@ -106,11 +106,11 @@ def test_a_name_that_is_too_long(folder, command, capsys):
     name = "a" * 256
     assert f"would write {name}, a name of 256 bytes; expected at most 255" in refused(command, name, capsys)
     assert "a name of 256 bytes" in refused(command, f"new/{name}/newer", capsys)
-    if command in ("pack", "synth"):  # FOLDER.partial, which is written first
+    if command in ("pack", "synth"):  # they first write FOLDER.partial
         assert "a name of 258 bytes" in refused(command, "a" * 250, capsys)
 
 
-def test_a_photos_name_to_which_no_seed_can_be_added(folder, capsys):
+def test_a_photos_name_that_is_too_long_with_a_seed(folder, capsys):
     photo = f"{'ä' * 125}.png"  # 254 bytes
     Path("set/input/scene_00000.png").rename(photo)
     with pytest.raises(SystemExit) as caught:
@@ -121,26 +121,26 @@ def test_a_photos_name_to_which_no_seed_can_be_added(folder, capsys):
 
 @pytest.mark.parametrize("content", [None, "", "a list of the user's"])
 @pytest.mark.parametrize("command", ["pack", "synth"])
-def test_a_draft_that_is_somebody_elses(folder, command, content, capsys):
+def test_a_staging_folder_that_no_run_wrote(folder, command, content, capsys):
     Path("made.partial").mkdir()
     if content is not None:
         Path("made.partial", UNFINISHED).write_text(content)
-    expected = "made.partial: {}made is written under this name first, but what lies there was not left by a run"
+    expected = "made.partial: {}made is first written under this name, but it already exists and is not the unfinished"
     assert expected.format("" if command == "pack" else f"{folder}/") in refused(command, "made", capsys)
 
 
-def test_the_draft_of_a_pack_holds_the_data(folder, capsys):
+def test_the_staging_folder_of_a_pack_contains_the_data(folder, capsys):
     Path("set").rename("packed.partial")
     Path("packed.partial", UNFINISHED).write_text(UNFINISHED_NOTE)
     before = tree(Path())
     assert data.main(["pack", "packed.partial/triplets.json", "packed"]) == 1
-    assert "would write packed.partial, which holds packed.partial/triplets.json" in capsys.readouterr().err
+    assert "would write packed.partial, which contains packed.partial/triplets.json" in capsys.readouterr().err
     assert tree(Path()) == before
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
 @pytest.mark.parametrize("command", ["infer", "evaluate"])
-def test_what_is_no_file_is_not_replaced(folder, command, kind, capsys):
+def test_pipes_sockets_and_devices_are_not_replaced(folder, command, kind, capsys):
     Path("out").mkdir()
     target = Path("out", COMMANDS[command][2])
     match kind:
@@ -151,10 +151,10 @@ def test_what_is_no_file_is_not_replaced(folder, command, kind, capsys):
                 server.bind(str(target))
         case "device":
             target.symlink_to(os.devnull)
-    assert f"{target} is a device, pipe or socket where a file is to be written" in refused(command, "out", capsys)
+    assert f"{target} is a device, pipe or socket; expected a file or no file" in refused(command, "out", capsys)
 
 
-def test_a_pipe_at_the_records_is_not_read(folder, capsys):
+def test_a_pipe_in_the_place_of_the_records_is_not_read(folder, capsys):
     Path("out").mkdir()
     os.mkfifo("out/records.json")
     assert "out/records.json is a device, pipe or socket" in refused("infer", "out", capsys)

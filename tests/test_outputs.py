@@ -1,4 +1,4 @@
-"""Outputs against inputs by every way that leads from one to the other, and files that are replaced as a whole."""
+"""Checks of outputs against inputs, by every kind of path, and the atomic replacement of files and folders."""
 
 import os
 import stat
@@ -45,7 +45,7 @@ def read(*paths):
     return {"--source_image": [Path(path) for path in paths]}
 
 
-ADVICE = "no command replaces or deletes what it reads: choose another --output_dir, apart from its inputs"
+ADVICE = "inputs are never replaced or deleted: choose another --output_dir that does not overlap the inputs"
 
 
 class TestFiles:
@@ -68,7 +68,7 @@ class TestFiles:
         )
         assert "(through a link)" in refusal(outputs("photos/a.png"), read("other/x.png"))
 
-    def test_a_link_to_a_folder_around_it(self, place):
+    def test_a_link_to_its_parent_folder(self, place):
         Path("link").symlink_to("photos")
         assert (
             "link/a.png, which is the same file as photos/a.png, an input of --source_image (through a link)"
@@ -80,23 +80,23 @@ class TestFiles:
         message = refusal(outputs("other/x.png"), read("photos/a.png"))
         assert "which is the same file as photos/a.png, an input of --source_image (by a hard link)" in message
 
-    def test_a_file_in_a_folder_that_is_read(self, place):
-        assert "photos/new.json, which lies in photos, an input of" in refusal(
+    def test_a_file_in_an_input_folder(self, place):
+        assert "photos/new.json, which is inside photos, an input of" in refusal(
             outputs("photos/new.json"), read("photos")
         )
 
-    def test_a_file_beside_a_file_that_is_read(self, place):
+    def test_a_file_beside_an_input_file(self, place):
         check_outputs(outputs("photos/a_0.png", "photos/records.json", folder="photos"), read("photos/a.png"))
 
     def test_the_flag_of_the_input_is_named(self, place):
         inputs = {"--source_image": [Path("photos/a.png")], "--source_mask": [Path("photos/b.png")]}
         assert "an input of --source_mask" in refusal(outputs("photos/b.png"), inputs)
 
-    def test_a_folder_where_a_file_is_to_be_written(self, place):
-        assert "other is a folder where a file is to be written" in refusal(outputs("other"), {})
+    def test_a_folder_in_the_place_of_an_output_file(self, place):
+        assert "other is a folder; expected a file or no file" in refusal(outputs("other"), {})
 
     @pytest.mark.parametrize("stops_at", ["open", "utime"])
-    def test_that_a_file_can_be_created_is_tried_without_a_trace(self, place, monkeypatch, stops_at):
+    def test_the_test_for_a_writable_folder_changes_nothing(self, place, monkeypatch, stops_at):
         before = Path().stat().st_mtime_ns
         os.utime("other", ns=(5, 7))
         check_outputs(outputs("other/new/a.png", "a.png", folder="other/new"), {})
@@ -109,13 +109,13 @@ class TestFiles:
         monkeypatch.setattr(Path if stops_at == "open" else os, stops_at, refuses)
         if stops_at == "open":
             assert "no file can be created in other (Permission denied)" in refusal(outputs(folder="other/new"), {})
-        else:  # a folder of somebody else's, in which one may write
+        else:  # a writable folder of another user
             check_outputs(outputs(folder="other/new"), {})
         assert os.listdir("other") == []
 
-    def test_a_path_that_cannot_be_looked_at(self, place):
+    def test_a_path_that_cannot_be_checked(self, place):
         message = refusal(outputs("a.png"), read("x" * 300))
-        assert message.startswith("--output_dir: cannot be checked (") and "File name too long" in message
+        assert message.startswith("--output_dir: the path cannot be checked (") and "File name too long" in message
 
 
 class TestFolders:
@@ -136,31 +136,31 @@ class TestFolders:
                 in refusal(outputs(folder=output), read("photos"))
             )
         assert "an input of --source_image (through a link)" in refusal(outputs(folder="photos"), read("link"))
-        assert "link/new/out, which lies in photos" in refusal(outputs(folder="link/new/out"), read("photos"))
+        assert "link/new/out, which is inside photos" in refusal(outputs(folder="link/new/out"), read("photos"))
 
     def test_inside(self, place):
         message = refusal(outputs(folder="photos/new/out"), read("photos"))
-        assert "photos/new/out, which lies in photos, an input of --source_image;" in message
+        assert "photos/new/out, which is inside photos, an input of --source_image;" in message
 
-    def test_around(self, place):
-        assert "., which holds photos, an input of --source_image;" in refusal(outputs(folder="."), read("photos"))
+    def test_a_parent_folder(self, place):
+        assert "., which contains photos, an input of --source_image;" in refusal(outputs(folder="."), read("photos"))
 
-    def test_around_a_link_that_leads_elsewhere(self, place):
+    def test_the_parent_folder_of_a_link(self, place):
         Path("other/link").symlink_to(place / "photos")
-        assert "other, which holds other/link" in refusal(outputs(folder="other"), read("other/link"))
+        assert "other, which contains other/link" in refusal(outputs(folder="other"), read("other/link"))
 
-    def test_a_folder_around_a_single_file_is_fine(self, place):
+    def test_the_parent_folder_of_an_input_file_is_allowed(self, place):
         check_outputs(outputs(folder="."), read("photos/a.png"))
 
-    def test_names_that_begin_alike_have_nothing_in_common(self, place):
+    def test_folders_whose_names_start_alike_do_not_overlap(self, place):
         check_outputs(outputs(folder="photos_2"), read("photos"))
         check_outputs(outputs("other/a.png", folder="other", owned=["other/previews"]), read("photos", "photos/a.png"))
 
-    def test_the_way_to_an_input_is_not_around_it(self, place):
+    def test_a_folder_that_only_the_spelling_passes_through_is_no_parent(self, place):
         check_outputs(outputs(folder="other", owned=["other"]), read("other/../photos"))
 
     def test_the_same_folder_by_its_inode_alone(self, place, monkeypatch):
-        """As on a file system that ignores case, or under a bind mount: paths differ, resolved ones too."""
+        """On a file system that ignores case, or under a bind mount, even the resolved paths of a folder differ."""
         inode = Path("photos").stat()
         stat_of = Path.stat
 
@@ -169,40 +169,40 @@ class TestFolders:
 
         monkeypatch.setattr(Path, "stat", mounted)
         assert "an input of --source_image (under another name)" in refusal(outputs(folder="PHOTOS"), read("photos"))
-        assert "PHOTOS/new, which lies in photos" in refusal(outputs(folder="PHOTOS/new"), read("photos"))
+        assert "PHOTOS/new, which is inside photos" in refusal(outputs(folder="PHOTOS/new"), read("photos"))
 
     def test_a_file_in_the_place_of_the_folder(self, place):
         for folder in ("photos/a.png", "photos/a.png/out"):
             assert "photos/a.png: is a file; expected a folder" in refusal(outputs(folder=folder), {})
 
-    def test_an_input_that_does_not_exist_is_passed_over(self, place):
+    def test_an_input_that_does_not_exist_is_ignored(self, place):
         check_outputs(outputs(folder="owner/model"), read("owner/model"))
 
 
 class TestOwnedFolders:
-    def test_may_not_hold_what_is_read(self, place):
+    def test_must_not_contain_an_input(self, place):
         for path in ("photos", "photos/a.png"):
-            assert f"photos, which {'is' if path == 'photos' else f'holds {path},'} an input of" in refusal(
+            assert f"photos, which {'is' if path == 'photos' else f'contains {path},'} an input of" in refusal(
                 outputs(owned=["photos"]), read(path)
             )
 
-    def test_may_not_hold_a_link_by_which_is_read(self, place):
+    def test_must_not_contain_a_link_to_an_input(self, place):
         Path("other/previews").mkdir()
         Path("other/previews/a.png").symlink_to(place / "photos/a.png")
         Path("other/previews/all").symlink_to(place / "photos")
         for path in ("other/previews/a.png", "other/previews/all/a.png"):
-            assert "other/previews, which holds" in refusal(outputs(owned=["other/previews"]), read(path))
+            assert "other/previews, which contains" in refusal(outputs(owned=["other/previews"]), read(path))
 
-    def test_may_not_be_a_file_or_a_link_that_leads_nowhere(self, place):
-        """As a run's checkpoints/ may be a link to a larger disk, which is not mounted."""
+    def test_must_not_be_a_file_or_a_broken_link(self, place):
+        """For example, checkpoints/ of a run may be a link to a disk that is not mounted."""
         Path("other/checkpoints").symlink_to("/nowhere/checkpoints")
         Path("other/previews").write_text("mine")
         run = outputs(folder="other", owned=["other/checkpoints"])
-        assert "other/checkpoints: is a link that leads nowhere; expected a folder" in refusal(run, {})
+        assert "other/checkpoints: is a broken symbolic link; expected a folder" in refusal(run, {})
         assert "other/previews: is a file; expected a folder" in refusal(outputs(owned=["other/previews"]), {})
 
-    def test_may_not_lie_in_what_is_read(self, place):
-        assert "photos/previews, which lies in photos" in refusal(outputs(owned=["photos/previews"]), read("photos"))
+    def test_must_not_be_inside_an_input(self, place):
+        assert "photos/previews, which is inside photos" in refusal(outputs(owned=["photos/previews"]), read("photos"))
 
 
 class TestCheckpoints:
@@ -213,29 +213,29 @@ class TestCheckpoints:
         return {"nested": {"--experts": [path]}}
 
     @pytest.mark.parametrize("folder", ["run", "run/removals", ".", "new"])
-    def test_may_lie_in_the_output_folder(self, checkpoint, folder):
+    def test_may_be_inside_the_output_folder(self, checkpoint, folder):
         check_outputs(outputs(f"{folder}/records.json", folder=folder), {}, **checkpoint)
 
     @pytest.mark.parametrize("folder", ["run/checkpoints/4", "run/checkpoints/4/state/out"])
-    def test_may_not_be_written_into(self, checkpoint, folder):
+    def test_must_not_contain_the_output(self, checkpoint, folder):
         assert "an input of --experts" in refusal(outputs(folder=folder), {}, **checkpoint)
 
-    def test_may_not_lie_in_a_folder_that_is_replaced(self, checkpoint):
+    def test_must_not_be_inside_a_folder_that_is_replaced(self, checkpoint):
         run = outputs(folder="run", owned=["run/checkpoints", "run/previews"])
-        assert "would write run/checkpoints, which holds run/checkpoints/4, an input of --experts" in refusal(
+        assert "would write run/checkpoints, which contains run/checkpoints/4, an input of --experts" in refusal(
             run, {}, **checkpoint
         )
 
 
 class TestReplacedFile:
-    def test_has_the_new_content_and_nothing_is_left_beside_it(self, place):
+    def test_has_the_new_content_and_no_draft_remains(self, place):
         write_file(Path("other/x.txt"), "größer\n")
         assert Path("other/x.txt").read_bytes() == "größer\n".encode()
         write_file(Path("other/x.txt"), b"\x00")
         assert Path("other/x.txt").read_bytes() == b"\x00"
         assert os.listdir("other") == ["x.txt"]
 
-    def test_is_whole_until_the_new_one_is(self, place):
+    def test_keeps_the_old_content_until_the_new_one_is_complete(self, place):
         with replace_file(Path("photos/a.png")) as draft:
             draft.write_text("half")
             assert draft.parent == Path("photos") and draft.suffix == ".tmp"
@@ -243,14 +243,14 @@ class TestReplacedFile:
         assert Path("photos/a.png").read_text() == "half"
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-    def test_stays_where_writing_fails(self, place, error):
+    def test_stays_unchanged_if_writing_fails(self, place, error):
         with pytest.raises(error), replace_file(Path("photos/a.png")) as draft:
             draft.write_text("half")
             raise error
         assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
         assert Path("photos/a.png").read_text() == "a.png"
 
-    def test_drafts_take_no_name_of_the_users(self, place):
+    def test_drafts_do_not_use_names_of_existing_files(self, place):
         for name in ("a.png.tmp", "a.tmp"):
             Path("photos", name).write_text("mine")
         write_file(Path("photos/a.png"), "new")
@@ -264,7 +264,7 @@ class TestReplacedFile:
             assert Path("other", name).read_text() == "new" and not Path("other", name).is_symlink()
         assert Path("photos/a.png").read_text() == "a.png" and Path("photos/b.png").read_text() == "b.png"
 
-    def test_permissions_are_those_of_a_file_that_is_opened(self, place):
+    def test_permissions_are_the_default_or_those_of_the_old_file(self, place):
         def mode(path):
             return stat.S_IMODE(Path(path).stat().st_mode)
 
@@ -272,7 +272,7 @@ class TestReplacedFile:
         try:
             write_file(Path("new.txt"), "")
             with replace_file(Path("other.txt")) as draft:
-                draft.unlink()  # as a library does that writes a file of its own
+                draft.unlink()  # as some libraries do, which write a new file
                 os.close(os.open(draft, os.O_CREAT | os.O_WRONLY, 0o600))
         finally:
             os.umask(before)
@@ -281,8 +281,8 @@ class TestReplacedFile:
         write_file(Path("photos/a.png"), "")
         assert mode("photos/a.png") == 0o604
 
-    def test_a_name_as_long_as_names_may_be(self, place):
-        name = "ä" * 125 + ".png"  # 254 bytes of at most 255
+    def test_a_name_of_the_longest_allowed_length(self, place):
+        name = "ä" * 125 + ".png"  # 254 bytes; at most 255 are allowed
         write_file(Path(name), "new")
         assert Path(name).read_text() == "new"
 
@@ -301,13 +301,13 @@ class TestReplacedFolder:
         assert os.listdir("photos") == ["c.png"]
         assert sorted(os.listdir()) == ["other", "photos"]
 
-    def test_stays_where_writing_fails(self, place):
+    def test_stays_unchanged_if_writing_fails(self, place):
         with pytest.raises(KeyboardInterrupt), replace_folder(place / "photos"):
             raise KeyboardInterrupt
         assert sorted(os.listdir()) == ["other", "photos"]
         assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
 
-    def test_what_a_killed_run_left_goes(self, place):
+    def test_the_unfinished_folder_of_a_killed_run_is_deleted(self, place):
         staging = staging_folder(place / "new")
         staging.mkdir()
         (staging / UNFINISHED).write_text(UNFINISHED_NOTE)
@@ -316,7 +316,7 @@ class TestReplacedFolder:
             (staging / "file").write_text("x")
         assert os.listdir("new") == ["file"]
 
-    def test_is_there_again_where_the_draft_cannot_take_its_name(self, place, monkeypatch):
+    def test_is_restored_if_the_draft_cannot_be_renamed(self, place, monkeypatch):
         rename = Path.rename
 
         def fails_for_drafts(path, target):
@@ -330,7 +330,7 @@ class TestReplacedFolder:
         assert sorted(os.listdir()) == ["other", "photos"]
         assert sorted(os.listdir("photos")) == ["a.png", "b.png"]
 
-    def test_no_draft_is_left_where_the_former_one_cannot_be_renamed(self, place, monkeypatch):
+    def test_no_draft_remains_if_the_old_folder_cannot_be_renamed(self, place, monkeypatch):
         def fails(path, target):
             raise OSError("busy")
 
@@ -342,12 +342,12 @@ class TestReplacedFolder:
 
     def test_a_mount_point_is_refused_before_anything_is_written(self, place, monkeypatch):
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "other")
-        with pytest.raises(OutputError, match="other: is a mount point, which no other folder can replace"):
+        with pytest.raises(OutputError, match="other: is a mount point, which cannot be replaced"):
             replace_folder(place / "other").__enter__()
         assert sorted(os.listdir()) == ["other", "photos"]
 
     @pytest.mark.parametrize("kind", ["folder", "folder with a note", "file", "link", "dangling link"])
-    def test_what_somebody_else_wrote_stays(self, place, kind):
+    def test_a_staging_folder_that_no_run_wrote_stays(self, place, kind):
         staging = Path("new.partial")
         match kind:
             case "folder":
@@ -364,6 +364,6 @@ class TestReplacedFolder:
                 staging.symlink_to("nowhere")
         before = staging.lstat()
         for refused in (check_staging, lambda folder: replace_folder(folder).__enter__()):
-            with pytest.raises(OutputError, match=r"new\.partial: .* was not left by a run that was stopped"):
+            with pytest.raises(OutputError, match=r"new\.partial: .* is not the unfinished folder of a stopped run"):
                 refused(Path("new"))
         assert staging.lstat() == before

@@ -1,5 +1,8 @@
-"""What the compiler is set to, and that products are exact with it. Numbers are those of programs that are started with
-nothing but ra_jax to set flags: pytest's own process leaves most optimizations out (conftest.py)."""
+"""XLA flags that ra_jax sets, and the exactness of matrix products with them.
+
+The products are computed in subprocesses in which only ra_jax sets flags. The process of pytest itself disables most
+optimizations (conftest.py).
+"""
 
 import json
 import os
@@ -16,7 +19,8 @@ from ra_jax.xla_flags import EXACT_PRODUCTS, FUSION_TYPE, compile_exact_products
 
 AFFECTED = jaxlib.__version__.startswith("0.10.")
 
-# Prints [shape, error of one product, of two, of gradients, of both from one program], relative to the largest value.
+# Prints a row per shape: the shape, and the errors of one product, of two products, of gradients, and of value and
+# gradients from one program. Errors are relative to the largest value.
 PRODUCTS = """
 import json
 import jax, jax.numpy as jnp, numpy as np
@@ -63,7 +67,8 @@ for shape in SHAPES:
     ])
 print(json.dumps(rows))
 """
-# Rows, inputs, hidden and output features, rank. jaxlib 0.10.2 by itself is right at the first two.
+# (rows, input features, hidden features, output features, rank). Without the flag jaxlib 0.10.2 is right for the first
+# two shapes.
 SHAPES = [
     (64, 64, 64, 64, 8),
     (300, 200, 100, 50, 5),
@@ -82,7 +87,7 @@ import ra_jax
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Python on the CPU without what this process has set for XLA and JAX."""
+    """Run Python on the CPU, without the variables of this process for XLA and JAX."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -101,7 +106,7 @@ def test_chains_of_products_are_exact_in_compiled_programs():
     assert not [row for row in rows if max(row[1:]) > 1e-5]
 
 
-# Trains, and removes an object with what was trained. Arguments: configuration, run, base, Redux.
+# Trains, and removes an object with the trained experts. Arguments: configuration, run, base, Redux.
 ENTRIES = """
 import sys
 import numpy as np
@@ -116,8 +121,8 @@ pipe(Image.new("RGB", (32, 32)), Image.new("L", (32, 32), 255), num_inference_st
 
 
 @pytest.mark.slow
-def test_step_drift_previews_and_pipeline_are_compiled_so(make_config_in, scored_scenes, tmp_path):
-    """XLA writes down which options each program of a run was compiled with: all with the flag, or none."""
+def test_step_drift_previews_and_pipeline_are_compiled_with_the_flag(make_config_in, scored_scenes, tmp_path):
+    """XLA dumps the options of each compiled program. All programs have the flag if it is needed, else none has it."""
     config = make_config_in(
         tmp_path,
         **dict.fromkeys(("use_grpo", "use_human_scores", "enable_grpo_rewards", "enable_grpo_loss"), False),
@@ -141,14 +146,14 @@ def test_step_drift_previews_and_pipeline_are_compiled_so(make_config_in, scored
     assert done.returncode == 0, done.stderr
     options = {path.name: path.read_text() for path in (tmp_path / "dump").glob("*.debug_options")}
     names = [name.split(".")[1] for name in options]
-    assert {"jit_train_step", "jit__lambda"} <= set(names)  # the latter is DriftGuard's
-    assert names.count("jit_remove") >= 2  # of the preview, of the pipeline
+    assert {"jit_train_step", "jit__lambda"} <= set(names)  # jit__lambda is the program of DriftGuard
+    assert names.count("jit_remove") >= 2  # one of the preview, one of the pipeline
     assert {EXACT_PRODUCTS.partition("=")[2] in text for text in options.values()} == {AFFECTED}
 
 
 @pytest.fixture
 def pretend_jaxlib(monkeypatch):
-    """pretend_jaxlib(version, backend) makes it seem so; backend: that JAX has started, None where it has not."""
+    """A function that simulates a version of jaxlib, and the backend that JAX has initialized (None for none)."""
 
     def seem(version: str, backend: str | None = None):
         bridge = sys.modules["jax._src.xla_bridge"]
@@ -168,10 +173,10 @@ def pretend_jaxlib(monkeypatch):
         ({"XLA_FLAGS": f"{FUSION_TYPE}= --xla_b=1"}, f"{FUSION_TYPE}= --xla_b=1"),
     ],
 )
-def test_the_flag_joins_the_users_own_and_gives_way_to_theirs(before, after, pretend_jaxlib):
+def test_the_flag_is_added_to_other_flags_and_does_not_replace_the_users_value(before, after, pretend_jaxlib):
     pretend_jaxlib("0.10.2")
     environ = dict(before)
-    for _ in range(2):  # once more, in a process that this one starts
+    for _ in range(2):  # the second time as in a child process, which inherits the variable
         compile_exact_products(environ)
         assert environ == {"XLA_FLAGS": after}
 
@@ -211,7 +216,7 @@ def test_the_warning_names_the_line_that_imports_too_late(tmp_path):
     assert f"{tmp_path / 'late.py'}:5: RuntimeWarning: JAX was in use" in done.stderr
 
 
-# A program with the options of a train step, in a process where JAX was in use first: prints the error of PRODUCTS'.
+# Compiles a program as a train step is compiled, in a process that used JAX before ra_jax. Prints its largest error.
 LATE_STEP = """
 import jax, jax.numpy as jnp, numpy as np
 jax.devices()
@@ -228,7 +233,7 @@ print(float(jnp.abs(step(*inputs) - errors(*inputs)).max()))
 """
 
 
-def test_a_train_step_is_exact_even_where_jax_was_in_use_before():
+def test_a_train_step_is_exact_even_if_jax_was_used_before():
     done = start("-c", LATE_STEP)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-6
@@ -241,6 +246,6 @@ def test_an_unreadable_file_of_flags_is_left_to_xla(tmp_path, pretend_jaxlib):
     assert environ == {"XLA_FLAGS": str(tmp_path / "nothing")}
 
 
-def test_this_process_has_the_flag_where_it_is_due():
-    assert jax.devices("cpu")  # an unknown flag would end the process here
+def test_this_process_has_the_flag_if_it_is_needed():
+    assert jax.devices("cpu")  # an unknown flag would abort the process here
     assert (EXACT_PRODUCTS in os.environ.get("XLA_FLAGS", "")) == AFFECTED

@@ -40,7 +40,7 @@ KNOWN_MODELS = {
 
 
 @dataclass(frozen=True)
-class TracedStep:
+class AbstractStep:
     """A train step, and the shapes and shardings of its arguments on a mesh.
 
     Attributes:
@@ -50,7 +50,7 @@ class TracedStep:
         settings: the static settings of the step.
         arguments: (train state, frozen weights, batch), with `jax.ShapeDtypeStruct`s for arrays.
         flops: model FLOPs of one step over all chips (`training.flops.step_flops`).
-        weights: bytes of the frozen transformer, over all chips.
+        base_bytes: bytes of the frozen transformer, over all chips.
     """
 
     partitioner: MeshPartitioner
@@ -59,7 +59,7 @@ class TracedStep:
     settings: StepSettings
     arguments: tuple
     flops: float
-    weights: int
+    base_bytes: int
 
     def compile(self) -> jax.stages.Compiled:
         """Compile the step for this mesh."""
@@ -79,7 +79,7 @@ def read_geometry(config: TrainConfig) -> FillGeometry:
     for name, model in zip(KNOWN_MODELS, (fill, redux), strict=True):
         if not Path(model).is_dir() and model != (known := KNOWN_MODELS[name]):
             raise ConfigError(
-                f"{name} = {model}: no folder here, and only the sizes of {known} are known without its files; give a "
+                f"{name} = {model}: this folder does not exist, and only the sizes of {known} are built in; give a "
                 "folder in diffusers' layout"
             )
     geometry = FLUX_FILL_DEV
@@ -92,7 +92,7 @@ def read_geometry(config: TrainConfig) -> FillGeometry:
     return geometry
 
 
-def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
+def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> AbstractStep:
     """Build the configuration's train step for its largest bucket on a mesh of `devices`, without compiling it.
 
     Raises:
@@ -101,7 +101,7 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
         DataError: `aspect_ratio_buckets` is malformed, or the model cannot process one of its sizes.
     """
     if config.parallel.parallelism != "mesh":
-        raise ConfigError("--parallelism pmap: aot compiles for a mesh; leave it out")
+        raise ConfigError("--parallelism pmap: python -m ra_jax.aot compiles only for a mesh; remove this flag")
     parallel, platform = config.parallel, devices[0].platform
     partitioner = MeshPartitioner(
         make_mesh(parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor, devices=devices)
@@ -124,23 +124,27 @@ def trace(config: TrainConfig, devices: list[jax.Device]) -> TracedStep:
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     batch = batch_shapes(config, geometry)
 
-    def placed(tree):
+    def with_shardings(tree):
         return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             tree,
             partitioner.placement.shardings(tree),
         )
 
-    by_record = NamedSharding(partitioner.mesh, P(None, BATCH))
+    batch_sharding = NamedSharding(partitioner.mesh, P(None, BATCH))
     sizes = ModelSizes(geometry.flux, trainable["flux"], model.multiple, geometry.image_tokens)
-    return TracedStep(
+    return AbstractStep(
         partitioner,
         objective,
         optimizer,
         settings,
-        (placed(state), placed(frozen), {name: x.update(sharding=by_record) for name, x in batch.items()}),
+        arguments=(
+            with_shardings(state),
+            with_shardings(frozen),
+            {name: x.update(sharding=batch_sharding) for name, x in batch.items()},
+        ),
         flops=flops_of_step(config, sizes, batch, step=0),
-        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
+        base_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
     )
 
 
@@ -178,17 +182,17 @@ def smaller_configs(config: TrainConfig, devices: int) -> list[TrainConfig]:
     Each one keeps the changes of those before it: weights sharded over all chips, more activations recomputed, then
     smaller microbatches with more accumulation.
     """
-    parallel, run, found = config.parallel, config.run, []
+    parallel, run, configs = config.parallel, config.run, []
     if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
         config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))
-        found.append(config)
+        configs.append(config)
     for remat in ("full", "points") if config.uses_policy else ("full",):
         if config.model.gradient_checkpointing not in (remat, "points"):
             config = replace(config, model=replace(config.model, gradient_checkpointing=remat))
-            found.append(config)
+            configs.append(config)
     shards = devices // parallel.mesh_tensor
     if run.train_batch_size > shards:
         accumulation = run.gradient_accumulation_steps * (run.train_batch_size // shards)
         run = replace(run, train_batch_size=shards, gradient_accumulation_steps=accumulation)
-        found.append(replace(config, run=run))
-    return found
+        configs.append(replace(config, run=run))
+    return configs

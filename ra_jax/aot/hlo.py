@@ -8,11 +8,11 @@ from functools import cached_property
 from math import prod
 
 # Bits of one element, by HLO type.
-BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
+DTYPE_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)
 }
 # Bytes that each of n chips sends in a ring algorithm, per byte of the collective's result, by kind of collective.
-SENT = {
+RING_FACTORS = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: n - 1,  # the result is 1/n of the array that is reduced
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -53,9 +53,9 @@ class Instruction:
         """
         result = self.text[: self.text.index(f" {self.opcode}(")]
         sizes = [
-            BITS[kind] * prod(map(int, filter(None, dims.split(",")))) / 8
+            DTYPE_BITS[kind] * prod(map(int, filter(None, dims.split(",")))) / 8
             for kind, dims in _SHAPE.findall(result)
-            if kind in BITS
+            if kind in DTYPE_BITS
         ]
         # A start returns (operands, results, …), but the start of an all-reduce returns only the results.
         if self.opcode.endswith("-start") and self.opcode != "all-reduce-start":
@@ -76,8 +76,8 @@ class Instruction:
 
         A leading % of the value is dropped.
         """
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
-        return found and found[1]
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        return match and match[1]
 
 
 class Program:
@@ -93,11 +93,11 @@ class Program:
                 self.computations[name] = []
                 if line.startswith("ENTRY"):
                     self.entry = name
-            elif name and (found := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(found[2])):
-                self.computations[name].append(Instruction(found[1], opcode[1], found[2]))
+            elif name and (instruction := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(instruction[2])):
+                self.computations[name].append(Instruction(instruction[1], opcode[1], instruction[2]))
 
     @cached_property
-    def collectives(self) -> dict[str, float]:
+    def collective_bytes(self) -> dict[str, float]:
         """Bytes that a chip sends in one run of the program, by kind of collective.
 
         The body of a loop counts once per iteration. Of the branches of a conditional, only the one that sends the
@@ -107,51 +107,54 @@ class Program:
             ValueError: the number of iterations of a loop cannot be read from the program.
         """
         totals: dict[str, float] = defaultdict(float)
-        for kind, sent, _ in self._sent(self.entry, {}):
-            totals[kind] += sent
+        for kind, sent_bytes, _ in self._collectives(self.entry, {}):
+            totals[kind] += sent_bytes
         return dict(totals)
 
-    def _sent(self, name: str, known: dict) -> list[tuple[str, float, str]]:
+    def _collectives(self, name: str, cache: dict) -> list[tuple[str, float, str]]:
         """Return (kind, bytes, channel) of every collective in one run of the computation `name`.
 
-        known: results of earlier calls, by computation.
+        cache: results of earlier calls, by computation.
         """
-        if name in known:
-            return known[name]
-        found: dict[str, tuple[str, float, str]] = {}
-        repeated: list[tuple[str, float, str]] = []
+        if name in cache:
+            return cache[name]
+        by_channel: dict[str, tuple[str, float, str]] = {}
+        nested: list[tuple[str, float, str]] = []
         for instruction in self.computations[name]:
             kind = instruction.opcode.removesuffix("-start")
-            if kind in SENT:
+            if kind in RING_FACTORS:
                 channel = instruction.attribute("channel_id") or f"{name}/{instruction.name}"
-                sent = instruction.result_bytes * SENT[kind](group_size(instruction.text))
-                found[channel] = (kind, sent, channel)
+                sent_bytes = instruction.result_bytes * RING_FACTORS[kind](group_size(instruction.text))
+                by_channel[channel] = (kind, sent_bytes, channel)
             elif instruction.opcode == "while":
-                rounds = self._rounds(instruction)
-                repeated += [(k, sent * rounds, c) for k, sent, c in self._sent(instruction.attribute("body"), known)]
+                trips, body = self._trip_count(instruction), self._collectives(instruction.attribute("body"), cache)
+                nested += [(kind, trips * sent_bytes, channel) for kind, sent_bytes, channel in body]
             elif instruction.opcode == "conditional":
-                branches = [self._sent(branch, known) for branch in instruction.called]
-                repeated += max(branches, key=lambda branch: sum(sent for _, sent, _ in branch), default=[])
+                branches = [self._collectives(branch, cache) for branch in instruction.called]
+                nested += max(branches, key=lambda branch: sum(sent_bytes for _, sent_bytes, _ in branch), default=[])
             elif not instruction.opcode.endswith(("-done", "-update")):
                 # Start and done of an asynchronous collective both contain it. Its channel makes it count once.
                 for called in instruction.called:
-                    found |= {channel: (k, sent, channel) for k, sent, channel in self._sent(called, known)}
-        known[name] = [*found.values(), *repeated]
-        return known[name]
+                    by_channel |= {collective[2]: collective for collective in self._collectives(called, cache)}
+        cache[name] = [*by_channel.values(), *nested]
+        return cache[name]
 
-    def _rounds(self, loop: Instruction) -> int:
+    def _trip_count(self, loop: Instruction) -> int:
         """Return the trip count of a loop: the compiler's `known_trip_count`, else the constant in its condition."""
-        if noted := re.search(r'known_trip_count[^0-9]*"?(\d+)', loop.text):
-            return int(noted[1])
-        bounds = list(self._bounds(loop.attribute("condition")))
-        if len(bounds) != 1:
-            raise ValueError(f"the loop {loop.name} does not tell how often it runs (bounds {bounds})")
-        return bounds[0]
+        if known := re.search(r'known_trip_count[^0-9]*"?(\d+)', loop.text):
+            return int(known[1])
+        constants = list(self._constants(loop.attribute("condition")))
+        if len(constants) != 1:
+            raise ValueError(
+                f"loop {loop.name}: the trip count is not known; expected known_trip_count or one constant in the "
+                f"loop's condition, got the constants {constants}"
+            )
+        return constants[0]
 
-    def _bounds(self, condition: str) -> Iterator[int]:
+    def _constants(self, condition: str) -> Iterator[int]:
         for instruction in self.computations[condition]:
-            if found := re.match(r"[su]32\[\]\S* constant\((\d+)\)", instruction.text):
-                yield int(found[1])
+            if match := re.match(r"[su]32\[\]\S* constant\((\d+)\)", instruction.text):
+                yield int(match[1])
 
 
 def group_size(text: str) -> int:
@@ -171,4 +174,4 @@ def group_size(text: str) -> int:
         return listed[1].count(",") + 1
     if "source_target_pairs" in text:
         return 2
-    raise ValueError(f"a collective does not tell its groups: {text[:200]}")
+    raise ValueError(f"collective without replica_groups of a known form or source_target_pairs: {text[:200]}")

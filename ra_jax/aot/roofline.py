@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import jax
 
-from ra_jax.aot.abstract_step import TracedStep
+from ra_jax.aot.abstract_step import AbstractStep
 from ra_jax.aot.hlo import Program
 from ra_jax.aot.topology import Chip
 
@@ -60,11 +60,16 @@ class Roofline:
     collective_seconds: float
 
     @classmethod
-    def of(cls, program: jax.stages.Compiled, step: TracedStep, chip: Chip) -> "Roofline":
+    def of(cls, program: jax.stages.Compiled, step: AbstractStep, chip: Chip) -> "Roofline":
         """Compute the bounds of the compiled `program` of `step` on chips of the kind `chip`."""
         chips = step.partitioner.mesh.size
-        moved = Program(program.as_text()).collectives
-        return cls(step.flops, step.flops / chips / chip.peak, moved, sum(moved.values()) / chip.link_bandwidth)
+        sent_bytes = Program(program.as_text()).collective_bytes
+        return cls(
+            flops=step.flops,
+            compute_seconds=step.flops / chips / chip.peak_flops,
+            collective_bytes=sent_bytes,
+            collective_seconds=sum(sent_bytes.values()) / chip.link_bandwidth,
+        )
 
     @property
     def seconds(self) -> float:

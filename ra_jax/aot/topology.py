@@ -15,13 +15,13 @@ class Chip:
     """Figures of a TPU chip, from Google's "TPU system architecture" pages.
 
     Attributes:
-        peak: peak rate of dense bf16 matrix products [FLOP/s].
+        peak_flops: peak rate of dense bf16 matrix products [FLOP/s].
         memory: memory of the chip [bytes].
         link_bandwidth: bandwidth of all links to other chips together, in one direction [bytes/s].
         dimensions: number of dimensions of the grid of chips.
     """
 
-    peak: float
+    peak_flops: float
     memory: float
     link_bandwidth: float
     dimensions: int = 2
@@ -32,7 +32,7 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 600e9, dimensions=3),
     "v6e": Chip(918e12, 32e9, 448e9),
 }
-KNOWN = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
+EXAMPLES = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "v6e:16x16")
 
 
 def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
@@ -45,7 +45,9 @@ def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[kind].dimensions - 1), shape):
-        raise ConfigError(f"--topology {name}: unknown; expected chips and their grid, such as {', '.join(KNOWN)}")
+        raise ConfigError(
+            f"--topology {name}: unknown; expected a kind of chip and a grid, such as {', '.join(EXAMPLES)}"
+        )
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology {name}: compiling for a TPU needs libtpu: pip install 'ra_jax[tpu]'")
     # Without these settings, libtpu waits for the metadata server of a TPU machine, and only one process can load it.
@@ -56,12 +58,12 @@ def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
     from jax.experimental import topologies
 
     # By default libtpu assumes hosts of 2 x 2 chips, which a topology of a single chip does not have.
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+    single_chip = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **single_chip)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
-            f"--topology {name}: libtpu does not know it ({error}); expected chips and their grid, such as "
-            f"{', '.join(KNOWN)}"
+            f"--topology {name}: not supported by libtpu ({error}); expected a kind of chip and a grid, such as "
+            f"{', '.join(EXAMPLES)}"
         ) from error
-    return list(described.devices), CHIPS[kind]
+    return list(description.devices), CHIPS[kind]

@@ -19,196 +19,238 @@ def find_problems(config: TrainConfig) -> Iterator[str]:
     if lines := list(out_of_range(config)):
         yield from lines
         return  # the checks for contradictions assume that every setting is in its range
-    yield from _not_available(config)
-    yield from _mode(config.grpo, config.losses, config.rollouts.reward_functions)
-    yield from _automatic(config)
-    yield from _experts(config.experts)
+    yield from _precision_problems(config)
+    yield from _mode_problems(config.grpo, config.losses, config.rollouts.reward_functions)
+    yield from _policy_problems(config)
+    yield from _rollout_problems(config)
+    yield from _drift_problems(config)
+    yield from _expert_problems(config.experts)
     if config.grpo.kl_weight and not config.experts.use_lora:
-        yield f"kl_weight = {config.grpo.kl_weight} without use_lora: the base it is measured to is itself trained"
-    yield from _schedule(config)
-    yield from _places(config)
-    yield from _run(config.run)
-    yield from _parallel(config.parallel)
+        yield (
+            f"kl_weight = {config.grpo.kl_weight} without use_lora: it weighs the distance to the frozen base, but "
+            "without --use_lora the base itself is trained; add --use_lora, or remove --kl_weight"
+        )
+    yield from _schedule_problems(config)
+    yield from _path_problems(config)
+    yield from _run_problems(config.run)
+    yield from _parallel_problems(config.parallel)
     if config.run.init_experts_from and not config.experts.use_lora:
-        yield "init_experts_from without use_lora: there are no experts to begin with; add --use_lora, or leave it out"
+        yield (
+            "init_experts_from without use_lora: no experts are trained; add --use_lora, or remove --init_experts_from"
+        )
     trackers = config.logging.report_to
     if "none" in trackers and len(trackers) > 1:
-        yield f"report_to = {' '.join(trackers)}: expected none alone, or trackers without none"
+        yield f"report_to = {' '.join(trackers)}: expected either none alone, or trackers without none"
     if "wandb" in trackers and find_spec("wandb") is None:
-        yield "report_to = wandb: the package wandb is not installed; `pip install wandb`, or report to tensorboard"
+        yield "report_to = wandb: the package wandb is not installed; run `pip install wandb`, or use tensorboard"
 
 
-def _not_available(config: TrainConfig) -> Iterator[str]:
+def _precision_problems(config: TrainConfig) -> Iterator[str]:
     if config.model.base_precision == "int8" and not config.experts.use_lora:
-        yield "base_precision = int8 without use_lora: the base is trained then, and 8 bits cannot be; use auto"
+        yield (
+            "base_precision = int8 without use_lora: without --use_lora the base is trained, and weights in 8 bits "
+            "cannot be trained; add --use_lora, or use --base_precision auto"
+        )
     if config.model.mixed_precision == "fp16":
-        yield "mixed_precision = fp16: not supported, FLUX overflows it; use bf16, or no for float32"
+        yield (
+            "mixed_precision = fp16: not supported, because FLUX overflows in fp16; use --mixed_precision bf16 for "
+            "bfloat16 or --mixed_precision no for float32"
+        )
 
 
-def _mode(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple[str, ...]) -> Iterator[str]:
+def _mode_problems(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple[str, ...]) -> Iterator[str]:
     if grpo.use_human_scores and not grpo.use_grpo:
-        yield "use_human_scores without use_grpo: scores are GRPO's rewards; add --use_grpo, or leave it out"
+        yield (
+            "use_human_scores without use_grpo: human scores are used only as rewards of GRPO; add --use_grpo, or "
+            "remove --use_human_scores"
+        )
     for name in ("enable_grpo_rewards", "enable_grpo_loss"):
         if getattr(grpo, name) and not grpo.use_grpo:
-            yield f"{name} without use_grpo: it is a part of GRPO; add --use_grpo, or leave --{name} out"
+            yield f"{name} without use_grpo: it is a part of GRPO; add --use_grpo, or remove --{name}"
     if losses.base_loss_weighting in ("score", "softmax", "best") and not grpo.use_human_scores:
         yield (
-            f"base_loss_weighting = {losses.base_loss_weighting}: weighs records by their scores, which only "
-            "--use_grpo --use_human_scores reads; add them, or use none"
+            f"base_loss_weighting = {losses.base_loss_weighting} without use_human_scores: it weighs records by their "
+            "human scores; add --use_grpo --use_human_scores, or use --base_loss_weighting none"
         )
     if grpo.kl_weight and not (grpo.use_grpo and grpo.enable_grpo_rewards and grpo.enable_grpo_loss):
         yield (
-            f"kl_weight = {grpo.kl_weight}: holds the policy to the base, and there is no policy term; add --use_grpo "
-            "--enable_grpo_rewards --enable_grpo_loss, or leave it out"
+            f"kl_weight = {grpo.kl_weight} without a policy loss: it limits the distance of the policy from the base; "
+            "add --use_grpo --enable_grpo_rewards --enable_grpo_loss, or remove --kl_weight"
         )
     if not any(grpo.reward_weights) and not reward_functions:
-        yield "removal, background and smoothness_reward_weight are all 0: expected one greater than 0"
+        yield (
+            "removal_reward_weight, background_reward_weight and smoothness_reward_weight are all 0: expected at least "
+            "one greater than 0"
+        )
 
 
-def _automatic(config: TrainConfig) -> Iterator[str]:
-    """Yield the contradictions of settings for automatic rewards, policy estimators and max_drift."""
+def _policy_problems(config: TrainConfig) -> Iterator[str]:
     grpo, automatic = config.grpo, config.mode == "automatic"
     if automatic and config.rollouts.num_generations == 1:
         yield (
-            "num_generations = 1: a rollout is judged against the others of its condition, and alone it teaches "
-            "nothing; expected at least 2 (8 is usual)"
+            "num_generations = 1: the advantage of a rollout compares it with the other rollouts of its condition, and "
+            "is 0 without others; expected at least 2 (8 is usual)"
         )
     if grpo.policy_estimator != "matching" and not config.uses_policy:
         yield (
-            f"policy_estimator = {grpo.policy_estimator}: there is no policy term; add --use_grpo "
-            "--enable_grpo_rewards --enable_grpo_loss, or leave it out"
+            f"policy_estimator = {grpo.policy_estimator} without a policy loss: add --use_grpo --enable_grpo_rewards "
+            "--enable_grpo_loss, or remove --policy_estimator"
         )
     elif grpo.policy_estimator == "sde" and not automatic:
         yield (
-            "policy_estimator = sde: judges the steps by which an image was generated, which a stored result does not "
-            "have; use matching or nft, or automatic rewards (--use_grpo --enable_grpo_rewards without "
+            "policy_estimator = sde with human scores: sde needs the sampling steps of an image, which are not known "
+            "for the results in the data; use --policy_estimator matching or nft, or use automatic rewards (remove "
             "--use_human_scores)"
         )
     if grpo.policy_estimator == "nft" and config.uses_policy and not grpo.kl_weight:
         yield (
-            "policy_estimator = nft with kl_weight = 0: drifts off what images look like; give --kl_weight 0.1 or so, "
-            "or use matching"
+            "policy_estimator = nft with kl_weight = 0: without this weight, nft drifts away from natural images; use "
+            "--kl_weight 0.1 or so, or --policy_estimator matching"
         )
     if grpo.policy_temperature == "auto" and config.uses_policy:
         if grpo.policy_estimator != "matching":
             name = grpo.policy_estimator
-            yield f"policy_temperature = auto: policy_estimator {name} has no temperature; leave it out"
+            yield f"policy_temperature = auto: policy_estimator {name} has no temperature; remove --policy_temperature"
         elif (config.rollouts.num_iterations if automatic else grpo.policy_sync_steps) == 1:
             name = "num_iterations" if automatic else "policy_sync_steps"
             yield (
-                f"policy_temperature = auto with {name} = 1: nothing is ever clipped then, and the temperature would "
-                f"fall for ever; raise {name}, or give a number"
+                f"policy_temperature = auto with {name} = 1: no ratio is ever clipped then, and the temperature would "
+                f"decrease forever; raise --{name}, or give the temperature as a number"
             )
+
+
+def _rollout_problems(config: TrainConfig) -> Iterator[str]:
+    automatic = config.mode == "automatic"
     if config.experts.routing == "sample":
         if not (automatic and config.uses_policy):
             yield (
-                "routing = sample: draws an expert for each rollout, and there are none without --use_grpo "
-                "--enable_grpo_rewards --enable_grpo_loss, or with --use_human_scores; use soft, topk, fixed or uniform"
+                "routing = sample without rollouts: it draws an expert for each rollout; use --use_grpo "
+                "--enable_grpo_rewards --enable_grpo_loss without --use_human_scores, or --routing soft, topk, fixed "
+                "or uniform"
             )
-        elif grpo.policy_estimator == "nft":
-            yield "routing = sample with policy_estimator = nft: nft has no ratio that a draw could join; use matching"
+        elif config.grpo.policy_estimator == "nft":
+            yield (
+                "routing = sample with policy_estimator = nft: the probability of the drawn expert is a factor of the "
+                "policy ratio, and nft has no ratio; use --policy_estimator matching"
+            )
     if config.rollouts.reward_functions and not automatic:
-        given = " ".join(config.rollouts.reward_functions)
+        listed = " ".join(config.rollouts.reward_functions)
         yield (
-            f"reward_functions = {given}: judge generated images, and nothing is generated without --use_grpo "
-            "--enable_grpo_rewards, or with --use_human_scores; leave them out"
+            f"reward_functions = {listed} without generated images, which they score: use --use_grpo "
+            "--enable_grpo_rewards without --use_human_scores, or remove --reward_functions"
         )
     if automatic and config.losses.base_loss_weight == 0 and config.rollouts.reward_interval > 1:
         yield (
             f"base_loss_weight = 0 with reward_interval = {config.rollouts.reward_interval}: steps without rollouts "
-            "would have nothing to learn from; give a base_loss_weight, or rollouts at every step"
+            "would have neither a base loss nor a policy loss; raise --base_loss_weight, or use --reward_interval 1"
         )
+
+
+def _drift_problems(config: TrainConfig) -> Iterator[str]:
     if config.run.max_drift is not None and not config.experts.use_lora:
-        yield f"max_drift = {config.run.max_drift} without use_lora: the base it is measured from is itself trained"
+        yield (
+            f"max_drift = {config.run.max_drift} without use_lora: drift is measured from the frozen base, but without "
+            "--use_lora the base itself is trained; add --use_lora, or remove --max_drift"
+        )
     if config.run.max_drift is not None and config.data.val_json_path is None:
-        yield "max_drift without val_json_path: drift is measured on held-out clean results; name some, or leave it out"
+        yield (
+            "max_drift without val_json_path: drift is measured on held-out clean results; add --val_json_path, or "
+            "remove --max_drift"
+        )
 
 
-def _experts(experts: ExpertsConfig) -> Iterator[str]:
+def _expert_problems(experts: ExpertsConfig) -> Iterator[str]:
     if not experts.use_lora:
-        given = [field.name for field in fields(experts) if getattr(experts, field.name) != field.default]
-        if given:
-            names = ", ".join(given)
-            yield f"{names} without use_lora: no experts are trained then; add --use_lora, or leave them out"
+        changed = [field.name for field in fields(experts) if getattr(experts, field.name) != field.default]
+        if changed:
+            flags = " ".join(f"--{name}" for name in changed)
+            yield f"{', '.join(changed)} without use_lora: no experts are trained; add --use_lora, or remove {flags}"
         return
     count = experts.num_experts
     for name in ("expert_names", "fixed_expert_weights"):
         values = getattr(experts, name)
         if values and len(values) != count:
             listed = " ".join(map(str, values))
-            yield f"num_experts = {count}, but {name} has {len(values)} ({listed}): expected one for each"
+            yield f"num_experts = {count}, but {name} has {len(values)} values ({listed}): expected one per expert"
     if len(set(experts.expert_names)) < len(experts.expert_names):
-        yield f"expert_names = {' '.join(experts.expert_names)}: expected names that differ"
-    yield from _gates(experts)
+        yield f"expert_names = {' '.join(experts.expert_names)}: expected distinct names"
+    yield from _gate_problems(experts)
     try:
         re.compile(experts.target_modules or "")
     except re.error as error:
         yield f"target_modules = {experts.target_modules}: not a regular expression: {error}"
 
 
-def _gates(experts: ExpertsConfig) -> Iterator[str]:
+def _gate_problems(experts: ExpertsConfig) -> Iterator[str]:
     count, floor = experts.num_experts, experts.router_floor
     listed = " ".join(map(str, experts.weights))
     if not math.isclose(sum(experts.weights), 1, abs_tol=1e-6):
-        yield f"fixed_expert_weights = {listed}: they sum to {sum(experts.weights):g}; expected a sum of 1"
+        yield f"fixed_expert_weights = {listed}: their sum is {sum(experts.weights):g}; expected 1"
     if count * floor >= 1:
         yield (
-            f"router_floor = {floor}: {count} experts of at least {floor} each leave the router no choice; "
+            f"router_floor = {floor}: {count} experts with a gate of at least {floor} each leave the router no choice; "
             f"expected less than 1/{count}"
         )
     elif experts.routing in ("soft", "topk", "sample") and min(experts.weights) <= floor:
         yield (
-            f"fixed_expert_weights = {listed}: {experts.routing} routing starts from them and keeps gates "
-            f"above router_floor = {floor}; raise the smallest weight, or lower the floor"
+            f"fixed_expert_weights = {listed}: {experts.routing} routing starts with these gates, and keeps all gates "
+            f"above router_floor = {floor}; raise the smallest weight, or lower --router_floor"
         )
 
 
-def _schedule(config: TrainConfig) -> Iterator[str]:
+def _schedule_problems(config: TrainConfig) -> Iterator[str]:
     warmup, steps = config.optimization.lr_warmup_steps, config.run.max_train_steps
     if steps is not None and warmup > steps:
-        yield f"lr_warmup_steps = {warmup}: longer than max_train_steps = {steps}; lower it, or train longer"
+        yield (
+            f"lr_warmup_steps = {warmup}: longer than max_train_steps = {steps}; lower --lr_warmup_steps, or "
+            "train longer"
+        )
     if config.optimization.lr_scheduler == "constant" and warmup:
-        yield f"lr_warmup_steps = {warmup}: lr_scheduler constant has no warm-up; use constant_with_warmup"
+        yield (
+            f"lr_warmup_steps = {warmup}: lr_scheduler constant has no warm-up; use --lr_scheduler constant_with_warmup"
+        )
 
 
-def _parallel(parallel: ParallelConfig) -> Iterator[str]:
-    together = ("coordinator_address", "num_processes", "process_id")
-    given = [name for name in together if getattr(parallel, name) is not None]
-    if given and len(given) < len(together):
-        yield f"{' and '.join(given)} without the rest: give --coordinator_address, --num_processes and --process_id"
-    elif given and parallel.process_id >= parallel.num_processes:
+def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    present = [name for name in names if getattr(parallel, name) is not None]
+    missing = [name for name in names if name not in present]
+    if present and missing:
+        yield (
+            f"{' and '.join(present)} without {' and '.join(missing)}: give --coordinator_address, --num_processes and "
+            "--process_id together"
+        )
+    elif present and parallel.process_id >= parallel.num_processes:
         last = parallel.num_processes - 1
         yield f"process_id = {parallel.process_id}: expected 0 to {last} with num_processes = {parallel.num_processes}"
-    elif given:
-        told = re.fullmatch(r"(\[[^]/]+\]|[^:/]+):(\d+)", parallel.coordinator_address)
-        if not told or not 1 <= int(told[2]) <= 65535:
+    elif present:
+        address = re.fullmatch(r"(\[[^]/]+\]|[^:/]+):(\d+)", parallel.coordinator_address)
+        if not address or not 1 <= int(address[2]) <= 65535:
             yield (
                 f"coordinator_address = {parallel.coordinator_address}: expected HOST:PORT with a port from 1 to "
                 "65535, such as 10.0.0.2:12345"
             )
 
 
-def _places(config: TrainConfig) -> Iterator[str]:
-    places = {name: getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
-    places |= {
-        name: getattr(config.run, name) for name in ("output_dir", "resume_from_checkpoint", "init_experts_from")
-    }
-    for name, place in places.items():
-        if "://" in (place or ""):
+def _path_problems(config: TrainConfig) -> Iterator[str]:
+    paths = {name: getattr(config.data, name) for name in ("train_json_path", "val_json_path")}
+    paths |= {name: getattr(config.run, name) for name in ("output_dir", "resume_from_checkpoint", "init_experts_from")}
+    for name, path in paths.items():
+        if "://" in (path or ""):
             yield (
-                f"{name} = {place}: only folders and files are read and written; mount the bucket (Cloud Storage FUSE, "
-                "Filestore, NFS) and give its path"
+                f"{name} = {path}: URLs are not supported; mount the bucket (by Cloud Storage FUSE, Filestore or NFS) "
+                "and give the path of the mounted folder or file"
             )
 
 
-def _run(run: RunConfig) -> Iterator[str]:
+def _run_problems(run: RunConfig) -> Iterator[str]:
     if run.resume_from_checkpoint and run.init_experts_from:
         yield (
-            "resume_from_checkpoint with init_experts_from: one goes on with a run, the other begins a new one; give "
-            "one of them"
+            "resume_from_checkpoint with init_experts_from: the first continues a run, the second starts a new one; "
+            "give only one of them"
         )
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         yield (
-            "resume_from_checkpoint with overwrite_output_dir: one continues the run in output_dir, the "
-            "other deletes it; give one of them"
+            "resume_from_checkpoint with overwrite_output_dir: the first continues the run in output_dir, the second "
+            "deletes it; give only one of them"
         )

@@ -9,7 +9,7 @@ import difflib
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         ConfigError: a flag or TOML key is unknown, a TOML value has the wrong type, a setting is out of range, or
             settings contradict each other.
     """
-    argv, file = _split_config_file(_known_flags(sys.argv[1:] if argv is None else argv))
+    argv, file = _split_config_file(_normalize_flags(sys.argv[1:] if argv is None else argv))
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         args=argv,
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         prog="python -m ra_jax.train",
         use_underscores=True,
     )
-    return _checked(config)
+    return _validate(config)
 
 
 def config_file(argv: Sequence[str] | None = None) -> Path | None:
@@ -56,7 +56,7 @@ def config_file(argv: Sequence[str] | None = None) -> Path | None:
 
     argv: the arguments; by default those of this process.
     """
-    _, file = _split_config_file(_known_flags(sys.argv[1:] if argv is None else argv))
+    _, file = _split_config_file(_normalize_flags(sys.argv[1:] if argv is None else argv))
     return None if file is None else Path(file)
 
 
@@ -70,11 +70,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     try:
         flat = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file; expected TOML like configs/tiny.toml") from None
+        raise ConfigError(f"--config {path}: no such file; expected a TOML file such as configs/tiny.toml") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
     try:
-        return _typed_settings(flat)
+        return _convert_settings(flat)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from None
 
@@ -87,7 +87,7 @@ def from_flat_dict(flat: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: as `parse` does.
     """
-    return _checked(from_checkpoint(flat))
+    return _validate(from_checkpoint(flat))
 
 
 def from_checkpoint(flat: Mapping[str, Any]) -> TrainConfig:
@@ -98,7 +98,7 @@ def from_checkpoint(flat: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: a name is unknown, or a value has the wrong type.
     """
-    return _build(_typed_settings(flat))
+    return _build(_convert_settings(flat))
 
 
 def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def to_toml(config: TrainConfig) -> str:
     sections = []
     for group, kind in _GROUPS.items():
         section = {field.name: flat[field.name] for field in dataclasses.fields(kind)}
-        given = {name: value for name, value in section.items() if value is not None}
-        sections.append(f"# {group}\n{tomli_w.dumps(given)}")
+        not_none = {name: value for name, value in section.items() if value is not None}
+        sections.append(f"# {group}\n{tomli_w.dumps(not_none)}")
     return "\n".join(sections)
 
 
@@ -127,31 +127,45 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         TypeError: the value has another type. The message names the setting, the value and the expected type.
     """
     try:
-        return _converted(value, hint)
+        return _convert(value, hint)
     except ValueError:
-        raise TypeError(f"{name} = {value!r}: expected {_described(hint)}") from None
+        raise TypeError(f"{name} = {value!r}: expected {_describe(hint)}") from None
 
 
-def _known_flags(argv: Sequence[str]) -> list[str]:
+def _normalize_flags(argv: Sequence[str]) -> list[str]:
     """Return `argv` with underscores for hyphens in flags, and with present names for former ones.
 
     Raises:
-        ConfigError: a flag does not exist.
+        ConfigError: a flag does not exist, or is given under both its present and its former name.
     """
-    spelt = []
+    tokens, names = [], set()
     for token in argv:
         if not token.startswith("--"):
-            spelt.append(token)
+            tokens.append(token)
             continue
         flag, *value = token[2:].split("=", 1)
         name = flag.replace("-", "_")
+        names.add(name)
         name = FORMER_NAMES.get(name, name)
         positive = name.removeprefix("no_")
-        switched_off = positive != name and _TYPES.get(positive) is bool
-        if not (name in _TYPES or switched_off or name in ("config", "help")):
-            raise _unknown(name, f"flag --{flag}")
-        spelt.append("=".join([f"--{name}", *value]))
-    return spelt
+        is_switched_off = positive != name and _TYPES.get(positive) is bool
+        if not (name in _TYPES or is_switched_off or name in ("config", "help")):
+            raise _unknown_name_error(name, f"flag --{flag}")
+        tokens.append("=".join([f"--{name}", *value]))
+    _check_former_names(names, prefix="--")
+    return tokens
+
+
+def _check_former_names(names: Collection[str], prefix: str = "") -> None:
+    """Raise ConfigError if a setting is given under both its present and its former name.
+
+    prefix: text in front of the names in the message.
+    """
+    for former, name in FORMER_NAMES.items():
+        if former in names and name in names:
+            raise ConfigError(
+                f"{prefix}{former} is the former name of {prefix}{name}, and both are given: give {prefix}{name} only"
+            )
 
 
 def _split_config_file(argv: list[str]) -> tuple[list[str], str | None]:
@@ -184,47 +198,49 @@ def _build(settings: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**{group: kind(**groups[group]) for group, kind in _GROUPS.items()})
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
+def _validate(config: TrainConfig) -> TrainConfig:
     """Return `config` if it is complete and free of problems.
 
     Raises:
         ConfigError: one line for each missing setting or, if none is missing, for each problem.
     """
     required = [name for name, value in to_flat_dict(config).items() if value is tyro.MISSING]
-    missing = [f"{name}: not given; expected a path; add --{name} PATH" for name in required]
+    missing = [f"{name}: not given; add --{name} PATH" for name in required]
     if lines := missing or list(find_problems(config)):
         raise ConfigError("\n".join(lines))
     return config
 
 
-def _typed_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings `flat` with the types of the fields, and with present names for former ones.
 
     Raises:
         ConfigError: a name is unknown, a value has the wrong type, or a setting has a value under both its present
             and its former name (`FORMER_NAMES`).
     """
-    for former, name in FORMER_NAMES.items():
-        if former in flat and name in flat:
-            raise ConfigError(f"{former} and {name} are the same setting: give {name} only")
+    _check_former_names(flat)
     flat = {FORMER_NAMES.get(name, name): value for name, value in flat.items()}
     for name, value in flat.items():
         if name not in _TYPES:
-            is_table = isinstance(value, dict)
-            raise _unknown(name, f"table [{name}], settings stand outside tables" if is_table else f"key {name}")
+            if isinstance(value, dict):
+                raise ConfigError(f"table [{name}]: settings are not in tables; write them without [{name}]")
+            raise _unknown_name_error(name, f"key {name}")
     try:
         return {name: typed(name, value, _TYPES[name]) for name, value in flat.items()}
     except TypeError as error:
         raise ConfigError(str(error)) from None
 
 
-def _unknown(name: str, what: str) -> ConfigError:
-    """Return the error for an unknown flag, key or table `name`, with the most similar known name."""
+def _unknown_name_error(name: str, label: str) -> ConfigError:
+    """Return the error for an unknown setting `name`, with the most similar known name.
+
+    label: the flag or key as the user wrote it, such as "flag --num_exprts".
+    """
     nearest = difflib.get_close_matches(name, [*_TYPES, "config"], n=1, cutoff=0.0)[0]
-    return ConfigError(f"unknown {what}; the nearest known one is {nearest}; --help lists them all")
+    return ConfigError(f"unknown {label}; the most similar name is {nearest}; --help lists all flags")
 
 
-def _converted(value: Any, hint: Any) -> Any:
+def _convert(value: Any, hint: Any) -> Any:
     """Convert `value` to the type `hint`, or to the first member of a union that it fits.
 
     Raises:
@@ -234,11 +250,11 @@ def _converted(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, UnionType):
         for option in options:
             try:
-                return _converted(value, option)
+                return _convert(value, option)
             except ValueError:
                 continue
     elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_converted(item, options[0]) for item in value)
+        return tuple(_convert(item, options[0]) for item in value)
     elif origin is typing.Literal and value in options:
         return value
     elif hint is float and type(value) is int:
@@ -248,13 +264,13 @@ def _converted(value: Any, hint: Any) -> Any:
     raise ValueError(value)
 
 
-def _described(hint: Any) -> str:
+def _describe(hint: Any) -> str:
     """Return the type `hint` in words, for an error message."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, UnionType):
-        return " or ".join(_described(option) for option in options if option is not NoneType)
+        return " or ".join(_describe(option) for option in options if option is not NoneType)
     if origin is tuple:
-        return f"a list, each item {_described(options[0])}"
+        return f"a list, each item {_describe(options[0])}"
     if origin is typing.Literal:
         return f"one of {', '.join(options)}" if len(options) > 1 else f'"{options[0]}"'
     return _TYPE_NAMES[hint]

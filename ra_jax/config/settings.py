@@ -396,6 +396,6 @@ class TrainConfig:
             raise ConfigError(
                 f"lr_warmup_steps = {self.optimization.lr_warmup_steps}: longer than the run's {steps} steps "
                 f"(num_train_epochs = {self.run.num_train_epochs} of {batches_per_epoch} batches each); "
-                "lower it, or train longer"
+                "lower --lr_warmup_steps, or train longer"
             )
         return steps

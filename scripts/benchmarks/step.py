@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import tyro
 
-from ra_jax.aot.abstract_step import trace
+from ra_jax.aot.abstract_step import build_abstract_step
 from ra_jax.config.parse import from_flat_dict, load_toml
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
@@ -76,12 +76,13 @@ class Step:
     @classmethod
     def random(cls, config: TrainConfig) -> "Step":
         """The same of a configuration's shapes alone: weights and batch are drawn at random."""
-        traced = trace(config, jax.devices()[:1])
-        state, frozen, batch = traced.arguments
+        abstract_step = build_abstract_step(config, jax.devices()[:1])
+        state, frozen, batch = abstract_step.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
         batch = {name: drawn(name, x) for name, x in batch.items()}
-        state = jax.jit(partial(initial_state, config, traced.optimizer))(trainable)
-        return cls(traced.objective, traced.optimizer, traced.settings, state, frozen, batch)
+        state = jax.jit(partial(initial_state, config, abstract_step.optimizer))(trainable)
+        optimizer, settings = abstract_step.optimizer, abstract_step.settings
+        return cls(abstract_step.objective, optimizer, settings, state, frozen, batch)
 
 
 def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Bytes that a program's collectives send, against sums by hand."""
+"""Bytes that the collectives of a program send, compared with sums computed by hand."""
 
 import pytest
 
@@ -64,18 +64,23 @@ ENTRY %main (p: (s32[], f32[16])) -> f32[16] {
 """  # noqa: E501
 
 
-def test_loops_count_as_often_as_they_run_and_an_asynchronous_gather_once():
-    sent = Program(PROGRAM).collectives
+def test_loops_count_once_per_iteration_and_an_asynchronous_gather_once():
+    sent = Program(PROGRAM).collective_bytes
     assert sent["all-gather"] == pytest.approx(5 * 128 * 7 / 8 + 128 * 3 / 4)
     assert sent["collective-permute"] == pytest.approx(5 * 3 * 64)
     assert sent["reduce-scatter"] == pytest.approx(40 * 3)
-    assert sent["all-reduce"] == pytest.approx(2 * 480 * 3 / 4 + 2 * 4096 * 3 / 4)  # the branch that sends most
+    assert sent["all-reduce"] == pytest.approx(2 * 480 * 3 / 4 + 2 * 4096 * 3 / 4)  # the branch that sends the most
 
 
-def test_a_loop_that_does_not_tell_its_rounds_is_an_error():
-    untold = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    with pytest.raises(ValueError, match="the loop loop does not tell how often it runs"):
-        _ = Program(untold).collectives
+def test_a_loop_without_a_known_trip_count_is_an_error():
+    program = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    with pytest.raises(ValueError, match="loop loop: the trip count is not known"):
+        _ = Program(program).collective_bytes
+
+
+def test_a_collective_without_groups_is_an_error():
+    with pytest.raises(ValueError, match="collective without replica_groups of a known form"):
+        group_size("f32[8] all-reduce(%p), to_apply=%add")
 
 
 @pytest.mark.parametrize(
@@ -88,5 +93,5 @@ def test_a_loop_that_does_not_tell_its_rounds_is_an_error():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1':(2)4}", 8),
     ],
 )
-def test_group_sizes_in_every_form(text, size):
+def test_group_sizes_are_read_from_every_form(text, size):
     assert group_size(text) == size

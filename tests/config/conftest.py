@@ -1,4 +1,4 @@
-"""Command lines that are refused, and TOML files for them."""
+"""Fixtures for rejected command lines and for TOML files."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from ra_jax.errors import ConfigError
 
 @pytest.fixture
 def catch_parse_error() -> Callable[[Sequence[str]], str]:
-    """A function that parses a command line which must be refused, and returns the message."""
+    """A function that parses a command line that must raise ConfigError, and returns the message."""
 
     def parse_and_catch(argv):
         with pytest.raises(ConfigError) as caught:
@@ -22,7 +22,7 @@ def catch_parse_error() -> Callable[[Sequence[str]], str]:
 
 @pytest.fixture
 def write_toml(tmp_path) -> Callable[[str], list[str]]:
-    """A function that writes run.toml and returns the flags that read it."""
+    """A function that writes text to run.toml and returns the flags to read it."""
 
     def write(text):
         path = tmp_path / "run.toml"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import ra_jax.config
 from ra_jax import errors
 from ra_jax.config import settings
 from ra_jax.config.parse import from_checkpoint, from_flat_dict, parse, to_flat_dict, to_toml
+from ra_jax.config.ranges import field_ranges
 from ra_jax.config.settings import TrainConfig
 from ra_jax.errors import ConfigError
 
@@ -23,8 +25,8 @@ AUTOMATIC = ["--use_grpo", "--enable_grpo_rewards", "--enable_grpo_loss"]
 
 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.toml")), ids=lambda path: path.name)
-def test_configuration_files_are_sound(file):
-    """With the paths that their heads ask for; each says how it is used."""
+def test_configuration_files_are_valid(file):
+    """The comment at the head of each file shows its command. The flags here are those of that command."""
     assert f"--config configs/{file.name}" in file.read_text()
     config = parse(["--config", str(file), "--train_json_path", "data.json", "--val_json_path", "held_out.json"])
     expected = {"standard": "standard", "human": "human", "auto": "automatic", "tiny": "human"}
@@ -32,8 +34,8 @@ def test_configuration_files_are_sound(file):
 
 
 def test_hyphens_underscores_and_switches():
-    given = ["--train-json-path=data.json", "--output-dir=out", "--no-use_grpo", "--no-mask-augmentation"]
-    config = parse(given)
+    flags = ["--train-json-path=data.json", "--output-dir=out", "--no-use_grpo", "--no-mask-augmentation"]
+    config = parse(flags)
     assert config.data.train_json_path == "data.json"
     assert config.grpo.use_grpo is False
     assert config.data.mask_augmentation is False
@@ -47,7 +49,7 @@ def test_lists_and_unions(monkeypatch):
     assert parse([*HUMAN, "--policy_temperature", "0.3"]).grpo.policy_temperature == 0.3
 
 
-def test_the_command_line_wins_over_toml(write_toml):
+def test_the_command_line_overrides_toml(write_toml):
     toml = write_toml('train_json_path = "a.json"\nlearning_rate = 3e-4\nseed = 7\nuse_lora = true\n')
     config = parse([*toml, "--output_dir", "out", "--seed", "8", "--no-use_lora"])
     assert config.data.train_json_path == "a.json"
@@ -62,10 +64,62 @@ def test_toml_is_checked_together_with_the_command_line(write_toml):
     assert config.experts.weights == (0.3, 0.7)
 
 
-def test_unknown_flag_names_the_nearest(catch_parse_error):
+def test_the_error_for_an_unknown_flag_names_a_similar_one(catch_parse_error):
     message = catch_parse_error([*PATHS, "--num_exprts", "3"])
     assert "unknown flag --num_exprts" in message
     assert "num_experts" in message
+
+
+class TestFormerNames:
+    """routing_specialisation is the former name of routing_specialization."""
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--routing_specialisation", "0.3"],
+            ["--routing_specialisation=0.3"],
+            ["--routing-specialisation", "0.3"],
+        ],
+    )
+    def test_a_flag_may_have_its_former_name(self, flags):
+        assert parse([*HUMAN, *flags]).experts.routing_specialization == 0.3
+
+    def test_a_toml_key_may_have_its_former_name(self, write_toml):
+        toml = write_toml("routing_specialisation = 0.3\n")
+        assert parse([*toml, *HUMAN]).experts.routing_specialization == 0.3
+        # The command line overrides the file, by either name.
+        for flag in ("--routing_specialization", "--routing_specialisation"):
+            assert parse([*toml, *HUMAN, flag, "0.4"]).experts.routing_specialization == 0.4
+
+    def test_a_checkpoints_configuration_may_have_the_former_name(self):
+        flat = to_flat_dict(parse(HUMAN))
+        del flat["routing_specialization"]
+        flat["routing_specialisation"] = 0.3
+        for config in (from_checkpoint(flat), from_flat_dict(flat)):
+            assert config.experts.routing_specialization == 0.3
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--routing_specialisation", "0.3", "--routing_specialization", "0.4"],
+            ["--routing-specialization=0.4", "--routing-specialisation=0.3"],
+        ],
+    )
+    def test_a_flag_under_both_names_is_refused(self, flags, catch_parse_error):
+        expected = "--routing_specialisation is the former name of --routing_specialization, and both are given"
+        assert expected in catch_parse_error([*HUMAN, *flags])
+
+    def test_a_key_under_both_names_is_refused(self, catch_parse_error, write_toml):
+        expected = "routing_specialisation is the former name of routing_specialization, and both are given"
+        toml = write_toml("routing_specialisation = 0.3\nrouting_specialization = 0.4\n")
+        message = catch_parse_error([*toml, *HUMAN])
+        assert "run.toml" in message and expected in message
+        with pytest.raises(ConfigError, match=expected):
+            from_checkpoint(to_flat_dict(parse(HUMAN)) | {"routing_specialisation": 0.3})
+
+    def test_the_present_name_is_written(self):
+        text = to_toml(parse([*HUMAN, "--routing_specialisation", "0.3"]))
+        assert "routing_specialization = 0.3" in text and "specialisation" not in text
 
 
 @pytest.mark.parametrize("flag", ["--no_seed", "--no_such_thing", "--no-learning-rate=3"])
@@ -73,15 +127,15 @@ def test_only_switches_can_be_switched_off(flag, catch_parse_error):
     assert f"unknown flag {flag.split('=')[0]}" in catch_parse_error([*PATHS, flag])
 
 
-def test_unknown_toml_key_names_file_and_nearest(catch_parse_error, write_toml):
+def test_the_error_for_an_unknown_toml_key_names_the_file_and_a_similar_key(catch_parse_error, write_toml):
     message = catch_parse_error([*write_toml("learning_rat = 1e-4\n"), *PATHS])
     assert "run.toml" in message
-    assert "unknown key learning_rat; the nearest known one is learning_rate" in message
+    assert "unknown key learning_rat; the most similar name is learning_rate" in message
 
 
 def test_toml_tables_are_refused(catch_parse_error, write_toml):
     message = catch_parse_error([*write_toml("[losses]\nbase_loss_weight = 1.0\n"), *PATHS])
-    assert "table [losses]" in message
+    assert "table [losses]: settings are not in tables" in message
 
 
 @pytest.mark.parametrize(
@@ -140,6 +194,17 @@ def test_help_is_grouped_and_explains_every_flag(capsys, monkeypatch):
         assert not lines[flag + 1].startswith("("), f"--{name} has a default but no help text"
 
 
+def test_help_has_the_range_of_every_number(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(line.strip("│| ") for line in capsys.readouterr().out.splitlines())
+    help_texts = {help_text.split()[0]: help_text for help_text in re.split(r"--(?=\w+ [A-Z{[])", text)}
+    for group in typing.get_type_hints(TrainConfig).values():
+        for name, limit in field_ranges(group).items():
+            assert limit.expected.removeprefix("a value ") in help_texts[name]
+
+
 def test_flat_dict_and_toml_give_the_configuration_back(write_toml):
     flags = [
         "--policy_temperature",
@@ -158,8 +223,8 @@ def test_flat_dict_and_toml_give_the_configuration_back(write_toml):
     assert set(tomllib.loads(text)) == {name for name, value in to_flat_dict(config).items() if value is not None}
 
 
-def test_a_checkpoints_settings_are_not_checked_as_a_new_runs(monkeypatch):
-    """A run that reported to wandb is read where wandb is not installed."""
+def test_the_settings_of_a_checkpoint_are_read_without_the_checks_of_a_new_run(monkeypatch):
+    """The settings of a run that reported to wandb can be read without wandb."""
     monkeypatch.setattr("ra_jax.config.checks.find_spec", lambda name: None)
     flat = to_flat_dict(parse(PATHS)) | {"report_to": ["wandb"]}
     assert from_checkpoint(flat).logging.report_to == ("wandb",)
@@ -167,8 +232,8 @@ def test_a_checkpoints_settings_are_not_checked_as_a_new_runs(monkeypatch):
         from_flat_dict(flat)
 
 
-def test_the_command_line_is_read_without_jax():
-    """So that flags are refused at once, and before a device is touched."""
+def test_the_command_line_is_parsed_without_jax():
+    """Wrong flags are then rejected quickly, and before a device is touched."""
     code = "import sys, ra_jax.config.parse; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

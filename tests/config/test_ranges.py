@@ -1,4 +1,4 @@
-"""Ranges on fields: each kind of range by itself, and on every numeric flag of training."""
+"""Ranges of fields: each kind of range, and the range of every numeric flag of training."""
 
 import math
 import typing
@@ -24,7 +24,7 @@ from ra_jax.config.settings import TrainConfig
 
 TINY, BELOW_ONE, ABOVE_ONE = math.ulp(0.0), math.nextafter(1, 0), math.nextafter(1, 2)
 
-# range, its words, numbers inside (edges first), numbers outside (nearest first)
+# (range, its words, numbers inside with the edges first, numbers outside with the nearest first)
 CASES = [
     (finite(), "a finite number", (0, -1e308, 1e308), ()),
     (at_least(0), "a value at least 0", (0, TINY, 7), (-TINY, -1)),
@@ -52,19 +52,19 @@ class Outer:
     steps: Annotated[int | None, at_least(1)] = None
     temperature: Annotated[float | Literal["auto"], above(0)] = "auto"
     weights: Annotated[tuple[float, ...], at_least(0)] = ()
-    metavar: Annotated[float, "an annotation for somebody else"] = -1.0
+    metavar: Annotated[float, "an annotation for another library"] = -1.0
     name: str = "x"
     inner: Inner = Inner()
 
 
 def number_type(hint: typing.Any) -> type | None:
-    """int or float, where the annotation `hint` is of numbers: alone, in a union or in a tuple."""
+    """Return float or int if the annotation `hint` is such a number, or a union or tuple with one; else None."""
     members = {hint, *typing.get_args(hint)}
     return next((kind for kind in (float, int) if kind in members), None)
 
 
 def numeric_flags() -> dict[str, tuple[type, type]]:
-    """The numeric flags of training by name: their group and int or float."""
+    """Return the group and the type, int or float, of each numeric flag of training, by name."""
     hints = {group: typing.get_type_hints(group) for group in typing.get_type_hints(TrainConfig).values()}
     kinds = {name: (group, number_type(hint)) for group in hints for name, hint in hints[group].items()}
     return {name: (group, kind) for name, (group, kind) in kinds.items() if kind is not None}
@@ -72,7 +72,7 @@ def numeric_flags() -> dict[str, tuple[type, type]]:
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    """A configuration of defaults."""
+    """A configuration with default settings."""
     return from_flat_dict({"train_json_path": "data.json", "output_dir": "out"})
 
 

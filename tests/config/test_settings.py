@@ -1,4 +1,4 @@
-"""What the groups of settings say of a run: its mode, experts, weights and length."""
+"""Properties of the settings: mode, experts, weights and length of a run."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_the_guides_human_command():
     assert config.base_loss_weighting == "score"
     assert config.grpo.reward_weights == (0.4, 0.3, 0.3)
     assert config.run.max_train_steps == 10000
-    # Every value that the guide spells out is also the default.
+    # All other values of the guide's command are the defaults.
     assert parse([*HUMAN, "--max_train_steps", "10000"]) == dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, train_json_path="data.json"),
@@ -51,7 +51,7 @@ def test_the_guides_standard_command():
 
 
 def test_modes():
-    assert parse([*PATHS, "--use_grpo"]).mode == "standard"  # no rewards were asked for
+    assert parse([*PATHS, "--use_grpo"]).mode == "standard"  # without --enable_grpo_rewards there are no rewards
     automatic = parse([*PATHS, *AUTOMATIC])
     assert (automatic.mode, automatic.uses_policy, automatic.updates) == ("automatic", True, 2)
     assert automatic.base_loss_weighting == "none"
@@ -59,7 +59,7 @@ def test_modes():
     assert parse(HUMAN).updates == 1
 
 
-def test_the_default_weights_stand_once():
+def test_the_default_weights_are_defined_once():
     assert DEFAULT_REWARD_WEIGHTS == (0.4, 0.3, 0.3)
     assert GRPOConfig().reward_weights == ExpertsConfig().weights == DEFAULT_REWARD_WEIGHTS
 
@@ -70,7 +70,7 @@ def test_experts_other_than_three_start_uniform():
     assert config.experts.names == ("expert_0", "expert_1", "expert_2", "expert_3")
 
 
-def test_names_and_weights_that_are_given_win_over_the_defaults():
+def test_names_and_weights_override_the_defaults():
     experts = ExpertsConfig(expert_names=("a", "b", "c"), fixed_expert_weights=(0.2, 0.2, 0.6))
     assert (experts.names, experts.weights) == (("a", "b", "c"), (0.2, 0.2, 0.6))
     assert parse([*HUMAN, "--base_loss_weighting", "best"]).base_loss_weighting == "best"
