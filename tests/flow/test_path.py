@@ -23,7 +23,7 @@ def test_the_path_runs_from_data_to_noise_at_the_target_velocity(pair):
     np.testing.assert_allclose(speed, velocity_target(clean, noise), atol=1e-6)
 
 
-def test_the_velocity_tells_both_ends(pair):
+def test_clean_and_noise_follow_from_the_velocity(pair):
     clean, noise = pair
     t = np.array([0.1, 0.5, 1.0], np.float32)
     x, velocity = interpolate(clean, noise, t), velocity_target(clean, noise)

@@ -1,4 +1,4 @@
-"""mean_Ω against loops over latent cells."""
+"""Compares mean_Ω with loops over latent cells."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def diptych_mask(box) -> np.ndarray:
 
 
 def edited_cells(mask: np.ndarray, factor: int) -> np.ndarray:
-    """M by its definition: right-panel cells at most two rows and columns from one that has a masked pixel."""
+    """Compute M by its definition: right-panel cells within two rows and columns of a cell with a masked pixel."""
     _, height, width = mask.shape
     rows, columns = height // factor, width // factor
     touched = [
@@ -41,7 +41,7 @@ def edited_cells(mask: np.ndarray, factor: int) -> np.ndarray:
 
 
 def by_cell(weights: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Weights [1, N, 4] on the latents' grid [rows, columns]; tokens row-major, cells of a token (row, column)."""
+    """Put weights [1, N, 4] on the grid of latents [rows, columns]; the cells of a token are in order (row, column)."""
     cells = np.zeros((rows, columns))
     for y in range(rows):
         for x in range(columns):
@@ -102,7 +102,7 @@ def test_region_mean_is_the_mean_over_the_regions_cells_and_all_channels():
     np.testing.assert_allclose(mean, expected, rtol=1e-4)
 
 
-def test_what_is_on_the_left_panel_never_counts():
+def test_the_left_panel_has_no_weight():
     mask = diptych_mask(BOXES["the seam"])
     latents = np.random.default_rng(0).normal(size=(1, 12, 32, 3)).astype(np.float32)
     other = latents.copy()
@@ -112,6 +112,6 @@ def test_what_is_on_the_left_panel_never_counts():
         np.testing.assert_array_equal(region_mean(pack(latents), weights), region_mean(pack(other), weights))
 
 
-def test_an_unknown_region_is_told():
+def test_an_unknown_region_is_refused():
     with pytest.raises(ValueError, match="loss_region='inside': expected one of balanced, panel, mask, all"):
         region_weights(diptych_mask(BOXES["large"]), 4, "inside")

@@ -1,4 +1,4 @@
-"""The samplers: Euler against diffusers' scheduler, and both on fields whose answer is known."""
+"""Compares the Euler sampler with diffusers' scheduler, and both samplers with closed forms for Gaussian data."""
 
 from importlib.util import find_spec
 from itertools import pairwise
@@ -66,7 +66,7 @@ def optimal_velocity(x, t):
 
 
 def affine_recursion(times, level, mean=0.0, variance=1.0):
-    """Mean and variance after the steps: each is x' = a·x + b + std·z, with a and b from the formula of μ."""
+    """Return mean and variance after all steps. A step is x' = a·x + b + std·z, with a and b from the formula of μ."""
     for t, after in pairwise(np.asarray(times, np.float64)):
         g = level * np.sqrt(t / (1 - t)) if t <= 0.9 else 0.0
 
@@ -92,7 +92,7 @@ def sample(times, level, start, *, steps_noisy=None, first=0):
 
 
 def assert_moments(samples, mean, variance):
-    """Within four standard errors of the given mean and variance (Gaussian samples)."""
+    """Check that Gaussian samples are within four standard errors of the given mean and variance."""
     n = samples.size
     assert abs(np.mean(samples) - mean) < 4 * np.sqrt(variance / n)
     assert abs(np.var(samples) - variance) < 4 * variance * np.sqrt(2 / n)
@@ -104,14 +104,14 @@ def test_eight_stochastic_steps_have_the_moments_of_the_discrete_recursion():
     final, _ = sample(times, LEVEL, start)
     mean, variance = affine_recursion(times, LEVEL)
     assert_moments(np.asarray(final, np.float64), mean, variance)
-    # The recursion is not the ODE's, and the samples would tell.
+    # The recursion differs from the ODE's by more than the tolerance of the samples.
     ode_mean, ode_variance = affine_recursion(times, 0.0)
     assert abs(ode_variance - variance) > 20 * variance * np.sqrt(2 / final.size)
     assert_moments(np.asarray(sample_euler(optimal_velocity, start, times), np.float64), ode_mean, ode_variance)
 
 
 def test_many_stochastic_steps_keep_the_marginals():
-    """Entered at t = 0.9, where g is finite, 200 steps end within 2 % of the data's moments."""
+    """Starts at t = 0.9, where g is finite. After 200 steps the moments are within 2 % of the data's."""
     entry = 0.9
     spread = np.sqrt((1 - entry) ** 2 * SPREAD**2 + entry**2)
     start = (1 - entry) * MEAN + spread * jax.random.normal(jax.random.key(2), (100_000, 1))

@@ -1,4 +1,4 @@
-"""Time steps against diffusers' scheduler, driven as FluxFillPipeline drives it, and against closed forms."""
+"""Compares times with diffusers' scheduler, as FluxFillPipeline calls it, and with closed forms."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_a_sampler_takes_at_least_one_step():
 @pytest.mark.parametrize("tokens", [128, 8192])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_training_times_are_logit_normal_around_the_shift(tokens, dynamic):
-    """Warping adds μ (or log s) to the logit: logit(t) − μ ~ N(0, 1), by Kolmogorov and Smirnov at p = 0.001."""
+    """Warping adds μ (or log s) to the logit, so logit(t) − μ ~ N(0, 1): a Kolmogorov-Smirnov test at p = 0.001."""
     schedule = FlowSchedule(use_dynamic_shifting=dynamic)
     count = 4000
     times = jax.vmap(lambda key: schedule.training_time(key, tokens))(jax.random.split(jax.random.key(0), count))
@@ -106,4 +106,4 @@ def test_stratified_times_fill_equal_parts_of_the_noisiest_fraction():
         assert abs(drawn.std() - width / math.sqrt(12)) < 0.05 * width
     offsets = (edges[:-1] - times) / (fraction / count)
     correlation = np.corrcoef(offsets.T) - np.eye(count)
-    assert np.abs(correlation).max() < 0.1  # each part has a draw of its own
+    assert np.abs(correlation).max() < 0.1  # the draws of the parts are independent

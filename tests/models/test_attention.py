@@ -1,4 +1,4 @@
-"""Attention against torch and float64, rotary positions against diffusers."""
+"""Compares attention with torch and float64, and rotary positions with diffusers."""
 
 from dataclasses import replace
 from functools import partial
@@ -57,7 +57,7 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation):
 
 
 def with_gradients(function, arrays, tokens=None):
-    """Values of the first tokens, and gradients of a weighted sum of them."""
+    """Return the values of the first tokens, and the gradients of a weighted sum of them."""
     weights = np.random.default_rng(3).normal(size=arrays[0].shape).astype(np.float32)[:, :tokens]
 
     def total(*arrays):
@@ -68,7 +68,7 @@ def with_gradients(function, arrays, tokens=None):
 
 @pytest.mark.parametrize(("length", "tokens"), [(128, None), (300, None), (256, 200)])
 def test_the_tpu_kernel_computes_the_same_with_its_gradients(length, tokens):
-    """Interpreted, as there is no TPU here: values and gradients of padded and unpadded sequences."""
+    """Runs the kernel in interpret mode, on padded and unpadded sequences, and compares values and gradients."""
     arrays = qkv(2, length, length, heads=2, dim=128)
     ours = with_gradients(partial(splash, tokens=tokens, interpret=True), arrays, tokens)
     theirs = with_gradients(partial(attention, tokens=tokens), arrays, tokens)
@@ -78,7 +78,7 @@ def test_the_tpu_kernel_computes_the_same_with_its_gradients(length, tokens):
 @pytest.mark.parametrize(("length", "tokens"), [(7, None), (8, None), (7, 5), (8, 5)])
 @pytest.mark.parametrize("implementation", ["by_head", "cudnn"])
 def test_only_the_first_tokens_are_attended_to(implementation, length, tokens):
-    """cuDNN's share of it runs XLA's kernel here: what is added to odd lengths, and what is masked."""
+    """`cudnn` runs XLA's kernel here, to test its padding of odd lengths and its masking."""
     arrays = qkv(4, length, length)
     function = partial(attention, implementation=implementation, tokens=tokens)
     if implementation == "cudnn":

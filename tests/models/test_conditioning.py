@@ -1,4 +1,4 @@
-"""Packing and the Fill channels against diffusers' FluxFillPipeline."""
+"""Compares packing and the Fill channels with diffusers' FluxFillPipeline."""
 
 from importlib.util import find_spec
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Keys of config.json: which are read, and which are refused."""
+"""Which keys of config.json are read and which are refused."""
 
 import pytest
 

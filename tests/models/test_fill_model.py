@@ -1,4 +1,4 @@
-"""The model as two trees of arrays: what is trained and what is frozen, what the router sees, what experts change."""
+"""The Fill model as two pytrees: trainable and frozen parameters, the router's input, and the effect of experts."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ MIXTURE = dataclasses.replace(PLAIN, lora=LORA, router=ROUTER)
 
 
 def names(tree) -> set[str]:
-    """The last names of all parameters' paths."""
+    """Return the last name in the path of each parameter."""
     paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     return {[key.key for key in path if hasattr(key, "key")][-1] for path in paths}
 
@@ -95,7 +95,7 @@ def test_without_gates_the_experts_are_off(tiny_experts, tiny_pipeline, conditio
     assert np.abs(other - on).max() > 0.01
 
 
-def test_the_router_sees_the_right_panel_of_a_diptych(tiny_experts, condition):
+def test_the_router_reads_the_right_panel_of_a_diptych(tiny_experts, condition):
     def gates(fill, **panel):
         changed = dataclasses.replace(condition, fill=fill)
         return np.asarray(tiny_experts.model.gates(tiny_experts.trainable, changed, **panel)[0])
@@ -124,13 +124,13 @@ def test_without_experts_there_are_no_gates(tiny_pipeline, condition):
     assert tiny_pipeline.model.num_experts == 0
 
 
-def test_what_a_redux_folder_brings(tiny_experts, tiny_fill, tiny_redux):
+def test_a_redux_folder_sets_image_tokens_preprocessing_and_fingerprint(tiny_experts, tiny_fill, tiny_redux):
     assert tiny_experts.image_tokens == 4
     assert tiny_experts.preprocess(Image.new("RGB", (9, 5))).shape == (28, 28, 3)
     assert tiny_experts.fingerprint == fingerprint(tiny_fill) + fingerprint(tiny_redux)
 
 
-def test_a_transformer_and_a_vae_of_different_models_are_told(make_tiny_fill):
+def test_a_transformer_and_a_vae_of_different_models_are_refused(make_tiny_fill):
     flux, vae = load_flux(make_tiny_fill(4)), load_vae(make_tiny_fill(8))
     with pytest.raises(
         ValueError, match=r"has 96 input channels and 16 output channels: .* \(4 latent channels, factor 8\) needs 288"

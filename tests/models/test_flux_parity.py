@@ -1,4 +1,4 @@
-"""The FLUX transformer against diffusers' on random weights, read from the folder that diffusers writes."""
+"""Compares the FLUX transformer with diffusers' on random weights, read from a folder that diffusers writes."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # FLUX
 
 
 def reference(folder, dtype: str = "float32", **geometry) -> "FluxTransformer2DModel":
-    """A random diffusers model, saved to `folder`/transformer; its biases and norms are random too."""
+    """Create a random diffusers model, with random biases and norms too, and save it to `folder`/transformer."""
     torch.manual_seed(0)
     model = FluxTransformer2DModel.from_config(geometry).eval()
     for name, value in model.named_parameters():
@@ -49,7 +49,7 @@ def reference(folder, dtype: str = "float32", **geometry) -> "FluxTransformer2DM
 
 
 def make_inputs(config: FluxConfig, grid, context_length=5, batch=2):
-    """Arguments of `Flux`: latents, t, condition, guidance."""
+    """Return random arguments of `Flux`: latents, t, condition, guidance."""
     rng = np.random.default_rng(0)
     shapes = (grid[0] * grid[1], config.in_channels), (context_length, config.joint_attention_dim)
     hidden, context = (rng.normal(size=(batch, *shape)).astype(np.float32) for shape in shapes)
@@ -103,13 +103,13 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
 
 
 @pytest.mark.torch
-def test_blocks_apart_compute_the_same(tmp_path):
+def test_unstacked_blocks_compute_the_same(tmp_path):
     reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, (2, 3))
     graph, stacked = nnx.split(flux)
     apart = unstack_blocks(stacked)
-    double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # the only ones that are few enough
+    double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # only the double blocks are at most UNROLL_UP_TO
     assert len(jax.tree.leaves(apart)) == len(jax.tree.leaves(stacked)) + double
     run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
     np.testing.assert_allclose(run(apart), run(stacked), rtol=1e-5, atol=1e-5)
@@ -117,7 +117,7 @@ def test_blocks_apart_compute_the_same(tmp_path):
 
 @pytest.mark.torch
 def test_flux_widths_match_diffusers(with_optimizations):
-    # In bfloat16 on disk and one model after the other: half a billion parameters.
+    # With half a billion parameters, files are bfloat16 and only one model is in memory at a time.
     config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
     inputs = make_inputs(config, (2, 3), context_length=4, batch=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def test_gradients_match_diffusers(tmp_path):
 
 
 def random_flux(config=TINY, attention="xla", **options) -> Flux:
-    """A model whose zero-initialised layers are random too; the same values in any type."""
+    """Create a model whose zero-initialized layers are random too; values are the same for every dtype."""
     flux = nnx.eval_shape(
         lambda: Flux(FluxConfig(**config), FluxOptions(**options), attention=attention, rngs=nnx.Rngs(0))
     )
@@ -168,7 +168,7 @@ def random_flux(config=TINY, attention="xla", **options) -> Flux:
     return flux
 
 
-def test_bfloat16_keeps_what_must_be_float32():
+def test_bfloat16_models_keep_times_and_outputs_in_float32():
     inputs = make_inputs(FluxConfig(**TINY), (4, 4))
     call = jax.jit(lambda flux, *inputs: flux(*inputs))
     expected = np.asarray(call(random_flux(), *inputs))
@@ -177,7 +177,7 @@ def test_bfloat16_keeps_what_must_be_float32():
     got = call(flux, *inputs)
     assert got.dtype == jnp.float32
     assert relative_error(got, expected) < 0.03
-    # bfloat16 cannot tell 1000·0.97 from 1000·0.9705.
+    # 1000·0.97 and 1000·0.9705 are the same number in bfloat16.
     latents, t, condition, guidance = inputs
     moved = call(flux, latents, t + 5e-4, condition, guidance)
     assert float(jnp.abs(moved - got)[1].max()) > 0
@@ -214,7 +214,7 @@ def test_gelu_and_its_gradient_match_torchs(dtype):
     np.testing.assert_allclose(np.asarray(slope, np.float64), theirs.grad.numpy(), rtol=ulp, atol=2e-6)
 
 
-def test_what_pads_a_sequence_changes_neither_output_nor_gradients():
+def test_padding_of_a_sequence_changes_neither_output_nor_gradients():
     config = TINY | {"num_layers": 1, "num_single_layers": 1}
     inputs = make_inputs(FluxConfig(**config), (3, 3))
     assert (inputs[0].shape[1] + inputs[2].context.shape[1]) % 8
@@ -259,8 +259,8 @@ def test_remat_policies_give_the_same_gradients_and_save_less():
 
 
 @pytest.mark.parametrize(("attention", "part"), [("by_head", "exp"), ("cudnn", "dot_product_attention_fwd_wrapper")])
-def test_what_attention_keeps_for_its_gradient_is_saved_by_name(monkeypatch, attention, part):
-    """The forward pass of attention stands once in the program of `blocks` and `products`, twice in that of `full`."""
+def test_residuals_of_attention_are_saved_by_name(monkeypatch, attention, part):
+    """The program has attention's forward pass once with `blocks` and `products`, and twice with `full`."""
     fused = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)

@@ -1,4 +1,4 @@
-"""Shapes of models, and random arrays for them."""
+"""Shapes of a model without weights, and random arrays for them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Expert mixtures against peft's weighted adapters, and what experts must leave alone."""
+"""Compares mixtures of experts with PEFT's weighted adapters, and checks what experts must not change."""
 
 import re
 from importlib.util import find_spec
@@ -56,12 +56,12 @@ def call(flux, adapter):
 
 
 def lora_config(**changes) -> LoRAConfig:
-    """Three experts of rank 64 on the layers of the blocks, unless `changes` say otherwise."""
+    """Return the configuration of three experts of rank 64 on the layers of the blocks, with `changes`."""
     return LoRAConfig(**{"num_experts": 3, "rank": 64, "alpha": 64.0} | changes)
 
 
 def with_random_values(module):
-    """Every parameter random, experts' B and zero-initialised layers too."""
+    """Set every parameter to random values, including experts' B and zero-initialized layers."""
     rng = np.random.default_rng(0)
     nnx.update(module, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), nnx.state(module)))
     return module
@@ -73,7 +73,7 @@ def make_flux(**lora):
 
 
 def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype=jnp.float32, seed=0, **lora):
-    """One linear layer with random experts, as the module `layer`."""
+    """Create a module whose attribute `layer` is a linear layer with random experts."""
     model = nnx.Dict(
         layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
@@ -82,7 +82,7 @@ def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # several adapters are meant
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # several adapters are intended
 def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
     rank, alpha = 4, 6.0
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
     run = jax.jit(call)
     got, base = run(flux, Adapter(jnp.asarray(GATES))), run(flux, None)
     assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected)
-    assert np.linalg.norm(base - expected) > 0.1 * np.linalg.norm(expected)  # the experts matter here
+    assert np.linalg.norm(base - expected) > 0.1 * np.linalg.norm(expected)  # checks that the experts change the output
 
 
 def test_mixture_is_the_sum_of_its_experts():
@@ -136,7 +136,7 @@ def test_mixture_is_the_sum_of_its_experts():
         layer(x, Adapter(gates)), base + np.einsum("bnoe,be->bno", updates, GATES), rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(layer(x[:, 0], Adapter(gates)), layer(x, Adapter(gates))[:, 0], rtol=1e-5, atol=1e-6)
-    # The gates' gradient: how much of each expert's update the output's gradient asks for.
+    # The gradient of a gate is the dot product of the expert's output with the gradient of the layer's output.
     grad = jax.grad(lambda gates: layer(x, Adapter(gates)).sum())(gates)
     np.testing.assert_allclose(grad, updates.sum((1, 2)), rtol=1e-4, atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_fresh_experts_change_nothing_and_begin_as_peft_does():
 
 def test_first_values_do_not_depend_on_other_targets():
     def experts(regex):
-        flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # an abstract base is enough
+        flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # the base may be abstract
         attach_experts(flux, lora_config(rank=2, target_modules=regex), nnx.Rngs(3).params())
         return flux.transformer_blocks.attn
 
@@ -189,7 +189,7 @@ def test_first_values_do_not_depend_on_other_targets():
     ],
     ids=["blocks", "single q and v", "outside blocks", "ff_context"],
 )
-def test_experts_are_on_what_the_regex_matches(regex, names):
+def test_experts_are_added_to_layers_that_match_the_regex(regex, names):
     lora = lora_config(target_modules=regex)
     flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0)))
     assert {name for name, layer in linear_layers(flux).items() if layer.lora is not None} == names
@@ -255,7 +255,7 @@ def test_experts_are_float32_over_a_bfloat16_base():
     assert {x.dtype for x in (layer.kernel[...], layer.bias[...])} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in (layer.lora_a[...], layer.lora_b[...])} == {jnp.dtype(jnp.float32)}
     assert layer(jnp.ones((2, 7)), Adapter(jnp.asarray(GATES))).dtype == jnp.bfloat16
-    # Summed in bfloat16 the gradient of a gate would stall after 256 equal tokens.
+    # In bfloat16, the sum over tokens in a gate's gradient would stop growing after 256 equal tokens.
     x = jnp.ones((2, 2000, 7), jnp.bfloat16)
     grad = jax.grad(lambda gates: layer(x, Adapter(gates)).astype(jnp.float32).sum())(jnp.asarray(GATES))
     one = jax.grad(lambda gates: layer(x[:, :1], Adapter(gates)).astype(jnp.float32).sum())(jnp.asarray(GATES))
@@ -263,7 +263,7 @@ def test_experts_are_float32_over_a_bfloat16_base():
 
 
 def dropout_layer(rate):
-    """Output = the experts' input after dropout."""
+    """Create a layer whose output is the experts' input after dropout."""
     layer = make_linear(16, 16, num_experts=1, rank=16, alpha=16.0, dropout=rate)
     layer.kernel[...], layer.bias[...] = jnp.zeros((16, 16)), jnp.zeros(16)
     layer.lora_a[...] = layer.lora_b[...] = jnp.eye(16)
@@ -291,7 +291,7 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("count", [2, UNROLL_UP_TO + 1], ids=["unrolled", "rolled"])
 def test_every_block_layer_and_example_has_its_own_dropout(count):
     class Probe(nnx.Module):
-        """A block of two equal layers that reports what they drop: carry [B, count, 2, 16] is a queue."""
+        """A block of two equal layers. It appends ones after their dropout to its carry, a queue [B, count, 2, 16]."""
 
         def __init__(self):
             lora = LoRAConfig(num_experts=1, rank=16, alpha=16.0, dropout=0.5, target_modules="layer")
@@ -316,7 +316,7 @@ def test_every_block_layer_and_example_has_its_own_dropout(count):
 
 
 def test_gradients_of_experts_are_summed_in_float32():
-    """Over 4096 tokens in bfloat16: a sum rounded to its 8 bits would be wrong by up to 0.4 %."""
+    """Uses 4096 tokens in bfloat16. A sum rounded to its 8 bits would be wrong by up to 0.4 %."""
     rngs = nnx.Rngs(0)
     layer = ExpertLinear(8, 8, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
     layer.add_experts(LoRAConfig(num_experts=1, rank=4, alpha=4.0), rngs.params())
@@ -328,7 +328,8 @@ def test_gradients_of_experts_are_summed_in_float32():
         return nnx.merge(graph, experts, base)(x, Adapter(jnp.ones((1, 1)))).astype(jnp.float32).sum()
 
     gradient = jax.grad(total)(experts)
-    # Every output counts once: B's gradient is a row sum of x A, A's is x summed, times B's row sums.
+    # The loss is the sum of all outputs. B's gradient is the sum of x A over tokens. A's gradient is the sum of x over
+    # tokens times B's row sums.
     b = np.asarray(layer.lora_b[...].astype(jnp.bfloat16), np.float64)
     hidden = np.asarray((x @ layer.lora_a[...].astype(jnp.bfloat16)), np.float64)[0].sum(0)
     np.testing.assert_allclose(gradient["lora_b"][...], np.repeat(hidden[:, None], 8, 1), rtol=1e-4, atol=1e-3)

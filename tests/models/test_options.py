@@ -1,4 +1,4 @@
-"""From flags to the options of a model."""
+"""The options of a model for given flags."""
 
 import jax.numpy as jnp
 import pytest

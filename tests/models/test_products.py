@@ -1,4 +1,4 @@
-"""Products of experts: values and gradients are those of plain products, whatever the compiler is kept from."""
+"""The products of experts have the values and gradients of plain products."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_a_product_and_its_gradients_are_those_of_a_plain_one(inputs, outputs):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_types_of_gradients_are_those_of_what_they_are_of():
+def test_gradients_have_the_dtypes_of_their_arguments():
     x, weight = jnp.ones((2, 7, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.float32)
     product, pullback = jax.vjp(expert_product, x, weight)
     assert product.dtype == jnp.bfloat16
@@ -31,7 +31,7 @@ def test_types_of_gradients_are_those_of_what_they_are_of():
 
 @pytest.mark.parametrize("narrow_out", [False, True])
 def test_the_sum_over_tokens_is_exact_beyond_the_bits_of_its_factors(narrow_out):
-    """2 · 4096 ones in bfloat16, whose own sums stop at 256."""
+    """Sums 2 · 4096 ones in bfloat16, whose own sums stop at 256."""
     x, gradient = jnp.ones((2, 4096, 3), jnp.bfloat16), jnp.ones((2, 4096, 2), jnp.bfloat16)
     found = jax.jit(sum_over_tokens, static_argnames="narrow_out")(x, gradient, narrow_out=narrow_out)
     assert found.dtype == jnp.float32

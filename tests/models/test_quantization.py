@@ -1,4 +1,4 @@
-"""Kernels in 8 bits: how far they are off, and that a model computes with them."""
+"""The error of 8-bit kernels, and a model that computes with them."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_no_value_is_off_by_more_than_half_a_level_and_the_error_is_that_of_roun
     np.testing.assert_array_equal(np.abs(values).max(0), np.where(np.arange(64) == 3, 0, 127))
     error = values * scale - kernel
     assert (np.abs(error) <= scale / 2 * (1 + 1e-5)).all()
-    # Rounding is uniform within a level: its deviation is scale/√12, about 0.9 % of a normal kernel's.
+    # Rounding errors are uniform within a level, with standard deviation scale/√12: about 0.9 % of a normal kernel's.
     others = np.arange(64) != 3
     np.testing.assert_allclose(error.std(0)[others], scale[others] / np.sqrt(12), rtol=0.05)
     assert 0.007 < error.std() / kernel.std() < 0.010

@@ -1,4 +1,4 @@
-"""Routings, what the router sees, and the loss that keeps experts in use."""
+"""Routings, the router's features, and the loss that keeps all experts in use."""
 
 import math
 
@@ -20,13 +20,13 @@ def make_features(batch=6, seed=0):
 
 
 def router_config(**changes) -> RouterConfig:
-    """Soft routing of three experts, unless `changes` say otherwise."""
+    """Return the configuration of soft routing with three experts, with `changes`."""
     config = {"num_experts": 3, "floor": 0.05, "temperature": 1.0, "routing": "soft", "fixed_weights": (0.4, 0.3, 0.3)}
     return RouterConfig(**config | changes)
 
 
 def make_router(trained=True, **config) -> Router:
-    """A router; `trained` gives its last layer a random kernel, so that gates differ between images."""
+    """Create a router; `trained` gives its last layer a random kernel, so that gates differ between images."""
     router = Router(router_config(**config), CHANNELS, nnx.Rngs(0))
     if trained:
         router.logits.kernel[...] = jax.random.normal(jax.random.key(1), router.logits.kernel.shape)
@@ -71,7 +71,7 @@ def test_soft_gates_are_a_floored_softmax():
     logits = np.asarray(router.logits(nnx.silu(router.hidden(features))), np.float64) / 0.5
     softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(router(features), 0.1 + 0.7 * softmax, atol=1e-6)
-    router.logits.kernel[...] *= 1e3  # as sure as can be
+    router.logits.kernel[...] *= 1e3  # one expert now has almost all of the weight
     gates = np.asarray(router(features))
     np.testing.assert_allclose([gates.min(), gates.max()], [0.1, 0.8], atol=1e-6)
 
@@ -221,7 +221,7 @@ def test_diversity_value_and_running_mean_follow_the_formula():
 def test_balance_gradient_is_not_scaled_by_the_decay():
     rng = np.random.default_rng(1)
     gates = rng.dirichlet(np.ones(3), size=4).astype(np.float32)
-    mean = gates.mean(axis=0)  # then the mixed mean is the same for every decay, and the gradient known
+    mean = gates.mean(axis=0)  # the mixed mean is then the same for every decay, and the gradient is known
     expected = np.tile((np.log(mean) + 1) / 4, (4, 1))
     for decay in (0.0, 0.9, 0.99):
         grad = jax.grad(lambda gates, decay=decay: loss_of(gates, mean, decay=decay, specialization=0.0))(gates)
@@ -253,7 +253,7 @@ def test_sums_over_devices_give_the_loss_of_the_whole_batch():
 
 def test_a_lopsided_router_balances_and_specializes():
     features = make_features(64)
-    start_weights = (0.8, 0.12, 0.08)  # no two equal: nothing here would tell them apart
+    start_weights = (0.8, 0.12, 0.08)  # no two equal: the loss has the same gradient for equal experts
     router = make_router(trained=False, fixed_weights=start_weights)
     graphdef, params = nnx.split(router)
     optimizer = optax.adam(1e-3)
@@ -280,5 +280,5 @@ def test_a_lopsided_router_balances_and_specializes():
     assert usage.min() > 0.2, usage
     assert gates.mean(axis=0).min() > 0.2
     assert np.asarray(running_mean).min() > 0.2
-    assert np.mean(gates.max(axis=-1)) > 0.75  # each image has its expert; it began at 0.8 for one and all
+    assert np.mean(gates.max(axis=-1)) > 0.75  # initially one expert has 0.8 for every image
     assert gates.min() >= 0.05 - 1e-6

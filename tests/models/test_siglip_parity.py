@@ -1,4 +1,4 @@
-"""SigLIP, the Redux embedder and preprocessing against transformers and diffusers, in float32 on random weights."""
+"""Compares SigLIP, the Redux embedder and preprocessing with transformers and diffusers, on random float32 weights."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ if find_spec("torch"):
     import torch
 
 
-# 30 is not a multiple of 7: SigLIP so400m's 384 is not one of 14 either.
+# 30 is not a multiple of 7, just as SigLIP so400m's 384 is not a multiple of 14.
 VISION = SiglipConfig(
     hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4, image_size=30, patch_size=7
 )
@@ -43,7 +43,7 @@ def make_random(module: "torch.nn.Module") -> "torch.nn.Module":
 
 
 def write_redux(folder, config: transformers.SiglipVisionConfig):
-    """A Redux folder as diffusers writes it; its vision model and embedder."""
+    """Write a Redux folder as diffusers does, and return its vision model and embedder."""
     torch.manual_seed(0)
     vision = make_random(transformers.SiglipVisionModel(config))
     embedder = make_random(diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(32, 24))
@@ -55,7 +55,7 @@ def write_redux(folder, config: transformers.SiglipVisionConfig):
 @pytest.mark.torch
 @pytest.mark.parametrize("hidden_act", ["gelu_pytorch_tanh", "gelu", "quick_gelu"])
 def test_vision_and_embedder(tmp_path, hidden_act):
-    # transformers writes the pooling head too, which comes after the last hidden state.
+    # transformers also writes the pooling head, which follows the last hidden state.
     config = {**VISION.to_dict(), "vision_use_head": True, "hidden_act": hidden_act}
     vision, embedder = write_redux(tmp_path, transformers.SiglipVisionConfig.from_dict(config))
     redux = load_redux(tmp_path)
@@ -146,12 +146,12 @@ def test_configs_are_read_and_written():
         ),
     ],
 )
-def test_bad_configs_are_told(config, content, message):
+def test_bad_configs_are_refused(config, content, message):
     with pytest.raises(ValueError, match=message):
         config.from_dict(content)
 
 
-def test_bad_inputs_are_told(tmp_path):
+def test_bad_inputs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"redux_dim is 32: expected the image encoder's hidden_size, 768"):
         Redux(SiglipConfig(), EMBEDDER, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"pixels have shape \(1, 28, 28, 3\): expected \[B, 30, 30, 3\]"):

@@ -1,4 +1,4 @@
-"""AutoencoderKL against diffusers', in float32 on random weights."""
+"""Compares AutoencoderKL with diffusers', on random float32 weights."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ encode, decode = nnx.jit(AutoencoderKL.encode), nnx.jit(AutoencoderKL.decode)
 
 
 def relative_error(ours: jax.Array, theirs: "torch.Tensor") -> float:
-    """Largest difference over largest value; `theirs` has its channels second."""
+    """Return the largest difference, relative to the largest value; `theirs` has channels first."""
     theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
     assert ours.shape == theirs.shape
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
@@ -48,7 +48,7 @@ def channels_first(x: np.ndarray) -> "torch.Tensor":
 
 
 def make_pair(config, folder):
-    """diffusers' model with every weight random (norms and biases too), and ours loaded from its folder."""
+    """Return diffusers' model with random weights (norms and biases too), and ours, loaded from its folder."""
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL.from_config(config.to_dict()).eval()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_gradients_of_both_halves(tmp_path):
 
 
 def test_attention_in_chunks_is_attention(monkeypatch):
-    monkeypatch.setattr(vae_module, "QUERY_CHUNK", 8)  # 30 queries: three chunks and a rest
+    monkeypatch.setattr(vae_module, "QUERY_CHUNK", 8)  # 30 queries: three full chunks and a smaller one
     query, key, value, weights = np.random.default_rng(0).normal(size=(4, 2, 30, 16)).astype(np.float32)
 
     def one_head(*qkv):
@@ -166,12 +166,12 @@ def test_config_of_diffusers_is_read_and_written():
         ({"block_out_channels": [32, 48]}, r"block_out_channels is \[32, 48\]: expected one or more multiples of"),
     ],
 )
-def test_bad_configs_are_told(content, message):
+def test_bad_configs_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig.from_dict(content)
 
 
-def test_bad_shapes_are_told():
+def test_bad_shapes_are_refused():
     vae = AutoencoderKL(SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"images have shape \(1, 17, 16, 3\): .* H and W multiples of 2"):
         vae.encode(jnp.zeros((1, 17, 16, 3)))
