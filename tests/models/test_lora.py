@@ -73,7 +73,7 @@ def make_flux(**lora):
 
 
 def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype=jnp.float32, seed=0, **lora):
-    """Create a module whose attribute `layer` is a linear layer with random experts."""
+    """Return a linear layer with random experts; its module name is `layer`."""
     model = nnx.Dict(
         layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
