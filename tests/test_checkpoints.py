@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are kept, found and forgotten, what they are read into, and the names in them."""
+"""Checkpoints on disk: which ones are kept, found and deleted, how they are restored, and their names of leaves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ ABOUT = {"config": {}, "base": "b"}
 
 
 def saved(root, steps, **where):
-    """Checkpoints of these steps; the object is left open."""
+    """Save checkpoints of these steps; return the open `Checkpoints`."""
     checkpoints = Checkpoints(root, **where)
     for step in steps:
         checkpoints.save(step, {"w": jnp.full(2, float(step))}, position=step, **ABOUT)
-    checkpoints.latest()  # waits
+    checkpoints.latest()  # waits for the saves
     return checkpoints
 
 
@@ -36,17 +36,17 @@ def names(folder):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def test_what_was_saved_after_a_step_is_forgotten(tmp_path):
+def test_checkpoints_after_a_step_are_deleted(tmp_path):
     checkpoints = saved(tmp_path, [2, 4, 6], folder=BEST_DIR)
     checkpoints.delete_after(4)
     assert checkpoints.latest().name == "4"
-    checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **ABOUT)  # a run that comes by again may save there
+    checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **ABOUT)  # the resumed run saves this step again
     assert checkpoints.latest().name == "5"
     checkpoints.close()
     assert names(tmp_path / BEST_DIR) == [2, 4, 5]
 
 
-def test_the_latest_is_found_and_the_best_where_there_is_no_other(tmp_path):
+def test_the_latest_is_found_and_the_best_if_there_is_no_other(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
     saved(tmp_path, [7], folder=BEST_DIR, limit=1).close()
@@ -66,7 +66,7 @@ def test_only_the_newest_are_kept(tmp_path):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """A state with the field whose name on disk is another."""
+    """A state with the field that has another name on disk."""
 
     trainable: Any
     old_params: Any
@@ -75,7 +75,7 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StateOf01:
-    """The same as releases before 0.2 call it."""
+    """The same state with the field names of releases before 0.2."""
 
     trainable: Any
     snapshot: Any
@@ -86,19 +86,19 @@ def weights(value):
 
 
 def save_state(folder, state) -> Path:
-    """Save a state as step 1; the checkpoint's folder."""
+    """Save a state as step 1; return the checkpoint's folder."""
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, state, position=1, **ABOUT)
     checkpoints.close()
     return find_checkpoint(folder)
 
 
-def assert_equal_trees(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_old_params_have_on_disk_the_name_that_older_releases_know(tmp_path):
+def test_old_params_have_the_name_on_disk_of_older_releases(tmp_path):
     checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
     names = {"flux/kernel", "router/bias"}
     assert set(read_metadata(checkpoint).geometry) == {
@@ -122,8 +122,8 @@ def test_a_part_of_a_state_is_read_by_its_name_in_code_or_on_disk(tmp_path, part
     assert_equal_trees(router, weights(2.0)["router"])
 
 
-def test_a_name_on_disk_is_that_of_a_part_alone(tmp_path):
-    """A leaf of this name further down keeps it."""
+def test_only_parts_of_a_state_have_another_name_on_disk(tmp_path):
+    """A leaf with this name deeper in the state keeps its name."""
     checkpoint = save_state(tmp_path, {"trainable": {"old_params": jnp.ones(2)}})
     assert set(read_metadata(checkpoint).geometry) == {"trainable/old_params"}
 

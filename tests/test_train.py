@@ -1,4 +1,4 @@
-"""What the entry tells without a traceback."""
+"""Errors that `ra_jax.train` prints without a traceback."""
 
 import logging
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from ra_jax.training import loop
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (RewardError("unknown reward 'x'"), "error: unknown reward 'x'"),
         (JaxRuntimeError("INTERNAL: CpuCallback error\nRewardError: reward 'mine' raised KeyError: 3\nmore"), "mine"),
@@ -21,7 +21,7 @@ from ra_jax.training import loop
         (FloatingPointError("train_loss is nan"), "error: train_loss is nan"),
     ],
 )
-def test_what_a_user_can_mend_is_told_in_words(monkeypatch, error, told):
+def test_errors_that_a_user_can_fix_are_printed_without_a_traceback(monkeypatch, error, message):
     def fail(config):
         raise error
 
@@ -30,10 +30,10 @@ def test_what_a_user_can_mend_is_told_in_words(monkeypatch, error, told):
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(SystemExit) as ended:
         train.main([])
-    assert told in ended.value.code
+    assert message in ended.value.code
 
 
-def test_another_fault_keeps_its_traceback(monkeypatch):
+def test_another_error_keeps_its_traceback(monkeypatch):
     def fail(config):
         raise JaxRuntimeError("INTERNAL: something else")
 

@@ -1,18 +1,27 @@
-"""A program that tests start: the first steps of a run on fake CPU devices, launched in one way after another.
+"""A program that tests start: takes the first steps of a run on fake CPU devices, with one partitioner after another.
 
     python fake_devices.py JOB.json
 
-JOB: {"devices": of this process, "config": flat settings, "steps": n, "launches": {name: flags}, "folder": where
-`<name>.npz` (losses [steps], every leaf of the state after them) and the checkpoint `<name>/checkpoints/<steps>` go,
-"process": [address, processes, this one's number] or null, "checkpoints": {name: folder} of other programs}. Every
-launch then restores every other's checkpoint, and those. Prints a JSON line:
+JOB.json has the keys
 
-    places    {launch: {leaf: how its dimensions are divided}}, of state, base and batch
-    restored  {"name in launch": the leaves whose values or places differ from what they should be}
-    local     {launch: on how many devices the state's `Partitioner.addressable` is}
-    attention {launch: the implementation that was chosen}
-    gathered  {launch: [stacked parameters divided over fsdp alone, those of which one block is gathered whole]}, by
-              the shapes of the compiled step's all-gathers
+    devices      number of devices of this process
+    config       flat settings
+    steps        number of steps
+    launches     {name: flags}, where the flags select a partitioner
+    folder       output folder, for `<name>.npz` (losses [steps], and every leaf of the state after the steps) and for
+                 the checkpoint `<name>/checkpoints/<steps>`
+    process      [address, number of processes, number of this process], or null for a single process
+    checkpoints  {name: folder} with checkpoints of other programs
+
+Every partitioner then restores the checkpoints of all others and those of other programs. The program prints a line of
+JSON, in which `name` is a key of `launches`:
+
+    places     {name: {leaf: axes that shard each dimension}} for the leaves of state, base and batch
+    restored   {"other name in name": leaves whose restored values or shardings are wrong}
+    local      {name: number of devices that hold the state of `Partitioner.addressable`}
+    attention  {name: attention implementation}
+    gathered   {name: [number of stacked parameters that are sharded over fsdp alone, number of those of which one whole
+               block is gathered]}, from the shapes of the all-gathers in the compiled step
 """
 
 import json
@@ -30,8 +39,8 @@ import jax  # noqa: E402 (the flags come first)
 import numpy as np  # noqa: E402
 
 if jax.__version_info__ < (0, 11):
-    # Compiling is most of the time here. On JAX 0.12 replicas differed from one device by 1.2e-5 without LLVM's
-    # optimizations, and by 5e-6 with them, as a run has them.
+    # Most of the time here is compilation. JAX 0.12 keeps the optimizations of a run: without LLVM's optimizations,
+    # replicas differed from one device by 1.2e-5 there, and with them by 5e-6.
     jax.config.update("jax_disable_most_optimizations", True)
 if job["process"]:
     address, count, number = job["process"]
@@ -47,7 +56,7 @@ from ra_jax.parallel.partitioning import STACKED, named_leaves  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.step.train_step import make_train_step  # noqa: E402
 
-block_loop.UNROLL_UP_TO = 0  # the loop over blocks, as at full size; it compiles sooner, too
+block_loop.UNROLL_UP_TO = 0  # loops over blocks, as in the full model; this also compiles faster
 folder, make_partitioner = Path(job["folder"]), setting_up.make_partitioner
 implementation_for, chosen = weights_of.implementation_for, []
 
@@ -65,7 +74,7 @@ def values_of(tree) -> dict[str, np.ndarray]:
 
 
 def spec_of(x: jax.Array) -> list:
-    """The axes that divide each dimension, without what is None at the end."""
+    """Return the axes that shard each dimension, without trailing None."""
     spec = [list(axes) if isinstance(axes, tuple) else axes for axes in x.sharding.spec]
     while spec and spec[-1] is None:
         spec.pop()
@@ -73,7 +82,7 @@ def spec_of(x: jax.Array) -> list:
 
 
 def run(name: str, flags: dict):
-    """(one copy of the state after the steps, places, devices of `local`, `gathered_blocks`) with files written."""
+    """Take the steps and write the files; return one copy of the state, `places`, `local` and `gathered`."""
     config = from_flat_dict(job["config"] | {"output_dir": str(folder / name)} | flags)
     setup = setting_up.set_up(config)
     state, partitioner, losses, program = setup.state, setup.partitioner, [], None
@@ -97,7 +106,7 @@ def run(name: str, flags: dict):
 
 
 def gathered_blocks(weights, hlo: str) -> list[int]:
-    """How many parameters are divided so, and of how many one block is the result of an all-gather."""
+    """Count the parameters that are sharded over fsdp alone, and those of which an all-gather returns one block."""
     results = {shape.removeprefix("1,") for shape in re.findall(r"= f32\[([0-9,]*)\][^ ]* all-gather\(", hlo)}
     blocks = [
         ",".join(map(str, x.shape[1:]))
@@ -108,7 +117,7 @@ def gathered_blocks(weights, hlo: str) -> list[int]:
 
 
 def differences(checkpoint: Path, like, expected: dict[str, np.ndarray]) -> list[str]:
-    """Leaves that are not restored as they were saved, or not to the places of `like`."""
+    """Return the leaves whose restored values differ from `expected`, or their shardings from those of `like`."""
     restored = restore(checkpoint, like)
     places = {leaf: x.sharding for leaf, x in named_leaves(like).items()}
     values = values_of(restored)
@@ -125,13 +134,13 @@ for name, flags in job["launches"].items():
     states[name], places[name], local[name], gathered[name] = run(name, flags)
     setting_up.make_partitioner = make_partitioner
     attention[name] = chosen[-1]
-found = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
+folders = {name: folder / name for name in states} | {name: Path(at) for name, at in job["checkpoints"].items()}
 restored = {}
 for partitioner, state in states.items():
-    for name, at in found.items():
+    for name, at in folders.items():
         if name != partitioner:
             with np.load(at.with_suffix(".npz")) as saved:
                 checkpoint = at / "checkpoints" / str(job["steps"])
                 restored[f"{name} in {partitioner}"] = differences(checkpoint, state, saved)
-told = {"places": places, "restored": restored, "local": local, "attention": attention, "gathered": gathered}
-print(json.dumps(told))
+report = {"places": places, "restored": restored, "local": local, "attention": attention, "gathered": gathered}
+print(json.dumps(report))

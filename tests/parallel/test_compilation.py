@@ -1,4 +1,4 @@
-"""The memory of devices, and the folder of compiled programs."""
+"""The memory of devices, and the cache folder of compiled programs."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 from ra_jax.parallel.compilation import device_memory, enable_compilation_cache
 
 
-def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
+def test_processes_use_the_memory_of_the_smallest_device(monkeypatch):
     own = device_memory()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, x - 1000]))
@@ -17,7 +17,7 @@ def test_processes_take_the_room_of_the_smallest_device(monkeypatch):
 
 @pytest.fixture
 def cache_dir():
-    """The folder of the session's compiled programs, which comes back after the test."""
+    """The cache folder of the test session, which is restored after the test."""
     before = jax.config.jax_compilation_cache_dir
     yield before
     jax.config.update("jax_compilation_cache_dir", before)

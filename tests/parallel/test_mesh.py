@@ -1,4 +1,4 @@
-"""Meshes that fit their devices and those that are refused; what is shared out over a mesh, and how it is named."""
+"""Meshes that fit their devices and meshes that do not, and the sharding of parameters by name."""
 
 from dataclasses import dataclass
 
@@ -35,21 +35,21 @@ BLOCK = "trainable/flux/transformer_blocks"
         (f"{BLOCK}/norm1/linear/kernel", (19, 64, 384), P(None, "fsdp", None)),
         ("opt_state/1/0/mu/flux/transformer_blocks/attn/to_q/lora_a", (19, 64, 12), P(None, "fsdp", None)),
         ("frozen/flux/x_embedder/kernel", (384, 64), P("fsdp", None)),
-        ("frozen/flux/x_embedder/kernel", (6, 64), P(None, None)),  # fsdp does not divide it
+        ("frozen/flux/x_embedder/kernel", (6, 64), P(None, None)),  # fsdp does not divide 6
         ("frozen/vae/encoder/conv_in/kernel", (3, 3, 4, 128), P()),
         ("trainable/router/hidden/kernel", (66, 32), P()),
         ("step", (), P()),
     ],
 )
-def test_the_table_divides_parameters_and_what_has_their_names(name, shape, spec):
+def test_the_table_shards_parameters_and_arrays_with_their_names(name, shape, spec):
     assert partition_spec(name, shape, SIZES) == spec
 
 
-def test_axes_of_one_device_divide_nothing():
+def test_axes_of_one_device_shard_nothing():
     assert partition_spec(f"{BLOCK}/attn/to_q/kernel", (19, 64, 64), SIZES | {"fsdp": 1}) == P(None, None, "tensor")
 
 
-def test_a_mesh_that_does_not_make_up_the_devices_is_refused():
+def test_a_mesh_of_another_number_of_devices_is_refused():
     devices = jax.devices() * 8
     with pytest.raises(ConfigError, match=r"--mesh_fsdp 3 .*make 6 devices, and there are 8.* of 1, 2, 4, 8"):
         make_mesh(-1, 3, devices=devices)
@@ -72,17 +72,17 @@ def test_batches_and_heads_that_a_mesh_does_not_divide_are_refused():
         check_width(mesh, 30)
 
 
-@pytest.mark.parametrize(("heads", "told"), [(9, "--mesh_tensor 2 does not"), (2, "--mesh_fsdp 8 does not")])
-def test_a_launch_refuses_what_its_mesh_does_not_divide(heads, told):
+@pytest.mark.parametrize(("heads", "message"), [(9, "--mesh_tensor 2 does not"), (2, "--mesh_fsdp 8 does not")])
+def test_a_partitioner_refuses_a_transformer_that_its_mesh_does_not_divide(heads, message):
     partitioner = MeshPartitioner(AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor")))
     flux = FluxConfig(num_attention_heads=heads, attention_head_dim=14, axes_dims_rope=(4, 4, 6))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         partitioner.check(heads=flux.num_attention_heads, width=flux.inner_dim)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What JAX's meshes look at of a device."""
+    """The attributes of a device that JAX reads to build a mesh."""
 
     id: int
     slice_index: int
@@ -99,12 +99,12 @@ def test_slices_of_chips_are_joined_by_data_and_nodes_of_gpus_by_any_axis():
     uneven = [Chip(i, i // 3, "gpu") for i in range(4)]
     assert make_mesh(devices=uneven).shape == {"data": 4, "fsdp": 1, "tensor": 1}
     slices = [Chip(i, i // 4, "tpu") for i in range(8)]
-    told = r"2 slices of 4 chips .* is 1; give --mesh_data 2 --mesh_fsdp 2 --mesh_tensor 2$"
-    with pytest.raises(ConfigError, match=told):
+    message = r"2 slices of 4 chips .* is 1; give --mesh_data 2 --mesh_fsdp 2 --mesh_tensor 2$"
+    with pytest.raises(ConfigError, match=message):
         make_mesh(fsdp=4, tensor=2, devices=slices)
 
 
-def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
+def test_pmap_uses_no_mesh_and_shards_whole_conditions():
     with pytest.raises(ConfigError, match="uses no mesh: leave --mesh_data, --mesh_fsdp and --mesh_tensor out"):
         make_partitioner(ParallelConfig(parallelism="pmap", mesh_fsdp=2))
     assert list(make_partitioner(ParallelConfig(parallelism="pmap")).rows(3)) == [0, 1, 2]
@@ -112,7 +112,7 @@ def test_pmap_knows_no_mesh_and_shares_out_whole_conditions():
         PmapPartitioner(AbstractMesh((4,), ("replica",))).rows(6)
 
 
-def test_heads_are_looked_at_before_any_weights_are_read(make_config, monkeypatch):
+def test_heads_are_checked_before_any_weights_are_read(make_config, monkeypatch):
     def refuse(self, *, heads, width):
         raise ConfigError(f"{heads} heads")
 
@@ -124,16 +124,16 @@ def test_heads_are_looked_at_before_any_weights_are_read(make_config, monkeypatc
 
 @pytest.mark.parametrize(("size", "calls"), [(1, 1), (4, 3), (6, 6), (100, 6)])
 def test_microbatches_are_of_the_largest_size_that_divides_the_rows(size, calls):
-    """calls: rows that the function sees at once."""
-    seen = []
+    """`calls` is the number of rows in each call of the function."""
+    row_counts = []
 
     def double(x):
-        seen.append(x.shape[0])
+        row_counts.append(x.shape[0])
         return 2.0 * x
 
     x = jnp.arange(18.0).reshape(6, 3)
     np.testing.assert_array_equal(map_microbatches(double, x, size), 2 * x)
-    assert set(seen) == {calls}
+    assert set(row_counts) == {calls}
 
 
 def test_weights_that_do_not_fit_a_device_are_refused_under_pmap(make_config, monkeypatch):

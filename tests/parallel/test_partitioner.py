@@ -1,4 +1,4 @@
-"""Launches: the same steps on fake CPU devices, whatever the mesh, under pmap and over two processes."""
+"""Partitioners: the same steps on fake CPU devices with several meshes, under pmap and in two processes."""
 
 import json
 import socket
@@ -19,7 +19,8 @@ from ra_jax.training.setup import set_up
 
 PROGRAM = Path(__file__).with_name("fake_devices.py")
 STEPS = 5
-# Adam divides a gradient by its size: with a tiny ε, gradients that are rounding alone move weights by whole steps.
+# Adam divides a gradient by its magnitude. With a tiny ε, gradients that consist of rounding errors would change the
+# weights by full steps.
 STEADY = {"learning_rate": 1e-3, "adam_epsilon": 1e-3}
 LAUNCHES = {
     "one": {"one_device": True},
@@ -28,9 +29,9 @@ LAUNCHES = {
     "2x2x2": {"mesh_fsdp": 2, "mesh_tensor": 2},
     "pmap": {"parallelism": "pmap"},
 }
-KERNEL = "1/flux/transformer_blocks/attn/to_q/kernel"  # of the frozen base, [L, in, out]
-MOMENT = "0/opt_state/"  # of the optimizer
-PHOTOS = "2/source"  # of the batch, [A, B, h, w, 3]
+KERNEL = "1/flux/transformer_blocks/attn/to_q/kernel"  # in the frozen base, [L, in, out]
+MOMENT = "0/opt_state/"  # in the optimizer state
+PHOTOS = "2/source"  # in the batch, [A, B, h, w, 3]
 
 
 def start(folder, config, launches, *, devices=8, steps=STEPS, process=None, checkpoints=None) -> subprocess.Popen:
@@ -41,15 +42,18 @@ def start(folder, config, launches, *, devices=8, steps=STEPS, process=None, che
 
 
 def finish(*programs) -> list[dict]:
-    """What they print, once all have ended well."""
+    """Wait for the programs, check that all succeed, and return the reports that they print."""
     outputs = [program.communicate(timeout=500)[0] for program in programs]
     assert [program.returncode for program in programs] == [0] * len(programs)
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def compare(folder, name, reference) -> None:
-    """Losses and every leaf within 1e-5, relative to the leaf's norm; the optimizer's mean of gradients within 3e-5, of
-    their squares within twice that."""
+    """Compare losses and leaves with the reference.
+
+    Losses agree within 1e-5, leaves within 1e-5 of the leaf's norm. The limit is 3e-5 for the optimizer's mean of
+    gradients, and twice that for its mean of squared gradients.
+    """
     with np.load(folder / f"{name}.npz") as ours, np.load(reference) as theirs:
         assert set(ours) == set(theirs)
         np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
@@ -81,15 +85,15 @@ def human(make_config_in, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name != "one"])
-def test_every_launch_takes_the_same_human_scored_steps(human, name):
+def test_all_partitioners_take_the_same_human_scored_steps(human, name):
     compare(human.folder, name, human.folder / "one.npz")
 
 
 @pytest.mark.slow
-def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
+def test_weights_optimizer_and_batch_are_sharded_by_the_partitioner(human):
     places = human.report["places"]
     moments = {leaf for leaf in places["2x4"] if leaf.startswith(MOMENT) and leaf.endswith("attn/to_q/lora_a")}
-    assert len(moments) == 4  # two of each kind of block
+    assert len(moments) == 4  # two moments for each of the two kinds of blocks
     shared = [None, ["data", "fsdp"]]
     expected = {
         "8x1": ([], [], shared),
@@ -101,18 +105,18 @@ def test_weights_optimizer_and_batch_are_divided_as_the_launch_says(human):
         assert places[name][KERNEL] == kernel
         assert [places[name][leaf] for leaf in moments] == [moment] * 4
         assert places[name][PHOTOS] == photos
-    # What previews and drift are computed with: of replicas, one.
+    # Previews and drift use the weights on a mesh, or those of one replica.
     assert human.report["local"] == {"one": 1, "8x1": 8, "2x4": 8, "2x2x2": 8, "pmap": 1}
 
 
 @pytest.mark.slow
-def test_no_loop_over_heads_where_devices_may_share_them(human):
+def test_there_is_no_loop_over_heads_on_a_mesh(human):
     alone = {"one": "by_head", "pmap": "by_head"}
     assert human.report["attention"] == dict.fromkeys(LAUNCHES, "xla") | alone
 
 
 @pytest.mark.slow
-def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
+def test_blocks_are_gathered_only_if_weights_are_sharded(human):
     gathered = human.report["gathered"]
     assert gathered["one"] == gathered["8x1"] == gathered["pmap"] == [0, 0]
     for name in ("2x4", "2x2x2"):
@@ -121,7 +125,7 @@ def test_a_block_is_gathered_where_weights_are_divided_and_only_there(human):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_each_launch_restores_in_each_other(human):
+def test_a_checkpoint_of_each_partitioner_restores_in_all_others(human):
     restored = human.report["restored"]
     assert len(restored) == len(LAUNCHES) * (len(LAUNCHES) - 1)
     assert not any(restored.values()), restored
@@ -138,12 +142,12 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
         start(tmp_path, config, {"two": {"mesh_fsdp": 2}}, devices=2, process=[address, 2, i], checkpoints=others)
         for i in range(2)
     ]
-    told = finish(*programs)
-    assert told[0] == told[1]
-    assert told[0]["places"]["two"][KERNEL] == [None, "fsdp"]
-    assert told[0]["restored"] == {f"{name} in two": [] for name in others}
+    reports = finish(*programs)
+    assert reports[0] == reports[1]
+    assert reports[0]["places"]["two"][KERNEL] == [None, "fsdp"]
+    assert reports[0]["restored"] == {f"{name} in two": [] for name in others}
     compare(tmp_path, "two", folder / "one.npz")
-    # And what the two saved together goes on in one process.
+    # One process can restore the checkpoint that the two processes saved together.
     setup = set_up(from_flat_dict(config | {"output_dir": str(tmp_path / "again")}))
     restored = restore(tmp_path / "two/checkpoints" / str(STEPS), setup.state)
     with np.load(tmp_path / "two.npz") as saved:
@@ -152,7 +156,7 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_launch_takes_the_same_steps_on_automatic_rewards(make_automatic_config, photo_flags, tmp_path):
+def test_all_partitioners_take_the_same_steps_on_automatic_rewards(make_automatic_config, photo_flags, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
     config = to_flat_dict(make_automatic_config(**flags, **photo_flags, **STEADY))
     launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
@@ -162,7 +166,7 @@ def test_every_launch_takes_the_same_steps_on_automatic_rewards(make_automatic_c
 
 
 def test_replicas_on_one_device_have_the_same_base(make_config):
-    """There a mesh's base has a few blocks apart, and so have they, behind their own axis."""
+    """On one device the base has one array per block. Replicas have the same, with a leading replica axis."""
     mesh, replicas = (
         set_up(make_config(parallelism=parallelism, overwrite_output_dir=True)) for parallelism in ("mesh", "pmap")
     )
@@ -171,7 +175,7 @@ def test_replicas_on_one_device_have_the_same_base(make_config):
     assert any(isinstance(leaf, tuple) for leaf in leaves)
 
 
-def test_traces_are_forgotten_where_they_take_memory_of_the_devices():
+def test_caches_are_cleared_on_the_cpu_only():
     traced = []
     double = jax.jit(lambda x: traced.append(x) or 2 * x)
     double(1.0)

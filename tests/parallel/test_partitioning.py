@@ -1,4 +1,4 @@
-"""What a traced program is told of places: a mesh that is only thought of is enough."""
+"""Sharding constraints in traced programs; an abstract mesh without devices is enough."""
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,20 @@ def trace_constraints():
     return trace
 
 
-def test_records_are_shared_out_where_the_devices_divide_them(trace_constraints):
+def test_records_are_sharded_if_the_devices_divide_them(trace_constraints):
     batch = P(("data", "fsdp"))
     assert trace_constraints(shard_batch, (jnp.zeros((16, 3)), jnp.zeros(8))) == [batch, batch]
     assert trace_constraints(lambda x: shard_batch(x, axis=1), jnp.zeros((3, 16))) == [P(None, ("data", "fsdp"))]
-    assert trace_constraints(shard_batch, jnp.zeros((3, 16))) == []  # a preview's
+    assert trace_constraints(shard_batch, jnp.zeros((3, 16))) == []  # such as the batch of a preview
 
 
 def test_a_blocks_parameters_are_gathered_from_fsdp_and_stay_on_tensor(trace_constraints):
     block = {"attn": {"to_q": {"kernel": jnp.zeros((64, 64)), "lora_a": jnp.zeros((64, 12))}}}
     assert trace_constraints(gather_params, block) == [P(None, "tensor"), P(None, None)]
     model = {"x_embedder": {"kernel": jnp.zeros((384, 64))}, "transformer_blocks": {"stacked": jnp.zeros((2, 64, 64))}}
-    assert trace_constraints(gather_params, model) == [P(None, None)]  # of the blocks each is gathered on its turn
+    assert trace_constraints(gather_params, model) == [P(None, None)]  # stacked blocks are not gathered here
 
 
-def test_without_a_mesh_nothing_is_asked_for():
+def test_without_a_mesh_there_are_no_constraints():
     jaxpr = jax.make_jaxpr(lambda x: shard_batch(gather_params({"kernel": x})))(jnp.zeros((16, 16)))
     assert not jaxpr.eqns

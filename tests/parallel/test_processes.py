@@ -1,4 +1,4 @@
-"""Which launchers are recognised, and what they must not be mistaken for."""
+"""Detection of launchers, assignment of GPUs, and runs of several processes."""
 
 import os
 import signal
@@ -21,7 +21,10 @@ from ra_jax.reporting.trackers import read_rows
 
 @pytest.fixture
 def make_machine(tmp_path, monkeypatch):
-    """make_machine(libtpu, *devices) -> a function from a path to where it is on a machine with these device files."""
+    """A function that makes a machine with or without libtpu and with the given device files.
+
+    The machine is a function from the path of a device file to its Path.
+    """
 
     def make(libtpu: bool, *devices: str):
         monkeypatch.setattr(distributed, "find_spec", lambda name: object() if libtpu else None)
@@ -33,7 +36,7 @@ def make_machine(tmp_path, monkeypatch):
     return make
 
 
-def test_launchers_tell_by_their_number_of_processes(make_machine):
+def test_launchers_are_detected_by_their_number_of_processes(make_machine):
     at = make_machine(False)
     assert detect_launcher({"SLURM_STEP_NUM_TASKS": "4"}, at) == "Slurm"
     assert detect_launcher({"OMPI_COMM_WORLD_SIZE": "2"}, at) == "Open MPI"
@@ -44,7 +47,7 @@ def test_launchers_tell_by_their_number_of_processes(make_machine):
 def test_a_tpu_machine_has_libtpu_its_device_files_and_may_use_them(make_machine):
     assert detect_launcher({}, make_machine(True, "/dev/vfio/0")) == "a TPU machine"
     assert detect_launcher({"JAX_PLATFORMS": "cpu"}, make_machine(True, "/dev/vfio/0")) is None
-    assert detect_launcher({}, make_machine(False, "/dev/vfio/0")) is None  # somebody else's devices
+    assert detect_launcher({}, make_machine(False, "/dev/vfio/0")) is None  # devices of another kind
 
 
 def test_processes_of_a_machine_share_its_gpus(tmp_path):
@@ -64,7 +67,7 @@ def test_processes_of_a_machine_share_its_gpus(tmp_path):
     assert local_gpu_ids(slurm("1,4", **eight), tmp_path) == [2, 3]
     assert local_gpu_ids(slurm("8", SLURM_NODEID="0", CUDA_VISIBLE_DEVICES="3"), tmp_path) == [
         0
-    ]  # the others have others
+    ]  # each process has GPUs of its own
     assert local_gpu_ids(slurm("2(x2)", SLURM_GPUS_PER_TASK="2", CUDA_VISIBLE_DEVICES="0,1"), tmp_path) == [0, 1]
     assert local_gpu_ids(slurm("2(x2)", CUDA_VISIBLE_DEVICES=""), tmp_path) is None
     assert local_gpu_ids(slurm("1(x4)"), tmp_path / "none") is None
@@ -73,12 +76,12 @@ def test_processes_of_a_machine_share_its_gpus(tmp_path):
     assert local_gpu_ids(eight, tmp_path) is None
 
 
-def test_slurms_way_to_say_how_many_tasks_nodes_have():
+def test_slurms_list_of_tasks_per_node_is_parsed():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("16") == [16]
 
 
-def test_an_open_mpi_that_jax_does_not_recognize_is_told_what_to_say(monkeypatch):
+def test_an_open_mpi_that_jax_does_not_recognize_is_an_error(monkeypatch):
     for name in (*distributed.LAUNCHERS, distributed.OPEN_MPI_ADDRESS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
@@ -86,7 +89,7 @@ def test_an_open_mpi_that_jax_does_not_recognize_is_told_what_to_say(monkeypatch
         distributed.initialize(ParallelConfig())
 
 
-def test_a_coordinator_that_cannot_be_is_refused():
+def test_an_unusable_coordinator_address_is_refused():
     with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host cannot be resolved here"):
         check_address("nobody.invalid:1234", serves=False)
     with socket.create_server(("", 0)) as taken:
@@ -99,7 +102,7 @@ def test_a_coordinator_that_cannot_be_is_refused():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
-    """Process 0 alone writes, previews are drawn by both, and SIGTERM to process 1 ends both with a checkpoint."""
+    """Only process 0 writes, both draw the previews, and SIGTERM to process 1 ends both with a checkpoint."""
     previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
     standard = {"use_grpo": False, "use_human_scores": False, "enable_grpo_rewards": False, "enable_grpo_loss": False}
     config = make_config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
@@ -124,13 +127,13 @@ def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
             break
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGTERM)
-    told = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, told
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, logs
     steps = [row["step"] for row in read_rows(metrics)]
     assert steps == list(range(1, len(steps) + 1))
     assert read_metadata(find_checkpoint(run)).position == len(steps)
     assert [path.name for path in (run / "previews").iterdir()] == ["step_000000.png"]
-    assert "preview: " in told[0] and "preview: " not in told[1]
+    assert "preview: " in logs[0] and "preview: " not in logs[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Processes that do not have the same plan do not begin."""
+"""A run does not start if its processes have different plans."""
 
 import shutil
 import zlib
@@ -16,7 +16,7 @@ from ra_jax.training.setup import set_up
 
 @pytest.fixture
 def add_process(monkeypatch):
-    """add_process(plan): from now on there is another process, which has this plan."""
+    """A function that simulates a second process, which has the given plan."""
 
     def use(plan):
         other = np.asarray([zlib.crc32(repr(part).encode()) for part in plan.values()], np.uint32)
@@ -26,7 +26,7 @@ def add_process(monkeypatch):
     return use
 
 
-def test_processes_with_other_plans_are_refused(add_process):
+def test_processes_with_different_plans_are_refused(add_process):
     plan = {"records": [1, 2], "settings": {"a": 1}}
     check_same_plan(plan | {"records": [2]})
     add_process(plan)
@@ -37,7 +37,7 @@ def test_processes_with_other_plans_are_refused(add_process):
         check_same_plan({"records": [], "settings": {}})
 
 
-def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, scored_scenes, tmp_path, add_process):
+def test_a_plan_depends_on_file_contents_and_not_on_paths(make_config, scored_scenes, tmp_path, add_process):
     config = make_config()
     records = load_training_records(config)
     plan = run_signature(config, records, records, None)
@@ -61,7 +61,7 @@ def test_a_plan_is_of_what_the_files_say_and_not_of_where_they_lie(make_config, 
 
 def test_processes_with_another_base_are_refused(make_config, monkeypatch):
     def gather(own):
-        """The other process has the same plan, and another base."""
+        """Simulates another process with the same plan and another base."""
         return np.stack([own, own if own.size > 1 else own + 1])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -24,7 +24,7 @@ STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step t
 
 
 def updates_of(setup, steps=2, drift=0):
-    """State after so many steps, and of each the metrics of every update [updates] and of the step."""
+    """Take steps; return the state, and for each step the metrics of its updates [updates] and of the step itself."""
     settings = replace(setup.step_settings, drift_interval=drift)
     program = StepProgram(setup.objective, setup.optimizer, settings)
 
@@ -44,18 +44,19 @@ def updates_of(setup, steps=2, drift=0):
 
 
 def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(make_automatic_config, find_changed_leaves):
-    """ρ is exactly 1 in the first update, whose parameters are the old policy, and moves in the second."""
+    """The ratio ρ is exactly 1 in the first update, whose weights are the old policy, and not in the second."""
     setup = set_up(make_automatic_config(adam_weight_decay=0.0))
     frozen, before = jax.tree.map(np.array, (setup.frozen, setup.state.trainable))
     state, rows = updates_of(setup, drift=1)
     assert find_changed_leaves(frozen, setup.frozen) == set()
     assert find_changed_leaves(before, state.trainable) == set(named_leaves(before))
-    assert state.old_params is None  # the weights that a step begins with are its old policy
+    assert state.old_params is None  # the weights before a step are its old policy
     for updates, _ in rows:
         assert updates["mean_ratio"][0] == 1.0 != updates["mean_ratio"][1]
         assert updates["approx_kl"][0] == 0.0 < updates["approx_kl"][1]
     assert rows[0][1]["kl_to_base"] == 0.0 < rows[1][1]["kl_to_base"]
-    # The router's running mean moves once a step, by the gates of its last update (both conditions count alike).
+    # The router's running mean is updated once per step, with the gates of the last update. Both conditions have
+    # equal weight.
     mean = np.full(3, 1 / 3)
     for updates, _ in rows:
         mean = 0.9 * mean + 0.1 * np.asarray([updates[f"routing_expert_{i}_weight"][-1] for i in range(3)])
@@ -63,7 +64,7 @@ def test_a_step_leaves_the_base_and_changes_every_expert_and_the_router(make_aut
 
 
 def test_a_step_reports_the_ratio_of_its_last_update():
-    """In the first it is 1 by construction."""
+    """The ratio of the first update is always 1."""
     updates = {"mean_ratio": jnp.asarray([1.0, 0.8]), "clip_fraction": jnp.asarray([0.0, 0.5])}
     assert reduce_metrics(updates | {"base_loss": jnp.asarray([1.0, 2.0])}) == {
         "mean_ratio": np.float32(0.8),
@@ -72,10 +73,10 @@ def test_a_step_reports_the_ratio_of_its_last_update():
     }
 
 
-def test_the_draw_of_an_expert_joins_the_ratio_and_teaches_the_router(
+def test_the_sampled_expert_is_part_of_the_ratio_and_trains_the_router(
     make_automatic_config, photo_flags, find_changed_leaves
 ):
-    """With one-hot gates and without the other losses, nothing else reaches the router."""
+    """The gates are one-hot and the other losses are off, so the router has no other source of gradients."""
     setup = set_up(
         make_automatic_config(routing="sample", diversity_loss_weight=0.0, adam_weight_decay=0.0, **photo_flags)
     )
@@ -89,7 +90,7 @@ def test_the_draw_of_an_expert_joins_the_ratio_and_teaches_the_router(
 def test_equal_parameters_give_equal_log_probabilities(
     make_automatic_config, photo_flags, with_optimizations, estimator, precision, bound
 ):
-    """The second update by weights that the first did not move, against the record that it left."""
+    """The second update, whose weights the first did not change, is compared with the old policy of the first."""
     flags = {"policy_estimator": estimator, "mixed_precision": precision, "policy_temperature": 1.0}
     for updates, _ in updates_of(set_up(make_automatic_config(**flags, **STILL, **photo_flags)))[1]:
         assert updates["mean_ratio"][0] == 1.0
@@ -111,9 +112,9 @@ def test_ten_steps_without_rewards_stop_the_run(make_automatic_config, monkeypat
         ),
     ):
         train(config)
-    told = [record.message for record in caplog.records if "falling back to simple loss" in record.message]
-    assert len(told) == 10 and "removal_score is nan" in told[0]
-    assert "lower --learning_rate" in told[0]
+    messages = [record.message for record in caplog.records if "falling back to simple loss" in record.message]
+    assert len(messages) == 10 and "removal_score is nan" in messages[0]
+    assert "lower --learning_rate" in messages[0]
     output = Path(config.run.output_dir)
     rows = read_rows(output / "metrics.jsonl")
     assert rows[-1]["step"] == 9 and rows[-1]["reward_fallbacks"] == 9.0
@@ -138,8 +139,8 @@ def test_a_python_function_as_reward(make_automatic_config, photo_flags, run_ste
         set_up(make_automatic_config(reward_functions=["my_rewards:wrong"]))
 
 
-def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(make_automatic_config, photo_flags):
-    """A whole run by nft, with previews, which have no truth to show."""
+def test_photos_without_results_train_with_rewards_that_need_none(make_automatic_config, photo_flags):
+    """A whole run with the estimator nft, and previews without ground truth."""
     flags = {"max_train_steps": 1, "policy_estimator": "nft", "kl_weight": 0.1}
     output = train(make_automatic_config(validation_steps=1, num_inference_steps=2, **flags, **photo_flags))
     (row,) = read_rows(output / "metrics.jsonl")
@@ -149,22 +150,22 @@ def test_photos_without_results_are_learnt_from_by_the_rewards_that_need_none(ma
     assert (output / "previews" / "step_000001.png").exists()
 
 
-def test_too_short_a_rollout_for_the_stochastic_steps(make_automatic_config):
+def test_a_rollout_that_is_too_short_for_its_noisy_steps_is_refused(make_automatic_config):
     with pytest.raises(ConfigError, match=r"rollout_steps = 2 with sde_window = 2.*raise --rollout_steps"):
         set_up(make_automatic_config(policy_estimator="sde", rollout_steps=2))
 
 
-def test_several_results_of_a_scene_are_warned_of(make_automatic_config, scored_scenes, caplog):
+def test_several_results_of_a_scene_cause_a_warning(make_automatic_config, scored_scenes, caplog):
     with caplog.at_level(logging.WARNING):
         set_up(make_automatic_config(train_json_path=str(scored_scenes / "labeled_dict.json")))
     assert "24 records of 6 scenes" in caplog.text
 
 
 @pytest.mark.parametrize(("ema_decay", "part"), [(0.0, "trainable"), (0.9, "ema")])
-def test_a_run_begins_with_another_runs_experts(
+def test_a_run_starts_with_another_runs_experts(
     make_automatic_config, find_changed_leaves, make_config_in, tmp_path, ema_decay, part
 ):
-    """Human-scored GRPO, then automatic GRPO from its experts (averaged, where it averaged), on the same base."""
+    """A human-scored run, then an automatic run from its experts, or from their average if the run has one."""
     human = make_config_in(tmp_path / "human", ema_decay=ema_decay)
     trained = set_up(human)
     moved = [jax.tree.map(lambda x, by=by: x + by, trained.state.trainable) for by in (0.1, 0.2)]
@@ -176,14 +177,14 @@ def test_a_run_begins_with_another_runs_experts(
     assert int(setup.state.step) == 0
 
 
-def test_experts_that_cannot_be_begun_with(make_automatic_config, tmp_path):
+def test_initial_experts_without_a_checkpoint_are_refused(make_automatic_config, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         set_up(make_automatic_config(init_experts_from=str(tmp_path)))
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_bit_for_bit(make_automatic_config, find_changed_leaves, interrupt_at):
-    """With rewards every other step, drawn experts, averages, several updates and a schedule."""
+    """The run has rewards at every other step, sampled experts, averaged weights, several updates and a schedule."""
     flags = {"routing": "sample", "reward_interval": 2, "ema_decay": 0.9, "lr_scheduler": "cosine"}
     flags |= {"max_train_steps": 4, "checkpointing_steps": 2}
     straight, stopped = make_automatic_config(**flags), make_automatic_config(**flags)

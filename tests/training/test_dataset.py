@@ -1,4 +1,4 @@
-"""The batches of each mode of training: what the loader brings to a step is what the schema says."""
+"""The batches of each training mode match the schema."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ LOADED = SimpleNamespace(model=SimpleNamespace(multiple=8), preprocess=lambda im
 
 
 def first_batch(config):
-    """The first batch of a run's steps, and the parts that it is to have."""
+    """Return the first training batch of a run, and the parts that it must have."""
     data = load_run_data(config)
     rows = np.arange(config.run.train_batch_size)
     batch = next(training_loader(config, data, LOADED, rows).iterate())
@@ -32,7 +32,7 @@ def standard(scored_scenes):
 
 @pytest.fixture(scope="module")
 def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
-    """A pack of the triplets with latents of zeros, made as training with "32,32" and float32 would."""
+    """A pack of the triplets whose latents are zeros, with the metadata of training with "32,32" and float32."""
     encoding = Encoding(encoders_fingerprint(str(tiny_fill), str(tiny_redux)), "32,32", "no")
     condition = {"masked_latents": np.zeros((32, 16), np.float32), "image_tokens": np.zeros((4, 32), np.float32)}
     encoder = SimpleNamespace(
@@ -52,7 +52,7 @@ def test_human_scored_batches(make_config):
     assert check_schema(batch, parts) == {"B": 8, "h": 32, "w": 32, "s": 28}
 
 
-def test_scores_without_rewards_only_weigh_imitation(make_config):
+def test_scores_without_rewards_only_weight_the_base_loss(make_config):
     batch, parts = first_batch(make_config(enable_grpo_rewards=False, enable_grpo_loss=False))
     assert parts == {"photos", "results", "redux", "training"}
     check_schema(batch, parts)
@@ -78,7 +78,7 @@ def test_batches_of_a_pack_with_latents(make_config, make_automatic_config, stan
     assert parts == {"results", "latents", "training"}
     sizes = check_schema(batch, parts)
     assert {letter: sizes[letter] for letter in ("N", "C4", "T", "D")} == {"N": 32, "C4": 16, "T": 4, "D": 32}
-    batch, parts = first_batch(make_automatic_config(**packed))  # rewards are of photos
+    batch, parts = first_batch(make_automatic_config(**packed))  # rewards need the photos
     assert parts == {"photos", "results", "latents", "training"}
     check_schema(batch, parts)
 
@@ -99,7 +99,7 @@ def test_values_of_records_are_those_of_the_schema(make_config, flags):
         assert values.shape == VALUES[name].sized({"B": len(data.records)})
 
 
-def test_a_step_is_compiled_ahead_for_the_batches_that_the_loader_brings(make_config):
+def test_batch_shapes_of_ahead_of_time_compilation_are_those_of_the_loader(make_config):
     config = make_config(gradient_accumulation_steps=1)
     batch, _ = first_batch(config)
     shapes = {name: (x.shape, x.dtype) for name, x in batch_shapes(config, read_geometry(config)).items()}

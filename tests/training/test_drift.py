@@ -1,4 +1,4 @@
-"""The guard of --max_drift: what it measures, what it calls best, and a run that it stops."""
+"""The guard of --max_drift: its measurements, its choice of the best checkpoint, and a run that it stops."""
 
 import jax
 import numpy as np
@@ -14,14 +14,14 @@ WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0)
 
 @pytest.fixture(scope="module")
 def guard(make_automatic_config, scored_scenes):
-    """(a guard over the scenes' truths, the set-up of its run)."""
+    """(a guard on the ground truths of the scenes, the set-up of its run)."""
     setup = set_up(make_automatic_config(val_json_path=str(scored_scenes / "triplets.json"), max_drift=0.05))
     return setup.guard, setup
 
 
 @pytest.fixture
 def bare_guard():
-    """A guard that only judges."""
+    """A guard without data: it can compare drifts, but not measure any."""
     guard = DriftGuard.__new__(DriftGuard)
     guard.limit, guard.best_score = 0.05, -np.inf
     return guard
@@ -37,16 +37,16 @@ def test_fresh_experts_have_not_drifted_and_others_have(guard):
     assert abs(moved.flow_drift) > 0.01 and abs(moved.velocity_norm_ratio - 1) > 0.01
 
 
-def test_the_limit_holds_for_either_measure_and_nothing_is_within_it_that_is_no_number():
+def test_the_limit_applies_to_both_measurements_and_nan_exceeds_it():
     assert WITHIN.excess(0.05) is None
     assert "6.0% above the base's" in Drift(0.3, 0.06, 1.0).excess(0.05)
     assert "velocity_norm_ratio on held-out results is 1.060" in Drift(0.3, 0.0, 1.06).excess(0.05)
-    assert Drift(0.3, -0.5, 0.5).excess(0.05) is None  # better, and shorter
+    assert Drift(0.3, -0.5, 0.5).excess(0.05) is None  # a lower loss and a lower norm are allowed
     for broken in (Drift(np.nan, np.nan, 1.0), Drift(0.3, 0.0, np.nan)):
         assert "nan" in broken.excess(0.05)
 
 
-def test_the_best_has_the_highest_reward_of_what_is_within_the_limit(bare_guard):
+def test_the_best_has_the_highest_reward_within_the_limit(bare_guard):
     def best(reward, drift=WITHIN):
         return bare_guard.is_best(drift, {} if reward is None else {"mean_reward": reward}, "automatic")
 
@@ -56,11 +56,11 @@ def test_the_best_has_the_highest_reward_of_what_is_within_the_limit(bare_guard)
 
 
 def test_without_generated_images_the_best_has_the_lowest_flow_loss(bare_guard):
-    found = [bare_guard.is_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
-    assert found == [True, False, True]
+    results = [bare_guard.is_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
+    assert results == [True, False, True]
 
 
-def test_the_best_of_earlier_rows_is_remembered(bare_guard):
+def test_the_best_score_of_earlier_rows_is_restored(bare_guard):
     row = {f"held_out_{name}": value for name, value in vars(WITHIN).items()}
     bare_guard.restore_best_score(
         [row | {"mean_reward": 0.2}, {"mean_reward": 0.9}, {"held_out_flow_loss": 0.1}], "automatic"
@@ -69,7 +69,7 @@ def test_the_best_of_earlier_rows_is_remembered(bare_guard):
 
 
 def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(make_automatic_config, scored_scenes):
-    """A policy that pulls a hundred times too hard."""
+    """The weight of the policy loss is a hundred times too large."""
     config = make_automatic_config(
         val_json_path=str(scored_scenes / "triplets.json"),
         max_drift=0.05,

@@ -1,4 +1,4 @@
-"""Steps without rewards: counted, told, and the end of a run of too many."""
+"""Steps without rewards are counted and logged, and too many of them in a row stop the run."""
 
 import logging
 
@@ -7,8 +7,8 @@ import pytest
 
 from ra_jax.training.fallbacks import FALLBACK, RewardFallbacks
 
-SOUND = {"reward_fallbacks": np.float32(0), "mean_reward": np.float32(0.1), "removal_score": np.float32(0.5)}
-BROKEN = {
+FINITE = {"reward_fallbacks": np.float32(0), "mean_reward": np.float32(0.1), "removal_score": np.float32(0.5)}
+NOT_FINITE = {
     "reward_fallbacks": np.float32(1),
     "mean_reward": np.float32(np.nan),
     "removal_score": np.float32(0.5),
@@ -19,7 +19,7 @@ BROKEN = {
 def test_counts_and_names_what_is_broken(caplog):
     fallbacks = RewardFallbacks(3.0)
     with caplog.at_level(logging.WARNING):
-        assert fallbacks.count([SOUND, BROKEN, {"base_loss": np.float32(1)}, BROKEN], done=20) == 5.0
+        assert fallbacks.count([FINITE, NOT_FINITE, {"base_loss": np.float32(1)}, NOT_FINITE], done=20) == 5.0
     assert [record.message.split(": ")[0] for record in caplog.records] == [
         f"{FALLBACK} at step 18",
         f"{FALLBACK} at step 20",
@@ -29,13 +29,13 @@ def test_counts_and_names_what_is_broken(caplog):
 
 def test_ten_in_a_row_over_rows_and_steps_without_rewards():
     fallbacks = RewardFallbacks()
-    fallbacks.count([BROKEN] * 9 + [SOUND], done=10)
-    fallbacks.count([BROKEN, {}] * 9, done=28)
+    fallbacks.count([NOT_FINITE] * 9 + [FINITE], done=10)
+    fallbacks.count([NOT_FINITE, {}] * 9, done=28)
     with pytest.raises(FloatingPointError, match=r"at step 29 for the 10th time in a row; my_score is inf"):
-        fallbacks.count([BROKEN], done=29)
+        fallbacks.count([NOT_FINITE], done=29)
 
 
-def test_a_step_that_did_not_fit_is_counted_but_not_told_again(caplog):
+def test_a_step_that_did_not_fit_is_counted_but_not_logged_again(caplog):
     with caplog.at_level(logging.WARNING):
         assert RewardFallbacks().count([{"reward_fallbacks": np.float32(1)}], done=1) == 1.0
     assert not caplog.records

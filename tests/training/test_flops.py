@@ -1,11 +1,14 @@
-"""The count of arithmetic in a step, by hand."""
+"""FLOPs of a step, compared with counts by hand."""
 
 from ra_jax.models.flux import FluxConfig
 from ra_jax.training.flops import ForwardCost, StepPasses, attention_flops, expert_flops, step_flops
 
 
 def test_human_scored_step():
-    """3 records; 1 + 4 trained passes of twice a forward, 4 old passes at 7 of 8 steps, 4 of the base."""
+    """3 records. Each takes 1 + 4 trained passes, which cost two forward passes each, and 4 forward passes of the base.
+
+    In 7 of 8 steps it also takes 4 forward passes of the old policy.
+    """
     cost = ForwardCost(base=10.0, attention=0.0)
     passes = StepPasses(records=3, policy_points=4, kl=True, old_policy_share=7 / 8)
     assert step_flops(cost, passes) == 30 * (5 * 2 + 3.5 + 4)
@@ -14,7 +17,10 @@ def test_human_scored_step():
 
 
 def test_automatic_step():
-    """3 conditions of 8 rollouts of 6 forward passes; 2 updates of a base pass and 4 passes a rollout."""
+    """3 conditions with 8 rollouts of 6 forward passes.
+
+    Each of the 2 updates takes one trained pass for the base loss and 4 trained passes per rollout.
+    """
     cost = ForwardCost(base=10.0, attention=0.0)
     count = {"records": 3, "samples": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
     assert step_flops(cost, StepPasses(**count)) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
@@ -22,7 +28,7 @@ def test_automatic_step():
 
 
 def test_attention():
-    """q kᵀ of S² scores of D products a head and block, weights by v as many; both have two gradients."""
+    """Per head and block, q·kᵀ takes S²·D multiply-adds, and weights·v as many. Both products have two gradients."""
     config = FluxConfig(
         num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6)
     )
@@ -35,10 +41,10 @@ def test_attention():
 
 
 def test_experts():
-    """Their products in every forward pass, twice more in a trained one; none in the base's passes for KL."""
+    """The experts' products count once per forward pass and twice more in a backward pass, but not in passes for KL."""
     cost = ForwardCost(base=10.0, attention=0.0, experts=1.0)
-    found = step_flops(cost, StepPasses(records=3, policy_points=4, kl=True, old_policy_share=7 / 8))
-    assert found == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
+    flops = step_flops(cost, StepPasses(records=3, policy_points=4, kl=True, old_policy_share=7 / 8))
+    assert flops == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
     shapes = {
         "transformer_blocks/attn/to_q/lora_a": (2, 4, 3),
         "transformer_blocks/attn/add_q_proj/lora_b": (2, 3, 4),

@@ -1,4 +1,4 @@
-"""Whole runs: outputs, exact resume after a kill, SIGTERM, experts in the pipeline, and what is refused."""
+"""Whole runs: outputs, exact resume after a kill, SIGTERM, experts in the pipeline, and errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def final_state(folder, config):
 
 @pytest.fixture(scope="module")
 def straight(make_config_in, tmp_path_factory):
-    """A run of six steps that nobody disturbed, with previews."""
+    """The folder of an uninterrupted run of six steps with previews."""
     config = make_config_in(
         tmp_path_factory.mktemp("straight"),
         validation_steps=3,
@@ -51,7 +51,7 @@ def straight(make_config_in, tmp_path_factory):
     return train(config)
 
 
-def test_run_writes_what_it_promises(straight):
+def test_a_run_writes_all_of_its_outputs(straight):
     assert [row["step"] for row in read_rows(straight / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     last = read_rows(straight / "metrics.jsonl")[-1]
     promised = {"train_loss", "lr", "base_loss", "policy_loss", "diversity_loss", "mean_reward", "mean_ratio"}
@@ -72,7 +72,7 @@ def test_previews_show_four_panels_a_scene_and_change(straight):
 
 
 def test_killed_run_resumes_bit_for_bit(straight, make_config, interrupt_at):
-    """Stopped at step 5, after the checkpoint of step 3: steps 4 and 5 are run again, and their rows replaced."""
+    """The run dies at step 5, after the checkpoint of step 3. Steps 4 and 5 are repeated and their rows replaced."""
     interrupt_at(5, lambda: train(make_config(**RUN)))
     resumed = make_config(resume_from_checkpoint="latest", **RUN)
     folder = train(resumed)
@@ -84,7 +84,7 @@ def test_killed_run_resumes_bit_for_bit(straight, make_config, interrupt_at):
 
 
 def end_by_sigterm(config):
-    """Train until the signal that the test has arranged ends the run after step 2; returns the run's folder."""
+    """Train until a SIGTERM, which the test sends, ends the run after step 2; return the run's folder."""
     with pytest.raises(SystemExit) as stopped:
         train(config)
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -130,7 +130,7 @@ def test_trained_experts_load_into_the_pipeline(straight, tiny_fill, tiny_redux,
     assert not np.array_equal(np.asarray(plain.images[0]), np.asarray(trained.images[0]))
 
 
-def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_redux, monkeypatch):
+def test_experts_load_if_their_tracker_is_not_installed(straight, tiny_fill, tiny_redux, monkeypatch):
     def tracked_by_wandb(checkpoint):
         about = read_metadata(checkpoint)
         return replace(about, config=about.config | {"report_to": ["wandb"]})
@@ -140,7 +140,7 @@ def test_experts_load_where_their_tracker_is_missing(straight, tiny_fill, tiny_r
     RemovalPipeline.from_pretrained(tiny_fill, tiny_redux, straight, dtype="float32")
 
 
-def test_other_run_in_the_folder_is_refused_and_kept(straight, make_config_in):
+def test_another_run_in_the_folder_is_refused_and_kept(straight, make_config_in):
     before = (straight / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume_from_checkpoint latest"):
         train(make_config_in(straight.parent))
@@ -164,33 +164,33 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(make_config, tmp_
     assert (tmp_path / "removed" / "file").exists()
 
 
-def test_faulty_data_leaves_an_overwritten_run_alone(straight, make_config_in, tmp_path):
-    """`--overwrite_output_dir` deletes only once data and model are sound."""
+def test_invalid_data_leaves_an_overwritten_run_unchanged(straight, make_config_in, tmp_path):
+    """`--overwrite_output_dir` deletes files only after the checks of data and model."""
     (tmp_path / "bad.json").write_text(json.dumps([{"src": "missing.png", "mask": "missing.png"}]))
     with pytest.raises(DataError):
         train(make_config_in(straight.parent, overwrite_output_dir=True, train_json_path=str(tmp_path / "bad.json")))
     assert (straight / "metrics.jsonl").exists()
 
 
-def test_faulty_previews_leave_an_overwritten_run_alone(straight, make_config_in):
+def test_invalid_preview_data_leave_an_overwritten_run_unchanged(straight, make_config_in):
     with pytest.raises(DataError, match=r"nowhere.json: no such file"):
         train(make_config_in(straight.parent, overwrite_output_dir=True, val_json_path="nowhere.json"))
     assert (straight / "metrics.jsonl").exists()
 
 
-def test_going_back_within_a_run_is_refused(straight, make_config_in):
-    """Checkpoint 6 would stay, and be taken for the latest of what is trained from 3."""
+def test_resuming_from_an_earlier_checkpoint_of_the_folder_is_refused(straight, make_config_in):
+    """Checkpoint 6 would remain and look like the latest checkpoint of the run that resumes from 3."""
     config = make_config_in(straight.parent, resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN)
     with pytest.raises(ConfigError, match=r"3 is not the latest checkpoint of the run in output_dir .*choose another"):
         train(config)
 
 
-def test_a_branch_goes_into_a_folder_of_its_own(straight, make_config):
+def test_an_earlier_checkpoint_resumes_in_another_folder(straight, make_config):
     setup = set_up(make_config(resume_from_checkpoint=str(straight / "checkpoints" / "3"), **RUN))
     assert setup.first_step == 3
 
 
-def test_scores_that_give_no_weight_are_refused_before_the_model_is_loaded(make_config, scored_scenes, tmp_path):
+def test_scores_of_weight_0_are_refused_before_the_model_is_loaded(make_config, scored_scenes, tmp_path):
     records = json.loads((scored_scenes / "labeled_tensor.json").read_text())
     for record in records:
         record |= {name: str(scored_scenes / record[name]) for name in ("ref", "src", "mask", "result")}
@@ -223,7 +223,7 @@ def test_resuming_with_another_seed_is_refused_before_the_model_is_loaded(straig
         train(config)
 
 
-def test_resuming_takes_another_temperature_and_tells_of_another_batch_and_base(straight, make_config, caplog):
+def test_resuming_applies_another_temperature_and_warns_of_another_batch_and_base(straight, make_config, caplog):
     settings = RUN | {"policy_temperature": 0.3, "train_batch_size": 2, "base_precision": "int8"}
     setup = set_up(make_config(resume_from_checkpoint=str(straight), **settings))
     np.testing.assert_allclose(setup.state.temperature, 0.3, rtol=1e-6)
@@ -231,12 +231,12 @@ def test_resuming_takes_another_temperature_and_tells_of_another_batch_and_base(
     assert re.search(r"base_precision is int8, the checkpoint's was \w+: the run continues, but its base", caplog.text)
 
 
-def test_missing_checkpoint_is_named(make_config, tmp_path):
+def test_the_error_for_a_missing_checkpoint_names_it(make_config, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere"):
         train(make_config(resume_from_checkpoint=str(tmp_path / "nowhere")))
 
 
-def test_resume_latest_without_a_checkpoint_begins_anew(make_config):
+def test_resume_latest_without_a_checkpoint_starts_at_step_0(make_config):
     config = make_config(resume_from_checkpoint="latest", **RUN)
     assert set_up(config).first_step == 0
 
@@ -247,11 +247,11 @@ def test_human_scores_with_triplets_are_refused(make_config, scored_scenes):
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(make_config, monkeypatch):
-    """And until then what tracing left went back, once."""
-    forgotten = []
-    monkeypatch.setattr("ra_jax.training.programs.clear_jit_caches", forgotten.append)
+    """Before it stops, JAX's caches have been cleared once."""
+    platforms = []
+    monkeypatch.setattr("ra_jax.training.programs.clear_jit_caches", platforms.append)
     config = make_config(learning_rate=1e30, max_train_steps=6, checkpointing_steps=1, ema_decay=0.9)
     with pytest.raises(FloatingPointError, match=r"train_loss is nan at step \d.*lower --learning_rate"):
         train(config)
-    assert forgotten == ["cpu"]
+    assert platforms == ["cpu"]
     assert find_checkpoint(config.run.output_dir).name == "1"

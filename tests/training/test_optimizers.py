@@ -1,4 +1,4 @@
-"""Optimizers and schedules against closed forms and torch, on trees as the trainer makes them."""
+"""Optimizers and schedules compared with closed forms and torch, on trees like those of training."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ CONFIG = OptimizationConfig(learning_rate=0.1, adam_weight_decay=0.01, max_grad_
 
 
 class Layer(nnx.Module):
-    """A stacked linear layer, its experts, and a norm: every kind of leaf that there is."""
+    """A stacked linear layer, its experts, and a norm: one leaf of every kind."""
 
     def __init__(self):
         self.kernel = nnx.Param(jnp.ones((2, 3, 4)))
@@ -42,26 +42,26 @@ def by_name(tree):
     }
 
 
-def test_decay_falls_on_matrices_only(params):
+def test_weight_decay_applies_to_matrices_only(params):
     marked = {name for name, flag in by_name(weight_decay_mask(params)).items() if flag}
     assert marked == {"flux/kernel", "flux/lora_a", "flux/lora_b", "router/kernel"}
 
 
-def test_muon_owns_stacked_matrices_and_leaves_stacked_biases_to_adam(params):
-    owned = {name: dims for name, dims in by_name(muon_dimensions(params)).items() if dims is not None}
-    assert set(owned) == {"flux/kernel", "flux/lora_a", "flux/lora_b", "router/kernel"}
-    assert (owned["flux/kernel"].reduction_axis, owned["flux/kernel"].output_axis) == (1, 2)
-    assert (owned["router/kernel"].reduction_axis, owned["router/kernel"].output_axis) == (0, 1)
+def test_muon_updates_stacked_matrices_and_adam_stacked_biases(params):
+    muon_leaves = {name: dims for name, dims in by_name(muon_dimensions(params)).items() if dims is not None}
+    assert set(muon_leaves) == {"flux/kernel", "flux/lora_a", "flux/lora_b", "router/kernel"}
+    assert (muon_leaves["flux/kernel"].reduction_axis, muon_leaves["flux/kernel"].output_axis) == (1, 2)
+    assert (muon_leaves["router/kernel"].reduction_axis, muon_leaves["router/kernel"].output_axis) == (0, 1)
 
 
-def test_muon_orthogonalises_each_stacked_matrix_apart(params):
+def test_muon_orthogonalizes_each_stacked_matrix_separately(params):
     optimizer, _ = build_optimizer(replace(CONFIG, optimizer="muon", adam_weight_decay=0.0), 10)
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     for matrix in np.asarray(by_name(updates)["flux/lora_a"]):
         singular = np.linalg.svd(matrix, compute_uv=False)
-        # Newton-Schulz with five steps brings singular values near one another, not exactly to one.
+        # Five Newton-Schulz steps make the singular values similar, but not exactly 1.
         assert singular.max() / singular.min() < 2.0
 
 
@@ -103,7 +103,7 @@ def test_every_optimizer_descends(name, params):
 
 
 def test_weight_decay_means_the_same_for_adafactor_as_for_adamw():
-    """With zero gradients only decay acts: p ← p·(1 − lr·decay)."""
+    """With zero gradients only weight decay changes the weights: p ← p·(1 − lr·decay)."""
     params = {"flux": {"kernel": jnp.full((4, 4), 2.0), "bias": jnp.full((4,), 2.0)}}
     for name in ("adamw", "adafactor"):
         optimizer, _ = build_optimizer(replace(CONFIG, optimizer=name), 10)
@@ -120,7 +120,7 @@ def test_gradients_are_scaled_to_the_global_norm():
     gradients = {"flux": {"kernel": jnp.full((2, 2), 100.0)}}
     scaled, _ = clip.update(gradients, clip.init(params))
     np.testing.assert_allclose(optax.tree.norm(scaled), 1.0, rtol=1e-6)
-    # Adam's first moment after one step is (1 − β1) times the gradient it was given.
+    # Adam's first moment after one step is (1 − β1) times the gradient.
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     first_moment = next(s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     np.testing.assert_allclose(first_moment["flux"]["kernel"], 0.1 * scaled["flux"]["kernel"], rtol=1e-5)
@@ -155,7 +155,7 @@ def test_schedules(name, middle, end):
 
 
 def test_schedules_count_steps_however_many_updates_a_step_makes():
-    """Adam's first updates of a constant gradient are the learning rate: three of each step's."""
+    """For a constant gradient, Adam's first updates equal the learning rate: three updates per step."""
     config = replace(CONFIG, adam_weight_decay=0.0, lr_scheduler="linear")
     optimizer, schedule = build_optimizer(config, total_steps=4, updates=3)
     params, gradient = {"kernel": jnp.zeros(())}, {"kernel": jnp.ones(())}

@@ -1,10 +1,12 @@
-"""What `python -m ra_jax.train` refuses to write over, and what it takes for a run's own, through its main().
+"""Files that `python -m ra_jax.train` does not overwrite, and files that it accepts as a run's own.
+
+The tests call main().
 
 The working folder of every test:
 
-    set/labeled.json    a data file whose pictures are missing
+    set/labeled.json    a data file whose images are missing
     model/transformer/  a part of a base
-    run/                an earlier run's: config.toml and checkpoints/4
+    run/                the folder of an earlier run: config.toml and checkpoints/4
 """
 
 import logging
@@ -20,7 +22,7 @@ RUN_CONFIG = '# data\ntrain_json_path = "set/#labeled.json"\n\n# run\noutput_dir
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's would stay for other tests
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # its handler would remain for other tests
     for path in ("set", "model/transformer", "run/checkpoints/4/state", "run/checkpoints/4/about"):
         Path(path).mkdir(parents=True)
     Path("set/labeled.json").write_text('[{"src": "a.png", "mask": "b.png"}]')
@@ -32,12 +34,12 @@ def flags(**values):
 
 
 def tree():
-    """Every file below the working folder with its content, every link, every folder."""
+    """Return all files in the working folder with their contents, and all links and folders."""
     return {path: path.read_bytes() if path.is_file() else path.is_dir() for path in Path().rglob("*")}
 
 
 def refused(argv):
-    """The message of a run that is refused and leaves everything as it was."""
+    """Return the error message of a run that must fail and must not change any file."""
     before = tree()
     with pytest.raises(SystemExit) as ended:
         train.main(argv)
@@ -50,7 +52,7 @@ def refused(argv):
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "report.html", "curves.png", "config.toml.before", "previews/mine.png", "link"]
 )
-def test_files_that_no_run_wrote(folder, name, more):
+def test_files_that_no_run_wrote_are_not_replaced(folder, name, more):
     Path("mine/previews").mkdir(parents=True)
     if name == "link":
         name = "report.html"
@@ -62,7 +64,7 @@ def test_files_that_no_run_wrote(folder, name, more):
     assert "move it, or choose another --output_dir" in message and "--overwrite_output_dir" not in message
 
 
-def test_a_run_whose_configuration_was_moved(folder):
+def test_a_run_whose_config_file_was_moved_is_still_a_run(folder):
     for part in ("state", "about"):
         Path("other/best/2", part).mkdir(parents=True)
     Path("other/metrics.jsonl").write_text('{"step": 2}\n')
@@ -72,15 +74,15 @@ def test_a_run_whose_configuration_was_moved(folder):
         assert f"output_dir {output} already holds a run" in message
 
 
-def test_a_runs_configuration_with_notes(folder):
-    """Not to be moved: its checkpoints would stay without it."""
+def test_a_runs_config_file_with_comments_is_not_replaced(folder):
+    """The message must not say to move the file: the checkpoints would be left without it."""
     Path("run/config.toml").write_text(RUN_CONFIG + "# the second try\n")
     message = refused(flags(train_json_path="set/labeled.json", output_dir="run"))
     assert "run/config.toml: the run would replace it with its own settings, but it was edited" in message
     assert "copy your notes to another folder" in message and "move it" not in message
 
 
-def test_rows_that_no_run_wrote_in_a_run_that_goes_on(folder):
+def test_a_resumed_run_refuses_metrics_that_no_run_wrote(folder):
     argv = flags(train_json_path="set/labeled.json", output_dir="run", resume_from_checkpoint="latest")
     for text in ('{"step": 1}\n{"loss": 2}\n', '{"step": 1}\nnone\n', '{"step": 1}\n[2]\n'):
         Path("run/metrics.jsonl").write_text(text)
@@ -88,14 +90,14 @@ def test_rows_that_no_run_wrote_in_a_run_that_goes_on(folder):
 
 
 @pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl"])
-def test_a_folder_in_the_place_of_a_file(folder, name):
+def test_a_folder_with_the_name_of_an_output_file_is_refused(folder, name):
     Path("new", name).mkdir(parents=True)
     message = refused(flags(train_json_path="set/labeled.json", output_dir="new"))
     assert f"new/{name}" in message and "is a folder; expected a file or no file" in message
 
 
 @pytest.mark.parametrize("output", ["run/checkpoints", "run/checkpoints/4", "run/checkpoints/4/new", "run/best/x"])
-def test_the_folders_of_a_runs_checkpoints(folder, output):
+def test_an_output_folder_among_checkpoints_is_refused(folder, output):
     for part in ("state", "about"):
         Path("run/best/2", part).mkdir(parents=True)
     argv = flags(train_json_path="set/labeled.json", output_dir=output, init_experts_from="run")
@@ -104,8 +106,8 @@ def test_the_folders_of_a_runs_checkpoints(folder, output):
 
 
 @pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/4", "elsewhere/4", "latest"])
-def test_checkpoints_kept_elsewhere_through_a_link(folder, named):
-    """Past the checks of the output: the data file is not there."""
+def test_checkpoints_in_another_folder_are_found_through_a_link(folder, named):
+    """The run passes the checks of its output and fails later, because the data file does not exist."""
     Path("run/checkpoints").rename("elsewhere")
     Path("run/checkpoints").symlink_to("../elsewhere")
     argv = flags(train_json_path="none.json", output_dir="run", resume_from_checkpoint=named)
@@ -114,7 +116,7 @@ def test_checkpoints_kept_elsewhere_through_a_link(folder, named):
         assert "none.json: no such file or folder" in refused(argv)
 
 
-def test_experts_that_would_be_deleted(folder):
+def test_initial_experts_are_not_deleted(folder):
     for experts in ("run", "run/checkpoints/4", "other/../run"):
         Path("other").mkdir(exist_ok=True)
         argv = flags(train_json_path="set/labeled.json", init_experts_from=experts, output_dir="run")
@@ -122,7 +124,7 @@ def test_experts_that_would_be_deleted(folder):
         assert "would write run/checkpoints, which contains" in message and "of --init_experts_from" in message
 
 
-def test_a_module_of_rewards(folder):
+def test_a_module_of_rewards_is_not_deleted(folder):
     Path("run/previews").mkdir()
     Path("run/previews/mine.py").write_text("def sharp(inputs): ...\n")
     argv = flags(train_json_path="set/labeled.json", output_dir="run", reward_functions="run.previews.mine:sharp=0.5")

@@ -1,4 +1,4 @@
-"""Compiled steps: with rewards and without, and what happens where one does not fit the device."""
+"""Compiled steps with and without rewards, and steps that do not fit the device."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from ra_jax.training.step.train_step import make_train_step
 
 
 class Compiled:
-    """Stands for a compiled step: says which settings it was made with."""
+    """A stand-in for a compiled step, with the settings that it was compiled with."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -26,7 +26,10 @@ class Compiled:
 
 @pytest.fixture
 def compile_nothing(make_automatic_config, monkeypatch):
-    """(setup, its programs, the settings they were compiled with so far), nothing really compiled."""
+    """A function that runs steps without compiling any.
+
+    It returns the metrics of the steps, and the decode_batch_size of each compilation (None without rollouts).
+    """
     setup, tried = set_up(make_automatic_config(decode_batch_size=8, train_batch_size=4)), []
 
     def compile_(self, settings, arguments):
@@ -54,11 +57,11 @@ def test_rewards_every_other_step(compile_nothing):
     assert tried == [4, None]
 
 
-def test_a_step_that_does_not_fit_decodes_less_at_once(compile_nothing):
+def test_a_step_that_does_not_fit_decodes_fewer_images_at_once(compile_nothing):
     assert compile_nothing(2 * 10**9) == ([{"mean_reward": 0.0}], [4, 2])
 
 
-def test_a_step_that_never_fits_goes_on_without_rewards(compile_nothing, caplog):
+def test_a_step_that_never_fits_continues_without_rewards(compile_nothing, caplog):
     with caplog.at_level(logging.WARNING):
         rows, tried = compile_nothing(10**8, steps=2)
     assert rows == [{"reward_fallbacks": 1.0}, {}]
@@ -68,12 +71,12 @@ def test_a_step_that_never_fits_goes_on_without_rewards(compile_nothing, caplog)
     assert "--gradient_checkpointing full" in caplog.text
 
 
-def test_a_step_that_never_fits_has_nothing_to_go_on_with_without_results(compile_nothing):
+def test_a_step_that_never_fits_is_an_error_without_results(compile_nothing):
     with pytest.raises(ConfigError, match=r"needs 1.0 GB .*no simple loss to fall back to"):
         compile_nothing(10**8, results=False)
 
 
-def test_a_compiler_that_finds_no_room_counts_as_not_fitting(make_automatic_config, monkeypatch, caplog):
+def test_a_compiler_that_runs_out_of_memory_counts_as_not_fitting(make_automatic_config, monkeypatch, caplog):
     setup = set_up(make_automatic_config(decode_batch_size=1))
 
     def compile_(self, settings, arguments):
@@ -87,35 +90,35 @@ def test_a_compiler_that_finds_no_room_counts_as_not_fitting(make_automatic_conf
 
 
 @pytest.mark.slow
-def test_memory_grows_with_the_group_by_its_latents_alone(make_automatic_config, photo_flags):
-    """Temporaries of the compiled step: from 2 to 8 rollouts a condition."""
+def test_memory_grows_only_by_the_latents_of_more_samples(make_automatic_config, photo_flags):
+    """Temporary memory of the compiled step with 2 and with 8 rollouts per condition."""
 
     def temporaries(generations):
         setup = set_up(make_automatic_config(num_generations=generations, log_freq=100, **photo_flags))
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
         program = setup.partitioner.compile(step, setup.state, setup.frozen, next(setup.batches()))
-        latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one member of each condition
+        latents = 4 * 32 * setup.loaded.model.latent_features * 2  # bytes of one sample of each condition
         return program.memory_analysis().temp_size_in_bytes, latents
 
     (few, latents), (many, _) = temporaries(2), temporaries(8)
     assert many - few < 6 * 4 * latents
 
 
-def test_traces_are_forgotten_once_a_program_and_not_while_one_is_compiled(make_automatic_config, monkeypatch):
-    setup, going_on, forgotten = set_up(make_automatic_config()), threading.Event(), []
-    monkeypatch.setattr(programs, "clear_jit_caches", forgotten.append)
+def test_caches_are_cleared_once_per_program_and_not_during_compilation(make_automatic_config, monkeypatch):
+    setup, compilation_may_end, platforms = set_up(make_automatic_config()), threading.Event(), []
+    monkeypatch.setattr(programs, "clear_jit_caches", platforms.append)
 
     def compile_(self, *_):
-        return going_on.wait(60) and Compiled(setup.step_settings)
+        return compilation_may_end.wait(60) and Compiled(setup.step_settings)
 
     monkeypatch.setattr(programs.CompiledSteps, "_compile_with_rewards", compile_)
     step, batch = setup.compiled_steps(), next(setup.batches())
     step.clear_jit_caches()
     step.prepare(setup.state, setup.frozen, batch)
     step.clear_jit_caches()
-    assert forgotten == []
-    going_on.set()
+    assert platforms == []
+    compilation_may_end.set()
     step(setup.state, setup.frozen, batch)
     step.clear_jit_caches()
     step.clear_jit_caches()
-    assert forgotten == ["cpu"]
+    assert platforms == ["cpu"]

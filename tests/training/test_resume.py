@@ -1,4 +1,4 @@
-"""The folder of a run: what is written into it, what is deleted, what is kept."""
+"""The folder of a run: files that are written, deleted and kept."""
 
 import pytest
 
@@ -27,12 +27,12 @@ def output(config, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_runs_own_configuration_is_known(output):
+def test_the_config_file_of_a_run_is_accepted(output):
     check_config_unedited(output / CONFIG_FILE)
 
 
 @pytest.mark.parametrize("change", ["# mine: a second try\n", "seed = 3  # as in the paper\n", "# mine\n", None])
-def test_a_configuration_with_a_users_comments_is_not(output, change):
+def test_a_config_file_with_a_users_comments_is_refused(output, change):
     file = output / CONFIG_FILE
     text = file.read_text()
     file.write_text("seed = 3\n" if change is None else text + change)
@@ -41,7 +41,7 @@ def test_a_configuration_with_a_users_comments_is_not(output, change):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_edited_values_are_kept_beside_the_settings_that_replace_them(output, config, keep, caplog):
+def test_a_copy_of_edited_values_is_kept(output, config, keep, caplog):
     file, former = output / CONFIG_FILE, output / PREVIOUS_CONFIG
     prepare_output_dir(config, output, keep=keep)
     assert not former.exists() and not caplog.messages  # the same settings
@@ -68,7 +68,7 @@ def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):
     assert not (output / "metrics.jsonl").exists()
 
 
-def test_links_in_the_folder_are_deleted_and_what_they_lead_to_stays(output, config, tmp_path):
+def test_links_in_the_folder_are_deleted_and_their_targets_kept(output, config, tmp_path):
     (tmp_path / "album").mkdir()
     (tmp_path / "album/a.png").write_text("mine")
     (output / "previews").symlink_to(tmp_path / "album")
@@ -82,6 +82,6 @@ def test_links_in_the_folder_are_deleted_and_what_they_lead_to_stays(output, con
     assert not (output / CONFIG_FILE).is_symlink() and (output / CONFIG_FILE).read_text().startswith("# data\n")
 
 
-def test_what_to_toml_writes_is_a_runs_own(config, tmp_path):
+def test_the_output_of_to_toml_is_accepted_as_the_config_file_of_a_run(config, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(to_toml(config))
     check_config_unedited(tmp_path / CONFIG_FILE)
