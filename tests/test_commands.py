@@ -135,6 +135,8 @@ def start(command, desk, monkeypatch):
         extra += ["--aspect_ratio_buckets", "32,32"]
     elif program == "ra_jax.train":
         given[given.index("--aspect_ratio_buckets") + 1] = "32,32"
+    if program == "ra_jax.train" and "--config" not in given and "--use_lora" not in given:
+        extra.append("--use_lora")
     if program == "ra_jax.data" and "--latents" in given:
         given[given.index("--aspect_ratio_buckets") + 1] = "32,32"
         extra = [*base, "--mixed_precision", "no"]

@@ -64,14 +64,16 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     """Read the settings of a TOML file, by flat name and with the types of the fields.
 
     Raises:
-        ConfigError: the file does not exist or is not TOML, a key is unknown, or a value has the wrong type. The
+        ConfigError: the file cannot be read or is not TOML, a key is unknown, or a value has the wrong type. The
             message names the file and the key.
     """
     try:
         flat = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file; expected a TOML file such as configs/tiny.toml") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
     try:
         return _convert_settings(flat)

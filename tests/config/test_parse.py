@@ -160,6 +160,15 @@ def test_toml_values_of_the_wrong_type(line, expected, catch_parse_error, write_
 def test_toml_files_that_cannot_be_read(tmp_path, catch_parse_error, write_toml):
     assert "no such file" in catch_parse_error(["--config", str(tmp_path / "none.toml"), *PATHS])
     assert "not valid TOML" in catch_parse_error([*write_toml("seed = = 1"), *PATHS])
+
+
+def test_a_folder_and_a_binary_file_as_configuration_are_refused(catch_parse_error, tmp_path):
+    assert f"--config {tmp_path}: cannot be read (Is a directory)" in catch_parse_error(
+        ["--config", str(tmp_path), *PATHS]
+    )
+    (tmp_path / "binary.toml").write_bytes(b"seed = 1\n\xff\xfe")
+    message = catch_parse_error(["--config", str(tmp_path / "binary.toml"), *PATHS])
+    assert "binary.toml: not valid TOML: 'utf-8' codec can't decode byte 0xff" in message
     assert "no file given" in catch_parse_error([*PATHS, "--config"])
 
 
