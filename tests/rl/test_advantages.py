@@ -24,7 +24,7 @@ def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedo
     np.testing.assert_allclose(advantages, expected, rtol=1e-5)
 
 
-def test_scores_are_standardised_one_by_one_and_weighed():
+def test_scores_are_standardized_one_by_one_and_weighted():
     # Two groups of two records leave 2 degrees of freedom. Residuals by score: ±0.1 and ±0.1, ±0.2 and 0, 0 and ±0.3.
     scores = np.array([[0.4, 0.7, 0.5], [0.6, 0.3, 0.5], [0.7, 0.5, 0.9], [0.5, 0.5, 0.3]])
     a, b, c = 0.1 / np.sqrt(0.04 / 2), 0.2 / np.sqrt(0.08 / 2), 0.3 / np.sqrt(0.18 / 2)
@@ -33,7 +33,7 @@ def test_scores_are_standardised_one_by_one_and_weighed():
     np.testing.assert_allclose(advantages, expected, rtol=1e-5)
 
 
-def test_members_of_a_group_need_not_stand_together():
+def test_records_of_a_group_need_not_be_adjacent():
     scores = np.random.default_rng(0).uniform(size=(6, 3))
     groups, order = np.array([0, 0, 1, 1, 2, 2]), np.array([4, 0, 2, 5, 3, 1])
     apart = human_advantages(scores[order], groups[order], WEIGHTS)
@@ -47,7 +47,7 @@ def test_a_single_result_is_centered_on_the_data_set_and_takes_no_degree_of_free
     np.testing.assert_allclose(human_advantages(scores, np.array([0, 0, 1]), WEIGHTS), expected, rtol=1e-5)
 
 
-def test_only_single_results_are_standardised_over_the_data_set():
+def test_only_single_results_are_standardized_over_the_data_set():
     scores = column(0.2, 0.6, 0.7)
     expected = 0.4 * (scores[:, 0] - 0.5) / scores[:, 0].std()
     np.testing.assert_allclose(human_advantages(scores, np.arange(3), WEIGHTS), expected, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
     assert lowest[0] == pytest.approx(0.4 * -5)
 
 
-def test_a_group_of_one_reward_says_nothing():
+def test_a_group_of_equal_rewards_has_no_advantage():
     # Group 0: scores differ, but total rewards are equal (0.3·0.4 − 0.4·0.3 = 0). Group 1: rewards differ. Group 2: one
     # record.
     scores = np.array([[0.5, 0.5, 0.5], [0.8, 0.1, 0.5], [0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]])
@@ -86,7 +86,7 @@ def test_a_group_of_one_reward_says_nothing():
     assert advantages[4] != 0
 
 
-def test_a_group_is_dead_below_a_std_of_a_thousandth():
+def test_a_group_with_a_std_below_a_thousandth_counts_as_equal():
     groups = np.array([0, 0, 1, 1])
     assert zero_std_groups(np.array([0.0, 0.0018, 0.0, 0.0022]), groups).tolist() == [True, True, False, False]
 
@@ -94,23 +94,23 @@ def test_a_group_is_dead_below_a_std_of_a_thousandth():
 REWARDS, GROUPS = np.array([0.5, -0.2, 0.1, 0.3, 0.3, -1.0]), np.array([0, 0, 0, 1, 1, 2])
 
 
-def test_imitation_of_all_alike():
+def test_sample_weights_none_are_one():
     np.testing.assert_array_equal(sample_weights(REWARDS, GROUPS, "none"), np.ones(6, np.float32))
 
 
-def test_imitation_by_score_is_the_reward_in_zero_to_one():
+def test_sample_weights_by_score_are_the_reward_in_zero_to_one():
     mapped = np.array([0.75, 0.4, 0.55, 0.65, 0.65, 0.0])
     np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
     wider = sample_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # score weights that sum to 2
     np.testing.assert_allclose(wider, mapped / 0.5, rtol=1e-6)
 
 
-def test_imitation_of_the_best_takes_one_a_group():
+def test_sample_weights_best_select_one_record_per_group():
     # The first of two equal records in group 1, and the only record of group 2: 3 of 6 records, so their weight is 2.
     np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "best"), [2, 0, 0, 2, 0, 2])
 
 
-def test_imitation_by_softmax_sums_to_the_same_in_every_group():
+def test_sample_weights_softmax_have_the_same_sum_in_every_group():
     weights = sample_weights(REWARDS, GROUPS, "softmax", temperature=0.2)
     first = np.exp(np.array([0.5, -0.2, 0.1]) / 0.2)
     expected = np.array([*first / first.sum(), 0.5, 0.5, 1.0]) * 6 / 3
@@ -125,7 +125,7 @@ def test_softmax_of_a_group_far_below_the_best_is_finite():
 
 
 @pytest.mark.parametrize("kind", ["none", "score", "softmax", "best"])
-def test_every_imitation_has_mean_weight_one(kind):
+def test_sample_weights_have_mean_one(kind):
     rng = np.random.default_rng(0)
     weights = sample_weights(rng.uniform(-1, 1, 40), rng.permutation(np.repeat(np.arange(10), 4)), kind)
     assert weights.dtype == np.float32
@@ -133,7 +133,7 @@ def test_every_imitation_has_mean_weight_one(kind):
     assert weights.mean() == pytest.approx(1, abs=1e-6)
 
 
-def test_faults_are_told():
+def test_errors_name_the_setting():
     with pytest.raises(ValueError, match="base_loss_weighting='worst': expected one of none, score, softmax, best"):
         sample_weights(REWARDS, GROUPS, "worst")
     with pytest.raises(ValueError, match="base_loss_weighting='score' gives every record weight 0"):
@@ -148,17 +148,17 @@ def test_rollouts_are_compared_within_their_group_and_score():
     scores[:, 2, 0] = 0.3 + 0.005 * rng.normal(size=6)  # std below the floor of 0.02
     scores[:, 3, 1] = np.where(np.arange(6) == 0, 1.0, 0.0)
     weights = np.asarray([0.4, 0.3, 0.3])
-    advantages, spread = group_advantages(jnp.asarray(scores), weights)
+    advantages, reward_std = group_advantages(jnp.asarray(scores), weights)
     for group in range(4):
         total = (2 * scores[:, group] - 1) @ weights
-        assert float(spread[group]) == pytest.approx(total.std(), rel=1e-3, abs=1e-6)
+        assert float(reward_std[group]) == pytest.approx(total.std(), rel=1e-3, abs=1e-6)
         expected = np.zeros(6)
         for i in range(3):
             values = scores[:, group, i].astype(np.float64)
             expected += weights[i] * np.clip((values - values.mean()) / max(values.std(), 0.02), -5, 5)
         np.testing.assert_allclose(advantages[:, group], expected if total.std() >= 1e-3 else 0.0, atol=1e-4)
     assert not np.any(advantages[:, 1])
-    better, same_spread = group_advantages(jnp.asarray(scores), weights, drop_negative=True)
+    better, same_std = group_advantages(jnp.asarray(scores), weights, drop_negative=True)
     np.testing.assert_array_equal(better, np.maximum(advantages, 0.0))
-    np.testing.assert_array_equal(same_spread, spread)
+    np.testing.assert_array_equal(same_std, reward_std)
     assert (better > 0).any() and (advantages < 0).any()

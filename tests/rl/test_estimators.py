@@ -61,7 +61,7 @@ def test_log_prob_is_minus_the_mean_error_over_the_temperature():
     assert log_prob.dtype == jnp.float32
 
 
-def test_members_of_a_group_share_times_and_noise_wherever_they_stand():
+def test_samples_of_a_group_share_times_and_noise_at_every_position():
     apart, together = make_cache(random_keys(5, 7, 5)), make_cache(random_keys(7, 5))
     assert not np.array_equal(apart.clean[0], apart.clean[2])
     for drawn in (apart.times, apart.noise):
@@ -125,7 +125,7 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
         assert float(log_prob[b]) == pytest.approx(np.mean(densities), rel=1e-5)
 
 
-def test_normalized_ratio_has_no_bias_and_the_spread_of_the_means():
+def test_normalized_ratio_has_mean_0_and_a_std_independent_of_size():
     """For steps drawn from the old policy, the log-ratio has mean −r²/2 and std r/√D, the normalized one 0 and r.
 
     Checked against the formula log ρ̂ = √D·mean(z·δ), and over many draws.

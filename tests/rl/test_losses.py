@@ -66,7 +66,7 @@ def test_metrics(compute_loss_and_gradients):
     assert metrics["approx_kl"] >= 0
 
 
-def test_of_the_old_policy_itself_only_the_policy_gradient_is_left():
+def test_equal_policies_give_the_plain_policy_gradient():
     def loss(log_prob):
         return clipped_policy_loss(log_prob - jax.lax.stop_gradient(log_prob), ADVANTAGES, clip_range=EPSILON)
 

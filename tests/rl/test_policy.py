@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 CLEAN = jnp.asarray(RNG.normal(size=(B, N, C4)), jnp.float32)
 STATES = jnp.asarray(RNG.normal(size=(B, 3, N, C4)), jnp.float32)
 REGION = jnp.full((B, N, 4), 1 / (4 * N), jnp.float32)
-MEMBER = Sample(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
+SAMPLE = Sample(CLEAN, states=STATES, times=jnp.asarray([0.8, 0.6, 0.4]))
 KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
 
 MATCHING = PolicySettings(
@@ -44,15 +44,15 @@ def velocity(params, x, t):
 PARAMS = jnp.asarray([0.6, -0.2])
 
 
-def judged(params, settings, **more):
+def evaluate(params, settings, **more):
     return evaluate_policy(
-        velocity, params, policy_cache(MEMBER, KEYS, REGION, settings), settings, temperature=0.5, **more
+        velocity, params, policy_cache(SAMPLE, KEYS, REGION, settings), settings, temperature=0.5, **more
     )
 
 
 def loss_of(settings, params, old_params, **more):
-    old = judged(old_params, settings, **more).values
-    return policy_loss(judged(params, settings, **more), old, ADVANTAGES, settings)
+    old = evaluate(old_params, settings, **more).values
+    return policy_loss(evaluate(params, settings, **more), old, ADVANTAGES, settings)
 
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
@@ -64,7 +64,7 @@ def test_first_gradient_is_the_advantage_weighted_gradient_of_the_log_probabilit
     assert float(metrics["mean_ratio"]) == 1.0
 
     def log_prob(params):
-        return judged(params, settings).values["log_prob"]
+        return evaluate(params, settings).values["log_prob"]
 
     scale = 1.0 if estimator == "matching" else np.sqrt(N * C4 * 2)  # elements of a step, two steps
     expected = -scale * (ADVANTAGES[:, None] * jax.jacobian(log_prob)(PARAMS)).mean(0)
@@ -82,8 +82,8 @@ def test_sde_is_clipped_at_its_own_scale():
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 def test_the_draw_of_an_expert_joins_the_ratio(estimator):
     settings = replace(MATCHING, estimator=estimator)
-    old = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).values
-    new = judged(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.55)))
+    old = evaluate(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.5))).values
+    new = evaluate(PARAMS, settings, routing_log_prob=jnp.log(jnp.full(B, 0.55)))
     _, metrics = policy_loss(new, old, ADVANTAGES, settings)
     assert float(metrics["mean_ratio"]) == pytest.approx(1.1, rel=1e-4)
 
@@ -124,7 +124,7 @@ def test_nft_reports_how_far_velocities_moved():
     settings = replace(MATCHING, estimator="nft")
     assert float(loss_of(settings, PARAMS, PARAMS)[1]["policy_change"]) == 0.0
     moved = loss_of(settings, PARAMS + jnp.asarray([0.0, 0.1]), PARAMS)[1]["policy_change"]
-    times = judged(PARAMS, settings).cache.times
+    times = evaluate(PARAMS, settings).cache.times
     assert float(moved) == pytest.approx(float((0.01 * times**2).mean()), rel=1e-4)
 
 

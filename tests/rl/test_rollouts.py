@@ -15,7 +15,7 @@ def keys(*seeds):
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def test_noise_is_shared_on_the_left_and_the_members_own_on_the_right():
+def test_noise_is_shared_on_the_left_and_independent_on_the_right():
     first = np.asarray(panel_noise(keys(0, 1), keys(2, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
     other = np.asarray(panel_noise(keys(0, 1), keys(4, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
     half = GRID[1] // 2
@@ -39,9 +39,9 @@ def draw(number):
 
 
 def test_a_rollout_of_the_ode_is_eulers_from_the_first_noise():
-    member = roll_out(pull, draw, TIMES, None)
-    np.testing.assert_allclose(member.clean, sample_euler(pull, draw(0), TIMES), rtol=1e-6)
-    assert member.states is None and member.times is None
+    sample = roll_out(pull, draw, TIMES, None)
+    np.testing.assert_allclose(sample.clean, sample_euler(pull, draw(0), TIMES), rtol=1e-6)
+    assert sample.states is None and sample.times is None
 
 
 def test_a_stochastic_rollout_keeps_its_noisy_steps():
@@ -51,18 +51,18 @@ def test_a_stochastic_rollout_keeps_its_noisy_steps():
         return roll_out(pull, draw, TIMES, NoisySteps(first, count=2, noise_level=0.7))
 
     for first in (1, 2):
-        member = jax.jit(run)(jnp.asarray(first))
-        assert member.states.shape == (2, 3, 24, FEATURES)
-        np.testing.assert_allclose(member.times, TIMES[first : first + 3])
+        sample = jax.jit(run)(jnp.asarray(first))
+        assert sample.states.shape == (2, 3, 24, FEATURES)
+        np.testing.assert_allclose(sample.times, TIMES[first : first + 3])
         np.testing.assert_allclose(
-            member.states[:, 0], sample_euler(pull, draw(0), TIMES[: first + 1]), rtol=1e-5, atol=1e-6
+            sample.states[:, 0], sample_euler(pull, draw(0), TIMES[: first + 1]), rtol=1e-5, atol=1e-6
         )
         np.testing.assert_allclose(
-            member.clean, sample_euler(pull, member.states[:, 2], TIMES[first + 2 :]), rtol=1e-5, atol=1e-6
+            sample.clean, sample_euler(pull, sample.states[:, 2], TIMES[first + 2 :]), rtol=1e-5, atol=1e-6
         )
         t, t_next = TIMES[first], TIMES[first + 1]
         g = 0.7 * np.sqrt(t / (1 - t))
-        x = np.asarray(member.states[:, 0])
+        x = np.asarray(sample.states[:, 0])
         mean = x - (t - t_next) * (x * t + g**2 / (2 * t) * (x + (1 - t) * x * t))
-        z = (np.asarray(member.states[:, 1]) - mean) / (g * np.sqrt(t - t_next))
+        z = (np.asarray(sample.states[:, 1]) - mean) / (g * np.sqrt(t - t_next))
         np.testing.assert_allclose(z, draw(1 + first), atol=1e-4)

@@ -58,12 +58,12 @@ def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) ->
     region = region_weights(diptych_mask(batch), model.factor, loss_region)
     if "masked_latents" in batch:
         return Encoded(diptych_condition(model, frozen, batch), batch.get("result_latents"), region)
-    photos = [apply_mask(as_diptych(batch, "source"), diptych_mask(batch))]
+    diptychs = [apply_mask(as_diptych(batch, "source"), diptych_mask(batch))]
     if "result" in batch:
-        photos.append(as_diptych(batch, "result"))
+        diptychs.append(as_diptych(batch, "result"))
     # lax.map() encodes masked photo and result one after the other: the program has one copy of the encoder, and needs
     # the memory of one image per record.
-    masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(photos))
+    masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(diptychs))
     condition = diptych_condition(model, frozen, batch, masked_latents=masked_latents)
     return Encoded(condition, clean[0] if clean else None, region)
 

@@ -75,7 +75,7 @@ def collect_experience(
     """
     rollouts, policy = settings.rollouts, objective.settings.policy
 
-    def microbatch(batch: Batch):
+    def collect_microbatch(batch: Batch):
         encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
         context = Context(frozen, batch, encoded, state.seed, state.temperature)
         experience, scores = Experience(encoded, objective.features(encoded)), None
@@ -92,14 +92,14 @@ def collect_experience(
         drift = drift_metrics(objective, state, context, experience.samples, settings.drift_interval)
         return experience, scores, drift
 
-    experience, scores, measured = jax.lax.map(microbatch, microbatches)
-    experience, measured = replace(experience, batch=microbatches), jax.tree.map(jnp.mean, measured)
+    experience, scores, drift = jax.lax.map(collect_microbatch, microbatches)
+    experience, drift = replace(experience, batch=microbatches), jax.tree.map(jnp.mean, drift)
     if rollouts is None:
-        return experience, measured | human_reward_metrics(objective, microbatches)
-    experience, rewards = add_rewards(objective, experience, scores, rollouts)
+        return experience, drift | human_reward_metrics(objective, microbatches)
+    experience, reward_metrics = add_rewards(objective, experience, scores, rollouts)
     if policy is None:  # the rewards are reported as metrics only
         experience = replace(experience, samples=None, advantages=None)
-    return experience, measured | rewards
+    return experience, drift | reward_metrics
 
 
 def evaluate_old_policy(objective: Objective, state: TrainState, context: Context, samples: Sample, sync) -> OldPolicy:
@@ -110,15 +110,15 @@ def evaluate_old_policy(objective: Objective, state: TrainState, context: Contex
     """
 
     def evaluate(weights) -> OldPolicy:
-        def next_sample(_, sample: Sample):
+        def evaluate_sample(_, sample: Sample):
             return None, objective.evaluate_policy(weights, context, sample).values
 
-        return jax.lax.scan(next_sample, None, samples)[1]
+        return jax.lax.scan(evaluate_sample, None, samples)[1]
 
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
+    placeholder = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
     if state.old_params is None:
-        return blank
-    return jax.lax.cond(sync, lambda: blank, lambda: evaluate(state.old_params))
+        return placeholder
+    return jax.lax.cond(sync, lambda: placeholder, lambda: evaluate(state.old_params))
 
 
 def add_rewards(
@@ -131,24 +131,24 @@ def add_rewards(
     """
     weights = settings.reward_weights
     rewards_finite = objective.sum((~jnp.isfinite(scores)).sum()) == 0
-    raw = objective.mean(scores.reshape(-1, scores.shape[-1]))
+    mean_scores = objective.mean(scores.reshape(-1, scores.shape[-1]))
     scores = jnp.where(rewards_finite, scores, 0.5)
-    advantages_of = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
-    advantages, spread = jax.vmap(advantages_of)(scores)
+    compute_advantages = partial(group_advantages, weights=weights, drop_negative=settings.drop_negative)
+    advantages, reward_std = jax.vmap(compute_advantages)(scores)
     # Images without a finite reward may not be finite themselves. They would make the base loss's gradient NaN.
-    blank = jax.tree.map(
+    samples_or_zeros = jax.tree.map(
         lambda x: jnp.where(rewards_finite, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x, experience.samples
     )
-    samples = replace(blank, times=experience.samples.times)
+    samples = replace(samples_or_zeros, times=experience.samples.times)
     metrics = {
-        "mean_reward": total_reward(raw, weights),
-        "reward_std": objective.mean(spread.reshape(-1)),
-        "frac_reward_zero_std": objective.mean((spread < MIN_GROUP_STD).reshape(-1)),
+        "mean_reward": total_reward(mean_scores, weights),
+        "reward_std": objective.mean(reward_std.reshape(-1)),
+        "frac_reward_zero_std": objective.mean((reward_std < MIN_GROUP_STD).reshape(-1)),
     }
     metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics) | {
         "reward_fallbacks": 1.0 - rewards_finite
     }
-    metrics |= {f"{reward.name}_score": raw[i] for i, reward in enumerate(settings.rewards)}
+    metrics |= {f"{reward.name}_score": mean_scores[i] for i, reward in enumerate(settings.rewards)}
     return replace(experience, samples=samples, advantages=advantages, rewards_finite=rewards_finite), metrics
 
 
@@ -162,11 +162,11 @@ def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
         return {}
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     removal, background, smoothness = objective.mean(batch["scores"])
-    scenes = batch["condition_weight"]
+    scene_weights = batch["condition_weight"]
     return {
         "mean_reward": objective.mean(batch["reward"]),
-        "reward_std": objective.mean(batch["group_reward_std"], scenes),
-        "frac_reward_zero_std": objective.mean(batch["zero_std_group"], scenes),
+        "reward_std": objective.mean(batch["group_reward_std"], scene_weights),
+        "frac_reward_zero_std": objective.mean(batch["zero_std_group"], scene_weights),
         "removal_score": removal,
         "background_score": background,
         "smoothness_score": smoothness,
@@ -190,5 +190,5 @@ def drift_metrics(
     def measure():
         return objective.drift(state.trainable, context, clean, state.step)
 
-    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
-    return jax.lax.cond((state.step + 1) % interval == 0, measure, lambda: unmeasured)
+    not_measured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
+    return jax.lax.cond((state.step + 1) % interval == 0, measure, lambda: not_measured)

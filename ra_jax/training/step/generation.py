@@ -38,27 +38,27 @@ def generate_samples(
     group_keys = example_keys(
         jax.random.fold_in(stream_key(state.seed, "rollouts"), state.step), context.batch["record_id"]
     )
-    gates_of_all, _ = model.gates(state.trainable, condition)
-    noisy = choose_noisy_steps(settings, times, state)
+    router_gates, _ = model.gates(state.trainable, condition)
+    noisy_steps = choose_noisy_steps(settings, times, state)
     inputs = reward_inputs(objective, settings, context)
 
-    def generate(_, number):
+    def generate_sample(_, number):
         shared_keys = example_keys(group_keys, jnp.zeros(group_keys.shape, jnp.int32))
         sample_keys = example_keys(group_keys, jnp.broadcast_to(number + 1, group_keys.shape))
-        gates, experts = sample_experts(settings, gates_of_all, sample_keys)
+        gates, experts = sample_experts(settings, router_gates, sample_keys)
 
-        def noise(draw):
+        def draw_noise(draw):
             keys = [example_keys(keys, jnp.broadcast_to(draw, keys.shape)) for keys in (shared_keys, sample_keys)]
             return panel_noise(*keys, condition.grid, model.latent_features)
 
         def velocity(x, t):
             return objective.velocity(state.trainable, context.frozen, x, t, condition, Adapter(gates))
 
-        sample = replace(roll_out(velocity, noise, times, noisy), experts=experts)
+        sample = replace(roll_out(velocity, draw_noise, times, noisy_steps), experts=experts)
         image = decode_panels(objective, settings, context.frozen, sample.clean, condition.grid)
         return None, (sample, score(settings.rewards, replace(inputs, image=image)))
 
-    _, (samples, scores) = jax.lax.scan(generate, None, jnp.arange(settings.generations))
+    _, (samples, scores) = jax.lax.scan(generate_sample, None, jnp.arange(settings.generations))
     return samples, scores
 
 
@@ -87,6 +87,7 @@ def sample_experts(
     """
     if not settings.sample_experts:
         return gates, None
+    # No draw of noise has the number 2**31 - 1, so that the expert's key differs from the keys of the noise.
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 1))(keys)
     experts = jax.vmap(jax.random.categorical)(keys, jnp.log(gates))
     return jax.nn.one_hot(experts, gates.shape[-1]), experts

@@ -89,8 +89,8 @@ class Objective:
         x = interpolate(encoded.clean, noise, t)
         predicted = self.velocity(trainable, context.frozen, x, t, encoded.condition, adapter)
         errors = flow_matching_error(predicted, encoded.clean, noise, encoded.region)
-        base = self.mean(batch["sample_weight"] * errors)
-        return self.settings.base_loss_weight * base, {"base_loss": base}
+        loss = self.mean(batch["sample_weight"] * errors)
+        return self.settings.base_loss_weight * loss, {"base_loss": loss}
 
     def evaluate_policy(self, trainable, context: Context, sample: Sample, *, experts: bool = True) -> PolicyOutput:
         """Evaluate the policy with parameters `trainable` on a sample, without dropout.
@@ -152,8 +152,8 @@ class Objective:
         loss, metrics = policy_loss(output, old, advantages, settings.policy, mean=self.mean)
         total, metrics = settings.policy_loss_weight * loss, metrics | {"policy_loss": loss}
         if settings.kl_weight:
-            base = self.evaluate_policy(trainable, context, sample, experts=False)
-            kl = velocity_distance(output.velocity, base.velocity, context.encoded.region, self.mean)
+            base_output = self.evaluate_policy(trainable, context, sample, experts=False)
+            kl = velocity_distance(output.velocity, base_output.velocity, context.encoded.region, self.mean)
             total += settings.kl_weight * kl
             metrics["kl_loss"] = kl
         return total, (metrics, old)
@@ -207,10 +207,10 @@ class Objective:
         noise, t, _ = self.sample_noise(context.batch, clean, context.seed, step)
         gates, _ = self.model.gates(trainable, condition)
         x = interpolate(clean, noise, t)
-        policy, base = self.policy_and_base_velocity(trainable, context.frozen, x, t, condition, gates)
+        velocity, base_velocity = self.policy_and_base_velocity(trainable, context.frozen, x, t, condition, gates)
         return {
-            "velocity_norm_ratio": self.mean(norm_ratio(policy, base, region)),
-            "kl_to_base": self.mean(region_mean((policy - base) ** 2, region)),
+            "velocity_norm_ratio": self.mean(norm_ratio(velocity, base_velocity, region)),
+            "kl_to_base": self.mean(region_mean((velocity - base_velocity) ** 2, region)),
         }
 
     def policy_and_base_velocity(self, trainable, frozen, x, t, condition, gates) -> tuple[jax.Array, jax.Array]:
@@ -218,8 +218,8 @@ class Objective:
         # Gates of 0 give the base. One pass over 2R rows lets the compiler keep one copy of the network instead of two.
         # The two rows of a point are adjacent, so that both stay on the point's device.
         x, t, condition = jax.tree.map(lambda leaf: repeat(leaf, 2), (x, t, condition))
-        both = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
-        velocity = self.velocity(trainable, frozen, x, t, condition, Adapter(both))
+        paired_gates = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
+        velocity = self.velocity(trainable, frozen, x, t, condition, Adapter(paired_gates))
         return velocity[0::2], velocity[1::2]
 
 
@@ -236,8 +236,8 @@ def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, points: int) -
         points: number of points per record.
     """
     x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, points, *a.shape[1:]), 1, 0) for a in (x, t))
-    found = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
-    return jnp.moveaxis(found, 0, 1).reshape(x.shape)
+    by_point = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
+    return jnp.moveaxis(by_point, 0, 1).reshape(x.shape)
 
 
 def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:

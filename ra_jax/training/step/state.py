@@ -77,14 +77,14 @@ def init_state(
         with_ema: whether the weights are averaged.
     """
 
-    def copy():
+    def copy_trainable():
         return jax.tree.map(jnp.copy, trainable)
 
     return TrainState(
         trainable=trainable,
-        opt_state=_copy_shared(optimizer.init(trainable), trainable),
-        old_params=copy() if with_old_params else None,
-        ema=copy() if with_ema else None,
+        opt_state=_copy_shared_leaves(optimizer.init(trainable), trainable),
+        old_params=copy_trainable() if with_old_params else None,
+        ema=copy_trainable() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),
         clip_at_sync=jnp.full((), jnp.nan, jnp.float32),  # not measured yet
@@ -93,10 +93,10 @@ def init_state(
     )
 
 
-def _copy_shared(opt_state: Any, trainable: Any) -> Any:
+def _copy_shared_leaves(opt_state: Any, trainable: Any) -> Any:
     """Copy the leaves of the optimizer state that share a buffer with the weights, as prodigy's initial weights do."""
-    shared = {id(leaf) for leaf in jax.tree.leaves(trainable)}
-    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, opt_state)
+    weight_ids = {id(leaf) for leaf in jax.tree.leaves(trainable)}
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in weight_ids else leaf, opt_state)
 
 
 def stream_key(seed: int | jax.Array, name: str) -> jax.Array:
@@ -110,6 +110,6 @@ def example_keys(key: jax.Array, *ids: jax.Array) -> jax.Array:
     A key depends only on the ids of its example, so that draws do not depend on the layout of the batch.
     """
     keys = jnp.broadcast_to(key, ids[0].shape)
-    for column in ids:
-        keys = jax.vmap(jax.random.fold_in)(keys, column)
+    for id_column in ids:
+        keys = jax.vmap(jax.random.fold_in)(keys, id_column)
     return keys

@@ -48,14 +48,14 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         program = StepProgram(replace(objective, axis_name=axis_name), optimizer, settings)
         sync = settings.sync_due(state.step)
         state = replace(state, old_params=sync_old_params(state, sync))
-        experience, measured = collect_experience(program.objective, settings, state, frozen, batch, sync)
-        state, metrics = learn(program, state, frozen, experience, on_policy=sync)
-        if "clip_fraction" in metrics:
-            temperature, clip_at_sync = update_temperature(state, metrics["clip_fraction"][-1], settings)
-            measured |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
+        experience, metrics = collect_experience(program.objective, settings, state, frozen, batch, sync)
+        state, update_metrics = learn(program, state, frozen, experience, on_policy=sync)
+        if "clip_fraction" in update_metrics:
+            temperature, clip_at_sync = update_temperature(state, update_metrics["clip_fraction"][-1], settings)
+            metrics |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
             state = replace(state, temperature=temperature, clip_at_sync=clip_at_sync)
         ema = update_ema(state, state.trainable, settings.ema_decay)
-        return replace(state, ema=ema, step=state.step + 1), reduce_metrics(metrics) | measured
+        return replace(state, ema=ema, step=state.step + 1), reduce_metrics(update_metrics) | metrics
 
     return train_step
 
@@ -80,12 +80,12 @@ def learn(
     router_mean = state.router_mean
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
-        state, old = carry
-        gradients, metrics, old = compute_gradients(
+        state, old_values = carry
+        gradients, metrics, old_values = compute_gradients(
             objective,
             state,
             frozen,
-            replace(experience, old=old),
+            replace(experience, old=old_values),
             update=state.step * settings.updates + number,
             on_policy=on_policy & (number == 0),
         )
@@ -96,7 +96,7 @@ def learn(
         metrics["grad_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old), metrics
+        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old_values), metrics
 
     (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
     return state, metrics
@@ -111,7 +111,7 @@ def sync_old_params(state: TrainState, sync: jax.Array) -> Any:
     """Return the current weights if `sync` is true, else the old policy's; None if there is no separate copy."""
     if state.old_params is None:
         return None
-    return jax.tree.map(lambda new, old: jnp.where(sync, new, old), state.trainable, state.old_params)
+    return jax.tree.map(lambda current, old: jnp.where(sync, current, old), state.trainable, state.old_params)
 
 
 def compute_gradients(
@@ -137,35 +137,41 @@ def compute_gradients(
         The gradient, the metrics, and the old policy's values for the next update.
     """
 
-    def policy(total, given, context: Context):
-        loss = jax.value_and_grad(objective.policy, has_aux=True)
-        (value, (metrics, old)), gradient = loss(state.trainable, context, *given, on_policy=on_policy)
-        count = experience.advantages.shape[1]
+    def add_policy_gradient(total, sample_inputs, context: Context):
+        loss_and_gradient = jax.value_and_grad(objective.policy, has_aux=True)
+        (loss, (metrics, old_values)), gradient = loss_and_gradient(
+            state.trainable, context, *sample_inputs, on_policy=on_policy
+        )
+        num_samples = experience.advantages.shape[1]
         # where(), not * 0: the gradient of samples without finite rewards may be NaN.
-        total = jax.tree.map(lambda t, g: t + jnp.where(rewards_finite, g / count, 0.0), total, gradient)
+        total = jax.tree.map(lambda t, g: t + jnp.where(rewards_finite, g / num_samples, 0.0), total, gradient)
         metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics)  # NaN: not measured
-        return total, (metrics | {"train_loss": jnp.where(rewards_finite, value, 0.0)}, old)
+        return total, (metrics | {"train_loss": jnp.where(rewards_finite, loss, 0.0)}, old_values)
 
-    def microbatch(total, experience: Experience):
+    def add_microbatch_gradient(total, experience: Experience):
         context = Context(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
-        metrics, old = {"train_loss": jnp.zeros(())}, None
+        metrics, old_values = {"train_loss": jnp.zeros(())}, None
         if experience.encoded.clean is not None:
-            loss = jax.value_and_grad(objective.base, has_aux=True)
-            (value, base), gradient = loss(state.trainable, context, update)
+            loss_and_gradient = jax.value_and_grad(objective.base, has_aux=True)
+            (loss, base_metrics), gradient = loss_and_gradient(state.trainable, context, update)
             total = jax.tree.map(jnp.add, total, gradient)
-            metrics = base | {"train_loss": value}
+            metrics = base_metrics | {"train_loss": loss}
         if experience.advantages is not None:
-            given = (experience.samples, experience.advantages, experience.old)
-            total, (terms, old) = jax.lax.scan(lambda total, sample: policy(total, sample, context), total, given)
-            terms = jax.tree.map(lambda x: x.mean(0), terms)
-            metrics = metrics | terms | {"train_loss": metrics["train_loss"] + terms["train_loss"]}
-        return total, (metrics, old)
+            inputs = (experience.samples, experience.advantages, experience.old)
+            total, (policy_metrics, old_values) = jax.lax.scan(
+                lambda total, sample_inputs: add_policy_gradient(total, sample_inputs, context), total, inputs
+            )
+            policy_metrics = jax.tree.map(lambda x: x.mean(0), policy_metrics)
+            train_loss = metrics["train_loss"] + policy_metrics["train_loss"]
+            metrics = metrics | policy_metrics | {"train_loss": train_loss}
+        return total, (metrics, old_values)
 
     rewards_finite = jnp.asarray(True) if experience.rewards_finite is None else experience.rewards_finite
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    gradients, (metrics, old) = jax.lax.scan(microbatch, zeros, replace(experience, rewards_finite=None))
+    scanned = replace(experience, rewards_finite=None)
+    gradients, (metrics, old_values) = jax.lax.scan(add_microbatch_gradient, zeros, scanned)
     gradients = jax.tree.map(lambda g: g / len(experience.batch["mask"]), gradients)
-    return gradients, jax.tree.map(lambda x: x.mean(0), metrics), old
+    return gradients, jax.tree.map(lambda x: x.mean(0), metrics), old_values
 
 
 def add_diversity_gradient(
@@ -182,15 +188,15 @@ def add_diversity_gradient(
     features = experience.features
     if features is None:
         return gradients, None, metrics
-    loss = jax.value_and_grad(objective.diversity, has_aux=True)
-    (value, (router_mean, routing)), update = loss(
+    loss_and_gradient = jax.value_and_grad(objective.diversity, has_aux=True)
+    (loss, (router_mean, diversity_metrics)), diversity_gradient = loss_and_gradient(
         state.trainable,
         features.reshape(-1, features.shape[-1]),
         experience.batch["condition_weight"].reshape(-1),
         state.router_mean,
     )
-    metrics = metrics | routing | {"train_loss": metrics["train_loss"] + value}
-    return jax.tree.map(jnp.add, gradients, update), router_mean, metrics
+    metrics = metrics | diversity_metrics | {"train_loss": metrics["train_loss"] + loss}
+    return jax.tree.map(jnp.add, gradients, diversity_gradient), router_mean, metrics
 
 
 def update_temperature(
@@ -200,11 +206,12 @@ def update_temperature(
 
     A clip fraction of NaN (the step had no policy term) changes neither. τ changes only with `adapt_temperature`.
     """
-    last = settings.sync_due(state.step + 1) & ~jnp.isnan(clip_fraction)
-    clip = jnp.where(last, clip_fraction, state.clip_at_sync)
+    due = settings.sync_due(state.step + 1) & ~jnp.isnan(clip_fraction)
+    clip_at_sync = jnp.where(due, clip_fraction, state.clip_at_sync)
     if not settings.adapt_temperature:
-        return state.temperature, clip
-    return jnp.where(last, next_temperature(state.temperature, clip), state.temperature), clip
+        return state.temperature, clip_at_sync
+    temperature = jnp.where(due, next_temperature(state.temperature, clip_at_sync), state.temperature)
+    return temperature, clip_at_sync
 
 
 def update_ema(state: TrainState, trainable: Any, decay: float) -> Any:
@@ -215,4 +222,4 @@ def update_ema(state: TrainState, trainable: Any, decay: float) -> Any:
     if state.ema is None:
         return None
     decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, trainable)
+    return jax.tree.map(lambda ema, weight: decay * ema + (1.0 - decay) * weight, state.ema, trainable)

@@ -24,7 +24,7 @@ def broken(inputs):
     return jnp.where(inputs.image.mean((1, 2, 3)) > -1.0, jnp.nan, 0.0)
 
 
-def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(make_automatic_config, photo_flags, run_steps):
+def test_rollouts_with_equal_rewards_change_no_weight(make_automatic_config, photo_flags, run_steps):
     """With a constant reward all advantages are 0. Without the other losses no weight changes."""
     setup = set_up(make_automatic_config(diversity_loss_weight=0.0, adam_weight_decay=0.0, **photo_flags))
     constant = (Reward("constant", lambda inputs: jnp.full(inputs.image.shape[:1], 0.7), 1.0),)
@@ -44,7 +44,7 @@ def test_nothing_is_learnt_from_rollouts_that_are_worth_the_same(make_automatic_
         ({"policy_estimator": "sde", "negative_advantages": "drop"}, True),
     ],
 )
-def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(make_automatic_config, flags, dropped):
+def test_negative_advantages_are_dropped_or_kept_by_the_settings(make_automatic_config, flags, dropped):
     settings = step_settings(make_automatic_config(**flags), (Reward("mine", broken, 1.0),)).rollouts
     samples = Sample(jnp.zeros((1, 4, 1, 2, 4)))  # a microbatch of four rollouts of one condition
     scores = jnp.asarray([0.1, 0.4, 0.6, 0.9]).reshape(1, 4, 1, 1)
@@ -54,7 +54,7 @@ def test_rollouts_below_their_groups_mean_teach_only_where_that_is_kept(make_aut
     assert list(signs) == ([0, 0, 1, 1] if dropped else [-1, -1, 1, 1])
 
 
-def test_without_the_grpo_loss_rewards_are_only_looked_at(make_automatic_config, run_steps):
+def test_without_the_grpo_loss_rewards_are_only_reported(make_automatic_config, run_steps):
     _, rows = run_steps(set_up(make_automatic_config(enable_grpo_loss=False)), 1)
     assert "mean_reward" in rows[0] and "policy_loss" not in rows[0]
 

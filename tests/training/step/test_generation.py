@@ -86,7 +86,7 @@ def test_a_rollout_is_what_removal_makes_of_the_same_noise(rollout, monkeypatch)
         np.testing.assert_allclose(scores[0, :, i], REWARDS[name].function(inputs), atol=1e-3)
 
 
-def test_members_share_the_left_panels_noise_and_differ_on_the_right(rollout, monkeypatch):
+def test_rollouts_share_the_left_panels_noise_and_differ_on_the_right(rollout, monkeypatch):
     """Checked on the initial noise, which stands in for the rollout's result."""
     setup, batch = rollout.setup, rollout.batch
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_decoding_in_microbatches_gives_the_same_scores(rollout):
     np.testing.assert_allclose(one_at_a_time.scores, rollout.scores, atol=1e-5)
 
 
-def test_rollouts_depend_on_step_record_and_member_alone(rollout):
+def test_rollouts_depend_only_on_step_record_and_number(rollout):
     """The order of the conditions does not change the rollouts, the number of the step does."""
     setup, batch, samples = rollout.setup, rollout.batch, rollout.samples
     turned = {name: values[::-1] for name, values in batch.items()}

@@ -14,7 +14,7 @@ from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.objective import map_timesteps
 
 
-def test_points_one_by_one_are_the_same_rows():
+def test_points_one_by_one_give_the_same_rows():
     x, t = jnp.arange(24.0).reshape(6, 4, 1), jnp.arange(6.0)
     seen = []
 
@@ -39,10 +39,10 @@ def test_points_one_by_one_have_the_same_gradient(make_config):
             advantages = jnp.ones(len(batch["mask"]))
             return objective.policy(trainable, context, sample, advantages, old, on_policy=jnp.asarray(False))
 
-        (value, (_, record)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        (value, (_, old_values)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             jax.tree.map(lambda x: x + 0.01, state.trainable)
         )
-        return {"loss": value, **record, **named_leaves(gradient)}
+        return {"loss": value, **old_values, **named_leaves(gradient)}
 
     apart, together = (
         gradient(replace(setup.objective, settings=replace(setup.objective.settings, sequential_timesteps=apart)))

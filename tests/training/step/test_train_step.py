@@ -74,12 +74,12 @@ def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human
     assert {"router/hidden/kernel", "router/logits/kernel"} <= set(named_leaves(before))
 
 
-def test_ratio_is_one_where_the_old_policy_is_fresh_and_moves_after(human_run):
+def test_ratio_is_one_after_a_sync_and_moves_away_later(human_run):
     ratios = [float(row["mean_ratio"]) for row in human_run.metrics]
     assert [ratio == 1.0 for ratio in ratios] == [True, False, False, True, False, False, True]
 
 
-def test_policy_gradient_flows_at_the_fresh_step(human_run):
+def test_the_gradient_is_not_zero_at_a_ratio_of_one(human_run):
     """At the step after a sync ρ is 1, and the gradient of the loss is not 0."""
     first = human_run.metrics[0]
     assert first["approx_kl"] == 0.0
@@ -100,7 +100,7 @@ def test_metrics_of_scores_are_the_batch_means(human_run):
     assert metrics[0]["frac_reward_zero_std"] == 0.0
 
 
-def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_renewal(human_run):
+def test_clip_fraction_at_sync_is_that_of_the_last_step_before_a_sync(human_run):
     rows = human_run.metrics
     assert np.isnan([row["clip_fraction_at_sync"] for row in rows[:2]]).all()  # not measured yet
     assert [row["clip_fraction_at_sync"] for row in rows[2:5]] == [rows[2]["clip_fraction"]] * 3
@@ -211,7 +211,7 @@ def test_average_is_the_warmed_up_moving_average(human_run):
     assert update_ema(late, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.01)
 
 
-def test_temperature_adapts_only_before_a_renewal(human_run):
+def test_temperature_adapts_only_before_a_sync(human_run):
     state = replace(human_run.state, temperature=jnp.asarray(0.1))
     settings = StepSettings(
         updates=1, sync_steps=8, adapt_temperature=True, ema_decay=0.0, drift_interval=0, rollouts=None
