@@ -44,6 +44,8 @@ class RewardFallbacks:
 def _describe_cause(step: Mapping[str, np.ndarray]) -> str:
     scores = {name: float(value) for name, value in step.items() if name.endswith("_score")}
     not_finite = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
+    if not not_finite:
+        return "a step with rewards does not fit the device; lower --train_batch_size or use smaller buckets"
     return (
         f"{', '.join(not_finite)}, expected finite numbers; look at the newest preview: if it is broken, lower "
         "--learning_rate or use --mixed_precision no; if it is not, fix that reward function"

@@ -117,13 +117,13 @@ class CompiledSteps:
                 break
             decode_batch_size //= 2
             log.warning(
-                "a step with rollouts needs %.1f GB, the device has %.1f GB: trying again with decode_batch_size %d",
-                required / 1e9,
+                "a step with rollouts needs %s, the device has %.1f GB: trying again with decode_batch_size %d",
+                _format_bytes(required),
                 available / 1e9,
                 decode_batch_size,
             )
         cause = (
-            f"a step with rollouts needs {required / 1e9:.1f} GB with one image decoded at a time, the device has "
+            f"a step with rollouts needs {_format_bytes(required)} with one image decoded at a time, the device has "
             f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
             "--aspect_ratio_buckets, or use --gradient_checkpointing full (points needs even less memory)"
         )
@@ -142,3 +142,7 @@ class CompiledSteps:
                 raise
             return None, math.inf
         return program, program_memory(program)
+
+
+def _format_bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if math.isfinite(count) else "more memory than the compiler could find"

@@ -35,6 +35,13 @@ def test_ten_in_a_row_over_rows_and_steps_without_rewards():
         fallbacks.count([NOT_FINITE], done=29)
 
 
+def test_the_cause_of_a_series_that_ends_in_a_step_that_did_not_fit():
+    fallbacks = RewardFallbacks()
+    fallbacks.count([NOT_FINITE] * 9, done=9)
+    with pytest.raises(FloatingPointError, match=r"10th time in a row; a step with rewards does not fit the device"):
+        fallbacks.count([{"reward_fallbacks": np.float32(1)}], done=10)
+
+
 def test_a_step_that_did_not_fit_is_counted_but_not_logged_again(caplog):
     with caplog.at_level(logging.WARNING):
         assert RewardFallbacks().count([{"reward_fallbacks": np.float32(1)}], done=1) == 1.0

@@ -87,7 +87,8 @@ def test_a_compiler_that_runs_out_of_memory_counts_as_not_fitting(make_automatic
     monkeypatch.setattr(programs.CompiledSteps, "_compile", compile_)
     _, row = setup.compiled_steps()(setup.state, setup.frozen, next(setup.batches()))
     assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
-
+    assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
+    assert "needs more memory than the compiler could find with one image decoded at a time" in caplog.text
 
 @pytest.mark.slow
 def test_memory_grows_only_by_the_latents_of_more_samples(make_automatic_config, photo_flags):
