@@ -2,8 +2,11 @@
 
     python scripts/benchmarks/contenders.py NAME GEOMETRY OPTIONS     as against_diffusers.py starts it
 
-NAME: of `CONTENDERS`; GEOMETRY: fields of `Geometry` as JSON; OPTIONS: gradient_checkpointing and trace as JSON. It
+NAME: a key of `WORKERS`; GEOMETRY: fields of `Geometry` as JSON; OPTIONS: gradient_checkpointing and trace as JSON. It
 prints its facts, then for every line that it reads the seconds and the memory of one step, all as lines of JSON.
+
+This file and against_diffusers.py share nothing but this command line. With --our_python the two may run in different
+environments, and this one imports JAX or PyTorch, never both.
 """
 
 import gc
@@ -13,14 +16,12 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 EXPERTS = 3
-OURS, THEIRS, ONE_LORA = "ra_jax", "diffusers + PEFT", "ra_jax, one LoRA"
-CONTENDERS = (OURS, THEIRS, ONE_LORA)
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity, by their data sheets
 
 
@@ -38,7 +39,6 @@ class Geometry:
     joint_dim: int = 256
     pooled_dim: int = 64
     rank: int = 16  # of each expert
-    alone: bool = False  # contenders do not fit the device together
 
     @property
     def tokens(self) -> int:
@@ -65,27 +65,6 @@ class Geometry:
             "guidance_embeds": True,
             "axes_dims_rope": self.axes,
         }
-
-
-GEOMETRIES = {
-    "tiny": Geometry(heads=4, head_dim=64, double=2, single=4, grid=(16, 16), context=64, batch=2),
-    "small": Geometry(heads=8, head_dim=64, double=3, single=6, grid=(16, 32), context=128, batch=1),
-    "wide": Geometry(heads=8, head_dim=128, double=2, single=4, grid=(16, 32), context=128, batch=1),
-}
-FLUX = Geometry(
-    heads=24,
-    head_dim=128,
-    double=19,
-    single=38,
-    grid=(32, 64),
-    context=512 + 729,  # prompt and Redux tokens
-    batch=4,
-    joint_dim=4096,
-    pooled_dim=768,
-    rank=64,
-    alone=True,
-)
-LARGE = {"flux": FLUX, "flux_6": replace(FLUX, batch=6)}
 
 
 @dataclass(frozen=True)
@@ -340,7 +319,7 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
         fits = False
     if not fits:  # what the exception held is free now
         optimizer.zero_grad(set_to_none=True)
-        gc.collect_experience()
+        gc.collect()
         torch.cuda.empty_cache()
         model.enable_gradient_checkpointing()
         since = time.perf_counter()
@@ -360,10 +339,10 @@ def host_peak() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-WORKERS = {
-    OURS: lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
-    THEIRS: theirs,
-    ONE_LORA: lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
+WORKERS = {  # by the names that against_diffusers.py passes
+    "ra_jax": lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
+    "diffusers + PEFT": theirs,
+    "ra_jax, one LoRA": lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
 }
 
 
@@ -383,6 +362,11 @@ def work(contender: str, geometry: Geometry, options: dict) -> None:
         print(json.dumps({"seconds": seconds, "peak": worker.peak()}), flush=True)
 
 
+def parse_geometry(text: str) -> Geometry:
+    """Read a `Geometry` from its fields as JSON."""
+    sizes = json.loads(text)
+    return Geometry(**sizes | {"grid": tuple(sizes["grid"])})
+
+
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    work(sys.argv[1], Geometry(**given | {"grid": tuple(given["grid"])}), json.loads(sys.argv[3]))
+    work(sys.argv[1], parse_geometry(sys.argv[2]), json.loads(sys.argv[3]))

@@ -37,7 +37,7 @@ from ra_jax.training.build import initial_state
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.experience import Experience, collect_experience
-from ra_jax.training.step.generation import decode_panels, generate_samples, reward_inputs
+from ra_jax.training.step.generation import decode_panels, generate_samples, reward_inputs, score
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
@@ -136,7 +136,7 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     )
     images = decode(frozen, clean)
     inputs = jax.jit(lambda frozen: reward_inputs(objective, rollouts, context_of(frozen)))(frozen)
-    score = jax.jit(
+    score_images = jax.jit(
         lambda inputs, images: jax.lax.map(lambda image: score(rollouts.rewards, replace(inputs, image=image)), images)
     )
 
@@ -158,7 +158,7 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
         "encode": lambda: encode_(frozen, first),
         "rollout": lambda: roll_out(state, frozen),
         "decode": lambda: decode(frozen, clean),
-        "rewards": lambda: score(inputs, images),
+        "rewards": lambda: score_images(inputs, images),
         "update": lambda: update(state, frozen, experience),
     }
     if whole:  # not donated: every round starts from the same state

@@ -90,6 +90,7 @@ def test_a_compiler_that_runs_out_of_memory_counts_as_not_fitting(make_automatic
     assert row == {"reward_fallbacks": 1.0} and "falling back to simple loss" in caplog.text
     assert "needs more memory than the compiler could find with one image decoded at a time" in caplog.text
 
+
 @pytest.mark.slow
 def test_memory_grows_only_by_the_latents_of_more_samples(make_automatic_config, photo_flags):
     """Temporary memory of the compiled step with 2 and with 8 rollouts per condition."""
