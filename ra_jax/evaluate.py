@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ra_jax.config.ranges import at_least, finite, out_of_range
 from ra_jax.config.settings import GRPOConfig
-from ra_jax.data.formats import RECORDS
+from ra_jax.data.formats import RECORDS_FILE
 from ra_jax.data.images import read_mask, read_photo
 from ra_jax.data.inputs import flag_inputs
 from ra_jax.errors import DataError, UserError
@@ -25,7 +25,7 @@ from ra_jax.evaluation.pairs import Pair, find_pairs
 from ra_jax.evaluation.perceptual import LpipsNet, load_inception, load_lpips, load_transformer
 from ra_jax.evaluation.table import COLUMN_BY_NAME, COLUMNS, Row, csv_text, summarize, table_text, worst_first
 from ra_jax.outputs import Outputs, check_outputs, replace_file, write_file
-from ra_jax.reporting.contact_sheet import captioned, thumbnail
+from ra_jax.reporting.contact_sheet import captioned_sheet, thumbnail
 
 METRICS_FILE, SUMMARY_FILE, SHEET_FILE = "metrics.csv", "summary.json", "contact_sheet.png"
 REWARDS_WITHOUT_TRUTH = ("removal_without_target", "background_without_target")
@@ -147,7 +147,7 @@ def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfi
 
     names = list(dict.fromkeys((config.sort_by, "total_reward", *CAPTION_METRICS)))
     captions = [_format_caption(rows[i], names) for i in worst_indices]
-    return captioned(captions, [thumbnails(pairs[i]) for i in worst_indices], titles)
+    return captioned_sheet(captions, [thumbnails(pairs[i]) for i in worst_indices], titles)
 
 
 def _format_caption(row: Row, names: Sequence[str]) -> list[str]:
@@ -171,12 +171,12 @@ def _check_output_folder(config: EvaluateConfig) -> Path:
     """
     output = Path(config.output_dir)
     files = [output / name for name in (METRICS_FILE, SUMMARY_FILE, SHEET_FILE)]
-    records = Path(config.results) / RECORDS  # exists in a folder that ra_jax.infer wrote
+    records = Path(config.results) / RECORDS_FILE  # exists in a folder that ra_jax.infer wrote
     weights = {name: getattr(config, name) for name in ("inception_weights", "clip_model", "dino_model")}
     inputs, nested = flag_inputs(
         {
             "--results": config.results,
-            f"--results ({RECORDS})": records if records.is_file() else None,
+            f"--results ({RECORDS_FILE})": records if records.is_file() else None,
             "--truth": config.truth,
         }
     )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR, find_checkpoint, read_metadata
 from ra_jax.config.ranges import at_least, out_of_range
 from ra_jax.config.settings import ModelConfig
-from ra_jax.data.formats import RECORDS
+from ra_jax.data.formats import RECORDS_FILE
 from ra_jax.data.inputs import flag_inputs, image_paths, record_paths
 from ra_jax.data.records import Record
 from ra_jax.errors import DataError, UserError
@@ -101,7 +101,7 @@ def run(config: InferConfig) -> None:
 
     for path in tqdm(write_candidates(candidates, remove), total=len(candidates), unit="image"):
         tqdm.write(str(path))
-    print(f"records ready to be scored: {candidates[0].path.parent / RECORDS}")
+    print(f"records ready to be scored: {candidates[0].path.parent / RECORDS_FILE}")
 
 
 def check_output_paths(config: InferConfig, settings: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
@@ -112,7 +112,7 @@ def check_output_paths(config: InferConfig, settings: Mapping[str, Any], candida
     nested |= {f"--{name}": [Path(settings[name]).expanduser()] for name in models}
     if config.experts is not None:
         nested |= {"--experts": _checkpoint_folders(config.experts)}
-    files = [*(candidate.path for candidate in candidates), folder / RECORDS]
+    files = [*(candidate.path for candidate in candidates), folder / RECORDS_FILE]
     check_outputs(Outputs("--output_dir", folder, files), inputs, nested)
 
 

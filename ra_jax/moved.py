@@ -67,6 +67,8 @@ RENAMED = {
     "Fault": "RecordError",
     "FILE": "METRICS_FILE",
     "fill": "load_parameters",
+    "captioned": "captioned_sheet",
+    "recorded_panels": "recorded_charts",
     "first_state": "initial_state",
     "first_weights": "initial_params",
     "FLUX": "FLUX_TABLE",

@@ -1,25 +1,27 @@
-"""Models and data sets that tests share, all random and tiny.
+"""Fixtures that tests share: tiny random models, a tiny data set, and tiny training runs.
 
-    make_tiny_fill     function: factor (2, 4, 8) of the VAE -> folder of a FLUX-Fill model; made once a factor
+Models and data:
+
+    make_tiny_fill     function: factor (2, 4, 8) of the VAE -> folder of a FLUX-Fill model; cached per factor
     tiny_fill          Path: a FLUX-Fill model in diffusers' layout (transformer/ vae/ scheduler/), VAE factor 4
     tiny_redux         Path: a FLUX-Redux model (image_encoder/ image_embedder/ feature_extractor/), 28 px, 4 tokens
-    tiny_pipeline      RemovalPipeline of both in float32, without experts, 8 prompt tokens
-    load_tiny_experts  function: dtype -> LoadedModel of both with two experts a layer, B random, and a router, 8
-                       prompt tokens; loaded once a dtype
-    tiny_experts       the same in float32
-    scored_scenes      Path: a data set of 6 scenes of 32 px with four scored results each, no result clean
+    tiny_pipeline      RemovalPipeline of tiny_fill and tiny_redux: float32, no experts, 8 prompt tokens
+    load_tiny_experts  function: dtype -> LoadedModel of tiny_fill and tiny_redux with two experts per layer, random B,
+                       a router and 8 prompt tokens; cached per dtype
+    tiny_experts       LoadedModel that load_tiny_experts returns for float32
+    scored_scenes      Path: a data set of 6 scenes of 32 px, each with four scored results, none of them clean
 
-Configurations of tiny runs on them, and what tests of steps and runs do with those:
+Training runs:
 
-    make_config_in, make_config  configurations of human-scored runs, or what flags make of them
-    make_automatic_config        configurations of runs on automatic rewards
-    photo_flags                  flags for photos without results
-    run_steps                    takes some steps of a set-up
-    find_changed_leaves          which leaves of two trees differ
-    interrupt_at                 interrupts a run before a batch
+    make_config_in, make_config  functions: flags -> configuration of a run, human-scored by default
+    make_automatic_config        function: flags -> configuration of a run with automatic rewards
+    photo_flags                  dict: flags for photos without results
+    run_steps                    function: runs the first steps of a run
+    find_changed_leaves          function: finds the leaves in which two trees differ
+    interrupt_at                 function: interrupts a run before a batch
 
-Weights are random everywhere, where a fresh model has zeros too (modulations, output layer, experts' B), so that
-every layer counts in every output. Nobody may write into these folders.
+All weights are random, also those that are zero in a new model (modulations, output layer, experts' B), so that every
+layer affects every output. Tests must not write into these folders.
 """
 
 import json
@@ -56,10 +58,10 @@ JOINT_DIM = 32
 TEXT_TOKENS = 8
 
 
-def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
-    """A module with every parameter random: kernels of variance 1/inputs, norms about 1, biases about 0."""
+def _create_random(create: Callable[[], nnx.Module], seed: int) -> nnx.Module:
+    """Create a module with random parameters: kernels of variance 1/inputs, norm scales near 1, biases near 0."""
     rng = np.random.default_rng(seed)
-    module = nnx.eval_shape(make)
+    module = nnx.eval_shape(create)
 
     def draw(path, value):
         noise = rng.normal(size=value.shape).astype(np.float32)
@@ -68,7 +70,7 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
             return jnp.asarray(1.0 + 0.1 * noise)
         if "bias" in name:
             return jnp.asarray(0.1 * noise)
-        inputs = value.shape[:-1] if value.ndim == 4 else value.shape[-2:-1]  # a convolution's, or a linear layer's
+        inputs = value.shape[:-1] if value.ndim == 4 else value.shape[-2:-1]  # of a convolution or of a linear layer
         return jnp.asarray(noise / np.sqrt(np.prod(inputs)))
 
     nnx.update(module, jax.tree_util.tree_map_with_path(draw, nnx.state(module)))
@@ -76,18 +78,21 @@ def _random(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 def pytest_configure():
-    """Fusions are compiled by XLA's older emitters, which take less time, where there are some: jaxlib 0.11.1 has none,
-    and a flag that it does not know aborts the process. XLA reads its flags once, which may be when tests are
-    collected."""
+    """Make XLA compile fusions with its older emitters, which take less time.
+
+    jaxlib 0.11.1 has no older emitters, and an unknown flag aborts the process, so newer versions get no flag. The flag
+    is set here because XLA reads its flags once, possibly already while pytest collects tests.
+    """
     if jaxlib.version.__version_info__ < (0, 11, 1):
         os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `torch` are skipped where it is not installed.
+    """Skip tests marked `torch` if torch is not installed, and sort the test files.
 
-    Files with slow tests come first, then those that compile steps, so that no worker ends up alone with one
-    (scripts/test.sh keeps the order)."""
+    Files with slow tests come first, then the files of tests/training, which compile train steps. Otherwise one worker
+    could start such a file last, while the other has nothing left to do. scripts/test.sh keeps this order.
+    """
     if find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):
@@ -98,12 +103,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_fast(tmp_path_factory):
-    """Programs that several tests need are compiled by the first of them; LLVM's optimisations are left out.
+    """Compile each program once for all tests of a session, without most of LLVM's optimizations.
 
-    Compiling takes most of the suite's time, running the tiny programs almost none.
+    Compiling takes most of the suite's time. Running the tiny programs takes almost none.
     """
     folder = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of programs that tests start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for processes that tests start
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -112,14 +117,14 @@ def compile_fast(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A file's programs leave memory with it: all of the suite's together take gigabytes."""
+    """Free the compiled programs after each test file, because those of the whole suite take gigabytes of memory."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def with_optimizations():
-    """For tests whose subject is what the compiler makes of a program: with LLVM's optimisations."""
+    """Enable LLVM's optimizations for a test that depends on how the compiler optimizes a program."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -152,8 +157,8 @@ def make_tiny_fill(tmp_path_factory):
             axes_dims_rope=(4, 6, 6),
         )
         folder = tmp_path_factory.mktemp(f"tiny_fill_{factor}")
-        save_flux(_random(lambda: Flux(transformer, rngs=nnx.Rngs(0)), seed=1), folder)
-        save_vae(_random(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)), seed=2), folder)
+        save_flux(_create_random(lambda: Flux(transformer, rngs=nnx.Rngs(0)), seed=1), folder)
+        save_vae(_create_random(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)), seed=2), folder)
         save_fill_pipeline_config(folder)
         return folder
 
@@ -172,7 +177,7 @@ def tiny_redux(tmp_path_factory):
     )
     embedder = ReduxConfig(redux_dim=16, txt_in_features=JOINT_DIM)
     folder = tmp_path_factory.mktemp("tiny_redux")
-    save_redux(_random(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0)), seed=3), folder)
+    save_redux(_create_random(lambda: Redux(vision, embedder, rngs=nnx.Rngs(0)), seed=3), folder)
     return folder
 
 
@@ -199,10 +204,10 @@ def load_tiny_experts(tiny_fill, tiny_redux):
         )
         rng = np.random.default_rng(4)
 
-        def noisy(x):
+        def add_noise(x):
             return jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype)
 
-        return replace(loaded, trainable=jax.tree.map(noisy, loaded.trainable))
+        return replace(loaded, trainable=jax.tree.map(add_noise, loaded.trainable))
 
     return load
 
@@ -218,13 +223,13 @@ def scored_scenes(tmp_path_factory):
     return write_dataset(folder, DatasetSettings(scenes=6, size=32, mix="no_clean", seed=0))
 
 
-FEW_LAYERS = r".*\.(to_q|to_add_out|proj_mlp)"  # of both kinds of blocks: a smaller program than with all of them
+FEW_LAYERS = r".*\.(to_q|to_add_out|proj_mlp)"  # layers of both kinds of blocks; all layers make a larger program
 HUMAN = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 
 
 @pytest.fixture(scope="session")
 def make_config_in(tiny_fill, tiny_redux, scored_scenes):
-    """make_config_in(folder, **flags) -> TrainConfig: three experts of rank 2, human scores, unless flags differ."""
+    """Return a function: (folder, **flags) -> TrainConfig, by default with human scores and three experts of rank 2."""
 
     def make(folder: Path, **flags):
         settings = {
@@ -257,13 +262,16 @@ def make_config_in(tiny_fill, tiny_redux, scored_scenes):
 
 @pytest.fixture
 def make_config(make_config_in, tmp_path):
-    """make_config(**flags) -> TrainConfig of a run in the test's own folder."""
+    """Return a function: **flags -> TrainConfig of a run in the test's own folder."""
     return lambda **flags: make_config_in(tmp_path, **flags)
 
 
 @pytest.fixture(scope="session")
 def photo_flags(scored_scenes, tmp_path_factory):
-    """Photos and masks without results: nothing but rewards to learn from, which makes for small programs."""
+    """Return flags for photos and masks without results.
+
+    A run then learns from rewards only, so that its programs are small.
+    """
     records = json.loads((scored_scenes / "labeled_dict.json").read_text())[::4]
     for record in records:
         del record["result"], record["scores"]
@@ -276,7 +284,7 @@ def photo_flags(scored_scenes, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_automatic_config(make_config_in, scored_scenes, tmp_path_factory):
-    """make_automatic_config(**flags) -> TrainConfig in a new folder: 2 conditions, 3 rollouts each of 6 steps."""
+    """Return a function: **flags -> TrainConfig in a new folder, with 2 conditions and 3 rollouts of 6 steps each."""
 
     def make(**flags):
         settings = {
@@ -294,7 +302,7 @@ def make_automatic_config(make_config_in, scored_scenes, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_steps():
-    """run_steps(setup, count) -> the state after so many steps, and the metrics of each."""
+    """Return a function: (setup, count) -> the state after `count` steps, and the metrics of each step."""
 
     def run(setup, count):
         step, state, rows = setup.compiled_steps(), setup.state, []
@@ -308,31 +316,31 @@ def run_steps():
 
 @pytest.fixture(scope="session")
 def find_changed_leaves():
-    """find_changed_leaves(before, after) -> names of the leaves that differ."""
+    """Return a function: (before, after) -> names of the leaves that differ."""
 
-    def names(before, after):
+    def find(before, after):
         before, after = named_leaves(before), named_leaves(after)
         assert before.keys() == after.keys()
         return {name for name in before if not np.array_equal(before[name], after[name])}
 
-    return names
+    return find
 
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    """dies_at(batch, run): `run()` is interrupted when it asks for that batch (from 0)."""
+    """Return a function: (index, run) -> None. It calls `run()` and interrupts it before batch `index` (from 0)."""
 
-    def interrupted(batch, run):
+    def interrupt(index, run):
         iterate = Loader.iterate
 
-        def dies(self, start=0):
-            for i, found in enumerate(iterate(self, start), start):
-                if i == batch:
+        def iterate_until_index(self, start=0):
+            for i, batch in enumerate(iterate(self, start), start):
+                if i == index:
                     raise KeyboardInterrupt
-                yield found
+                yield batch
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Loader, "iterate", dies)
+            patch.setattr(Loader, "iterate", iterate_until_index)
             run()
 
-    return interrupted
+    return interrupt

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which ones are kept, found and deleted, how they are restored, and their names of leaves."""
+"""Checkpoints on disk: which ones remain and are found, how they are restored, and the names of their arrays."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,53 +20,53 @@ from ra_jax.checkpoints import (
 )
 from ra_jax.errors import CheckpointError
 
-ABOUT = {"config": {}, "base": "b"}
+METADATA = {"config": {}, "base": "b"}
 
 
-def saved(root, steps, **where):
-    """Save checkpoints of these steps; return the open `Checkpoints`."""
-    checkpoints = Checkpoints(root, **where)
+def save_steps(root, steps, **options):
+    """Save a checkpoint for each of these steps, and return the open `Checkpoints`."""
+    checkpoints = Checkpoints(root, **options)
     for step in steps:
-        checkpoints.save(step, {"w": jnp.full(2, float(step))}, position=step, **ABOUT)
+        checkpoints.save(step, {"w": jnp.full(2, float(step))}, position=step, **METADATA)
     checkpoints.latest()  # waits for the saves
     return checkpoints
 
 
-def names(folder):
+def step_numbers(folder):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def test_checkpoints_after_a_step_are_deleted(tmp_path):
-    checkpoints = saved(tmp_path, [2, 4, 6], folder=BEST_DIR)
+def test_delete_after_deletes_the_checkpoints_of_later_steps(tmp_path):
+    checkpoints = save_steps(tmp_path, [2, 4, 6], folder=BEST_DIR)
     checkpoints.delete_after(4)
     assert checkpoints.latest().name == "4"
-    checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **ABOUT)  # the resumed run saves this step again
+    checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **METADATA)  # a resumed run can save later steps
     assert checkpoints.latest().name == "5"
     checkpoints.close()
-    assert names(tmp_path / BEST_DIR) == [2, 4, 5]
+    assert step_numbers(tmp_path / BEST_DIR) == [2, 4, 5]
 
 
-def test_the_latest_is_found_and_the_best_if_there_is_no_other(tmp_path):
+def test_find_checkpoint_returns_the_latest_or_else_the_best(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
-    saved(tmp_path, [7], folder=BEST_DIR, limit=1).close()
+    save_steps(tmp_path, [7], folder=BEST_DIR, limit=1).close()
     assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / BEST_DIR) == (tmp_path / BEST_DIR / "7").resolve()
-    saved(tmp_path, [3, 5]).close()
+    save_steps(tmp_path, [3, 5]).close()
     assert find_checkpoint(tmp_path).parts[-2:] == ("checkpoints", "5")
     assert find_checkpoint(tmp_path / BEST_DIR).name == "7"
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    checkpoints = saved(tmp_path, [1, 2, 3], limit=1)
+def test_checkpoints_beyond_the_limit_are_deleted(tmp_path):
+    checkpoints = save_steps(tmp_path, [1, 2, 3], limit=1)
     assert checkpoints.latest().name == "3"
     checkpoints.close()
-    assert names(tmp_path / "checkpoints") == [3]
+    assert step_numbers(tmp_path / "checkpoints") == [3]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """A state with the field that has another name on disk."""
+    """A train state. Its field `old_params` has the name `snapshot` on disk."""
 
     trainable: Any
     old_params: Any
@@ -75,20 +75,20 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StateOf01:
-    """The same state with the field names of releases before 0.2."""
+    """The same state with the field name of releases before 0.2."""
 
     trainable: Any
     snapshot: Any
 
 
-def weights(value):
+def make_weights(value):
     return {"flux": {"kernel": jnp.full((2, 3), value)}, "router": {"bias": jnp.full(2, value + 0.5)}}
 
 
 def save_state(folder, state) -> Path:
     """Save a state as step 1; return the checkpoint's folder."""
     checkpoints = Checkpoints(folder)
-    checkpoints.save(1, state, position=1, **ABOUT)
+    checkpoints.save(1, state, position=1, **METADATA)
     checkpoints.close()
     return find_checkpoint(folder)
 
@@ -98,45 +98,48 @@ def assert_equal_trees(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_old_params_have_the_name_on_disk_of_older_releases(tmp_path):
-    checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
+def test_old_params_have_the_name_of_older_releases_on_disk(tmp_path):
+    checkpoint = save_state(tmp_path, State(make_weights(1.0), make_weights(2.0)))
     names = {"flux/kernel", "router/bias"}
     assert set(read_metadata(checkpoint).geometry) == {
-        f"{part}/{n}" for part in ("trainable", "snapshot") for n in names
+        f"{part}/{name}" for part in ("trainable", "snapshot") for name in names
     }
     assert_equal_trees(
-        restore(checkpoint, StateOf01(weights(0.0), weights(0.0))), StateOf01(weights(1.0), weights(2.0))
+        restore(checkpoint, StateOf01(make_weights(0.0), make_weights(0.0))),
+        StateOf01(make_weights(1.0), make_weights(2.0)),
     )
 
 
-def test_a_checkpoint_of_an_older_release_is_read(tmp_path):
-    checkpoint = save_state(tmp_path, StateOf01(weights(1.0), weights(2.0)))
-    assert_equal_trees(restore(checkpoint, State(weights(0.0), weights(0.0))), State(weights(1.0), weights(2.0)))
+def test_a_checkpoint_of_an_older_release_can_be_restored(tmp_path):
+    checkpoint = save_state(tmp_path, StateOf01(make_weights(1.0), make_weights(2.0)))
+    assert_equal_trees(
+        restore(checkpoint, State(make_weights(0.0), make_weights(0.0))), State(make_weights(1.0), make_weights(2.0))
+    )
 
 
 @pytest.mark.parametrize("part", ["old_params", "snapshot"])
-def test_a_part_of_a_state_is_read_by_its_name_in_code_or_on_disk(tmp_path, part):
-    checkpoint = save_state(tmp_path, State(weights(1.0), weights(2.0)))
-    assert_equal_trees(restore(checkpoint, weights(0.0), prefix=part), weights(2.0))
-    router = restore(checkpoint, weights(0.0)["router"], prefix=f"{part}/router")
-    assert_equal_trees(router, weights(2.0)["router"])
+def test_a_part_of_a_state_can_be_restored_by_its_name_in_code_or_on_disk(tmp_path, part):
+    checkpoint = save_state(tmp_path, State(make_weights(1.0), make_weights(2.0)))
+    assert_equal_trees(restore(checkpoint, make_weights(0.0), prefix=part), make_weights(2.0))
+    router = restore(checkpoint, make_weights(0.0)["router"], prefix=f"{part}/router")
+    assert_equal_trees(router, make_weights(2.0)["router"])
 
 
 def test_only_parts_of_a_state_have_another_name_on_disk(tmp_path):
-    """A leaf with this name deeper in the state keeps its name."""
+    """A leaf named `old_params` inside a part keeps its name."""
     checkpoint = save_state(tmp_path, {"trainable": {"old_params": jnp.ones(2)}})
     assert set(read_metadata(checkpoint).geometry) == {"trainable/old_params"}
 
 
-def test_a_state_of_another_geometry_is_refused_by_names_on_disk(tmp_path):
-    checkpoint = save_state(tmp_path, State(weights(1.0), None))
+def test_the_message_for_another_geometry_has_the_names_on_disk(tmp_path):
+    checkpoint = save_state(tmp_path, State(make_weights(1.0), None))
     with pytest.raises(
         CheckpointError, match=r"another geometry \(2 arrays differ\):\n  snapshot/flux/kernel: this model"
     ):
-        restore(checkpoint, State(weights(0.0), weights(0.0)))
+        restore(checkpoint, State(make_weights(0.0), make_weights(0.0)))
 
 
-def test_weights_of_another_base_are_refused():
+def test_a_checkpoint_of_another_base_is_refused():
     metadata = CheckpointMetadata(position=0, base="one", config={}, geometry={})
     check_base(Path("there"), metadata, "one")
     message = r"checkpoint there was trained on another base \(fingerprint one, this one has two\): give the Fill and"

@@ -77,9 +77,9 @@ ERRORS = {
 
 def run_python(*arguments, cwd):
     """Run Python in a subprocess in the folder `cwd`, and return its standard output and standard error."""
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    process = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout, process.stderr
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_old_modules_do_not_exist_and_new_ones_do():
         assert all(importlib.util.find_spec(name).origin.endswith(".py") for name in new) and not set(new) & set(MOVED)
 
 
-def test_the_changelog_has_the_table():
+def test_the_changelog_lists_the_old_and_the_new_path_of_each_module():
     text = (Path(__file__).parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     rows = re.findall(r"(?m)^\| `([\w.]+)` \| ((?:`[\w.]+`(?:, )?)+) \|$", text)
     listed = {f"ra_jax.{old}": tuple(f"ra_jax.{name}" for name in re.findall(r"[\w.]+", new)) for old, new in rows}
@@ -115,22 +115,22 @@ def test_old_paths_are_removed_in_the_version_that_their_warning_names():
 @pytest.mark.parametrize("old", NAMES)
 def test_names_at_the_old_path_are_the_same_objects(old, unload):
     unload(old)
-    with pytest.warns(FutureWarning) as warned:
+    with pytest.warns(FutureWarning) as warnings:
         module = importlib.import_module(old)
     text = f"{old} has moved to {' and '.join(MOVED[old])}; the old path will be removed in ra_jax 0.3"
-    assert [str(warning.message) for warning in warned] == [text]
-    new = [importlib.import_module(name) for name in MOVED[old]]
+    assert [str(warning.message) for warning in warnings] == [text]
+    new_modules = [importlib.import_module(name) for name in MOVED[old]]
     for name in NAMES[old].split():
-        found = getattr(module, name)
-        assert any(getattr(other, RENAMED.get(name, name), None) is found for other in new)
+        value = getattr(module, name)
+        assert any(getattr(new_module, RENAMED.get(name, name), None) is value for new_module in new_modules)
         # Functions and classes come from the module that defines them, not from one that imports them.
-        home = getattr(found, "__module__", None) or ""
-        assert home in MOVED[old] or not home.startswith("ra_jax.")
+        defining_module = getattr(value, "__module__", None) or ""
+        assert defining_module in MOVED[old] or not defining_module.startswith("ra_jax.")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("module", "name"), ERRORS.items())
-def test_an_error_caught_by_its_old_path_is_the_very_same_class(module, name):
+def test_an_error_can_be_caught_by_its_class_at_the_old_path(module, name):
     old = getattr(importlib.import_module(module), name)
     assert old is getattr(errors, name)
     with pytest.raises(old, match="as it was"):
@@ -163,8 +163,8 @@ def test_every_form_of_import_works_and_warns_at_its_line(tmp_path):
         assert find_checkpoint.__module__ == "ra_jax.checkpoints"
         """)
     )
-    shown = run_python("-W", "always::FutureWarning", "imports.py", cwd=tmp_path)[1]
-    lines = [int(line) for line in re.findall(r"imports\.py:(\d+): FutureWarning: ra_jax\.", shown)]
+    stderr = run_python("-W", "always::FutureWarning", "imports.py", cwd=tmp_path)[1]
+    lines = [int(line) for line in re.findall(r"imports\.py:(\d+): FutureWarning: ra_jax\.", stderr)]
     assert lines == [1, 2, 3, 3, 4, 5, 6]  # line 3 imports a package and its module
 
 
@@ -183,13 +183,13 @@ assert "ra_jax.rewards.registry" in sys.modules and "ra_jax.parallel.partitioner
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_pickle_with_the_old_path_of_a_class_can_be_loaded():
-    written = pickle.dumps(errors.RecordError("broken", record=3), protocol=0)
-    old = written.replace(b"ra_jax.errors", b"ra_jax.data.errors")
-    assert old != written and pickle.loads(old) == errors.RecordError("broken", record=3)
+    new_pickle = pickle.dumps(errors.RecordError("broken", record=3), protocol=0)
+    old_pickle = new_pickle.replace(b"ra_jax.errors", b"ra_jax.data.errors")
+    assert old_pickle != new_pickle and pickle.loads(old_pickle) == errors.RecordError("broken", record=3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_error_for_an_unknown_name_has_the_old_and_the_new_modules():
+def test_the_error_for_an_unknown_name_names_the_old_and_the_new_modules():
     with pytest.raises(ImportError, match=r"cannot import name 'removals' from 'ra_jax\.rl\.rewards' \(.*moved\.py\)"):
         from ra_jax.rl.rewards import removals  # noqa: F401
     text = (

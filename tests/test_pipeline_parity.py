@@ -1,7 +1,7 @@
-"""`RemovalPipeline` on arrays against diffusers' whole FluxFillPipeline, read from one folder in float32.
+"""`RemovalPipeline` on arrays agrees with diffusers' FluxFillPipeline. Both read the same folder in float32.
 
-diffusers samples the masked image's latents. Here its posterior gives its mean instead, as ours does; in one test the
-sample is drawn and handed to both.
+diffusers samples the latents of the masked image from the posterior of the VAE, while ra_jax uses its mean. The fixture
+`use_mean_latents` makes diffusers use the mean, too. One test instead passes the sample of diffusers to ra_jax.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,14 @@ LATENTS_LIMIT, PIXELS_LIMIT = 1e-3, 2 / 255
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of two: image [B, H, W, 3], soft mask [B, H, W], context [B, S, joint_dim], noise [B, N, 4C]."""
+    """A batch of two.
+
+    Attributes:
+        image: [B, H, W, 3].
+        mask: [B, H, W], soft.
+        context: [B, S, joint_dim].
+        noise: [B, N, 4C].
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -54,13 +61,13 @@ def channels_first(x: np.ndarray) -> "torch.Tensor":
 
 
 def run_diffusers(folder, case: Case, generator=None) -> tuple[np.ndarray, np.ndarray]:
-    """Final packed latents [B, N, 4C] and images [B, H, W, 3] in [0, 1], clipped."""
+    """Run diffusers; returns the final packed latents [B, N, 4C] and the images [B, H, W, 3], clipped to [0, 1]."""
     pipeline = FluxFillPipeline.from_pretrained(folder, **NO_TEXT)
     pipeline.set_progress_bar_config(disable=True)
-    final = {}
+    final_tensors = {}
 
-    def keep(pipeline, step, timestep, tensors):
-        final.update(tensors)
+    def record_tensors(pipeline, step, timestep, tensors):
+        final_tensors.update(tensors)
         return {}
 
     height, width = case.size
@@ -76,19 +83,19 @@ def run_diffusers(folder, case: Case, generator=None) -> tuple[np.ndarray, np.nd
         pooled_prompt_embeds=torch.zeros(len(case.image), pipeline.transformer.config.pooled_projection_dim),
         generator=generator,
         output_type="np",
-        callback_on_step_end=keep,
+        callback_on_step_end=record_tensors,
     ).images
-    return final["latents"].numpy(), images
+    return final_tensors["latents"].numpy(), images
 
 
-def run_ours(pipe: RemovalPipeline, case: Case, **given) -> tuple[np.ndarray, np.ndarray]:
-    cond = pipe.condition(case.image, case.mask, case.context, **given)
+def run_ours(pipe: RemovalPipeline, case: Case, **options) -> tuple[np.ndarray, np.ndarray]:
+    cond = pipe.condition(case.image, case.mask, case.context, **options)
     latents = pipe.denoise(case.noise, cond, STEPS, GUIDANCE)
     return np.asarray(latents), np.asarray(pipe.decode(latents, *case.size))
 
 
-def assert_equal(ours, theirs) -> None:
-    """Compare (latents, images); the images of a random network reach beyond [0, 1], where diffusers clips."""
+def assert_agree(ours, theirs) -> None:
+    """Compare two pairs (latents, images). Images of a random network exceed [0, 1]; diffusers clips them."""
     error = np.linalg.norm(ours[0] - theirs[0]) / np.linalg.norm(theirs[0])
     assert error <= LATENTS_LIMIT
     assert ours[1].shape == theirs[1].shape
@@ -101,43 +108,46 @@ def relative_change(a, b) -> float:
 
 
 @pytest.fixture
-def mean_latents(monkeypatch):
-    """diffusers encodes to the mean."""
+def use_mean_latents(monkeypatch):
+    """Make diffusers encode to the mean of the posterior."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("factor", [4, 8])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)], ids=["square", "oblong"])
-def test_the_whole_pipeline_is_diffusers(make_tiny_fill, tiny_pipeline, mean_latents, size, factor):
+def test_latents_and_images_agree_with_diffusers(make_tiny_fill, tiny_pipeline, use_mean_latents, size, factor):
     case = make_case(*(2 * factor * side for side in size), factor)
     pipe = tiny_pipeline
     if factor != pipe.model.factor:
         pipe = RemovalPipeline.from_pretrained(make_tiny_fill(factor), dtype="float32")
     ours, theirs = run_ours(pipe, case), run_diffusers(make_tiny_fill(factor), case)
-    assert_equal(ours, theirs)
+    assert_agree(ours, theirs)
     assert relative_change(ours[0], case.noise) > 0.5
 
 
 @pytest.mark.torch
-def test_a_sampled_encoding_of_the_masked_image_can_be_given(tiny_fill, tiny_pipeline):
+def test_sampled_latents_of_the_masked_image_can_be_passed(tiny_fill, tiny_pipeline):
     case = make_case(32, 32, 4)
     theirs = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
 
     vae = AutoencoderKL.from_pretrained(tiny_fill, subfolder="vae")
-    apply_mask = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
+    masked_image = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
     with torch.no_grad():
-        sampled = vae.encode(apply_mask).latent_dist.sample(torch.Generator().manual_seed(3))
+        sampled = vae.encode(masked_image).latent_dist.sample(torch.Generator().manual_seed(3))
     sampled = (sampled - vae.config.shift_factor) * vae.config.scaling_factor
     sampled = FluxFillPipeline._pack_latents(sampled, *sampled.shape).numpy()
 
     ours = run_ours(tiny_pipeline, case, masked_latents=sampled)
-    assert_equal(ours, theirs)
-    assert relative_change(run_ours(tiny_pipeline, case)[0], ours[0]) > 10 * LATENTS_LIMIT  # the mean is another
+    assert_agree(ours, theirs)
+    with_mean = run_ours(tiny_pipeline, case)
+    assert relative_change(with_mean[0], ours[0]) > 10 * LATENTS_LIMIT
 
 
 @pytest.mark.torch
-def test_redux_tokens_behind_the_empty_prompt(tiny_fill, tiny_redux, tiny_pipeline, mean_latents):
+def test_redux_tokens_after_the_empty_prompt_agree_with_diffusers(
+    tiny_fill, tiny_redux, tiny_pipeline, use_mean_latents
+):
     reference = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8))
     prior = FluxPriorReduxPipeline.from_pretrained(tiny_redux, **NO_TEXT)
     with torch.no_grad():
@@ -146,15 +156,15 @@ def test_redux_tokens_behind_the_empty_prompt(tiny_fill, tiny_redux, tiny_pipeli
     assert np.linalg.norm(tokens - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
     case = make_case(32, 32, 4)
-    empty = np.zeros((2, 8, 32), np.float32)
-    case = replace(case, context=np.concatenate([empty, theirs.repeat(2, 0)], axis=1))
-    ours = run_ours(tiny_pipeline, replace(case, context=np.concatenate([empty, tokens.repeat(2, 0)], axis=1)))
-    assert_equal(ours, run_diffusers(tiny_fill, case))
-    without = run_ours(tiny_pipeline, replace(case, context=np.zeros_like(case.context)))
-    assert relative_change(without[0], ours[0]) > 10 * LATENTS_LIMIT
+    empty_prompt = np.zeros((2, 8, 32), np.float32)
+    case = replace(case, context=np.concatenate([empty_prompt, theirs.repeat(2, 0)], axis=1))
+    ours = run_ours(tiny_pipeline, replace(case, context=np.concatenate([empty_prompt, tokens.repeat(2, 0)], axis=1)))
+    assert_agree(ours, run_diffusers(tiny_fill, case))
+    without_tokens = run_ours(tiny_pipeline, replace(case, context=np.zeros_like(case.context)))
+    assert relative_change(without_tokens[0], ours[0]) > 10 * LATENTS_LIMIT
 
 
-def test_guidance_and_the_empty_prompt_are_as_documented(tiny_pipeline):
+def test_the_default_context_is_the_empty_prompt_and_guidance_changes_the_velocity(tiny_pipeline):
     case = make_case(32, 32, 4)
     cond = tiny_pipeline.condition(case.image, case.mask)
     assert cond.fill.shape == (2, 16, 16 + 64)

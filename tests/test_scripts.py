@@ -1,6 +1,11 @@
-"""Experiments and benchmarks start from any folder; against_diffusers.py compares interpreters and names mistakes."""
+"""Experiments and benchmarks start from any folder and import no script but held_out; against_diffusers.py in detail.
 
+tests/experiments/ runs the experiments at a tiny size.
+"""
+
+import ast
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -9,7 +14,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ra_jax.rewards.custom import parse_rewards
@@ -17,7 +21,8 @@ from ra_jax.rewards.registry import RewardInputs
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PROGRAMS = sorted(path for folder in ("experiments", "benchmarks") for path in SCRIPTS.glob(f"{folder}/*.py"))
-WORKER = "contenders.py"  # a process of against_diffusers.py, with no command line for people
+# contenders.py is started by against_diffusers.py; held_out.py is a module.
+NO_COMMAND_LINE = ("contenders.py", "held_out.py")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +44,9 @@ def script(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("path", [path for path in PROGRAMS if path.name != WORKER], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in PROGRAMS if path.name not in NO_COMMAND_LINE], ids=lambda path: path.name
+)
 def test_a_script_starts_from_any_folder(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(path.parent)  # as `python FILE` does
@@ -51,18 +58,44 @@ def test_a_script_starts_from_any_folder(path, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def imported_names(tree):
+    """The first part of each module that a file imports, in functions too: ra_jax for ra_jax.data.images."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):  # from . import script, from .script import name
+            names |= {alias.name for alias in node.names} if node.module is None else set(node.module.split("."))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("import step", {"step"}),
+        ("def f():\n    from human_scores import run as step", {"human_scores"}),
+        ("from . import step\nfrom .demo import main", {"step", "demo"}),
+        ("from ra_jax.demo import prepare", {"ra_jax"}),
+    ],
+)
+def test_imports_of_scripts_are_found_wherever_they_are(code, names):
+    assert imported_names(ast.parse(code)) == names
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_a_script_imports_no_other_script_but_held_out(path):
+    scripts = {program.stem for program in PROGRAMS}
+    assert imported_names(ast.parse(path.read_text(encoding="utf-8"))) & scripts <= {"held_out"} - {path.stem}
+
+
 def test_the_reward_by_chance_is_found_by_the_name_that_the_experiment_gives_it(script):
     experiment = script("experiments", "automatic_rewards")
     (reward,) = parse_rewards(experiment.METHODS["chance"]["reward_functions"], (0.4, 0.3, 0.3), False)
     image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))
     values = reward.function(RewardInputs(image, image, jnp.ones((64, 8, 8))))
     assert values.shape == (64,) and 0 <= values.min() < 0.1 and 0.9 < values.max() < 1
-
-
-def test_the_interval_of_a_mean_is_that_of_its_normal_distribution(script):
-    values = np.random.default_rng(1).normal(2.0, 1.0, size=(1, 1000))
-    low, high = script("experiments", "human_scores").interval(values)
-    np.testing.assert_allclose((low, high), values.mean() + np.array([-1.96, 1.96]) / np.sqrt(1000), atol=0.01)
 
 
 def test_another_interpreter_does_not_inherit_xla_flags(script, tmp_path, monkeypatch):
@@ -92,6 +125,14 @@ def test_against_diffusers_names_what_it_does_not_know(script, changes, message)
     against = script("benchmarks", "against_diffusers")
     with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
         against.check(against.Bench(**changes))
+
+
+def test_contenders_know_the_names_and_sizes_that_against_diffusers_passes(script):
+    against, contenders = (script("benchmarks", name) for name in ("against_diffusers", "contenders"))
+    assert tuple(contenders.WORKERS) == (against.OURS, against.THEIRS, against.ONE_LORA) == against.CONTENDERS
+    for sizes in (against.GEOMETRIES | against.LARGE).values():
+        geometry = contenders.parse_geometry(json.dumps(sizes))
+        assert {name: getattr(geometry, name) for name in sizes} == sizes
 
 
 @pytest.mark.torch

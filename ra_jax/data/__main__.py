@@ -95,7 +95,7 @@ def pack(
             aspect_ratio_buckets=aspect_ratio_buckets,
             mixed_precision=mixed_precision,
         )
-    write_pack(records, folder, encoder=encoder, watch=partial(tqdm, desc="packing", disable=None))
+    write_pack(records, folder, encoder=encoder, progress=partial(tqdm, desc="packing", disable=None))
     total_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{len(records)} records written to {folder}, {total_bytes / 1e6:.1f} MB")
     return 0

@@ -20,7 +20,7 @@ from ra_jax.data.images import SUFFIXES
 from ra_jax.data.packs import Pack, pack_folder
 from ra_jax.errors import DataError, RecordError
 
-RECORDS = "records.json"  # data file that `python -m ra_jax.infer` writes into its output folder
+RECORDS_FILE = "records.json"  # data file that `python -m ra_jax.infer` writes into its output folder
 _DEMO_FOLDER = ("output", "demo")  # folder of the data set that configs/tiny.toml uses
 _EXPECTED_FORMATS = "expected a JSON list, JSONL, a mapping JSON, a folder with input/ mask/ gt/ or a pack"
 

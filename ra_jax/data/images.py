@@ -36,7 +36,7 @@ MASK_THRESHOLD = 127
 MIN_DECODE_SCALE = 1.5  # a photo is decoded to at least this factor times the size that it is resized to
 
 # Errors that Pillow raises if a file is not an image, is truncated or is broken. Broken PNG chunks raise SyntaxError.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_image(path: ImageFile) -> Image.Image:
@@ -70,13 +70,13 @@ def upright_size(image: Image.Image) -> Size:
 
 
 def read_photo_size(path: ImageFile) -> Size:
-    """Read the size of a photo from the file header, without decoding it; raises one of `UNREADABLE`."""
+    """Read the size of a photo from the file header, without decoding it; raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         return upright_size(image)
 
 
 def verify_photo(path: ImageFile) -> Size:
-    """Decode a photo to check that the file is whole, and return its size; raises one of `UNREADABLE`."""
+    """Decode a photo to check that the file is whole, and return its size; raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         size = upright_size(image)
         # Decoding JPEG at an eighth of the size reads every byte, so a truncated file is found, but it skips most of
@@ -87,12 +87,12 @@ def verify_photo(path: ImageFile) -> Size:
 
 
 def read_mask(path: ImageFile) -> np.ndarray:
-    """Read a mask as [h, w] bool, True = remove: `read_soft_mask` > 127; raises one of `UNREADABLE`."""
+    """Read a mask as [h, w] bool, True = remove: `read_soft_mask` > 127; raises one of `UNREADABLE_ERRORS`."""
     return read_soft_mask(path) > MASK_THRESHOLD
 
 
 def read_soft_mask(path: ImageFile) -> np.ndarray:
-    """Read a mask as [h, w] uint8: luminance, 0 where transparent; raises one of `UNREADABLE`."""
+    """Read a mask as [h, w] uint8: luminance, 0 where transparent; raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         return soft_mask(image)
 
@@ -106,7 +106,7 @@ def soft_mask(image: Image.Image) -> np.ndarray:
 
 
 def read_photo(path: ImageFile) -> Image.Image:
-    """Read a whole photo as upright RGB, white where it is transparent; raises one of `UNREADABLE`."""
+    """Read a whole photo as upright RGB, white where it is transparent; raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         return upright_rgb(image)
 
@@ -114,7 +114,7 @@ def read_photo(path: ImageFile) -> Image.Image:
 def read_panel(path: ImageFile, window: Window, size: Size) -> np.ndarray:
     """Read a window of a photo and resize it to `size`: [h, w, 3] uint8, bicubic with antialiasing.
 
-    Raises one of `UNREADABLE`.
+    Raises one of `UNREADABLE_ERRORS`.
     """
     height, width = size
     with open_image(path) as image:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ra_jax.data.batch import LATENTS, LOADED
-from ra_jax.data.images import UNREADABLE, Size
+from ra_jax.data.images import UNREADABLE_ERRORS, Size
 from ra_jax.data.masks import augment_mask
 from ra_jax.data.packs import Encoding, PackedImage
 from ra_jax.data.panels import PanelCache, Panels, load_mask, load_panels, nearest_bucket
@@ -146,7 +146,7 @@ class Loader:
         record, scene = self._records[record_id], int(self._scenes[record_id])
         try:
             example = self._load_images(record, self._options.buckets[plan.buckets[batch]])
-        except UNREADABLE as error:
+        except UNREADABLE_ERRORS as error:
             error.add_note(
                 f"while loading record {record.index} (id {record.id!r}), which was readable when the run started"
             )

@@ -67,7 +67,7 @@ def write_pack(
     folder: Path,
     *,
     encoder: Encoder | None = None,
-    watch: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Write the records and their images to a pack, with an encoder also their latents.
 
@@ -110,10 +110,10 @@ def write_pack(
         ],
     }
     with replace_folder(folder) as staging:
-        examples = (_condition_example(record, encoder) for record in watch(conditions))
+        examples = (_condition_example(record, encoder) for record in progress(conditions))
         _write_set(staging, folder.name, "conditions", examples, {})
         examples = (
-            _record_example(record, condition_index[_condition_key(record)], encoder) for record in watch(records)
+            _record_example(record, condition_index[_condition_key(record)], encoder) for record in progress(records)
         )
         _write_set(staging, folder.name, "records", examples, metadata)
 

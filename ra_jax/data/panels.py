@@ -116,7 +116,7 @@ def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -
     window, so that the object keeps its position. Otherwise the whole image is resized and centered on white. Without
     `ref`, the reference is the masked object on white. With a cache, files that several records share are decoded once.
 
-    Raises one of `images.UNREADABLE` if a file has changed since the records were checked.
+    Raises one of `images.UNREADABLE_ERRORS` if a file has changed since the records were checked.
     """
     cache = cache or PanelCache(0)
     window, mask = cache.get(("mask", record.mask, bucket), lambda: _load_window_and_mask(record.mask, bucket))

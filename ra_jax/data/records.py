@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from ra_jax.data.formats import Entry, RawData, read_entries
-from ra_jax.data.images import MASK_THRESHOLD, UNREADABLE, ImageFile, Size, read_mask, verify_photo, width_by_height
+from ra_jax.data.images import (
+    MASK_THRESHOLD,
+    UNREADABLE_ERRORS,
+    ImageFile,
+    Size,
+    read_mask,
+    verify_photo,
+    width_by_height,
+)
 from ra_jax.data.packs import PackedImage
 from ra_jax.data.scores import SCORE_NAMES, ScoreFormat, Scores, parse_scores, suggest_name
 from ra_jax.errors import DataError, RecordError
@@ -276,7 +284,7 @@ def _inspect_image(path: ImageFile, is_mask: bool) -> tuple[Size | None, str | N
         if not is_mask:
             return verify_photo(path), None
         mask = read_mask(path)
-    except UNREADABLE as error:
+    except UNREADABLE_ERRORS as error:
         return None, f"unreadable image {path}: {error}"
     problem = None if mask.any() else f"empty mask {path}: expected at least one pixel > {MASK_THRESHOLD}"
     return mask.shape, problem

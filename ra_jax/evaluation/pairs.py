@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ra_jax.data.formats import RECORDS, Entry, RawData, images_by_stem
-from ra_jax.data.images import SUFFIXES, UNREADABLE, Size, read_mask, verify_photo, width_by_height
+from ra_jax.data.formats import RECORDS_FILE, Entry, RawData, images_by_stem
+from ra_jax.data.images import SUFFIXES, UNREADABLE_ERRORS, Size, read_mask, verify_photo, width_by_height
 from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records
 from ra_jax.errors import MAX_ERRORS_SHOWN, DataError
@@ -147,18 +147,18 @@ def _read_truths(path: Path) -> _DataSetTruths | _FolderTruths:
 def _read_results(path: Path, truths: _DataSetTruths | _FolderTruths | None, only: str | None) -> list[Record]:
     _check_not_image(path, "--results")
     check_not_pack(path, "truths and results are matched by file name")
-    if (path / RECORDS).is_file():
-        return load_records(path / RECORDS)
+    if (path / RECORDS_FILE).is_file():
+        return load_records(path / RECORDS_FILE)
     if not path.is_dir() or (path / "input").is_dir():
         return load_records(path)
     images = images_by_stem(path)
     if not images:
-        raise DataError(f"{path}: has no {RECORDS}, no input/ and no images; expected removals to measure")
+        raise DataError(f"{path}: has no {RECORDS_FILE}, no input/ and no images; expected removals to measure")
     if not isinstance(truths, _DataSetTruths):
         raise DataError(
             f"{path}: a folder of images does not say which photos and masks they were made from; give a data set "
             f"(triplets) with photos of the same names as --truth, or give --results a data set or a folder with "
-            f"{RECORDS}"
+            f"{RECORDS_FILE}"
         )
     files = _match_names([file for same_stem in images.values() for file in same_stem], only)
     return _make_records(path, files, truths)
@@ -201,7 +201,7 @@ def _check_sizes(records: Sequence[Record], truths: Sequence[Path]) -> None:
     for path in dict.fromkeys(truths):
         try:
             sizes[path] = verify_photo(path)
-        except UNREADABLE as error:
+        except UNREADABLE_ERRORS as error:
             sizes[path] = f"image {path} cannot be read: {error}"
     errors = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
     for record, path in zip(records, truths, strict=True):

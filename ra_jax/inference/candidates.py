@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.formats import RECORDS, Entry, RawData, images_by_stem, match_stem
+from ra_jax.data.formats import RECORDS_FILE, Entry, RawData, images_by_stem, match_stem
 from ra_jax.data.images import SUFFIXES, read_photo, read_soft_mask
 from ra_jax.data.packs import check_not_pack
 from ra_jax.data.records import Record, check_entries, load_records, scene_ids
@@ -90,17 +90,17 @@ def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None
             - `records.json` is not a list of records with unique ids.
     """
     folder = candidates[0].path.parent
-    records = _read_records(folder / RECORDS)
+    records = _read_records(folder / RECORDS_FILE)
     earlier_results = [candidate.path for candidate in candidates if candidate.path.stem in records]
     for path in (candidate.path for candidate in candidates):
         if path.stem not in records and os.path.lexists(path):
             raise DataError(
-                f"{path}: already exists, but {folder / RECORDS} does not name it as a result; choose another "
+                f"{path}: already exists, but {folder / RECORDS_FILE} does not name it as a result; choose another "
                 "--output_dir or --seed, or move the file"
             )
         if path.stem in records and not _names_result(records[path.stem], path):
             raise DataError(
-                f"{folder / RECORDS}: the result of record {path.stem!r} is not {path.name}; choose another "
+                f"{folder / RECORDS_FILE}: the result of record {path.stem!r} is not {path.name}; choose another "
                 "--output_dir or --seed"
             )
     if earlier_results and not overwrite:
@@ -125,8 +125,8 @@ def write_candidates(candidates: Sequence[Candidate], remove: RemovalFunction) -
             result = remove(*inputs, candidate.seed)
             with replace_file(candidate.path) as draft:
                 result.save(draft, "PNG")
-            records = _read_records(folder / RECORDS) | {candidate.path.stem: _candidate_record(candidate)}
-            write_file(folder / RECORDS, json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n")
+            records = _read_records(folder / RECORDS_FILE) | {candidate.path.stem: _candidate_record(candidate)}
+            write_file(folder / RECORDS_FILE, json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n")
             yield candidate.path
 
 
@@ -146,7 +146,7 @@ def scene_names(scenes: Sequence[Record]) -> list[str]:
 
 
 def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]:
-    check_not_pack(source, f"{RECORDS} needs the paths of image files")
+    check_not_pack(source, f"{RECORDS_FILE} needs the paths of image files")
     if source.suffix.lower() in SUFFIXES or (source.is_dir() and not (source / "input").is_dir()):
         raise DataError(
             f"{source}: --source_mask is missing; expected the mask of this photo, or a folder with the masks of these "

@@ -35,9 +35,9 @@ from ra_jax.parallel.partitioning import Placement
 
 log = logging.getLogger(__name__)
 
-FILL_PARTS = ("transformer", "vae", "scheduler")
-ENCODER_PARTS = ("vae",)
-REDUX_PARTS = ("image_encoder", "image_embedder", "feature_extractor")
+FILL_SUBFOLDERS = ("transformer", "vae", "scheduler")
+ENCODER_SUBFOLDERS = ("vae",)
+REDUX_SUBFOLDERS = ("image_encoder", "image_embedder", "feature_extractor")
 
 FLUX_SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -118,9 +118,9 @@ def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
     Raises:
         WeightError: the weights could not be loaded, or do not fit the model.
     """
-    redux_folder = resolve_folder(redux, REDUX_PARTS)
+    redux_folder = resolve_folder(redux, REDUX_SUBFOLDERS)
     return LoadedEncoders(
-        vae=load_vae(resolve_folder(fill, ENCODER_PARTS)),
+        vae=load_vae(resolve_folder(fill, ENCODER_SUBFOLDERS)),
         redux=load_redux(redux_folder, dtype=dtype, param_dtype=dtype),
         preprocess=preprocess(redux_folder),
         fingerprint=encoders_fingerprint(fill, redux),
@@ -133,8 +133,8 @@ def encoders_fingerprint(fill: str, redux: str) -> str:
     Raises:
         WeightError: the weights could not be found or downloaded.
     """
-    fill_folder, redux_folder = resolve_folder(fill, ENCODER_PARTS), resolve_folder(redux, REDUX_PARTS)
-    return fingerprint(fill_folder, ENCODER_PARTS) + fingerprint(redux_folder)
+    fill_folder, redux_folder = resolve_folder(fill, ENCODER_SUBFOLDERS), resolve_folder(redux, REDUX_SUBFOLDERS)
+    return fingerprint(fill_folder, ENCODER_SUBFOLDERS) + fingerprint(redux_folder)
 
 
 def load_fill_model(
@@ -152,13 +152,13 @@ def load_fill_model(
     Raises:
         WeightError: the weights could not be loaded, or do not fit the model.
     """
-    folder = resolve_folder(fill, FILL_PARTS)
+    folder = resolve_folder(fill, FILL_SUBFOLDERS)
     rngs = nnx.Rngs(seed)
     flux = load_flux(folder, options.flux, lora=options.lora, rngs=rngs, placement=placement)
     vae = load_vae(folder, placement=placement)
     base_fingerprint, embedder, redux_folder = fingerprint(folder), None, None
     if redux is not None:
-        redux_folder = resolve_folder(redux, REDUX_PARTS)
+        redux_folder = resolve_folder(redux, REDUX_SUBFOLDERS)
         embedder = load_redux(redux_folder, dtype=options.dtype, param_dtype=options.dtype, placement=placement)
         base_fingerprint += fingerprint(redux_folder)
     router = None if options.router is None else Router(options.router, 4 * vae.config.latent_channels, rngs)

@@ -9,7 +9,7 @@ import numpy as np
 from ra_jax.errors import WeightError
 
 # Subfolders whose weights determine the output of a base model. Its fingerprint covers only these.
-COMPONENTS = ("transformer", "vae", "image_encoder", "image_embedder")
+WEIGHT_SUBFOLDERS = ("transformer", "vae", "image_encoder", "image_embedder")
 
 
 CHUNKS, CHUNK_BYTES = 256, 1024  # number and size of the evenly spaced chunks that are hashed in each file
@@ -68,7 +68,7 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
         ) from error
 
 
-def fingerprint(folder: str | Path, components: Sequence[str] = COMPONENTS) -> str:
+def fingerprint(folder: str | Path, components: Sequence[str] = WEIGHT_SUBFOLDERS) -> str:
     """Compute a fingerprint of the weights in `folder`, 16 hexadecimal digits; it changes when the weights change.
 
     The hash covers the config.json of each component. For each safetensors file it covers name, length, header and

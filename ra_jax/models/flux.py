@@ -139,7 +139,7 @@ class RotaryNorm(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class LayerFactory:
     """Makes the layers of one model with the same dtypes (see `FluxOptions`) and attention implementation."""
 
     dtype: DTypeLike
@@ -160,7 +160,7 @@ class Layers:
 class MLPEmbedder(nnx.Module):
     """linear_2(silu(linear_1(x)))."""
 
-    def __init__(self, in_dim: int, dim: int, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, in_dim: int, dim: int, layers: LayerFactory, rngs: nnx.Rngs):
         self.linear_1 = layers.linear(in_dim, dim, rngs)
         self.linear_2 = layers.linear(dim, dim, rngs)
 
@@ -171,7 +171,7 @@ class MLPEmbedder(nnx.Module):
 class TimeTextEmbed(nnx.Module):
     """Sum [B, D] of the embeddings of time, pooled text and guidance (if the model embeds it)."""
 
-    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: LayerFactory, rngs: nnx.Rngs):
         dim = config.inner_dim
         self.timestep_embedder = MLPEmbedder(SINUSOID_DIM, dim, layers, rngs)
         self.guidance_embedder = MLPEmbedder(SINUSOID_DIM, dim, layers, rngs) if config.guidance_embeds else None
@@ -191,7 +191,7 @@ class TimeTextEmbed(nnx.Module):
 class Modulation(nnx.Module):
     """SiLU and a linear layer: embedding [B, D] -> `count` vectors [B, D], which are initially zero."""
 
-    def __init__(self, dim: int, count: int, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, dim: int, count: int, layers: LayerFactory, rngs: nnx.Rngs):
         self.linear = layers.linear(dim, count * dim, rngs, kernel_init=nnx.initializers.zeros)
         self.count = count
 
@@ -202,7 +202,7 @@ class Modulation(nnx.Module):
 class GELU(nnx.Module):
     """A linear layer and GELU (tanh form)."""
 
-    def __init__(self, dim: int, hidden: int, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, layers: LayerFactory, rngs: nnx.Rngs):
         self.proj = layers.linear(dim, hidden, rngs)
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
@@ -212,7 +212,7 @@ class GELU(nnx.Module):
 class FeedForward(nnx.Module):
     """The MLP of a double-stream block; the keys of `net` are the positions in diffusers' list."""
 
-    def __init__(self, dim: int, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, dim: int, layers: LayerFactory, rngs: nnx.Rngs):
         self.net = nnx.Dict({"0": GELU(dim, 4 * dim, layers, rngs), "2": layers.linear(4 * dim, dim, rngs)})
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
@@ -222,7 +222,7 @@ class FeedForward(nnx.Module):
 class SelfAttention(nnx.Module):
     """Attention of a single-stream block: [B, S, D] -> [B, S, D], without an output projection."""
 
-    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: LayerFactory, rngs: nnx.Rngs):
         dim, self.head_dim = config.inner_dim, config.attention_head_dim
         self.norm_q, self.norm_k = (layers.norm(self.head_dim) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (layers.linear(dim, dim, rngs) for _ in range(3))
@@ -249,7 +249,7 @@ class SelfAttention(nnx.Module):
 class JointAttention(SelfAttention):
     """Attention of a double-stream block: image and context have separate projections; each attends to both."""
 
-    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: LayerFactory, rngs: nnx.Rngs):
         super().__init__(config, layers, rngs)
         dim = config.inner_dim
         self.norm_added_q, self.norm_added_k = (layers.norm(self.head_dim) for _ in range(2))
@@ -280,7 +280,7 @@ class JointAttention(SelfAttention):
 class DoubleBlock(nnx.Module):
     """MM-DiT block: image and context have separate weights and share only the attention."""
 
-    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: LayerFactory, rngs: nnx.Rngs):
         dim = config.inner_dim
         self.norm1, self.norm1_context = (Modulation(dim, 6, layers, rngs) for _ in range(2))
         self.attn = JointAttention(config, layers, rngs)
@@ -307,7 +307,7 @@ class DoubleBlock(nnx.Module):
 class SingleBlock(nnx.Module):
     """Block with parallel attention and MLP over one sequence of image and context."""
 
-    def __init__(self, config: FluxConfig, layers: Layers, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, layers: LayerFactory, rngs: nnx.Rngs):
         dim = config.inner_dim
         self.norm = Modulation(dim, 3, layers, rngs)
         self.attn = SelfAttention(config, layers, rngs)
@@ -378,7 +378,7 @@ class Flux(nnx.Module):
     ):
         self.config, self.remat, self.dtype = config, options.remat, jnp.dtype(options.dtype)
         self.sequence_multiple, self.on_gpu = MULTIPLES.get(attention, 1), attention == "cudnn"
-        layers = Layers(options.dtype, options.param_dtype, check_implementation(attention))
+        layers = LayerFactory(options.dtype, options.param_dtype, check_implementation(attention))
         # In float32, since the embedding is cheap to compute and modulates every block.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)

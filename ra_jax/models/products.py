@@ -58,14 +58,14 @@ def _expert_product_forward(x: jax.Array, weight: jax.Array):
 def _expert_product_backward(residuals, gradient: jax.Array):
     x, weight = residuals
     x_gradient = gradient @ weight.astype(x.dtype).T
-    weight_gradient = sum_over_tokens(x, gradient, narrow_out=weight.shape[0] > weight.shape[1])
+    weight_gradient = sum_over_tokens(x, gradient, gradient_is_narrow=weight.shape[0] > weight.shape[1])
     return x_gradient, weight_gradient.astype(weight.dtype)
 
 
 expert_product.defvjp(_expert_product_forward, _expert_product_backward)
 
 
-def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> jax.Array:
+def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, gradient_is_narrow: bool) -> jax.Array:
     """Compute Σ over all tokens of x ⊗ gradient: [..., in] and [..., out] -> [in, out] in float32.
 
     This is the product xᵀ gradient. XLA's CPU compiler writes a transposed copy of the first factor to memory, which is
@@ -75,7 +75,7 @@ def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> j
     Args:
         x: input of a product, [..., in].
         gradient: gradient of the product's output, [..., out].
-        narrow_out: whether out < in.
+        gradient_is_narrow: whether out < in.
     """
     tokens = tuple(range(x.ndim - 1))
     product = partial(
@@ -85,6 +85,6 @@ def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, narrow_out: bool) -> j
     def transposed_product(x: jax.Array, gradient: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(product(gradient, x)).T
 
-    if narrow_out:
+    if gradient_is_narrow:
         return jax.lax.platform_dependent(x, gradient, cpu=transposed_product, default=product)
     return product(x, gradient)

@@ -122,7 +122,7 @@ class GroupNorm(nnx.Module):
         return by_group.reshape(x.shape[0], 1, 1, x.shape[-1])
 
 
-class _Layers:
+class _LayerFactory:
     """Makes the layers of one network with the same dtypes, lecun-normal kernels and zero biases."""
 
     def __init__(self, config: VAEConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -142,7 +142,7 @@ class _Layers:
 class ResnetBlock(nnx.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 conv on x if the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, layers: _Layers):
+    def __init__(self, inputs: int, outputs: int, layers: _LayerFactory):
         self.norm1 = layers.norm(inputs)
         self.conv1 = layers.conv(inputs, outputs)
         self.norm2 = layers.norm(outputs)
@@ -158,7 +158,7 @@ class ResnetBlock(nnx.Module):
 class PixelAttention(nnx.Module):
     """x + to_out(softmax(q kᵀ/√C) v), with one head over all pixels of the image."""
 
-    def __init__(self, channels: int, layers: _Layers):
+    def __init__(self, channels: int, layers: _LayerFactory):
         self.group_norm = layers.norm(channels)
         self.to_q = layers.linear(channels, channels)
         self.to_k = layers.linear(channels, channels)
@@ -190,7 +190,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 class MidBlock(nnx.Module):
     """A resnet, attention (optional) and another resnet at the lowest resolution."""
 
-    def __init__(self, channels: int, layers: _Layers):
+    def __init__(self, channels: int, layers: _LayerFactory):
         self.resnets = nnx.List([ResnetBlock(channels, channels, layers) for _ in range(2)])
         attention = layers.config.mid_block_add_attention
         self.attentions = nnx.List([PixelAttention(channels, layers)] if attention else [])
@@ -205,7 +205,7 @@ class MidBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Stride-2 conv with padding only below and on the right of the image, as in the original implementation."""
 
-    def __init__(self, channels: int, layers: _Layers):
+    def __init__(self, channels: int, layers: _LayerFactory):
         self.conv = layers.conv(channels, channels, strides=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -215,7 +215,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbor upsampling by 2 along both sides, then a conv."""
 
-    def __init__(self, channels: int, layers: _Layers):
+    def __init__(self, channels: int, layers: _LayerFactory):
         self.conv = layers.conv(channels, channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -227,7 +227,7 @@ class Upsample(nnx.Module):
 class DownBlock(nnx.Module):
     """`layers_per_block` resnets; all blocks but the last then halve the resolution."""
 
-    def __init__(self, inputs: int, outputs: int, last: bool, layers: _Layers):
+    def __init__(self, inputs: int, outputs: int, last: bool, layers: _LayerFactory):
         widths = [inputs] + [outputs] * (layers.config.layers_per_block - 1)
         self.resnets = nnx.List([ResnetBlock(width, outputs, layers) for width in widths])
         self.downsamplers = nnx.List([] if last else [Downsample(outputs, layers)])
@@ -241,7 +241,7 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """`layers_per_block` + 1 resnets; all blocks but the last then double the resolution."""
 
-    def __init__(self, inputs: int, outputs: int, last: bool, layers: _Layers):
+    def __init__(self, inputs: int, outputs: int, last: bool, layers: _LayerFactory):
         widths = [inputs] + [outputs] * layers.config.layers_per_block
         self.resnets = nnx.List([ResnetBlock(width, outputs, layers) for width in widths])
         self.upsamplers = nnx.List([] if last else [Upsample(outputs, layers)])
@@ -252,7 +252,7 @@ class UpBlock(nnx.Module):
         return x
 
 
-def _make_blocks(block: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], layers: _Layers) -> nnx.List:
+def _make_blocks(block: type[DownBlock] | type[UpBlock], widths: tuple[int, ...], layers: _LayerFactory) -> nnx.List:
     """Make one block per resolution, in the order of `widths`."""
     input_widths = (widths[0], *widths[:-1])
     last = len(widths) - 1
@@ -263,7 +263,7 @@ def _make_blocks(block: type[DownBlock] | type[UpBlock], widths: tuple[int, ...]
 class Encoder(nnx.Module):
     """Image [B, H, W, in_channels] -> moments of the posterior [B, H/f, W/f, 2·latent_channels]."""
 
-    def __init__(self, layers: _Layers):
+    def __init__(self, layers: _LayerFactory):
         config, widths = layers.config, layers.config.block_out_channels
         self.conv_in = layers.conv(config.in_channels, widths[0])
         self.down_blocks = _make_blocks(DownBlock, widths, layers)
@@ -281,7 +281,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents [B, h, w, latent_channels] -> image [B, f·h, f·w, out_channels]."""
 
-    def __init__(self, layers: _Layers):
+    def __init__(self, layers: _LayerFactory):
         config, widths = layers.config, layers.config.block_out_channels[::-1]
         self.conv_in = layers.conv(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], layers)
@@ -315,7 +315,7 @@ class AutoencoderKL(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        layers = _Layers(config, dtype, param_dtype, rngs)
+        layers = _LayerFactory(config, dtype, param_dtype, rngs)
         channels = config.latent_channels
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.encoder = Encoder(layers)

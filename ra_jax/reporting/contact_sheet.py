@@ -30,7 +30,7 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     return sheet
 
 
-def captioned(
+def captioned_sheet(
     captions: Sequence[Sequence[str]], rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]
 ) -> Image.Image:
     """Draws a contact sheet with a caption before each row and a title above each column.

@@ -14,7 +14,7 @@ from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 DRIFT_TITLE, USAGE_TITLE, GATES_TITLE = "Held-out drift", "Expert usage", "Expert weight"
 # Title of a chart -> names or patterns of the metrics in it. Charts without any recorded metric are left out.
-# `recorded_panels` adds the charts of the experts.
+# `recorded_charts` adds the charts of the experts.
 CHARTS = {
     "Loss": ("train_loss", "base_loss"),
     "Policy loss": ("policy_loss",),
@@ -38,7 +38,7 @@ CHARTS = {
 NUM_COLUMNS = 3
 
 
-def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+def recorded_charts(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Returns the charts that a run's rows have metrics for, as {title: {metric: label}}.
 
     The charts of `CHARTS` come first, then those of the experts' usage and gates, in which `expert_names` are the
@@ -58,7 +58,7 @@ def recorded_panels(rows: Sequence[Mapping[str, float]], expert_names: Sequence[
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
     """Draws the metrics.jsonl of the run in `output_dir` as `curves.png` in the same folder; returns the new path."""
     rows = read_rows(output_dir / METRICS_FILE)
-    charts = recorded_panels(rows, expert_names)
+    charts = recorded_charts(rows, expert_names)
     num_rows = max(1, -(-len(charts) // NUM_COLUMNS))
     figure, axes = plt.subplots(num_rows, NUM_COLUMNS, figsize=(4.2 * NUM_COLUMNS, 2.6 * num_rows), squeeze=False)
     for axis in axes.flat[len(charts) :]:

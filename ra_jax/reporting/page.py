@@ -13,7 +13,7 @@ from ra_jax.config.parse import from_checkpoint, to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.outputs import write_file
 from ra_jax.reporting.charts import Chart, Rows, area_chart, color_class, format_number, line_chart
-from ra_jax.reporting.curves import DRIFT_TITLE, GATES_TITLE, USAGE_TITLE, recorded_panels
+from ra_jax.reporting.curves import DRIFT_TITLE, GATES_TITLE, USAGE_TITLE, recorded_charts
 from ra_jax.reporting.preview_strip import preview_strip
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
@@ -164,7 +164,7 @@ def render_curves(rows: Rows, expert_names: Sequence[str], config: TrainConfig) 
     """Returns all charts of the run, and the section that shows them in the same order."""
     charts, figures = [], []
     references = REFERENCE_VALUES | {DRIFT_TITLE: config.run.max_drift}
-    for title, labels in recorded_panels(rows, expert_names).items():
+    for title, labels in recorded_charts(rows, expert_names).items():
         if title == GATES_TITLE:
             if not any(all(metric in row for metric in labels) for row in rows):
                 continue

@@ -36,7 +36,7 @@ from ra_jax.rl.losses import flow_matching_error
 PolicyVelocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def repeat(x: jax.Array, count: int) -> jax.Array:
+def repeat_rows(x: jax.Array, count: int) -> jax.Array:
     """Repeat every row `count` times, copies adjacent: [B, ...] -> [B·count, ...]."""
     # broadcast_to() instead of indexing: a gather over sharded rows would copy all rows to every device.
     return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
@@ -60,18 +60,18 @@ class MatchingCache:
     region: jax.Array
 
     @property
-    def points(self) -> int:
+    def num_points(self) -> int:
         """K, the number of points per sample at which the velocity is evaluated."""
         return self.times.shape[1]
 
     def rows(self) -> tuple[jax.Array, jax.Array]:
         """Return (x_t [B·K, N, 4C], t [B·K]), the points at which the velocity is evaluated."""
         times = self.times.reshape(-1)
-        return interpolate(repeat(self.clean, self.points), self.flat_noise(), times), times
+        return interpolate(repeat_rows(self.clean, self.num_points), self.flat_noise(), times), times
 
     def errors(self, predicted: jax.Array) -> jax.Array:
         """Compute mean_Ω ‖v − (ε_k − x0)‖² [B, K] for velocities v [B·K, N, 4C] at these points."""
-        clean, region = repeat(self.clean, self.points), repeat(self.region, self.points)
+        clean, region = repeat_rows(self.clean, self.num_points), repeat_rows(self.region, self.num_points)
         return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
 
     def flat_noise(self) -> jax.Array:
@@ -130,7 +130,7 @@ class TransitionCache:
     noise_level: float
 
     @property
-    def points(self) -> int:
+    def num_points(self) -> int:
         """W, the number of points per sample at which the velocity is evaluated."""
         return self.states.shape[1] - 1
 
@@ -157,9 +157,9 @@ def sde_log_prob(
     predicted = velocity(params, x, t)
     mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], len(cache.states)), cache.noise_level)
     next_x = cache.states[:, 1:].reshape(x.shape)
-    squared_error = region_mean((next_x - mean) ** 2, repeat(cache.region, cache.points))
+    squared_error = region_mean((next_x - mean) ** 2, repeat_rows(cache.region, cache.num_points))
     log_density = -0.5 * squared_error / std**2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
-    return log_density.reshape(-1, cache.points).mean(1), mean, std, predicted
+    return log_density.reshape(-1, cache.num_points).mean(1), mean, std, predicted
 
 
 def normalized_log_ratio(
@@ -186,7 +186,7 @@ def normalized_log_ratio(
     """
     samples = log_ratio.shape[0]
     steps = mean.shape[0] // samples
-    squared_shift = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, repeat(region, steps)) / std**2
+    squared_shift = region_mean((mean - jax.lax.stop_gradient(old_mean)) ** 2, repeat_rows(region, steps)) / std**2
     channels = mean.shape[-1] // 4
     elements = steps * channels / (region**2).sum((1, 2))
     return jnp.sqrt(elements) * (log_ratio + 0.5 * squared_shift.reshape(samples, steps).mean(1))

@@ -1,8 +1,8 @@
 """Policy loss per estimator: the log-probability of samples under the policy, and the loss against the old policy.
 
-`policy_cache` holds the points at which both policies are evaluated. `evaluate_policy` computes the values of a policy
-there. `policy_loss` compares the values of the current policy with those of the old one. Both policies run the same
-graph, so that equal parameters give equal values.
+`policy_cache` holds the points at which both policies are evaluated. `evaluate_policy` computes the terms of a policy
+there, such as its log-probability. `policy_loss` compares the terms of the current policy with those of the old one.
+Both policies run the same graph, so that equal parameters give equal terms.
 
 Shapes: B samples, N packed latent tokens of 4C features, and R rows, the points of all samples. matching and nft have
 R = B·K rows for K pairs (t, ε), sde has R = B·W rows for W noisy steps. The rows of a sample are adjacent.
@@ -24,13 +24,13 @@ from ra_jax.rl.estimators import (
     matching_cache,
     matching_log_prob,
     normalized_log_ratio,
-    repeat,
+    repeat_rows,
     sde_log_prob,
 )
 from ra_jax.rl.losses import Mean, clipped_policy_loss, nft_loss, optimality
 from ra_jax.rl.rollouts import Sample
 
-OldPolicy = dict[str, jax.Array]  # `PolicyOutput.values` of the old policy
+OldPolicy = dict[str, jax.Array]  # `PolicyOutput.terms` of the old policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class PolicyOutput:
     """Output of a policy on B samples.
 
     Attributes:
-        values: arrays that `policy_loss` compares with those of the old policy. matching: log_prob ℓ [B] and routing
+        terms: arrays that `policy_loss` compares with those of the old policy. matching: log_prob ℓ [B] and routing
             [B]. sde: the same and mean μ_θ [R, N, 4C]. nft: velocity [R, N, 4C].
         velocity: v_θ [R, N, 4C].
         cache: the points at which the policy was evaluated.
         std: standard deviation of each noisy step [R]; None unless the estimator is sde.
     """
 
-    values: OldPolicy
+    terms: OldPolicy
     velocity: jax.Array
     cache: MatchingCache | TransitionCache
     std: jax.Array | None = None
@@ -115,8 +115,8 @@ def evaluate_policy(
         log_prob, mean, std, predicted = sde_log_prob(velocity, params, cache)
         return PolicyOutput({"log_prob": log_prob, "mean": mean, "routing": routing}, predicted, cache, std)
     log_prob, predicted = matching_log_prob(velocity, params, cache, temperature=temperature)
-    values = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
-    return PolicyOutput(values, predicted, cache)
+    terms = {"velocity": predicted} if settings.estimator == "nft" else {"log_prob": log_prob, "routing": routing}
+    return PolicyOutput(terms, predicted, cache)
 
 
 def policy_loss(
@@ -132,36 +132,36 @@ def policy_loss(
 
     Args:
         output: the current policy's output on the samples.
-        old: the old policy's values on the same samples; no gradient flows into them.
+        old: the old policy's terms on the same samples; no gradient flows into them.
         advantages: A [B].
         settings: the estimator and its parameters.
         mean: mean over the global batch.
     """
-    old, values = jax.lax.stop_gradient(old), output.values
+    old, terms = jax.lax.stop_gradient(old), output.terms
     region = output.cache.region
     if settings.estimator == "nft":
         return _nft_policy_loss(output, old["velocity"], advantages, settings, mean)
-    # The subtraction comes first, so that equal values give exactly 0 however the compiler reorders the rest.
-    log_ratio, clip_range = values["log_prob"] - old["log_prob"], settings.clip_range
+    # The subtraction comes first, so that equal terms give exactly 0 however the compiler reorders the rest.
+    log_ratio, clip_range = terms["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
-        log_ratio = normalized_log_ratio(log_ratio, values["mean"], old["mean"], output.std, region)
+        log_ratio = normalized_log_ratio(log_ratio, terms["mean"], old["mean"], output.std, region)
         clip_range = settings.sde_clip_range
-    log_ratio = log_ratio + (values["routing"] - old["routing"])
+    log_ratio = log_ratio + (terms["routing"] - old["routing"])
     return clipped_policy_loss(log_ratio, advantages, clip_range=clip_range, mean=mean)
 
 
 def _nft_policy_loss(
     output: PolicyOutput, old_velocity: jax.Array, advantages: jax.Array, settings: PolicySettings, mean: Mean
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    cache, points = output.cache, output.cache.points
-    region = repeat(cache.region, points)
-    target = velocity_target(repeat(cache.clean, points), cache.flat_noise())
-    row_optimality = repeat(optimality(advantages), points)
+    cache, num_points = output.cache, output.cache.num_points
+    region = repeat_rows(cache.region, num_points)
+    target = velocity_target(repeat_rows(cache.clean, num_points), cache.flat_noise())
+    row_optimality = repeat_rows(optimality(advantages), num_points)
     losses = nft_loss(output.velocity, old_velocity, target, region, row_optimality, beta=settings.nft_beta)
     change = jax.lax.stop_gradient(region_mean((output.velocity - old_velocity) ** 2, region))
 
     def mean_over_samples(values: jax.Array) -> jax.Array:
-        return mean(values.reshape(-1, points).mean(1))
+        return mean(values.reshape(-1, num_points).mean(1))
 
     return mean_over_samples(losses), {"policy_change": mean_over_samples(change)}
 
@@ -178,4 +178,4 @@ def velocity_distance(
         mean: mean over the global batch.
     """
     squared_difference = (velocity - jax.lax.stop_gradient(reference)) ** 2
-    return mean(region_mean(squared_difference, repeat(region, len(velocity) // len(region))))
+    return mean(region_mean(squared_difference, repeat_rows(region, len(velocity) // len(region))))

@@ -16,7 +16,7 @@ import numpy as np
 from ra_jax.data.loader import Loader
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.partitioner import fetch
-from ra_jax.rl.estimators import matching_cache, repeat
+from ra_jax.rl.estimators import matching_cache, repeat_rows
 from ra_jax.training.step.encode import encode
 from ra_jax.training.step.objective import Objective, norm_ratio
 from ra_jax.training.step.state import example_keys, stream_key
@@ -106,7 +106,7 @@ def _flow_losses_and_norm_ratio(objective: Objective, trainable, frozen, batch, 
     cache = matching_cache(keys, encoded.clean, encoded.region, count=NUM_TIMES, fraction=1.0)
     gates, _ = model.gates(trainable, encoded.condition)
     condition, gates, region = jax.tree.map(
-        lambda leaf: repeat(leaf, NUM_TIMES), (encoded.condition, gates, encoded.region)
+        lambda leaf: repeat_rows(leaf, NUM_TIMES), (encoded.condition, gates, encoded.region)
     )
     policy, base = objective.policy_and_base_velocity(trainable, frozen, *cache.rows(), condition, gates)
     ratio = norm_ratio(policy, base, region).reshape(-1, NUM_TIMES).mean(1)

@@ -20,7 +20,7 @@ from ra_jax.errors import ConfigError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import make_remover
-from ra_jax.interop.diffusers import FILL_PARTS, LoadedModel, load_fill_model, read_configs
+from ra_jax.interop.diffusers import FILL_SUBFOLDERS, LoadedModel, load_fill_model, read_configs
 from ra_jax.interop.hub import resolve_folder
 from ra_jax.models.blocks import unstack_blocks
 from ra_jax.models.fill_model import Weights
@@ -236,7 +236,7 @@ def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
     Raises ConfigError, before any weights are read, if the partitioner cannot shard a transformer of this size.
     """
     fill = config.model.pretrained_model_name_or_path
-    geometry = FillGeometry(*read_configs(resolve_folder(fill, FILL_PARTS), None))
+    geometry = FillGeometry(*read_configs(resolve_folder(fill, FILL_SUBFOLDERS), None))
     partitioner.check(heads=geometry.flux.num_attention_heads, width=geometry.flux.inner_dim)
     if config.parallel.parallelism == "pmap":
         check_fits(config, geometry)

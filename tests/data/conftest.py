@@ -1,4 +1,4 @@
-"""Small data sets on disk, drawn from a seed."""
+"""Small random data sets on disk."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 from PIL import Image
 
 
-def picture(seed, size, channels=3):
-    """Low-frequency colour of (height, width), so that resizing hardly changes it."""
+def make_image(seed, size, channels=3):
+    """Draw a low-frequency image of size (height, width). Resizing hardly changes it."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, channels), np.uint8).squeeze())
     return coarse.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-def mask_picture(size, box):
+def make_mask_image(size, box):
+    """Draw a mask of size (height, width) that is 255 inside `box` (left, top, right, bottom) and 0 elsewhere."""
     left, top, right, bottom = box
     mask = np.zeros(size, np.uint8)
     mask[top:bottom, left:right] = 255
@@ -23,21 +24,24 @@ def mask_picture(size, box):
 
 
 class DataFolder:
-    """A folder of scenes s0, s1, ... with `results` results each, and the records that describe them."""
+    """A data set with scenes s0, s1, ... of the sizes `sizes` (height, width), and one record per result.
+
+    Each scene has `results` results.
+    """
 
     def __init__(self, folder: Path, sizes=((24, 24),), results=2):
         self.folder = folder
         self.records = []
-        for room in ("input", "mask", "gt", "result"):
-            (folder / room).mkdir(parents=True, exist_ok=True)
+        for subfolder in ("input", "mask", "gt", "result"):
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
         for scene, size in enumerate(sizes):
             height, width = size
-            picture(scene, size).save(folder / f"input/s{scene}.png")
-            picture(1000 + scene, size).save(folder / f"gt/s{scene}.png")
+            make_image(scene, size).save(folder / f"input/s{scene}.png")
+            make_image(1000 + scene, size).save(folder / f"gt/s{scene}.png")
             box = (width // 3, height // 3, width // 2, height // 2)
-            mask_picture(size, box).save(folder / f"mask/s{scene}.png")
+            make_mask_image(size, box).save(folder / f"mask/s{scene}.png")
             for k in range(results):
-                picture(2000 + 10 * scene + k, size).save(folder / f"result/s{scene}_{k}.png")
+                make_image(2000 + 10 * scene + k, size).save(folder / f"result/s{scene}_{k}.png")
                 self.records.append(
                     {
                         "src": f"input/s{scene}.png",
@@ -48,6 +52,7 @@ class DataFolder:
                 )
 
     def write(self, records=None, name="data.json"):
+        """Write `records`, by default those of the data set, to the file `name`, and return its path."""
         path = self.folder / name
         path.write_text(json.dumps(self.records if records is None else records), encoding="utf-8")
         return path
@@ -55,5 +60,5 @@ class DataFolder:
 
 @pytest.fixture
 def make_data_folder(tmp_path):
-    """`data_folder(sizes=..., results=...)` makes a `DataFolder`."""
-    return lambda **how: DataFolder(tmp_path / "set", **how)
+    """make_data_folder(sizes=..., results=...) -> DataFolder."""
+    return lambda **options: DataFolder(tmp_path / "set", **options)

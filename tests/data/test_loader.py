@@ -20,20 +20,20 @@ def records(make_data_folder):
     return load_records(make_data_folder(sizes=SIZES, results=3).write(), use_human_scores=True)
 
 
-def make(records, extras=None, **changes):
-    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 0, "multiple": 8, "augment_masks": True}
-    return Loader(records, LoaderOptions(**how | changes), extras=extras)
+def make_loader(records, extras=None, **changes):
+    options = {"batch_size": 4, "buckets": BUCKETS, "seed": 0, "multiple": 8, "augment_masks": True}
+    return Loader(records, LoaderOptions(**options | changes), extras=extras)
 
 
-def small(image):
+def shrink(image):
     return np.asarray(image.resize((7, 7)), np.float64) / 255
 
 
-def take(loader, count, start=0):
+def take_batches(loader, count, start=0):
     return list(islice(loader.iterate(start), count))
 
 
-def same(first, second):
+def assert_equal_batches(first, second):
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
@@ -42,10 +42,10 @@ def same(first, second):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_batch_has_what_the_step_needs(records):
+def test_batches_follow_the_schema_and_have_the_extra_values_of_their_records(records):
     scores = np.array([record.scores for record in records], np.float32)
-    loader = make(records, extras={"scores": scores}, preprocess_reference=small)
-    for batch in take(loader, 2 * loader.batches_per_epoch):
+    loader = make_loader(records, extras={"scores": scores}, preprocess_reference=shrink)
+    for batch in take_batches(loader, 2 * loader.batches_per_epoch):
         height, width = batch["source"].shape[1:3]
         assert (height, width) in BUCKETS
         loaded = {name: array for name, array in batch.items() if name != "scores"}
@@ -55,110 +55,115 @@ def test_batch_has_what_the_step_needs(records):
         np.testing.assert_array_equal(batch["group_id"], batch["record_id"] // 3)
 
 
-def test_rows_are_the_records_panels(records):
-    loader = make(records, augment_masks=False, preprocess_reference=small)
-    for batch in take(loader, loader.batches_per_epoch):
-        for row, at in enumerate(batch["record_id"]):
-            panels = load_panels(records[at], batch["mask"].shape[1:])
+def test_rows_are_the_panels_of_their_records(records):
+    loader = make_loader(records, augment_masks=False, preprocess_reference=shrink)
+    for batch in take_batches(loader, loader.batches_per_epoch):
+        for row, record_id in enumerate(batch["record_id"]):
+            panels = load_panels(records[record_id], batch["mask"].shape[1:])
             for name in ("source", "mask", "reference", "result"):
                 np.testing.assert_array_equal(batch[name][row], getattr(panels, name))
-            shown = small(Image.fromarray(panels.reference)).astype(np.float32)
-            np.testing.assert_array_equal(batch["redux_pixels"][row], shown)
+            redux_pixels = shrink(Image.fromarray(panels.reference)).astype(np.float32)
+            np.testing.assert_array_equal(batch["redux_pixels"][row], redux_pixels)
 
 
-def test_an_epoch_sees_every_record_and_the_next_one_in_another_order(records):
-    loader = make(records)
+def test_each_epoch_has_every_record_in_another_order(records):
+    loader = make_loader(records)
     count = loader.batches_per_epoch
-    batches = take(loader, 2 * count)
+    batches = take_batches(loader, 2 * count)
     epochs = [batches[:count], batches[count:]]
     for number, epoch in enumerate(epochs):
-        assert {int(at) for batch in epoch for at in batch["record_id"]} == set(range(len(records)))
+        assert {int(record_id) for batch in epoch for record_id in batch["record_id"]} == set(range(len(records)))
         assert all((batch["epoch"] == number).all() for batch in epoch)
     orders = [np.concatenate([batch["record_id"] for batch in epoch]) for epoch in epochs]
     assert (orders[0] != orders[1]).any()
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_slices_of_the_processes_make_up_the_global_batch(records, process_count):
-    whole = take(make(records), 12)
+def test_batches_of_the_processes_join_to_the_global_batches(records, process_count):
+    global_batches = take_batches(make_loader(records), 12)
     rows = np.split(np.arange(4), process_count)
-    parts = [take(make(records, rows=mine), 12) for mine in rows]
+    process_batches = [take_batches(make_loader(records, rows=process_rows), 12) for process_rows in rows]
     joined = [
-        {name: np.concatenate([part[name] for part in slices]) for name in slices[0]}
-        for slices in zip(*parts, strict=True)
+        {name: np.concatenate([process_batch[name] for process_batch in slices]) for name in slices[0]}
+        for slices in zip(*process_batches, strict=True)
     ]
-    same(joined, whole)
+    assert_equal_batches(joined, global_batches)
 
 
-def test_starting_at_a_batch_is_skipping_to_it(records):
-    loader = make(records)
-    same(
-        take(make(records), 5, start=loader.batches_per_epoch - 2), take(loader, 14)[loader.batches_per_epoch - 2 :][:5]
+def test_starting_at_a_batch_equals_skipping_the_batches_before_it(records):
+    loader = make_loader(records)
+    assert_equal_batches(
+        take_batches(make_loader(records), 5, start=loader.batches_per_epoch - 2),
+        take_batches(loader, 14)[loader.batches_per_epoch - 2 :][:5],
     )
 
 
-def test_threads_and_cache_change_nothing(records):
-    plain = take(make(records, cache_bytes=0), 20)
-    same(take(make(records, workers=3), 20), plain)
-    same(take(make(records, workers=2, cache_bytes=3000), 20), plain)
+def test_threads_and_cache_do_not_change_the_batches(records):
+    expected = take_batches(make_loader(records, cache_bytes=0), 20)
+    assert_equal_batches(take_batches(make_loader(records, workers=3), 20), expected)
+    assert_equal_batches(take_batches(make_loader(records, workers=2, cache_bytes=3000), 20), expected)
 
 
-def test_a_group_shares_crop_and_mask_within_an_epoch(records):
-    loader = make(records)
-    seen = {}
-    for batch in take(loader, 4 * loader.batches_per_epoch):
+def test_records_of_a_scene_share_crop_and_mask_within_an_epoch(records):
+    loader = make_loader(records)
+    panels_of_scene = {}
+    for batch in take_batches(loader, 4 * loader.batches_per_epoch):
         for row, key in enumerate(zip(batch["epoch"].tolist(), batch["group_id"].tolist(), strict=True)):
-            shown = (batch["mask"][row].tobytes(), batch["source"][row].tobytes(), batch["source"].shape)
-            assert seen.setdefault(key, shown) == shown
-    per_epoch = [tuple(seen[epoch, group][0] for group in range(len(SIZES))) for epoch in range(4)]
-    assert len(set(per_epoch)) == 4  # each epoch draws anew
+            panels = (batch["mask"][row].tobytes(), batch["source"][row].tobytes(), batch["source"].shape)
+            assert panels_of_scene.setdefault(key, panels) == panels
+    masks_of_epochs = [tuple(panels_of_scene[epoch, scene][0] for scene in range(len(SIZES))) for epoch in range(4)]
+    assert len(set(masks_of_epochs)) == 4  # each epoch has other masks
 
 
-def test_augmentation_only_adds_to_the_mask(records, monkeypatch):
-    loader = make(records)
-    drawn = []
+def test_augmentation_only_adds_pixels_to_masks(records, monkeypatch):
+    loader = make_loader(records)
+    mask_pairs = []
     monkeypatch.setattr(
         "ra_jax.data.loader.augment_mask",
-        lambda mask, rng: drawn.append((mask, augment_mask(mask, rng))) or drawn[-1][1],
+        lambda mask, rng: mask_pairs.append((mask, augment_mask(mask, rng))) or mask_pairs[-1][1],
     )
-    batches = take(loader, loader.batches_per_epoch)
-    shown = np.concatenate([batch["mask"].reshape(4, -1).sum(1) for batch in batches])
-    assert shown.sum() == sum(grown.sum() for _, grown in drawn) > sum(mask.sum() for mask, _ in drawn)
-    assert all((grown >= mask).all() for mask, grown in drawn)
+    batches = take_batches(loader, loader.batches_per_epoch)
+    batch_areas = np.concatenate([batch["mask"].reshape(4, -1).sum(1) for batch in batches])
+    assert (
+        batch_areas.sum()
+        == sum(augmented.sum() for _, augmented in mask_pairs)
+        > sum(mask.sum() for mask, _ in mask_pairs)
+    )
+    assert all((augmented >= mask).all() for mask, augmented in mask_pairs)
 
 
-def test_small_bucket_fills_a_batch_by_cycling(records):
-    batch = take(make(records[:2], batch_size=5), 1)[0]
-    order = batch["record_id"]
-    np.testing.assert_array_equal(order, np.resize(order[:2], 5))
+def test_few_records_of_a_bucket_are_repeated_to_fill_a_batch(records):
+    batch = take_batches(make_loader(records[:2], batch_size=5), 1)[0]
+    record_ids = batch["record_id"]
+    np.testing.assert_array_equal(record_ids, np.resize(record_ids[:2], 5))
     np.testing.assert_allclose(batch["condition_weight"], 1 / 5)
 
 
-def test_records_without_results(make_data_folder):
+def test_batches_of_records_without_results_follow_the_schema(make_data_folder):
     data = make_data_folder()
     for record in data.records:
         del record["result"]
     records = load_records(data.write(), need_result=False)
-    check_schema(take(make(records, batch_size=2), 1)[0], {"photos"})
+    check_schema(take_batches(make_loader(records, batch_size=2), 1)[0], {"photos"})
 
 
 def test_results_in_some_records_only_are_refused(make_data_folder):
     data = make_data_folder()
     del data.records[0]["result"]
     with pytest.raises(DataError, match="1 of 2 records have no result"):
-        make(load_records(data.write(), need_result=False))
+        make_loader(load_records(data.write(), need_result=False))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_vanishes_names_its_record(records, workers):
+def test_the_error_for_a_deleted_file_names_its_record(records, workers):
     records[4].result.unlink()
-    loader = make(records, workers=workers)
+    loader = make_loader(records, workers=workers)
     with pytest.raises(FileNotFoundError) as caught:
-        take(loader, loader.batches_per_epoch)
+        take_batches(loader, loader.batches_per_epoch)
     assert "while loading record 4" in caught.value.__notes__[0]
 
 
-def test_parse_buckets():
+def test_buckets_are_parsed_and_invalid_ones_refused():
     assert parse_buckets("512,512;448, 576;") == ((512, 512), (448, 576))
     for text in ("", "512", "512,512;a,b", "512,512,3", "0,16"):
         with pytest.raises(DataError, match='expected "height,width;height,width"'):
@@ -180,11 +185,11 @@ def test_parse_buckets():
         ({"photos": False}, "photos=False and latents=False: expected at least one"),
     ],
 )
-def test_refusals(records, changes, message):
+def test_invalid_options_are_refused(records, changes, message):
     with pytest.raises(ValueError, match=message):
-        make(records, **changes)
+        make_loader(records, **changes)
 
 
-def test_no_records_is_refused():
+def test_an_empty_list_of_records_is_refused():
     with pytest.raises(DataError, match="no records"):
-        make([])
+        make_loader([])

@@ -5,8 +5,8 @@ from scipy import ndimage
 from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, box, square_dilation
 
 
-def blobs(seed, size=(48, 64)):
-    """A few random ellipses, apart as often as not."""
+def draw_blobs(seed, size=(48, 64)):
+    """Draw a mask of one to three random ellipses and one random pixel."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: size[0], : size[1]]
     mask = np.zeros(size, bool)
@@ -17,35 +17,35 @@ def blobs(seed, size=(48, 64)):
     return mask
 
 
-def test_output_contains_the_input_and_keeps_its_form():
+def test_augmented_mask_contains_the_mask_and_has_its_shape_and_dtype():
     for seed in range(200):
-        mask = blobs(seed).astype(np.uint8 if seed % 2 else bool)
-        grown = augment_mask(mask, np.random.default_rng(seed))
-        assert grown.shape == mask.shape and grown.dtype == mask.dtype
-        assert set(np.unique(grown)) <= {0, 1}
-        assert (grown >= mask).all()
+        mask = draw_blobs(seed).astype(np.uint8 if seed % 2 else bool)
+        augmented = augment_mask(mask, np.random.default_rng(seed))
+        assert augmented.shape == mask.shape and augmented.dtype == mask.dtype
+        assert set(np.unique(augmented)) <= {0, 1}
+        assert (augmented >= mask).all()
 
 
-def test_same_generator_same_mask():
+def test_generators_of_the_same_seed_give_the_same_mask():
     for seed in range(20):
-        first, second = (augment_mask(blobs(3), np.random.default_rng(seed)) for _ in range(2))
+        first, second = (augment_mask(draw_blobs(3), np.random.default_rng(seed)) for _ in range(2))
         np.testing.assert_array_equal(first, second)
-    drawn = {augment_mask(blobs(3), np.random.default_rng(seed)).tobytes() for seed in range(40)}
-    assert len(drawn) > 10  # one box, one dilation, many outlines
+    distinct_masks = {augment_mask(draw_blobs(3), np.random.default_rng(seed)).tobytes() for seed in range(40)}
+    assert len(distinct_masks) > 10  # the outlines differ; box and dilation are always the same
 
 
-def test_forty_forty_twenty():
-    mask = blobs(5)
-    boxed, dilated = box(mask), square_dilation(mask, 7, 2)
+def test_forty_percent_of_masks_become_boxes_and_twenty_percent_are_dilated():
+    mask = draw_blobs(5)
+    box_mask, dilated_mask = box(mask), square_dilation(mask, 7, 2)
     rng = np.random.default_rng(0)
-    drawn = [augment_mask(mask, rng) for _ in range(2000)]
-    boxes = np.mean([np.array_equal(grown, boxed) for grown in drawn])
-    dilations = np.mean([np.array_equal(grown, dilated) for grown in drawn])
-    assert abs(boxes - 0.4) < 0.04  # 3.6 standard deviations
-    assert abs(dilations - 0.2) < 0.035
+    augmented_masks = [augment_mask(mask, rng) for _ in range(2000)]
+    box_share = np.mean([np.array_equal(augmented, box_mask) for augmented in augmented_masks])
+    dilation_share = np.mean([np.array_equal(augmented, dilated_mask) for augmented in augmented_masks])
+    assert abs(box_share - 0.4) < 0.04  # 0.04 is 3.6 standard deviations
+    assert abs(dilation_share - 0.2) < 0.035
 
 
-def test_box():
+def test_box_fills_the_bounding_box():
     mask = np.zeros((6, 8), bool)
     mask[1, 5] = mask[4, 2] = True
     assert bounding_box(mask) == (2, 1, 6, 5)
@@ -55,7 +55,7 @@ def test_box():
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (5, 64), (1, 3)])
-def test_dilation_is_a_maximum_filter_twice_over(shape):
+def test_square_dilation_equals_repeated_maximum_filters(shape):
     mask = np.random.default_rng(0).random(shape) < 0.02
     mask[0, 0] = True
     once = ndimage.maximum_filter(mask.astype(np.uint8), 7, mode="constant")
@@ -63,7 +63,7 @@ def test_dilation_is_a_maximum_filter_twice_over(shape):
     np.testing.assert_array_equal(square_dilation(mask, 7, 2), expected)
 
 
-def test_outline_is_one_region_without_holes_around_all_parts():
+def test_outline_is_one_region_without_holes_that_contains_all_parts_of_the_mask():
     for seed in range(50):
         mask = np.zeros((64, 64), bool)
         mask[20:24, 12:20] = mask[40:46, 40:50] = True
@@ -81,21 +81,21 @@ def test_outline_is_smooth_and_not_much_larger_than_the_mask():
         assert 1.05**2 < outline.sum() / mask.sum() < 1.8**2
         edge = outline & ~ndimage.binary_erosion(outline)
         perimeter, area = edge.sum(), outline.sum()
-        assert perimeter**2 / area < 1.5 * 4 * np.pi  # a circle has 4π: neither spikes nor fringes
+        assert perimeter**2 / area < 1.5 * 4 * np.pi  # 4π for a circle; spikes and fringes increase it
 
 
-def test_outline_passes_around_the_mask():
-    """The curve itself holds the mask: hardly ever is a pixel of the mask added to it, at its edge."""
-    added = 0
+def test_curve_of_the_outline_encloses_the_mask():
+    """A mask pixel at the edge of the outline is one that the curve left out. This is rare."""
+    masks_at_edge = 0
     for seed in range(300):
-        mask = blobs(seed, (128, 128))
+        mask = draw_blobs(seed, (128, 128))
         outline = bezier_outline(mask, np.random.default_rng(seed))
         edge = outline & ~ndimage.binary_erosion(outline, border_value=1)
-        added += (edge & mask).any()
-    assert added <= 3
+        masks_at_edge += (edge & mask).any()
+    assert masks_at_edge <= 3
 
 
-def test_one_pixel_at_the_corner():
+def test_a_mask_of_one_corner_pixel_keeps_its_pixel():
     mask = np.zeros((16, 16), bool)
     mask[0, 15] = True
     for seed in range(50):

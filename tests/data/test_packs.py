@@ -25,8 +25,8 @@ BUCKETS = ((16, 16), (16, 32))
 
 
 @pytest.fixture
-def files(make_data_folder):
-    """A data file of 15 records in 5 scenes: of the first, two have one reference and one another."""
+def data_file(make_data_folder):
+    """A data file of 15 records in 5 scenes. Two records of scene 0 share a reference, the third has another."""
     folder = make_data_folder(sizes=SIZES, results=3)
     for record, ref in zip(folder.records, ("input/s1.png", "gt/s0.png", "input/s1.png"), strict=False):
         record["ref"] = ref
@@ -34,8 +34,8 @@ def files(make_data_folder):
     return folder.write()
 
 
-class Doubles:
-    """An encoder that makes arrays which can be told apart."""
+class FakeEncoder:
+    """An encoder whose arrays depend on the panels, so that rows can be distinguished."""
 
     encoding = Encoding("of nothing", "16,16;16,32", "no")
     buckets = BUCKETS
@@ -49,109 +49,110 @@ class Doubles:
 
 
 @pytest.fixture
-def pack(files, tmp_path):
-    write_pack(load_records(files), tmp_path / "packed")
+def pack(data_file, tmp_path):
+    """The folder of a pack of `data_file`, without latents."""
+    write_pack(load_records(data_file), tmp_path / "packed")
     return tmp_path / "packed"
 
 
-def batches(records, count, **changes):
-    how = {"batch_size": 4, "buckets": BUCKETS, "seed": 3, "multiple": 8, "augment_masks": True}
-    how |= {"preprocess_reference": lambda image: np.asarray(image.resize((7, 7)), np.float64), "workers": 2}
-    return list(islice(Loader(records, LoaderOptions(**how | changes)).iterate(), count))
+def load_batches(records, count, **changes):
+    options = {"batch_size": 4, "buckets": BUCKETS, "seed": 3, "multiple": 8, "augment_masks": True}
+    options |= {"preprocess_reference": lambda image: np.asarray(image.resize((7, 7)), np.float64), "workers": 2}
+    return list(islice(Loader(records, LoaderOptions(**options | changes)).iterate(), count))
 
 
-def test_the_same_batches_as_from_files(files, pack):
-    written, packed = load_records(files), load_records(pack, use_human_scores=True)
-    np.testing.assert_array_equal(scene_ids(packed), scene_ids(written))
-    for one, other in zip(packed, written, strict=True):
+def test_a_pack_gives_the_same_records_and_batches_as_its_files(data_file, pack):
+    from_files, from_pack = load_records(data_file), load_records(pack, use_human_scores=True)
+    np.testing.assert_array_equal(scene_ids(from_pack), scene_ids(from_files))
+    for record, expected in zip(from_pack, from_files, strict=True):
         for name in ("index", "id", "scores", "split", "annotator", "source", "size"):
-            assert getattr(one, name) == getattr(other, name)
-    for one, other in zip(batches(packed, 12), batches(written, 12), strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+            assert getattr(record, name) == getattr(expected, name)
+    for batch, expected in zip(load_batches(from_pack, 12), load_batches(from_files, 12), strict=True):
+        assert batch.keys() == expected.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], expected[name], err_msg=name)
 
 
-def test_scores_are_taken_in_either_form(pack):
-    for form in ("dict", "tensor"):
-        records = load_records(pack, use_human_scores=True, score_format=form)
+def test_scores_of_a_pack_are_loaded_with_either_score_format(pack):
+    for score_format in ("dict", "tensor"):
+        records = load_records(pack, use_human_scores=True, score_format=score_format)
         assert records[1].scores == (0.5, 1.0, 0.25)
 
 
-def test_records_are_checked_as_those_of_files(make_data_folder, tmp_path):
+def test_records_of_a_pack_are_checked_like_records_of_files(make_data_folder, tmp_path):
     folder = make_data_folder(results=2)
     del folder.records[1]["result"], folder.records[1]["scores"]
     write_pack(load_records(folder.write(), need_result=False), tmp_path / "packed")
     _, errors = check_records(tmp_path / "packed", use_human_scores=True)
-    assert [(fault.record, fault.field) for fault in errors] == [(1, "result"), (1, "scores")]
+    assert [(error.record, error.field) for error in errors] == [(1, "result"), (1, "scores")]
 
 
-def test_pictures_that_records_share_are_written_once(files, pack):
-    found = [tfds.builder_from_directory(pack / part / packs.VERSION) for part in packs.PARTS]
-    assert [part.info.splits["train"].num_examples for part in found] == [6, 15]
-    conditions, records = (part.as_data_source("train") for part in found)
-    with Image.open(files.parent / "input/s1.png") as photo:
+def test_images_that_records_share_are_written_once(data_file, pack):
+    builders = [tfds.builder_from_directory(pack / part / packs.VERSION) for part in packs.PARTS]
+    assert [builder.info.splits["train"].num_examples for builder in builders] == [6, 15]
+    conditions, records = (builder.as_data_source("train") for builder in builders)
+    with Image.open(data_file.parent / "input/s1.png") as photo:
         np.testing.assert_array_equal(conditions[2]["src"], photo)
-    with Image.open(files.parent / "result/s1_1.png") as result:
+    with Image.open(data_file.parent / "result/s1_1.png") as result:
         np.testing.assert_array_equal(records[4]["result"], result)
     assert [int(records[i]["condition"]) for i in range(6)] == [0, 1, 0, 2, 2, 2]
     assert "tensorflow" not in sys.modules
 
 
-def test_latents_stand_beside_panels_of_the_buckets(files, tmp_path):
-    written, encoder = load_records(files), Doubles()
-    write_pack(written, tmp_path / "packed", encoder=encoder)
-    packed = load_records(tmp_path / "packed")
-    how = {"augment_masks": False, "latents": True}
-    steps = zip(
-        batches(packed, 6, **how),
-        batches(packed, 6, **how, photos=False),
-        batches(written, 6, augment_masks=False),
+def test_a_pack_with_latents_gives_the_encoders_arrays_and_the_panels_of_the_files(data_file, tmp_path):
+    from_files, encoder = load_records(data_file), FakeEncoder()
+    write_pack(from_files, tmp_path / "packed", encoder=encoder)
+    from_pack = load_records(tmp_path / "packed")
+    options = {"augment_masks": False, "latents": True}
+    batches = zip(
+        load_batches(from_pack, 6, **options),
+        load_batches(from_pack, 6, **options, photos=False),
+        load_batches(from_files, 6, augment_masks=False),
         strict=True,
     )
-    for whole, latents_alone, panels in steps:
-        check_schema(whole, {"photos", "results", "latents"})
-        check_schema(latents_alone, {"results", "latents"})
-        check_schema(panels, {"photos", "results", "redux"})
+    for batch, latents_batch, file_batch in batches:
+        check_schema(batch, {"photos", "results", "latents"})
+        check_schema(latents_batch, {"results", "latents"})
+        check_schema(file_batch, {"photos", "results", "redux"})
         for row in range(4):
             names = ("source", "mask", "reference", "result")
-            record = Panels(*(panels[name][row] for name in names))
-            for name, value in {**encoder.condition(record), **encoder.result(record)}.items():
-                np.testing.assert_array_equal(whole[name][row], value, err_msg=name)
-        for name in set(panels) & set(whole):
-            np.testing.assert_array_equal(whole[name], panels[name], err_msg=name)
-        for name, value in latents_alone.items():
-            np.testing.assert_array_equal(value, whole[name], err_msg=name)
+            panels = Panels(*(file_batch[name][row] for name in names))
+            for name, value in {**encoder.condition(panels), **encoder.result(panels)}.items():
+                np.testing.assert_array_equal(batch[name][row], value, err_msg=name)
+        for name in set(file_batch) & set(batch):
+            np.testing.assert_array_equal(batch[name], file_batch[name], err_msg=name)
+        for name, value in latents_batch.items():
+            np.testing.assert_array_equal(value, batch[name], err_msg=name)
 
 
-def test_latents_want_masks_as_they_are_and_a_pack_that_has_them(files, pack, tmp_path):
-    write_pack(load_records(files), tmp_path / "encoded", encoder=Doubles())
-    for data in (files, pack):
+def test_latents_need_a_pack_with_latents_and_masks_without_augmentation(data_file, pack, tmp_path):
+    write_pack(load_records(data_file), tmp_path / "encoded", encoder=FakeEncoder())
+    for data in (data_file, pack):
         with pytest.raises(ValueError, match="latents=True: expected records of a pack with latents"):
-            batches(load_records(data), 1, augment_masks=False, latents=True)
+            load_batches(load_records(data), 1, augment_masks=False, latents=True)
     with pytest.raises(ValueError, match="latents=True with augment_masks=True"):
-        batches(load_records(tmp_path / "encoded"), 1, latents=True)
+        load_batches(load_records(tmp_path / "encoded"), 1, latents=True)
 
 
-@pytest.mark.parametrize("without", [0, 4])
-def test_latents_want_results_in_all_records_or_none(files, tmp_path, without):
-    records = load_records(files)
-    records[without] = replace(records[without], result=None)
+@pytest.mark.parametrize("index", [0, 4])
+def test_a_pack_with_latents_needs_results_in_all_records_or_in_none(data_file, tmp_path, index):
+    records = load_records(data_file)
+    records[index] = replace(records[index], result=None)
     with pytest.raises(DataError, match="1 of 15 records have no result"):
-        write_pack(records, tmp_path / "packed", encoder=Doubles())
+        write_pack(records, tmp_path / "packed", encoder=FakeEncoder())
     assert not list(tmp_path.glob("packed*"))
 
 
-def test_another_process_reads_bfloat16(files, tmp_path):
-    write_pack(load_records(files), tmp_path / "packed", encoder=Doubles())
+def test_another_process_can_read_bfloat16_arrays(data_file, tmp_path):
+    write_pack(load_records(data_file), tmp_path / "packed", encoder=FakeEncoder())
     command = [sys.executable, "-m", "ra_jax.data", "validate", tmp_path / "packed"]
     assert "no errors" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("harm", ["deleted", "cut short"])
-def test_a_pack_that_is_not_whole(pack, harm):
+@pytest.mark.parametrize("damage", ["deleted", "cut short"])
+def test_a_pack_with_missing_or_truncated_files_is_refused(pack, damage):
     (shard,) = (pack / "records").rglob("*array_record*")
-    if harm == "deleted":
+    if damage == "deleted":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 20])
@@ -159,42 +160,42 @@ def test_a_pack_that_is_not_whole(pack, harm):
         load_records(pack)
 
 
-def test_by_name(pack):
+def test_a_pack_can_be_loaded_by_its_name_in_tensorflow_datasets(pack):
     tfds.core.add_data_dir(pack.parent)
     assert load_records("tfds:packed")[4].id == "the fifth"
     with pytest.raises(DataError, match=r"tfds:unheard_of: tensorflow-datasets has no data set .*data pack"):
         load_records("tfds:unheard_of")
 
 
-def test_large_sets_are_shards(files, tmp_path, monkeypatch):
+def test_a_large_pack_is_written_in_shards(data_file, tmp_path, monkeypatch):
     monkeypatch.setattr("ra_jax.data.pack_writer.SHARD_BYTES", 1)
     monkeypatch.setattr("ra_jax.data.pack_writer.ENCODE_BATCH", 2)
-    write_pack(load_records(files), tmp_path / "packed")
+    write_pack(load_records(data_file), tmp_path / "packed")
     assert len(list((tmp_path / "packed/records").rglob("*array_record*"))) == 15
-    one, other = (batches(load_records(data), 5) for data in (tmp_path / "packed", files))
-    np.testing.assert_equal(one, other)
+    from_pack, from_files = (load_batches(load_records(data), 5) for data in (tmp_path / "packed", data_file))
+    np.testing.assert_equal(from_pack, from_files)
 
 
-def test_another_set_is_no_pack(pack):
+def test_another_tensorflow_datasets_set_is_refused(pack):
     with pytest.raises(DataError, match="is a tensorflow-datasets set, but not a pack: expected a folder"):
         load_records(pack / "records" / packs.VERSION)
 
 
-def test_without_the_library(pack, monkeypatch):
+def test_a_pack_cannot_be_loaded_without_tensorflow_datasets(pack, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match=r'packs need tensorflow-datasets .*run pip install "ra_jax\[packs\]"'):
         load_records(pack)
 
 
-def test_a_pack_that_was_broken_off_is_made_anew(files, tmp_path):
-    records = load_records(files)
+def test_an_interrupted_pack_can_be_written_again(data_file, tmp_path):
+    records = load_records(data_file)
 
-    def dies(some):
-        yield from islice(some, 2)
+    def interrupt_after_two(items):
+        yield from islice(items, 2)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_pack(records, tmp_path / "packed", watch=dies)
+        write_pack(records, tmp_path / "packed", progress=interrupt_after_two)
     assert not (tmp_path / "packed").exists()
     write_pack(records, tmp_path / "packed")
     assert len(load_records(tmp_path / "packed")) == 15
@@ -202,19 +203,19 @@ def test_a_pack_that_was_broken_off_is_made_anew(files, tmp_path):
 
 
 class TestCommand:
-    def test_packs(self, files, tmp_path, capsys):
-        assert main(["pack", str(files), str(tmp_path / "packed")]) == 0
+    def test_pack_writes_a_valid_pack(self, data_file, tmp_path, capsys):
+        assert main(["pack", str(data_file), str(tmp_path / "packed")]) == 0
         assert "15 records written to" in capsys.readouterr().out
         assert main(["validate", str(tmp_path / "packed")]) == 0
         assert "no errors" in capsys.readouterr().out
 
-    def test_refusals(self, files, tmp_path, capsys):
-        assert main(["pack", str(files), str(tmp_path / "not-a-name")]) == 1
+    def test_invalid_names_existing_folders_and_invalid_records_are_refused(self, data_file, tmp_path, capsys):
+        assert main(["pack", str(data_file), str(tmp_path / "not-a-name")]) == 1
         assert "'not-a-name' is not a valid name for a pack; expected lower-case" in capsys.readouterr().err
         (tmp_path / "taken").mkdir()
-        assert main(["pack", str(files), str(tmp_path / "taken")]) == 1
+        assert main(["pack", str(data_file), str(tmp_path / "taken")]) == 1
         assert "already exists: choose another folder" in capsys.readouterr().err
-        shutil.rmtree(files.parent / "gt")
-        assert main(["pack", str(files), str(tmp_path / "faulty")]) == 1
+        shutil.rmtree(data_file.parent / "gt")
+        assert main(["pack", str(data_file), str(tmp_path / "faulty")]) == 1
         assert "record 1, field 'ref': no such file" in capsys.readouterr().err
         assert not (tmp_path / "faulty").exists()

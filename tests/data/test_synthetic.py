@@ -1,4 +1,4 @@
-"""Synthetic scenes: what they look like, defects that can be measured, scores that fall with every defect."""
+"""Synthetic data sets: the scenes, the measurement of defects, the scores, and the files on disk."""
 
 import json
 from dataclasses import replace
@@ -30,20 +30,21 @@ REWARD_WEIGHTS = np.array([0.4, 0.3, 0.3])
 
 
 @pytest.fixture(scope="module", params=[32, 64])
-def views(request):
+def scene_stack(request):
+    """A stack of 60 scenes of 32 or 64 px."""
     return stack(scenes(seed=5, first=0, count=60, size=request.param))
 
 
-def only(defect, strength):
+def single_defect(defect, strength):
     return {name: strength * (name == defect) for name in DEFECTS}
 
 
-def reward(image, views):
-    """Total reward in [−1, 1]."""
-    return (2 * rule_scores(image, views) - 1) @ REWARD_WEIGHTS
+def compute_reward(image, scene_stack):
+    """Compute the total reward in [−1, 1]."""
+    return (2 * rule_scores(image, scene_stack) - 1) @ REWARD_WEIGHTS
 
 
-def test_a_scene_is_the_same_at_any_size():
+def test_a_scene_looks_the_same_at_any_size():
     for number in range(8):
         fine, coarse = (make_scene(np.random.SeedSequence((1, number)), size) for size in (128, 32))
         for name in ("source", "truth", "reference"):
@@ -53,9 +54,9 @@ def test_a_scene_is_the_same_at_any_size():
 
 
 def test_a_scene_depends_on_its_seed_and_number_alone():
-    several, single = scenes(3, 0, 5, 32)[4], scenes(3, 4, 1, 32)[0]
-    assert all(np.array_equal(getattr(several, name), getattr(single, name)) for name in vars(single))
-    assert not np.array_equal(several.truth, scenes(4, 4, 1, 32)[0].truth)
+    from_several, alone = scenes(3, 0, 5, 32)[4], scenes(3, 4, 1, 32)[0]
+    assert all(np.array_equal(getattr(from_several, name), getattr(alone, name)) for name in vars(alone))
+    assert not np.array_equal(from_several.truth, scenes(4, 4, 1, 32)[0].truth)
 
 
 def test_size_below_16_is_refused():
@@ -63,84 +64,89 @@ def test_size_below_16_is_refused():
         make_scene(np.random.SeedSequence(0), 8)
 
 
-def test_the_mask_covers_the_object_and_stays_off_the_border():
-    views = stack(scenes(7, 0, 300, 32))
-    area = views.mask.mean((1, 2))
+def test_the_mask_covers_the_object_and_does_not_touch_the_border():
+    scene_stack = stack(scenes(7, 0, 300, 32))
+    area = scene_stack.mask.mean((1, 2))
     assert area.min() > 0.03 and area.max() < 0.30
-    assert not (views.mask[:, [0, -1]].any() or views.mask[:, :, [0, -1]].any())
-    outside = ~views.mask[..., None]
-    assert np.all(views.reference[outside[..., 0]] == 1.0)
-    # Outside the mask the source differs by the shadow alone: darker, in most scenes somewhere plainly so.
-    shadow = (views.truth - views.source) * outside
+    assert not (scene_stack.mask[:, [0, -1]].any() or scene_stack.mask[:, :, [0, -1]].any())
+    outside = ~scene_stack.mask[..., None]
+    assert np.all(scene_stack.reference[outside[..., 0]] == 1.0)
+    # Outside the mask, the source differs from the truth only by the shadow, which darkens it. In more than 90 % of the
+    # scenes, it darkens some pixel by more than 0.03.
+    shadow = (scene_stack.truth - scene_stack.source) * outside
     assert shadow.min() >= -1e-6
     assert np.mean(shadow.max((1, 2, 3)) > 0.03) > 0.9
 
 
-def test_the_reference_shows_the_object_where_it_stands(views):
-    solid = np.all(views.source == views.reference, axis=-1)
-    assert np.all(solid.sum((1, 2)) > 0.15 * views.mask.sum((1, 2)))
-    assert not np.any(solid & ~views.mask)
+def test_the_reference_shows_the_object_at_its_position_in_the_source(scene_stack):
+    equal_pixels = np.all(scene_stack.source == scene_stack.reference, axis=-1)
+    assert np.all(equal_pixels.sum((1, 2)) > 0.15 * scene_stack.mask.sum((1, 2)))
+    assert not np.any(equal_pixels & ~scene_stack.mask)
 
 
-def test_pixels_leave_room_for_the_defects(views):
-    assert views.truth.min() >= 0.2 and views.truth.max() <= 0.8
+def test_pixels_with_defects_rarely_leave_the_range_from_0_to_1(scene_stack):
+    assert scene_stack.truth.min() >= 0.2 and scene_stack.truth.max() <= 0.8
     strengths = np.stack([candidate_strengths("no_clean", 0, number) for number in range(60)], axis=1)
-    images = apply_defects(views, strengths)
+    images = apply_defects(scene_stack, strengths)
     assert np.mean((images < 0) | (images > 1)) < 1e-3
 
 
-def test_each_defect_is_where_it_belongs(views):
-    inside = views.mask[..., None]
-    basis = dict(zip(DEFECTS, np.moveaxis(defect_basis(views), 1, 0), strict=True))
-    ghosted = views.truth + basis["ghost"]
-    np.testing.assert_allclose(ghosted, np.where(inside, views.source, views.truth), atol=1e-6)
+def test_each_defect_has_the_documented_region_and_form(scene_stack):
+    inside = scene_stack.mask[..., None]
+    basis = dict(zip(DEFECTS, np.moveaxis(defect_basis(scene_stack), 1, 0), strict=True))
+    ghosted = scene_stack.truth + basis["ghost"]
+    np.testing.assert_allclose(ghosted, np.where(inside, scene_stack.source, scene_stack.truth), atol=1e-6)
     assert not np.any(basis["cast"] * inside) and not np.any(basis["seam"] * ~inside)
-    warm = basis["cast"][~views.mask]
-    np.testing.assert_allclose(warm, np.broadcast_to([0.22, 0, -0.22], warm.shape), rtol=1e-6)
-    edge = views.mask & ~np.roll(views.mask, 1, axis=1)
-    deep = views.mask & np.roll(views.mask, 4, 1) & np.roll(views.mask, -4, 1)
-    assert basis["seam"][edge].mean() > 1.5 * basis["seam"][deep].mean()
-    blurred, texture = (views.truth + basis["blur"]), views.truth
+    cast_outside = basis["cast"][~scene_stack.mask]
+    np.testing.assert_allclose(cast_outside, np.broadcast_to([0.22, 0, -0.22], cast_outside.shape), rtol=1e-6)
+    edge = scene_stack.mask & ~np.roll(scene_stack.mask, 1, axis=1)
+    interior = scene_stack.mask & np.roll(scene_stack.mask, 4, 1) & np.roll(scene_stack.mask, -4, 1)
+    assert basis["seam"][edge].mean() > 1.5 * basis["seam"][interior].mean()
+    blurred, texture = (scene_stack.truth + basis["blur"]), scene_stack.truth
     assert np.all(blurred.std((1, 2)).mean(-1) < texture.std((1, 2)).mean(-1))
 
 
-def test_strengths_are_measured_jointly_and_with_their_sign(views):
+def test_strengths_of_mixed_defects_are_measured_with_their_sign(scene_stack):
     strengths = np.random.default_rng(0).uniform(-1, 1, (60, 4))
-    np.testing.assert_allclose(measure_defects(apply_defects(views, strengths), views), strengths, atol=1e-3)
+    np.testing.assert_allclose(
+        measure_defects(apply_defects(scene_stack, strengths), scene_stack), strengths, atol=1e-3
+    )
 
 
-def test_strengths_survive_8_bits():
+def test_strengths_can_be_measured_in_8_bit_images():
     for number, scene in enumerate(scenes(5, 0, 60, 64)):
         strengths = candidate_strengths("no_clean", 5, number)
-        written = quantize(apply_defects(scene, strengths)) / 255
-        assert np.abs(measure_defects(written, scene) - strengths).max() < 0.03
+        image = quantize(apply_defects(scene, strengths)) / 255
+        assert np.abs(measure_defects(image, scene) - strengths).max() < 0.03
 
 
-def test_noise_hardly_moves_the_measurement(views):
-    basis = defect_basis(views).reshape(60, 4, -1).astype(np.float64)
+def test_noise_changes_the_measured_strengths_only_slightly(scene_stack):
+    basis = defect_basis(scene_stack).reshape(60, 4, -1).astype(np.float64)
     gram = basis @ basis.mT
     scale = np.sqrt(np.einsum("naa->na", gram))
     assert np.linalg.cond(gram / (scale[:, :, None] * scale[:, None])).max() < 6
-    noisy = views.truth + np.random.default_rng(0).normal(0, 0.05, views.truth.shape)
-    assert np.abs(measure_defects(noisy, views)).mean(0).max() < 0.05
+    noisy = scene_stack.truth + np.random.default_rng(0).normal(0, 0.05, scene_stack.truth.shape)
+    assert np.abs(measure_defects(noisy, scene_stack)).mean(0).max() < 0.05
 
 
-def test_unknown_defect_is_named():
+def test_an_unknown_defect_is_refused():
     scene = scenes(0, 0, 1, 32)[0]
     with pytest.raises(ValueError, match=r"unknown defects \['gost'\]"):
         apply_defects(scene, {"gost": 1.0})
 
 
-def test_the_truth_scores_one_and_the_object_zero(views):
-    np.testing.assert_array_equal(rule_scores(views.truth, views), np.ones((60, 3)))
-    np.testing.assert_allclose(rule_scores(apply_defects(views, only("ghost", 1)), views)[:, 0], 0, atol=1e-5)
+def test_the_truth_has_scores_of_one_and_the_whole_object_has_removal_score_zero(scene_stack):
+    np.testing.assert_array_equal(rule_scores(scene_stack.truth, scene_stack), np.ones((60, 3)))
+    np.testing.assert_allclose(
+        rule_scores(apply_defects(scene_stack, single_defect("ghost", 1)), scene_stack)[:, 0], 0, atol=1e-5
+    )
 
 
-def test_ghost_and_cast_score_as_the_formula_says(views):
+def test_scores_of_ghost_and_cast_follow_the_formula(scene_stack):
     strength = 0.4
-    ghost = rule_scores(apply_defects(views, only("ghost", strength)), views)
+    ghost = rule_scores(apply_defects(scene_stack, single_defect("ghost", strength)), scene_stack)
     np.testing.assert_allclose(ghost, np.broadcast_to([1 - strength, 1, 1], ghost.shape), atol=1e-4)
-    cast = rule_scores(apply_defects(views, only("cast", strength)), views)
+    cast = rule_scores(apply_defects(scene_stack, single_defect("cast", strength)), scene_stack)
     background = 1 - strength * 0.22 * np.sqrt(2 / 3) / 0.2
     np.testing.assert_allclose(cast, np.broadcast_to([1, background, 1], cast.shape), atol=1e-4)
 
@@ -149,51 +155,59 @@ def test_ghost_and_cast_score_as_the_formula_says(views):
 @pytest.mark.parametrize(
     ("defect", "score"), [("ghost", 0), ("cast", 1), ("seam", 2), ("blur", 0), ("blur", 1), ("blur", 2)]
 )
-def test_scores_fall_with_their_defect_all_the_way(views, defect, score, sign):
-    steps = [rule_scores(apply_defects(views, only(defect, sign * s)), views)[:, score] for s in np.linspace(0, 1, 6)]
-    assert np.all(np.diff(steps, axis=0) < 0)
+def test_scores_decrease_with_the_strength_of_their_defects(scene_stack, defect, score, sign):
+    scores = [
+        rule_scores(apply_defects(scene_stack, single_defect(defect, sign * s)), scene_stack)[:, score]
+        for s in np.linspace(0, 1, 6)
+    ]
+    assert np.all(np.diff(scores, axis=0) < 0)
 
 
-def test_every_defect_costs_reward_at_a_like_rate(views):
-    slopes = [(1 - reward(apply_defects(views, only(name, 0.6)), views)).mean() / 0.6 for name in DEFECTS]
+def test_every_defect_lowers_the_reward_at_a_similar_rate(scene_stack):
+    slopes = [
+        (1 - compute_reward(apply_defects(scene_stack, single_defect(name, 0.6)), scene_stack)).mean() / 0.6
+        for name in DEFECTS
+    ]
     assert min(slopes) > 0.4 and max(slopes) < 2 * min(slopes)
 
 
-def test_lowering_a_defect_pays_in_the_company_of_the_others(views):
+def test_lowering_one_of_several_defects_raises_the_reward(scene_stack):
     rng = np.random.default_rng(1)
     strengths = rng.uniform(0.2, 1.0, (60, 4))
     slopes = []
     for number in range(4):
-        less, more = strengths - 0.05 * np.eye(4)[number], strengths + 0.05 * np.eye(4)[number]
-        gain = reward(apply_defects(views, less), views) - reward(apply_defects(views, more), views)
+        weaker, stronger = strengths - 0.05 * np.eye(4)[number], strengths + 0.05 * np.eye(4)[number]
+        gain = compute_reward(apply_defects(scene_stack, weaker), scene_stack) - compute_reward(
+            apply_defects(scene_stack, stronger), scene_stack
+        )
         assert np.mean(gain > 0) > 0.9
         slopes.append(gain.mean() / 0.1)
     assert max(slopes) < 4 * min(slopes)
 
 
-def test_something_else_in_the_hole_is_no_removal(views):
-    rows, columns = np.indices(views.mask.shape[1:]) * 16 // views.mask.shape[1]
+def test_another_pattern_inside_the_mask_lowers_the_removal_score(scene_stack):
+    rows, columns = np.indices(scene_stack.mask.shape[1:]) * 16 // scene_stack.mask.shape[1]
     chessboard = np.where((rows + columns) % 2, 0.3, -0.3)[..., None]
-    removal = rule_scores(views.truth + views.mask[..., None] * chessboard, views)[:, 0]
+    removal = rule_scores(scene_stack.truth + scene_stack.mask[..., None] * chessboard, scene_stack)[:, 0]
     assert removal.max() < 0.9 and removal.mean() < 0.7
 
 
-def test_stacked_scenes_score_as_single_ones():
+def test_stacked_scenes_give_the_same_values_as_single_scenes():
     singles = scenes(2, 0, 3, 32)
     images = [apply_defects(scene, dict.fromkeys(DEFECTS, 0.5)) for scene in singles]
-    views = stack(singles)
+    scene_stack = stack(singles)
     for function in (rule_scores, measure_defects):
-        alone = np.stack([function(image, scene) for image, scene in zip(images, singles, strict=True)])
-        np.testing.assert_allclose(function(np.stack(images), views), alone, atol=1e-5)
+        expected = np.stack([function(image, scene) for image, scene in zip(images, singles, strict=True)])
+        np.testing.assert_allclose(function(np.stack(images), scene_stack), expected, atol=1e-5)
 
 
-def test_strengths_of_the_mixes():
+def test_candidates_of_each_mix_have_the_documented_strengths():
     np.testing.assert_array_equal(candidate_strengths("one_clean", 0, 0)[1:], 0.6 * np.eye(4))
     assert not candidate_strengths("one_clean", 0, 0)[0].any()
-    drawn = np.concatenate([candidate_strengths("no_clean", 0, number, 5) for number in range(500)])
-    assert drawn.shape == (2500, 4) and set((drawn > 0).sum(1)) == {3, 4}
-    assert drawn[drawn > 0].min() >= 0.2 and drawn.max() <= 1
-    np.testing.assert_allclose(drawn.mean(0), 0.525, atol=0.03)
+    strengths = np.concatenate([candidate_strengths("no_clean", 0, number, 5) for number in range(500)])
+    assert strengths.shape == (2500, 4) and set((strengths > 0).sum(1)) == {3, 4}
+    assert strengths[strengths > 0].min() >= 0.2 and strengths.max() <= 1
+    np.testing.assert_allclose(strengths.mean(0), 0.525, atol=0.03)
     with pytest.raises(ValueError, match="unknown mix 'clean'"):
         candidate_strengths("clean", 0, 0)
     with pytest.raises(ValueError, match="candidates=1: expected at least 2"):
@@ -202,16 +216,17 @@ def test_strengths_of_the_mixes():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
+    """The folder of a data set that was written with `SETTINGS`."""
     folder = tmp_path_factory.mktemp("synthetic") / "set"
     return write_dataset(folder, SETTINGS)
 
 
-def read(folder, name):
+def read_image(folder, name):
     return np.asarray(Image.open(folder / name)) / 255
 
 
 @pytest.mark.parametrize("score_format", ["dict", "tensor"])
-def test_a_written_set_passes_the_checks_of_training(dataset, score_format):
+def test_a_written_data_set_can_be_loaded_from_each_of_its_files(dataset, score_format):
     records = load_records(dataset / f"labeled_{score_format}.json", use_human_scores=True, score_format=score_format)
     assert list(scene_ids(records)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(load_records(dataset / "triplets.json")) == 3
@@ -220,34 +235,34 @@ def test_a_written_set_passes_the_checks_of_training(dataset, score_format):
     assert all(record.scores is None for record in unscored)
 
 
-def test_written_scores_and_strengths_are_those_of_the_written_images(dataset):
+def test_written_scores_and_strengths_match_the_written_images(dataset):
     records = json.loads((dataset / "labeled_tensor.json").read_text())
-    known = json.loads((dataset / "defects.json").read_text())
-    assert known["settings"] == {"mix": "no_clean", "seed": 4, "size": 32, "scenes": 3, "first_scene": 10}
-    for record, truth in zip(records, known["records"], strict=True):
+    defects = json.loads((dataset / "defects.json").read_text())
+    assert defects["settings"] == {"mix": "no_clean", "seed": 4, "size": 32, "scenes": 3, "first_scene": 10}
+    for record, strengths in zip(records, defects["records"], strict=True):
         name = record["src"].removeprefix("input/")
-        mask = read(dataset, record["mask"]) > 0.5
-        scene = Scene(*(read(dataset, f"{room}/{name}") for room in ("input", "gt", "ref")), mask)
-        result = read(dataset, record["result"])
-        assert truth["result"] == record["result"]
-        np.testing.assert_allclose(measure_defects(result, scene), [truth[name] for name in DEFECTS], atol=0.04)
+        mask = read_image(dataset, record["mask"]) > 0.5
+        scene = Scene(*(read_image(dataset, f"{subfolder}/{name}") for subfolder in ("input", "gt", "ref")), mask)
+        result = read_image(dataset, record["result"])
+        assert strengths["result"] == record["result"]
+        np.testing.assert_allclose(measure_defects(result, scene), [strengths[name] for name in DEFECTS], atol=0.04)
         np.testing.assert_allclose(rule_scores(result, scene), record["scores"], atol=1e-4)
-    means = [np.mean([truth[name] for truth in known["records"]]) for name in DEFECTS]
-    np.testing.assert_allclose([known["mean_strength"][name] for name in DEFECTS], means)
+    means = [np.mean([strengths[name] for strengths in defects["records"]]) for name in DEFECTS]
+    np.testing.assert_allclose([defects["mean_strength"][name] for name in DEFECTS], means)
 
 
-def test_clean_results_are_the_truth_and_score_one(tmp_path):
+def test_clean_results_equal_the_truth_and_have_scores_of_one(tmp_path):
     folder = write_dataset(tmp_path / "set", DatasetSettings(scenes=2, size=32, mix="one_clean", seed=0))
     records = json.loads((folder / "labeled_dict.json").read_text())
     assert [record["result"].split("_")[-1] for record in records[:5]] == [f"{k}.png" for k in ("clean", *DEFECTS)]
     for record in records[::5]:
         assert set(record["scores"].values()) == {1.0}
         np.testing.assert_array_equal(
-            read(folder, record["result"]), read(folder, record["src"].replace("input", "gt"))
+            read_image(folder, record["result"]), read_image(folder, record["src"].replace("input", "gt"))
         )
 
 
-def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp_path):
+def test_equal_settings_write_equal_bytes_and_replace_their_own_data_set(dataset, tmp_path):
     folder = tmp_path / "set"
     for _ in range(2):
         write_dataset(folder, SETTINGS)
@@ -257,7 +272,7 @@ def test_the_same_settings_write_the_same_bytes_and_may_write_again(dataset, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
+def test_other_files_and_other_data_sets_are_not_replaced(tmp_path):
     settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
     folder = write_dataset(tmp_path / "set", settings)
     with pytest.raises(OutputError, match="other settings"):
@@ -279,7 +294,7 @@ def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "file", ["labeled_dict.json", "triplets.json", "input/scene_00000.png", "result/scene_00000_blur.png"]
 )
-def test_a_file_that_was_edited_is_not_replaced(tmp_path, file):
+def test_an_edited_file_is_not_replaced(tmp_path, file):
     settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
     folder = write_dataset(tmp_path / "set", settings)
     (folder / file).write_bytes(b"mine")
@@ -290,7 +305,7 @@ def test_a_file_that_was_edited_is_not_replaced(tmp_path, file):
 
 
 @pytest.mark.parametrize("name", ["notes", "input/more", "labeled_dict.json"])
-def test_a_folder_of_the_users_is_not_deleted(tmp_path, name):
+def test_a_folder_of_the_user_is_not_deleted(tmp_path, name):
     settings = DatasetSettings(scenes=1, size=32, mix="one_clean", seed=0)
     folder = write_dataset(tmp_path / "set", settings)
     (folder / name).unlink(missing_ok=True)
@@ -300,7 +315,7 @@ def test_a_folder_of_the_users_is_not_deleted(tmp_path, name):
     assert (folder / name).is_dir()
 
 
-def test_what_was_deleted_is_written_again(dataset, tmp_path):
+def test_a_deleted_file_is_written_again(dataset, tmp_path):
     folder = write_dataset(tmp_path / "set", SETTINGS)
     deleted = folder / "input/scene_00010.png"
     deleted.unlink()

@@ -1,4 +1,4 @@
-"""Compares mean_Ω with loops over latent cells."""
+"""Compares region weights and mean_Ω with loops over latent cells."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def diptych_mask(box) -> np.ndarray:
 
 
 def edited_cells(mask: np.ndarray, factor: int) -> np.ndarray:
-    """Compute M by its definition: right-panel cells within two rows and columns of a cell with a masked pixel."""
+    """Compute the edited region M: right-panel cells within two rows and columns of a cell with a masked pixel."""
     _, height, width = mask.shape
     rows, columns = height // factor, width // factor
-    touched = [
+    masked_cells = [
         (y, x)
         for y in range(rows)
         for x in range(columns)
@@ -36,12 +36,12 @@ def edited_cells(mask: np.ndarray, factor: int) -> np.ndarray:
     edited = np.zeros((rows, columns), bool)
     for y in range(rows):
         for x in range(columns // 2, columns):
-            edited[y, x] = any(abs(y - cy) <= 2 and abs(x - cx) <= 2 for cy, cx in touched)
+            edited[y, x] = any(abs(y - cy) <= 2 and abs(x - cx) <= 2 for cy, cx in masked_cells)
     return edited
 
 
-def by_cell(weights: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Put weights [1, N, 4] on the grid of latents [rows, columns]; the cells of a token are in order (row, column)."""
+def arrange_by_cell(weights: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Arrange weights [1, N, 4] as [rows, columns] of latents; the cells of a token are in the order (row, column)."""
     cells = np.zeros((rows, columns))
     for y in range(rows):
         for x in range(columns):
@@ -55,7 +55,7 @@ def right_panel(rows: int, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_balanced_gives_half_to_the_edited_region_and_half_to_the_rest_of_the_photo(box, factor):
+def test_balanced_gives_half_of_the_weight_to_the_edited_region_and_half_to_the_rest(box, factor):
     mask = diptych_mask(box)
     edited = edited_cells(mask, factor)
     rest = right_panel(*edited.shape) & ~edited
@@ -63,25 +63,27 @@ def test_balanced_gives_half_to_the_edited_region_and_half_to_the_rest_of_the_ph
     expected = 0.5 * edited / edited.sum() + 0.5 * rest / rest.sum()
     weights = region_weights(mask, factor)
     assert weights.shape == (1, edited.size // 4, 4)
-    np.testing.assert_allclose(by_cell(np.asarray(weights), *edited.shape), expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(arrange_by_cell(np.asarray(weights), *edited.shape), expected, rtol=1e-5, atol=1e-8)
     assert float(weights.sum()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("box", [(0, 48, 0, 64), (4, 44, 4, 60)], ids=["mask", "dilated mask"])
-def test_an_edited_region_that_is_the_whole_photo_gets_all(box):
+def test_an_edited_region_that_is_the_whole_photo_gets_all_of_the_weight(box):
     weights = np.asarray(region_weights(diptych_mask(box), 4))
     panel = right_panel(12, 32)
-    np.testing.assert_allclose(by_cell(weights, 12, 32), panel / panel.sum(), rtol=1e-5)
+    np.testing.assert_allclose(arrange_by_cell(weights, 12, 32), panel / panel.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_plain_regions(factor):
+def test_panel_mask_and_all_give_equal_weights_to_the_cells_of_their_region(factor):
     mask = diptych_mask(BOXES["the seam"])
     edited = edited_cells(mask, factor)
     panel = right_panel(*edited.shape)
     for kind, region in {"panel": panel, "mask": edited, "all": np.ones_like(panel)}.items():
         weights = np.asarray(region_weights(mask, factor, kind))
-        np.testing.assert_allclose(by_cell(weights, *edited.shape), region / region.sum(), rtol=1e-5, err_msg=kind)
+        np.testing.assert_allclose(
+            arrange_by_cell(weights, *edited.shape), region / region.sum(), rtol=1e-5, err_msg=kind
+        )
 
 
 def test_each_image_of_a_batch_has_its_own_region():

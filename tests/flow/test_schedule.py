@@ -1,4 +1,4 @@
-"""Compares times with diffusers' scheduler, as FluxFillPipeline calls it, and with closed forms."""
+"""Compares sampling times with diffusers' scheduler, and the distributions of training times with closed forms."""
 
 import json
 import math
@@ -19,7 +19,8 @@ DYNAMIC = {key: value for key, value in FLUX_SCHEDULER.items() if not key.starts
 STATIC = DYNAMIC | {"use_dynamic_shifting": False}
 OTHER = {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 0.9, "max_image_seq_len": 2048, "shift": 2.0}
 
-# Pixels of an image and of diptychs of 512² and 1024² panels, and their tokens: 8,192 is beyond max_image_seq_len.
+# (height, width) in pixels -> tokens, for an image and for diptychs with panels of 512² and 1024² pixels. The last
+# number of tokens exceeds max_image_seq_len.
 SIZES = {(256, 192): 192, (512, 1024): 2048, (1024, 2048): 8192}
 
 
@@ -34,7 +35,7 @@ def diffusers_times(scheduler, steps: int, tokens: int) -> np.ndarray:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("settings", [DYNAMIC, STATIC, OTHER, {}], ids=["FLUX", "static", "other", "diffusers' own"])
-def test_sampling_times_of_a_folder_are_diffusers(settings, tmp_path):
+def test_sampling_times_of_a_scheduler_folder_match_diffusers(settings, tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
     scheduler.save_pretrained(tmp_path / "scheduler")
     schedule = FlowSchedule.from_folder(tmp_path)
@@ -47,7 +48,7 @@ def test_sampling_times_of_a_folder_are_diffusers(settings, tmp_path):
 
 
 @pytest.mark.torch
-def test_values_that_a_folder_leaves_out_are_diffusers_defaults(tmp_path):
+def test_missing_values_of_a_scheduler_folder_are_diffusers_defaults(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 1000}))
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
@@ -56,7 +57,7 @@ def test_values_that_a_folder_leaves_out_are_diffusers_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"shift_terminal": 0.02}, {"time_shift_type": "linear"}, {"use_beta_sigmas": True}])
-def test_schedules_of_other_kinds_are_refused(change, tmp_path):
+def test_unsupported_schedules_are_refused(change, tmp_path):
     (name,) = change
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(DYNAMIC | change))
@@ -64,12 +65,12 @@ def test_schedules_of_other_kinds_are_refused(change, tmp_path):
         FlowSchedule.from_folder(tmp_path)
 
 
-def test_without_a_scheduler_the_values_are_those_of_flux(tmp_path):
-    given = {name: value for name, value in vars(FlowSchedule.from_folder(tmp_path)).items() if name in DYNAMIC}
-    assert given == {name: value for name, value in DYNAMIC.items() if name != "num_train_timesteps"}
+def test_a_folder_without_a_scheduler_gets_the_values_of_flux(tmp_path):
+    values = {name: value for name, value in vars(FlowSchedule.from_folder(tmp_path)).items() if name in DYNAMIC}
+    assert values == {name: value for name, value in DYNAMIC.items() if name != "num_train_timesteps"}
 
 
-def test_a_sampler_takes_at_least_one_step():
+def test_zero_sampling_steps_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps=0: a sampler needs at least 1 step"):
         FlowSchedule().sampling_times(0, 256)
 
@@ -99,11 +100,11 @@ def test_stratified_times_fill_equal_parts_of_the_noisiest_fraction():
     edges = 1 - fraction * np.arange(count + 1) / count
     assert times.shape == (2000, count)
     for k in range(count):
-        drawn = times[:, k]
-        assert edges[k + 1] - 1e-6 <= drawn.min() < drawn.max() <= edges[k] + 1e-6
+        stratum = times[:, k]
+        assert edges[k + 1] - 1e-6 <= stratum.min() < stratum.max() <= edges[k] + 1e-6
         middle, width = (edges[k] + edges[k + 1]) / 2, fraction / count
-        assert abs(drawn.mean() - middle) < 4 * width / math.sqrt(12 * 2000)
-        assert abs(drawn.std() - width / math.sqrt(12)) < 0.05 * width
+        assert abs(stratum.mean() - middle) < 4 * width / math.sqrt(12 * 2000)
+        assert abs(stratum.std() - width / math.sqrt(12)) < 0.05 * width
     offsets = (edges[:-1] - times) / (fraction / count)
     correlation = np.corrcoef(offsets.T) - np.eye(count)
     assert np.abs(correlation).max() < 0.1  # the draws of the parts are independent

@@ -1,4 +1,4 @@
-"""The remover as a program on arrays: each image's noise, and what the trained weights do to it."""
+"""The remover on arrays: its diptych, the noise of each image, and the effect of the trained weights."""
 
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def batch():
+    """Two conditions of 16 × 16 pixels, with Redux inputs."""
     rng = np.random.default_rng(0)
     photos = {name: rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8) for name in ("source", "reference")}
     mask = np.zeros((2, SIZE, SIZE), np.uint8)
@@ -22,7 +23,7 @@ def batch():
     return photos | {"mask": mask, "redux_pixels": rng.normal(size=(2, 28, 28, 3)).astype(np.float32)}
 
 
-def test_the_photo_is_the_right_panel_and_the_mask_covers_it_alone(batch):
+def test_the_photo_is_the_right_panel_and_the_left_panel_is_not_masked(batch):
     diptych, mask = np.asarray(as_diptych(batch, "source")), np.asarray(diptych_mask(batch))
     assert diptych.shape == (2, SIZE, 2 * SIZE, 3)
     np.testing.assert_allclose(diptych[:, :, SIZE:], batch["source"] / 255, atol=1e-6)
@@ -31,7 +32,7 @@ def test_the_photo_is_the_right_panel_and_the_mask_covers_it_alone(batch):
     np.testing.assert_array_equal(right_panel(mask[..., None])[..., 0], batch["mask"])
 
 
-def test_each_image_starts_from_the_noise_of_its_own_key():
+def test_the_noise_of_each_image_depends_only_on_its_key():
     model = SimpleNamespace(multiple=8, latent_features=16)
     keys = jax.random.split(jax.random.key(0), 3)
     noise = np.asarray(initial_noise(model, keys, 32, 48))
@@ -42,20 +43,20 @@ def test_each_image_starts_from_the_noise_of_its_own_key():
     assert np.abs(np.corrcoef(noise.reshape(3, -1)) - np.eye(3)).max() < 0.15
 
 
-def test_trained_weights_decide_the_images(tiny_experts, batch):
+def test_experts_and_router_weights_change_the_images(tiny_experts, batch):
     remove = make_remover(tiny_experts.model, FlowSchedule(), num_inference_steps=2, guidance_scale=30.0)
     noise = np.random.default_rng(1).normal(size=(2, 8, 16)).astype(np.float32)
 
-    def images_of(**changes):
+    def remove_with(**changes):
         return remove(tiny_experts.trainable | changes, tiny_experts.frozen, batch, noise)
 
-    images, gates = images_of()
+    images, gates = remove_with()
     assert images.shape == (2, SIZE, SIZE, 3)
     assert images.min() >= 0 and images.max() <= 1
     flux, router = (jax.tree.map(lambda x: 0 * x, tiny_experts.trainable[part]) for part in ("flux", "router"))
-    without_experts, same_gates = images_of(flux=flux)
+    without_experts, same_gates = remove_with(flux=flux)
     assert np.abs(without_experts - images).max() > 0.05
     np.testing.assert_array_equal(same_gates, gates)
-    other_mix, other_gates = images_of(router=router)
+    other_mix, other_gates = remove_with(router=router)
     np.testing.assert_allclose(other_gates, 0.5, rtol=1e-5)
     assert np.abs(other_mix - images).max() > 0.005

@@ -1,6 +1,7 @@
-"""A small Fill and Redux model of random float32 weights, and copies of its folder with something wrong."""
+"""Small Fill and Redux models with random float32 weights, and folders with their weights."""
 
 import shutil
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -33,41 +34,49 @@ VISION = SiglipConfig(
 EMBEDDER = ReduxConfig(redux_dim=16, txt_in_features=24)
 
 
+@dataclass(frozen=True)
+class Models:
+    """The models of a Fill and a Redux folder."""
+
+    flux: Flux
+    vae: AutoencoderKL
+    redux: Redux
+
+
 @pytest.fixture(scope="session")
 def models():
-    """Flux, AutoencoderKL and Redux, by the names flux, vae, redux."""
     rng = np.random.default_rng(0)
-    makes = {
+    constructors = {
         "flux": lambda: Flux(FLUX, rngs=nnx.Rngs(0)),
         "vae": lambda: AutoencoderKL(VAE, rngs=nnx.Rngs(0)),
         "redux": lambda: Redux(VISION, EMBEDDER, rngs=nnx.Rngs(0)),
     }
-    modules = {name: nnx.eval_shape(make) for name, make in makes.items()}
+    modules = {name: nnx.eval_shape(construct) for name, construct in constructors.items()}
     for module in modules.values():
-        draw = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), nnx.state(module))
-        nnx.update(module, draw)
-    return modules
+        weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), nnx.state(module))
+        nnx.update(module, weights)
+    return Models(**modules)
 
 
 @pytest.fixture(scope="session")
-def folder(models, tmp_path_factory):
-    """A Fill and a Redux folder in one, written by this package. Nobody may write into it."""
+def model_folder(models, tmp_path_factory):
+    """One folder with the Fill and the Redux model, written by ra_jax. Tests must not write into it."""
     folder = tmp_path_factory.mktemp("ours")
-    save_flux(models["flux"], folder)
-    save_vae(models["vae"], folder)
-    save_redux(models["redux"], folder)
+    save_flux(models.flux, folder)
+    save_vae(models.vae, folder)
+    save_redux(models.redux, folder)
     return folder
 
 
 @pytest.fixture
-def copied_folder(folder, tmp_path):
-    """A copy of the folder that a test may change."""
-    return shutil.copytree(folder, tmp_path / "copy")
+def copied_folder(model_folder, tmp_path):
+    """A copy of `model_folder` that a test may change."""
+    return shutil.copytree(model_folder, tmp_path / "copy")
 
 
 @pytest.fixture
 def change_tensors():
-    """change_tensors(folder, component, change): call `change` with the component's tensors and write them back."""
+    """change_tensors(folder, component, change): apply `change` to the dict of the component's tensors and save it."""
 
     def rewrite(folder, component, change):
         file = next((folder / component).glob("*.safetensors"))

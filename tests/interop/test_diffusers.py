@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout: what diffusers writes we read, what we write diffusers reads, bit for bit."""
+"""ra_jax reads folders that diffusers writes, and diffusers reads folders that ra_jax writes, bit for bit."""
 
 import json
 import shutil
@@ -38,14 +38,14 @@ NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokeniz
 
 
 @pytest.fixture(scope="module")
-def theirs(models, tmp_path_factory):
-    """A Fill and a Redux folder in one, written by diffusers and transformers with random float32 weights."""
+def diffusers_folder(models, tmp_path_factory):
+    """One folder with a Fill and a Redux model of random float32 weights, written by diffusers and transformers."""
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
-    vision = transformers.SiglipVisionConfig.from_dict(models["redux"].vision.config.to_dict())
+    vision = transformers.SiglipVisionConfig.from_dict(models.redux.vision.config.to_dict())
     components = {
-        "transformer": diffusers.FluxTransformer2DModel.from_config(models["flux"].config.to_dict()),
-        "vae": diffusers.AutoencoderKL.from_config(models["vae"].config.to_dict()),
+        "transformer": diffusers.FluxTransformer2DModel.from_config(models.flux.config.to_dict()),
+        "vae": diffusers.AutoencoderKL.from_config(models.vae.config.to_dict()),
         "image_encoder": transformers.SiglipVisionModel(vision),
         "image_embedder": diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(16, 24),
     }
@@ -58,7 +58,7 @@ def theirs(models, tmp_path_factory):
 
 
 def read_with_diffusers(folder, dtype: str = "float32"):
-    """State of every component in `folder`, through from_pretrained."""
+    """Load every component in `folder` with from_pretrained; returns their tensors by COMPONENT.NAME."""
     dtype = getattr(torch, dtype)
     redux = diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder
     models = {
@@ -70,65 +70,65 @@ def read_with_diffusers(folder, dtype: str = "float32"):
     return {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
 
 
-def assert_same(ours: dict, expected: dict):
-    assert ours.keys() == expected.keys()
+def assert_equal_tensors(tensors: dict, expected: dict):
+    assert tensors.keys() == expected.keys()
     for name, value in expected.items():
-        assert ours[name].dtype == value.dtype
-        assert torch.equal(ours[name], value), name
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value), name
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_diffusers_to_us_to_diffusers_is_bit_equal(theirs, tmp_path, dtype):
-    save_flux(load_flux(theirs, FluxOptions(param_dtype=dtype)), tmp_path)
-    save_vae(load_vae(theirs, param_dtype=dtype), tmp_path)
-    save_redux(load_redux(theirs, param_dtype=dtype), tmp_path)
-    expected = read_with_diffusers(theirs, dtype)
-    assert_same(read_with_diffusers(tmp_path, dtype), expected)
+def test_diffusers_weights_that_are_loaded_and_saved_are_bit_equal(diffusers_folder, tmp_path, dtype):
+    save_flux(load_flux(diffusers_folder, FluxOptions(param_dtype=dtype)), tmp_path)
+    save_vae(load_vae(diffusers_folder, param_dtype=dtype), tmp_path)
+    save_redux(load_redux(diffusers_folder, param_dtype=dtype), tmp_path)
+    expected = read_with_diffusers(diffusers_folder, dtype)
+    assert_equal_tensors(read_with_diffusers(tmp_path, dtype), expected)
     files = [load_file(file) for file in tmp_path.glob("*/*.safetensors")]
     assert {value.dtype for file in files for value in file.values()} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.torch
-def test_we_to_diffusers_to_us_is_bit_equal(models, folder, tmp_path):
-    for component, ours, their_class, load in (
-        ("transformer", models["flux"], diffusers.FluxTransformer2DModel, load_flux),
-        ("vae", models["vae"], diffusers.AutoencoderKL, load_vae),
+def test_our_weights_that_diffusers_loads_and_saves_are_bit_equal(models, model_folder, tmp_path):
+    for component, model, diffusers_class, load in (
+        ("transformer", models.flux, diffusers.FluxTransformer2DModel, load_flux),
+        ("vae", models.vae, diffusers.AutoencoderKL, load_vae),
     ):
-        their_class.from_pretrained(folder / component).save_pretrained(tmp_path / component)
-        back = load(tmp_path)
-        assert back.config == ours.config
-        jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(ours))
+        diffusers_class.from_pretrained(model_folder / component).save_pretrained(tmp_path / component)
+        loaded = load(tmp_path)
+        assert loaded.config == model.config
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
 
 
 @pytest.mark.torch
-def test_shards_of_diffusers_are_read(theirs, tmp_path):
-    model = diffusers.FluxTransformer2DModel.from_pretrained(theirs / "transformer")
+def test_shards_that_diffusers_writes_are_read(diffusers_folder, tmp_path):
+    model = diffusers.FluxTransformer2DModel.from_pretrained(diffusers_folder / "transformer")
     model.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_flux(tmp_path)), nnx.state(load_flux(theirs)))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_flux(tmp_path)), nnx.state(load_flux(diffusers_folder)))
 
 
 @pytest.mark.torch
-def test_our_shards_are_read_by_diffusers_and_replace_earlier_files(theirs, tmp_path, monkeypatch):
-    flux, redux = load_flux(theirs), load_redux(theirs)
+def test_diffusers_reads_our_shards_which_replace_earlier_files(diffusers_folder, tmp_path, monkeypatch):
+    flux, redux = load_flux(diffusers_folder), load_redux(diffusers_folder)
     save_flux(flux, tmp_path)
     monkeypatch.setattr(weight_files, "SHARD_BYTES", 20_000)
     save_flux(flux, tmp_path)
     save_redux(redux, tmp_path)
-    shutil.copytree(theirs / "vae", tmp_path / "vae")
+    shutil.copytree(diffusers_folder / "vae", tmp_path / "vae")
     shards = list((tmp_path / "transformer").glob("*.safetensors"))
     assert len(shards) > 2
     assert all(file.stat().st_size < 25_000 for file in shards)
     assert len(list((tmp_path / "image_encoder").glob("model-*.safetensors"))) > 1
-    assert_same(read_with_diffusers(tmp_path), read_with_diffusers(theirs))
+    assert_equal_tensors(read_with_diffusers(tmp_path), read_with_diffusers(diffusers_folder))
     load_flux(tmp_path)
 
 
 @pytest.mark.torch
-def test_folders_are_whole_pipelines(models, copied_folder, tmp_path):
+def test_diffusers_loads_our_folders_as_pipelines(models, copied_folder, tmp_path):
     save_fill_pipeline_config(copied_folder, {"max_shift": 0.9})
-    redux = models["redux"]
+    redux = models.redux
     save_redux(redux, tmp_path / "redux")
 
     fill_pipe = diffusers.FluxFillPipeline.from_pretrained(copied_folder, **NO_TEXT)
@@ -137,31 +137,31 @@ def test_folders_are_whole_pipelines(models, copied_folder, tmp_path):
     assert fill_pipe.scheduler.config.use_dynamic_shifting
     redux_pipe = diffusers.FluxPriorReduxPipeline.from_pretrained(tmp_path / "redux")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8))
-    theirs = redux_pipe.image_embedder(redux_pipe.encode_image(image, "cpu", 1)).image_embeds.detach().numpy()
-    ours = redux(preprocess(tmp_path / "redux")(image)[None])
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    expected = redux_pipe.image_embedder(redux_pipe.encode_image(image, "cpu", 1)).image_embeds.detach().numpy()
+    tokens = redux(preprocess(tmp_path / "redux")(image)[None])
+    np.testing.assert_allclose(tokens, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_experts_are_fresh_and_are_not_saved(folder, tmp_path):
+def test_experts_are_newly_initialized_and_not_saved_with_the_base(model_folder, tmp_path):
     lora = LoRAConfig(num_experts=2, rank=3, alpha=3.0, target_modules=r"attn\.to_q$")
-    flux = load_flux(folder, lora=lora, rngs=nnx.Rngs(0))
+    flux = load_flux(model_folder, lora=lora, rngs=nnx.Rngs(0))
     experts = nnx.to_flat_state(nnx.state(flux, nnx.LoRAParam))
     assert [path[-1] for path, _ in experts] == ["lora_a", "lora_b"] * 2
     for path, expert in experts:
         assert bool(jnp.any(expert[...])) == (path[-1] == "lora_a")
     save_flux(flux, tmp_path)
-    base = nnx.state(load_flux(folder))
+    base = nnx.state(load_flux(model_folder))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_flux(tmp_path)), base)
     with pytest.raises(ValueError, match=r"rngs is None: expected nnx.Rngs"):
-        load_flux(folder, lora=lora)
+        load_flux(model_folder, lora=lora)
 
 
 def test_configs_are_read_without_weights(models, copied_folder):
     for file in copied_folder.glob("*/*.safetensors"):
         file.unlink()
     flux, vae, vision, embedder = read_configs(copied_folder, copied_folder)
-    assert (flux, vae) == (models["flux"].config, models["vae"].config)
-    assert (vision, embedder) == (models["redux"].vision.config, models["redux"].embedder.config)
+    assert (flux, vae) == (models.flux.config, models.vae.config)
+    assert (vision, embedder) == (models.redux.vision.config, models.redux.embedder.config)
     assert read_configs(copied_folder, None) == (flux, vae, None, None)
 
 
@@ -181,18 +181,18 @@ def change_config(key, value):
         (change_config("norm_type", "spatial"), r"config.json: vae config: unknown key 'norm_type'"),
     ],
 )
-def test_configs_that_are_not_those_of_the_model_are_refused(copied_folder, damage, message):
+def test_missing_broken_and_unsuitable_configs_are_refused(copied_folder, damage, message):
     damage(copied_folder / "vae" / "config.json")
     with pytest.raises(WeightError, match=message):
         load_vae(copied_folder)
 
 
-def test_encoder_and_embedder_of_different_models_are_told(copied_folder):
+def test_image_encoder_and_embedder_of_different_models_are_refused(copied_folder):
     (copied_folder / "image_embedder" / "config.json").write_text(json.dumps(ReduxConfig().to_dict()))
     with pytest.raises(WeightError, match=r"redux_dim is 1152: expected the image encoder's hidden_size, 16"):
         load_redux(copied_folder)
 
 
-def test_unknown_scheduler_values_are_told(tmp_path):
+def test_unknown_scheduler_keys_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"scheduler has unknown keys \['shfit'\]: the known keys are"):
         save_fill_pipeline_config(tmp_path, {"shfit": 1.0})

@@ -1,4 +1,4 @@
-"""Parameters and tensors one to one: filled one by one, and every fault in one report."""
+"""Loading of tensors into parameters, one parameter after another, and the report of all mismatches."""
 
 import json
 from collections import Counter
@@ -19,41 +19,41 @@ from ra_jax.models.vae import AutoencoderKL
 from ra_jax.parallel.partitioning import AXES, Placement
 
 
-def test_bfloat16_files_fill_float32_parameters(folder, tmp_path):
-    redux = load_redux(folder, param_dtype=jnp.bfloat16)
+def test_bfloat16_files_can_be_loaded_into_float32_parameters(model_folder, tmp_path):
+    redux = load_redux(model_folder, param_dtype=jnp.bfloat16)
     save_redux(redux, tmp_path)
-    wide = load_redux(tmp_path)
-    assert wide.embedder.redux_up.kernel.dtype == jnp.float32
-    np.testing.assert_array_equal(wide.embedder.redux_up.kernel[...], redux.embedder.redux_up.kernel[...])
+    float32_redux = load_redux(tmp_path)
+    assert float32_redux.embedder.redux_up.kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(float32_redux.embedder.redux_up.kernel[...], redux.embedder.redux_up.kernel[...])
 
 
-def test_parameters_are_placed_one_by_one_and_tensors_read_once(models, folder, monkeypatch):
-    read = StoredTensor.read
-    reads, placed = [], {}
+def test_parameters_are_placed_one_by_one_and_each_tensor_is_read_once(models, model_folder, monkeypatch):
+    original_read = StoredTensor.read
+    read_names, reads_before = [], {}
     mesh = jax.make_mesh((1, 1, 1), AXES)
 
-    def counted(self):
-        reads.append(self.name)
-        return read(self)
+    def count_read(self):
+        read_names.append(self.name)
+        return original_read(self)
 
-    class Watched(Placement):
+    class CountingPlacement(Placement):
         def put(self, name, value):
-            placed[name.removeprefix("flux/").replace("/", ".")] = len(reads)
+            reads_before[name.removeprefix("flux/").replace("/", ".")] = len(read_names)
             return super().put(name, value)
 
-    monkeypatch.setattr(StoredTensor, "read", counted)
-    load_flux(folder, placement=Watched(mesh))
-    assert set(Counter(reads).values()) == {1}
-    assert set(reads) == set(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
-    # Between two placements only the blocks of one parameter are read.
-    steps = dict(zip(placed, np.diff([0, *placed.values()]), strict=True))
-    config = models["flux"].config
-    assert steps["x_embedder.kernel"] == 1
-    assert steps["transformer_blocks.attn.to_q.kernel"] == config.num_layers
-    assert steps["single_transformer_blocks.proj_mlp.bias"] == config.num_single_layers
+    monkeypatch.setattr(StoredTensor, "read", count_read)
+    load_flux(model_folder, placement=CountingPlacement(mesh))
+    assert set(Counter(read_names).values()) == {1}
+    assert set(read_names) == set(load_file(model_folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    # Only the tensors of one parameter are read between two placements.
+    reads_of = dict(zip(reads_before, np.diff([0, *reads_before.values()]), strict=True))
+    config = models.flux.config
+    assert reads_of["x_embedder.kernel"] == 1
+    assert reads_of["transformer_blocks.attn.to_q.kernel"] == config.num_layers
+    assert reads_of["single_transformer_blocks.proj_mlp.bias"] == config.num_single_layers
 
 
-def test_the_report_has_every_fault(copied_folder, change_tensors):
+def test_the_report_lists_every_mismatch(copied_folder, change_tensors):
     def change(tensors):
         del tensors["x_embedder.bias"], tensors["transformer_blocks.1.attn.to_q.weight"]
         tensors["controlnet.weight"] = np.zeros((2, 3), np.float32)
@@ -70,7 +70,7 @@ def test_the_report_has_every_fault(copied_folder, change_tensors):
     assert "1 of the wrong shape:\n  single_transformer_blocks.2.proj_mlp.bias [9], expected [64]\n" in report
 
 
-def test_a_long_report_is_cut_and_counted(copied_folder):
+def test_a_long_report_lists_twenty_tensors_and_counts_the_others(copied_folder):
     file = copied_folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
     with pytest.raises(WeightError) as error:
@@ -91,15 +91,17 @@ def test_quantized_files_are_refused(copied_folder, change_tensors):
         load_vae(copied_folder)
 
 
-def test_a_prefix_of_all_names_is_read_over(folder, copied_folder, change_tensors):
+def test_tensor_names_may_lack_their_common_prefix(model_folder, copied_folder, change_tensors):
     def without_prefix(tensors):
         tensors.update({name.removeprefix("vision_model."): tensors.pop(name) for name in list(tensors)})
 
     change_tensors(copied_folder, "image_encoder", without_prefix)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_redux(copied_folder)), nnx.state(load_redux(folder)))
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(load_redux(copied_folder)), nnx.state(load_redux(model_folder))
+    )
 
 
-def test_a_tensor_beside_its_prefixed_name_is_left_over(copied_folder, change_tensors):
+def test_a_name_without_prefix_is_unexpected_if_other_names_have_it(copied_folder, change_tensors):
     def change(tensors):
         tensors["post_layernorm.bias"] = np.zeros(16, np.float32)
 
@@ -108,10 +110,10 @@ def test_a_tensor_beside_its_prefixed_name_is_left_over(copied_folder, change_te
         load_redux(copied_folder)
 
 
-def test_a_table_that_uses_a_tensor_twice_is_refused(models, folder):
-    abstract = nnx.eval_shape(lambda: AutoencoderKL(models["vae"].config, rngs=nnx.Rngs(0)))
+def test_a_table_must_map_each_parameter_to_its_own_tensor(models, model_folder):
+    abstract = nnx.eval_shape(lambda: AutoencoderKL(models.vae.config, rngs=nnx.Rngs(0)))
     table = Table((Rule(r"(.+)\.(?:scale|bias)", r"\1.bias"), Rule(r"(.+)\.kernel", r"\1.weight")))
     with pytest.raises(WeightError, match=r"used by more than one parameter:\n  decoder.conv_norm_out.bias"):
-        load_parameters(abstract, folder / "vae", table)
+        load_parameters(abstract, model_folder / "vae", table)
     with pytest.raises(KeyError, match=r"no rule matches the parameter .*: add one in ra_jax/interop/diffusers_tables"):
         Table(()).find_tensor("encoder.conv_in.kernel")

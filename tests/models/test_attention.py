@@ -17,23 +17,23 @@ if find_spec("torch"):
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 
-def qkv(seed, queries, keys, heads=3, dim=16):
+def random_qkv(seed, queries, keys, heads=3, dim=16):
     draw = np.random.default_rng(seed).normal
     return [draw(size=(2, length, heads, dim)).astype(np.float32) for length in (queries, keys, keys)]
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("implementation", ["xla", "by_head"])
-def test_matches_torch(implementation):
-    arrays = qkv(0, 7, 11)
+def test_attention_matches_torch(implementation):
+    arrays = random_qkv(0, 7, 11)
     expected = torch.nn.functional.scaled_dot_product_attention(*(torch.from_numpy(x).transpose(1, 2) for x in arrays))
     got = attention(*arrays, implementation=implementation)
     np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.torch
-def test_gradients_by_head_match_torchs():
-    arrays = [torch.from_numpy(x).requires_grad_() for x in qkv(5, 7, 11)]
+def test_gradients_of_attention_by_head_match_torch():
+    arrays = [torch.from_numpy(x).requires_grad_() for x in random_qkv(5, 7, 11)]
     weights = np.random.default_rng(6).normal(size=arrays[0].shape).astype(np.float32)
     out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in arrays)).transpose(1, 2)
     (out * torch.from_numpy(weights)).sum().backward()
@@ -46,7 +46,7 @@ def test_gradients_by_head_match_torchs():
 
 @pytest.mark.parametrize("implementation", ["xla", "by_head"])
 def test_softmax_is_float32_for_bfloat16_inputs(implementation):
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1, 40, 300))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(1, 40, 300))
     q = 8 * q  # logits of about 30, which bfloat16 rounds by 0.06
     logits = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / 4
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -56,7 +56,7 @@ def test_softmax_is_float32_for_bfloat16_inputs(implementation):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-7, atol=2**-7)
 
 
-def with_gradients(function, arrays, tokens=None):
+def compute_with_gradients(function, arrays, tokens=None):
     """Return the values of the first tokens, and the gradients of a weighted sum of them."""
     weights = np.random.default_rng(3).normal(size=arrays[0].shape).astype(np.float32)[:, :tokens]
 
@@ -67,31 +67,33 @@ def with_gradients(function, arrays, tokens=None):
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(128, None), (300, None), (256, 200)])
-def test_the_tpu_kernel_computes_the_same_with_its_gradients(length, tokens):
-    """Runs the kernel in interpret mode, on padded and unpadded sequences, and compares values and gradients."""
-    arrays = qkv(2, length, length, heads=2, dim=128)
-    ours = with_gradients(partial(splash, tokens=tokens, interpret=True), arrays, tokens)
-    theirs = with_gradients(partial(attention, tokens=tokens), arrays, tokens)
+def test_the_tpu_kernel_has_the_values_and_gradients_of_xla_attention(length, tokens):
+    """The kernel runs in interpret mode, on padded and unpadded sequences."""
+    arrays = random_qkv(2, length, length, heads=2, dim=128)
+    ours = compute_with_gradients(partial(splash, tokens=tokens, interpret=True), arrays, tokens)
+    theirs = compute_with_gradients(partial(attention, tokens=tokens), arrays, tokens)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-4), ours, theirs)
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(7, None), (8, None), (7, 5), (8, 5)])
 @pytest.mark.parametrize("implementation", ["by_head", "cudnn"])
-def test_only_the_first_tokens_are_attended_to(implementation, length, tokens):
-    """`cudnn` runs XLA's kernel here, to test its padding of odd lengths and its masking."""
-    arrays = qkv(4, length, length)
+def test_keys_after_the_first_tokens_are_masked(implementation, length, tokens):
+    """The case `cudnn` runs XLA's kernel, which tests the padding of odd lengths and the masking without a GPU."""
+    arrays = random_qkv(4, length, length)
     function = partial(attention, implementation=implementation, tokens=tokens)
     if implementation == "cudnn":
         function = partial(cudnn, implementation="xla", tokens=tokens)
-    expected = with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k[:, :tokens], v[:, :tokens]), arrays)
+    expected = compute_with_gradients(
+        lambda q, k, v: jax.nn.dot_product_attention(q, k[:, :tokens], v[:, :tokens]), arrays
+    )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-        with_gradients(function, arrays),
+        compute_with_gradients(function, arrays),
         expected,
     )
 
 
-def test_the_kernel_is_that_of_the_chips_compiled_for():
+def test_the_kernel_is_chosen_by_platform_dtype_head_size_and_number_of_devices():
     assert implementation_for("cpu", dtype=jnp.float32, head_dim=128) == "by_head"
     assert implementation_for("cpu", dtype=jnp.float32, head_dim=128, devices=2) == "xla"
     assert implementation_for("tpu", dtype=jnp.bfloat16, head_dim=128) == "splash"
@@ -100,9 +102,9 @@ def test_the_kernel_is_that_of_the_chips_compiled_for():
     assert implementation_for("gpu", dtype=jnp.float32, head_dim=128) == "xla"
 
 
-def test_unknown_implementation_names_the_known_ones():
+def test_an_unknown_implementation_is_refused_with_a_list_of_the_known_ones():
     with pytest.raises(ValueError, match="attention 'flash' is unknown: expected one of xla, cudnn, splash, by_head"):
-        attention(*qkv(0, 2, 2), implementation="flash")
+        attention(*random_qkv(0, 2, 2), implementation="flash")
 
 
 @pytest.mark.torch

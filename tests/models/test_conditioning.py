@@ -22,7 +22,7 @@ def channels_first(x: np.ndarray) -> "torch.Tensor":
 
 @pytest.mark.torch
 @pytest.mark.parametrize("shape", [(2, 4, 4, 16), (1, 6, 10, 3)], ids=["square", "oblong"])
-def test_latents_are_packed_as_diffusers_packs_them(shape):
+def test_packing_and_unpacking_of_latents_match_diffusers(shape):
     b, height, width, channels = shape
     latents = RNG.normal(size=shape).astype(np.float32)
     theirs = FluxFillPipeline._pack_latents(channels_first(latents), b, channels, height, width)
@@ -37,7 +37,7 @@ def test_latents_are_packed_as_diffusers_packs_them(shape):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("factor", [4, 8])
-def test_fill_channels_are_laid_out_as_diffusers_lays_them_out(factor):
+def test_fill_channels_match_diffusers(factor):
     b, height, width, channels = 2, 4 * factor, 6 * factor, 4
     mask = (RNG.uniform(size=(b, height, width)) > 0.5).astype(np.float32)
     latents = RNG.normal(size=(b, 4, 6, channels)).astype(np.float32)
@@ -54,7 +54,7 @@ def test_fill_channels_are_laid_out_as_diffusers_lays_them_out(factor):
     np.testing.assert_array_equal(pack(latents), theirs[1])
 
 
-def test_token_mask_is_the_part_of_a_tokens_pixels_to_be_filled():
+def test_token_mask_is_the_masked_fraction_of_the_pixels_of_a_token():
     mask = (RNG.uniform(size=(2, 16, 24)) > 0.3).astype(np.float32)
     fill = np.concatenate([RNG.normal(size=(2, 6, 20)), pack_mask(mask, 4)], axis=-1)
     expected = [[m[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean() for y in range(2) for x in range(3)] for m in mask]

@@ -1,4 +1,4 @@
-"""The Fill model as two pytrees: trainable and frozen parameters, the router's input, and the effect of experts."""
+"""Tests the trainable and frozen parameters of a Fill model, the router's input, and the effect of experts."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ PLAIN = ModelOptions("float32", text_tokens=512)
 MIXTURE = dataclasses.replace(PLAIN, lora=LORA, router=ROUTER)
 
 
-def names(tree) -> set[str]:
+def parameter_names(tree) -> set[str]:
     """Return the last name in the path of each parameter."""
     paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     return {[key.key for key in path if hasattr(key, "key")][-1] for path in paths}
@@ -51,9 +51,9 @@ def condition():
 def test_experts_and_router_are_trained_and_the_base_is_frozen(load_tiny_experts):
     loaded = load_tiny_experts(jnp.dtype("bfloat16"))
     assert set(loaded.trainable) == {"flux", "router"}
-    assert names(loaded.trainable["flux"]) == {"lora_a", "lora_b"}
+    assert parameter_names(loaded.trainable["flux"]) == {"lora_a", "lora_b"}
     assert dtypes(loaded.trainable) == {"float32"}
-    assert not {"lora_a", "lora_b"} & names(loaded.frozen)
+    assert not {"lora_a", "lora_b"} & parameter_names(loaded.frozen)
     assert {part: dtypes(loaded.frozen[part]) for part in loaded.frozen} == {
         "flux": {"bfloat16"},
         "redux": {"bfloat16"},
@@ -61,7 +61,7 @@ def test_experts_and_router_are_trained_and_the_base_is_frozen(load_tiny_experts
     }
 
 
-def test_a_base_that_is_trained_is_float32_and_whole(tiny_fill):
+def test_a_trained_base_is_float32_and_leaves_no_frozen_transformer(tiny_fill):
     loaded = load_fill_model(str(tiny_fill), None, ModelOptions("bfloat16", text_tokens=512, train_base=True))
     assert dtypes(loaded.trainable) == {"float32"}
     assert not jax.tree.leaves(loaded.frozen["flux"])
@@ -71,7 +71,7 @@ def test_a_base_that_is_trained_is_float32_and_whole(tiny_fill):
     assert loaded.preprocess is None and loaded.image_tokens == 0
 
 
-def test_first_experts_derive_from_the_seed_and_change_nothing(tiny_fill, condition):
+def test_new_experts_depend_on_the_seed_only_and_have_no_effect(tiny_fill, condition):
     first, again, other = (load_fill_model(str(tiny_fill), None, MIXTURE, seed=seed) for seed in (0, 0, 1))
     assert_equal_trees(first.trainable, again.trainable)
     a, b = (jax.tree.leaves(loaded.trainable["router"]) for loaded in (first, other))
@@ -82,7 +82,7 @@ def test_first_experts_derive_from_the_seed_and_change_nothing(tiny_fill, condit
     np.testing.assert_allclose(gates, [[0.6, 0.4]] * 2, rtol=1e-5)
 
 
-def test_without_gates_the_experts_are_off(tiny_experts, tiny_pipeline, condition):
+def test_experts_are_off_without_gates(tiny_experts, tiny_pipeline, condition):
     velocity = jax.jit(tiny_experts.model.velocity)
     arguments = condition.fill[..., :16], jnp.array([0.3, 0.9]), condition
     gates, _ = tiny_experts.model.gates(tiny_experts.trainable, condition)
@@ -105,13 +105,13 @@ def test_the_router_reads_the_right_panel_of_a_diptych(tiny_experts, condition):
         by_column.at[:, :, columns, :16].add(3.0).reshape(condition.fill.shape)
         for columns in (slice(0, 4), slice(4, 8))
     )
-    usual = gates(condition.fill)
-    np.testing.assert_array_equal(gates(left), usual)
-    assert np.abs(gates(right) - usual).max() > 0.01
+    unchanged = gates(condition.fill)
+    np.testing.assert_array_equal(gates(left), unchanged)
+    assert np.abs(gates(right) - unchanged).max() > 0.01
     assert np.abs(gates(left, panel=slice(None)) - gates(condition.fill, panel=slice(None))).max() > 0.01
 
 
-def test_balance_is_kept_by_the_soft_gates_behind_topk(tiny_fill, condition):
+def test_topk_routing_also_returns_the_soft_gates(tiny_fill, condition):
     router = dataclasses.replace(ROUTER, routing="topk")
     loaded = load_fill_model(str(tiny_fill), None, dataclasses.replace(MIXTURE, router=router))
     hard, soft = loaded.model.gates(loaded.trainable, condition)
@@ -119,7 +119,7 @@ def test_balance_is_kept_by_the_soft_gates_behind_topk(tiny_fill, condition):
     np.testing.assert_allclose(soft, [[0.6, 0.4]] * 2, rtol=1e-5)
 
 
-def test_without_experts_there_are_no_gates(tiny_pipeline, condition):
+def test_a_model_without_experts_has_no_gates(tiny_pipeline, condition):
     assert tiny_pipeline.model.gates({}, condition) == (None, None)
     assert tiny_pipeline.model.num_experts == 0
 

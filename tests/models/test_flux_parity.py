@@ -37,7 +37,7 @@ TINY = {
 FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # FLUX.1-Fill; the rest are defaults
 
 
-def reference(folder, dtype: str = "float32", **geometry) -> "FluxTransformer2DModel":
+def create_reference(folder, dtype: str = "float32", **geometry) -> "FluxTransformer2DModel":
     """Create a random diffusers model, with random biases and norms too, and save it to `folder`/transformer."""
     torch.manual_seed(0)
     model = FluxTransformer2DModel.from_config(geometry).eval()
@@ -91,7 +91,7 @@ def relative_error(got, expected) -> float:
     ids=["both kinds", "single blocks, no guidance", "double blocks, out = in", "rolled loops"],
 )
 def test_tiny_models_match_diffusers(tmp_path, changes, grid):
-    model = reference(tmp_path, **(TINY | changes))
+    model = create_reference(tmp_path, **(TINY | changes))
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, grid)
     with torch.no_grad():
@@ -103,25 +103,26 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
 
 
 @pytest.mark.torch
-def test_unstacked_blocks_compute_the_same(tmp_path):
-    reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
+def test_unstacked_blocks_compute_the_same_as_stacked_blocks(tmp_path):
+    create_reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, (2, 3))
     graph, stacked = nnx.split(flux)
-    apart = unstack_blocks(stacked)
-    double = len(jax.tree.leaves(stacked["transformer_blocks"]))  # only the double blocks are at most UNROLL_UP_TO
-    assert len(jax.tree.leaves(apart)) == len(jax.tree.leaves(stacked)) + double
+    unstacked = unstack_blocks(stacked)
+    # Only the 2 double blocks are unstacked. There are more single blocks than UNROLL_UP_TO.
+    double_leaves = len(jax.tree.leaves(stacked["transformer_blocks"]))
+    assert len(jax.tree.leaves(unstacked)) == len(jax.tree.leaves(stacked)) + double_leaves
     run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
-    np.testing.assert_allclose(run(apart), run(stacked), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(unstacked), run(stacked), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.torch
-def test_flux_widths_match_diffusers(with_optimizations):
-    # With half a billion parameters, files are bfloat16 and only one model is in memory at a time.
+def test_a_model_with_the_widths_of_flux_matches_diffusers(with_optimizations):
+    # The model has half a billion parameters. Its file is bfloat16, and only one model is in memory at a time.
     config = FluxConfig(**FILL, num_layers=1, num_single_layers=1)
     inputs = make_inputs(config, (2, 3), context_length=4, batch=1)
     with tempfile.TemporaryDirectory() as folder:
-        model = reference(Path(folder), dtype="bfloat16", **config.to_dict()).float()
+        model = create_reference(Path(folder), dtype="bfloat16", **config.to_dict()).float()
         with torch.no_grad():
             expected = run_reference(model, inputs).numpy()
         del model
@@ -134,7 +135,7 @@ def test_flux_widths_match_diffusers(with_optimizations):
 
 @pytest.mark.torch
 def test_gradients_match_diffusers(tmp_path):
-    model = reference(tmp_path, **(TINY | {"num_layers": 1, "num_single_layers": 1}))
+    model = create_reference(tmp_path, **(TINY | {"num_layers": 1, "num_single_layers": 1}))
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, (3, 4))
     run_reference(model, inputs).square().mean().backward()
@@ -201,7 +202,7 @@ def test_norms_of_bfloat16_are_computed_in_float32():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gelu_and_its_gradient_match_torchs(dtype):
+def test_gelu_and_its_gradient_match_torch(dtype):
     x = jnp.linspace(-8, 8, 1001).astype(dtype)
     theirs = torch.from_numpy(np.asarray(x, np.float64)).requires_grad_()
     out = torch.nn.functional.gelu(theirs, approximate="tanh")
@@ -219,7 +220,7 @@ def test_padding_of_a_sequence_changes_neither_output_nor_gradients():
     inputs = make_inputs(FluxConfig(**config), (3, 3))
     assert (inputs[0].shape[1] + inputs[2].context.shape[1]) % 8
 
-    def both(multiple):
+    def loss_and_gradients(multiple):
         flux = random_flux(config)
         flux.sequence_multiple = multiple
         graphdef, state = nnx.split(flux)
@@ -229,16 +230,17 @@ def test_padding_of_a_sequence_changes_neither_output_nor_gradients():
 
         return jax.jit(jax.value_and_grad(loss))(state)
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), both(1), both(8))
+    unpadded, padded = loss_and_gradients(1), loss_and_gradients(8)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), unpadded, padded)
 
 
-def test_a_fresh_model_returns_zeros():
+def test_a_new_model_returns_zeros():
     flux = Flux(FluxConfig(**(TINY | {"num_layers": 1, "num_single_layers": 0})), rngs=nnx.Rngs(0))
     inputs = make_inputs(flux.config, (2, 2))
     assert not np.any(jax.jit(lambda flux: flux(*inputs))(flux))
 
 
-def test_remat_policies_give_the_same_gradients_and_save_less():
+def test_remat_policies_give_the_same_gradients_with_less_memory():
     config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 4}
     inputs = make_inputs(FluxConfig(**config), (8, 8), batch=4)
     grads, memory = {}, {}
@@ -258,31 +260,33 @@ def test_remat_policies_give_the_same_gradients_and_save_less():
     assert memory["blocks"] < 0.7 * memory["none"]
 
 
-@pytest.mark.parametrize(("attention", "part"), [("by_head", "exp"), ("cudnn", "dot_product_attention_fwd_wrapper")])
-def test_residuals_of_attention_are_saved_by_name(monkeypatch, attention, part):
-    """The program has attention's forward pass once with `blocks` and `products`, and twice with `full`."""
+@pytest.mark.parametrize(
+    ("attention", "operation"), [("by_head", "exp"), ("cudnn", "dot_product_attention_fwd_wrapper")]
+)
+def test_blocks_and_products_save_the_residuals_of_attention(monkeypatch, attention, operation):
+    """The program computes the forward pass of attention once with `blocks` and `products`, and twice with `full`."""
     fused = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)
     config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 1}
     inputs = make_inputs(FluxConfig(**config), (3, 3))
 
-    def parts(remat):
+    def count(remat):
         graphdef, state = nnx.split(random_flux(config, remat=remat, attention=attention, dtype=jnp.bfloat16))
         loss = jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean())
-        return len(re.findall(rf"\b{part}\b", str(jax.make_jaxpr(loss)(state))))
+        return len(re.findall(rf"\b{operation}\b", str(jax.make_jaxpr(loss)(state))))
 
-    assert parts("blocks") == parts("products") == parts("none") < parts("full")
+    assert count("blocks") == count("products") == count("none") < count("full")
 
 
 def test_program_does_not_grow_with_depth_and_compiles_once():
-    def program(depth):
+    def program_length(depth):
         config = FluxConfig(**(TINY | {"num_layers": depth, "num_single_layers": depth}))
         flux = nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
         inputs = make_inputs(config, (2, 2))
         return len(str(jax.make_jaxpr(lambda flux: flux(*inputs))(flux)))
 
-    assert program(40) < 1.02 * program(20)
+    assert program_length(40) < 1.02 * program_length(20)
 
     graphdef, state = nnx.split(random_flux())
     call = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
@@ -293,7 +297,7 @@ def test_program_does_not_grow_with_depth_and_compiles_once():
 
 
 @pytest.mark.torch
-def test_flux_fill_has_as_many_parameters_as_diffusers_says():
+def test_flux_fill_has_as_many_parameters_as_in_diffusers():
     with torch.device("meta"):
         expected = sum(x.numel() for x in FluxTransformer2DModel(**FILL).parameters())
     flux = nnx.eval_shape(lambda: Flux(FluxConfig(**FILL), rngs=nnx.Rngs(0)))

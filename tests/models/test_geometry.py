@@ -1,4 +1,4 @@
-"""Shapes of a model without weights, and random arrays for them."""
+"""Tests the random weights for the shapes of a model."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 from ra_jax.models.geometry import random_weights
 
 
-def test_random_weights_have_the_deviation_of_their_inputs():
+def test_random_kernels_have_a_variance_of_one_over_the_number_of_inputs():
     shapes = {
         "kernel": jax.ShapeDtypeStruct((3, 400, 100), jnp.bfloat16),
         "other": jax.ShapeDtypeStruct((3, 400, 100), jnp.bfloat16),

@@ -1,4 +1,4 @@
-"""Compares mixtures of experts with PEFT's weighted adapters, and checks what experts must not change."""
+"""Compares mixtures of experts with PEFT's weighted adapters, and tests their layers, gradients, dtypes and dropout."""
 
 import re
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ TINY = {
 }
 GRID = (2, 3)
 GATES = np.array([[0.6, 0.3, 0.1], [0.05, 0.15, 0.8]], np.float32)
-# Every linear layer of the blocks, as listed for LoRA files.
+# All linear layers of the blocks. They get experts by default.
 BLOCK_LAYERS = {
     *(f"transformer_blocks.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"transformer_blocks.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
@@ -60,8 +60,8 @@ def lora_config(**changes) -> LoRAConfig:
     return LoRAConfig(**{"num_experts": 3, "rank": 64, "alpha": 64.0} | changes)
 
 
-def with_random_values(module):
-    """Set every parameter to random values, including experts' B and zero-initialized layers."""
+def randomize(module):
+    """Set all parameters to random values, also experts' B and zero-initialized layers, and return the module."""
     rng = np.random.default_rng(0)
     nnx.update(module, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), nnx.state(module)))
     return module
@@ -69,7 +69,7 @@ def with_random_values(module):
 
 def make_flux(**lora):
     lora = lora_config(rank=2, alpha=3.0, **lora)
-    return with_random_values(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0))))
+    return randomize(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), lora=lora, rngs=nnx.Rngs(0))))
 
 
 def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype=jnp.float32, seed=0, **lora):
@@ -78,7 +78,7 @@ def make_linear(in_features=7, out_features=5, *, param_dtype=jnp.float32, dtype
         layer=ExpertLinear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
     attach_experts(model, lora_config(target_modules="layer", **lora), nnx.Rngs(seed).params())
-    return with_random_values(model).layer
+    return randomize(model).layer
 
 
 @pytest.mark.torch
@@ -94,20 +94,20 @@ def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
     linears = r"(single_)?transformer_blocks\.\d+\..*(to_\w|to_out\.0|add_\w+|proj\w*|net\.2|linear)"
     for name in names:
         model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears), adapter_name=name)
-    layers, filled = linear_layers(flux), set()
+    layers, adapted = linear_layers(flux), set()
     for path, module in model.named_modules():
         if not isinstance(module, peft.tuners.lora.Linear):
             continue
         stack, block, rest = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path).groups()
         layer, block = layers[f"{stack}.{rest}"], int(block)
-        filled.add(f"{stack}.{rest}")
+        adapted.add(f"{stack}.{rest}")
         for e, name in enumerate(names):
             torch.nn.init.normal_(module.lora_B[name].weight, std=0.2)
             columns = slice(e * rank, (e + 1) * rank)
             a, b = module.lora_A[name].weight.detach().numpy(), module.lora_B[name].weight.detach().numpy()
             layer.lora_a[...] = layer.lora_a[...].at[block, :, columns].set(a.T)
             layer.lora_b[...] = layer.lora_b[...].at[block, columns].set(b.T)
-    assert filled == BLOCK_LAYERS
+    assert adapted == BLOCK_LAYERS
 
     expected = []
     hidden, context, pooled, t = map(torch.from_numpy, make_inputs())
@@ -125,7 +125,7 @@ def test_flux_mixture_matches_three_weighted_peft_adapters(tmp_path):
     assert np.linalg.norm(base - expected) > 0.1 * np.linalg.norm(expected)  # checks that the experts change the output
 
 
-def test_mixture_is_the_sum_of_its_experts():
+def test_a_mixture_is_the_gated_sum_of_its_experts():
     layer = make_linear(rank=2, alpha=5.0)
     x = np.random.default_rng(1).normal(size=(2, 4, 7)).astype(np.float32)
     a, b = np.asarray(layer.lora_a[...]).reshape(7, 3, 2), np.asarray(layer.lora_b[...]).reshape(3, 2, 5)
@@ -141,7 +141,7 @@ def test_mixture_is_the_sum_of_its_experts():
     np.testing.assert_allclose(grad, updates.sum((1, 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_experts_off_is_the_base_bit_for_bit():
+def test_a_layer_with_experts_off_equals_the_base_bit_for_bit():
     layer = make_linear()
     plain = ExpertLinear(7, 5, rngs=nnx.Rngs(0))
     plain.kernel[...], plain.bias[...] = layer.kernel[...], layer.bias[...]
@@ -152,7 +152,7 @@ def test_experts_off_is_the_base_bit_for_bit():
 
 
 @pytest.mark.torch
-def test_fresh_experts_change_nothing_and_begin_as_peft_does():
+def test_new_experts_have_no_effect_and_the_initial_distribution_of_peft():
     layer = ExpertLinear(64, 8, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 64))
     base = layer(x)
@@ -168,15 +168,15 @@ def test_fresh_experts_change_nothing_and_begin_as_peft_does():
     np.testing.assert_allclose([ours.std(), ours.max()], [theirs.std(), theirs.max()], rtol=0.02)
 
 
-def test_first_values_do_not_depend_on_other_targets():
+def test_initial_values_of_a_layer_do_not_depend_on_other_target_layers():
     def experts(regex):
         flux = nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0)))  # the base may be abstract
         attach_experts(flux, lora_config(rank=2, target_modules=regex), nnx.Rngs(3).params())
         return flux.transformer_blocks.attn
 
-    alone, among = experts(r"attn\.to_q$"), experts(r"attn\.to_[qk]$")
-    np.testing.assert_array_equal(alone.to_q.lora_a[...], among.to_q.lora_a[...])
-    assert not np.array_equal(among.to_q.lora_a[...], among.to_k.lora_a[...])
+    one_target, two_targets = experts(r"attn\.to_q$"), experts(r"attn\.to_[qk]$")
+    np.testing.assert_array_equal(one_target.to_q.lora_a[...], two_targets.to_q.lora_a[...])
+    assert not np.array_equal(two_targets.to_q.lora_a[...], two_targets.to_k.lora_a[...])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_experts_are_added_to_layers_that_match_the_regex(regex, names):
     assert not any("lora" in str(path[-1]) for path, _ in nnx.to_flat_state(base))
 
 
-def test_a_regex_that_matches_nothing_lists_names():
+def test_a_regex_that_matches_no_layer_is_refused_with_a_list_of_names():
     lora = lora_config(target_modules="to_query")
     names = linear_layers(nnx.eval_shape(lambda: Flux(FluxConfig(**TINY), rngs=nnx.Rngs(0))))
     with pytest.raises(ValueError, match=f"'to_query' matches none of the {len(names)} linear layers") as error:
@@ -227,7 +227,7 @@ def test_gates_for_another_number_of_experts_are_refused():
         make_linear()(jnp.ones((2, 7)), Adapter(jnp.ones((2, 2))))
 
 
-def test_only_experts_and_gates_have_gradients_and_the_base_is_untouched():
+def test_only_experts_and_gates_have_gradients_and_the_base_does_not_change():
     graphdef, experts, base = nnx.split(make_flux(), nnx.LoRAParam, ...)
     before = jax.tree.map(np.array, base)
 
@@ -250,7 +250,7 @@ def test_only_experts_and_gates_have_gradients_and_the_base_is_untouched():
     assert step._cache_size() == 1
 
 
-def test_experts_are_float32_over_a_bfloat16_base():
+def test_experts_of_a_bfloat16_base_are_float32():
     layer = make_linear(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rank=8)
     assert {x.dtype for x in (layer.kernel[...], layer.bias[...])} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in (layer.lora_a[...], layer.lora_b[...])} == {jnp.dtype(jnp.float32)}
@@ -262,7 +262,7 @@ def test_experts_are_float32_over_a_bfloat16_base():
     np.testing.assert_allclose(grad, 2000 * one, rtol=1e-3)
 
 
-def dropout_layer(rate):
+def make_dropout_layer(rate):
     """Create a layer whose output is the experts' input after dropout."""
     layer = make_linear(16, 16, num_experts=1, rank=16, alpha=16.0, dropout=rate)
     layer.kernel[...], layer.bias[...] = jnp.zeros((16, 16)), jnp.zeros(16)
@@ -270,8 +270,8 @@ def dropout_layer(rate):
     return layer
 
 
-def test_dropout_drops_at_its_rate_and_keeps_the_mean():
-    layer, gates = dropout_layer(0.25), jnp.ones((8, 1))
+def test_dropout_zeros_a_fraction_of_values_and_scales_the_others():
+    layer, gates = make_dropout_layer(0.25), jnp.ones((8, 1))
     x = jnp.ones((8, 500, 16))
     np.testing.assert_array_equal(layer(x, Adapter(gates)), x)
     out = np.asarray(layer(x, Adapter(gates, jax.random.key(0))))
@@ -280,7 +280,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
 
 
 def test_dropout_of_an_example_does_not_depend_on_its_batch():
-    layer, keys = dropout_layer(0.5), jax.random.split(jax.random.key(0), 4)
+    layer, keys = make_dropout_layer(0.5), jax.random.split(jax.random.key(0), 4)
     x, gates = jnp.ones((4, 10, 16)), jnp.ones((4, 1))
     whole = layer(x, Adapter(gates, keys))
     parts = [layer(x[part], Adapter(gates[part], keys[part])) for part in (slice(0, 1), slice(1, 4))]
@@ -289,9 +289,9 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("count", [2, UNROLL_UP_TO + 1], ids=["unrolled", "rolled"])
-def test_every_block_layer_and_example_has_its_own_dropout(count):
+def test_every_block_layer_and_example_has_a_different_dropout(count):
     class Probe(nnx.Module):
-        """A block of two equal layers. It appends ones after their dropout to its carry, a queue [B, count, 2, 16]."""
+        """A block of two equal layers that appends ones after their dropout to the queue `carry` [B, count, 2, 16]."""
 
         def __init__(self):
             lora = LoRAConfig(num_experts=1, rank=16, alpha=16.0, dropout=0.5, target_modules="layer")

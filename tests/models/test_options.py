@@ -1,4 +1,4 @@
-"""The options of a model for given flags."""
+"""Tests the model options for given flags."""
 
 import jax.numpy as jnp
 import pytest
@@ -11,11 +11,11 @@ from ra_jax.models.options import ModelOptions, expert_configs, model_options
 from ra_jax.models.router import RouterConfig
 
 
-def options_of(**flags) -> ModelOptions:
+def options_for_flags(**flags) -> ModelOptions:
     return model_options(from_flat_dict({"train_json_path": "none", "output_dir": "none"} | flags))
 
 
-def test_experts_of_flags():
+def test_expert_flags_set_the_configs_of_experts_and_router():
     lora, router = expert_configs(
         ExpertsConfig(
             use_lora=True,
@@ -34,7 +34,7 @@ def test_experts_of_flags():
     assert router == RouterConfig(num_experts=2, floor=0.02, temperature=0.5, routing="topk", fixed_weights=(0.7, 0.3))
 
 
-def test_experts_of_the_flags_defaults():
+def test_default_flags_give_the_default_configs_of_experts_and_router():
     experts = ExpertsConfig(use_lora=True)
     lora, router = expert_configs(experts)
     assert (lora.num_experts, lora.rank, lora.alpha) == (experts.num_experts, experts.lora_rank, experts.lora_alpha)
@@ -43,22 +43,22 @@ def test_experts_of_the_flags_defaults():
     assert expert_configs(ExpertsConfig()) == (None, None)
 
 
-def test_a_model_with_experts_has_a_frozen_base_in_its_compute_type():
-    options = options_of(use_lora=True, base_precision="int8", max_sequence_length=7)
+def test_the_base_of_a_model_with_experts_is_frozen_and_has_the_compute_dtype():
+    options = options_for_flags(use_lora=True, base_precision="int8", max_sequence_length=7)
     assert (options.text_tokens, options.train_base, options.int8) == (7, False, True)
     assert options.flux == FluxOptions(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, int8=True, remat="blocks")
 
 
-def test_a_model_that_is_trained_as_a_whole_is_stored_in_float32():
-    options = options_of(use_lora=False)
+def test_a_model_without_experts_is_trained_and_stored_in_float32():
+    options = options_for_flags(use_lora=False)
     assert (options.lora, options.router, options.train_base) == (None, None, True)
     assert options.flux == FluxOptions(dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="blocks")
-    assert options_of(use_lora=False, mixed_precision="no").flux.dtype == jnp.float32
+    assert options_for_flags(use_lora=False, mixed_precision="no").flux.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("flag", "remat"), [("none", "none"), ("products", "products"), ("points", "full")])
-def test_points_one_by_one_save_as_little_as_full(flag, remat):
-    assert options_of(use_lora=True, gradient_checkpointing=flag).remat == remat
+def test_gradient_checkpointing_sets_the_remat_policy(flag, remat):
+    assert options_for_flags(use_lora=True, gradient_checkpointing=flag).remat == remat
 
 
 def test_experts_without_a_router_are_refused():

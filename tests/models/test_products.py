@@ -1,4 +1,4 @@
-"""The products of experts have the values and gradients of plain products."""
+"""Compares the products of experts, and their gradients, with plain products."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from ra_jax.models.products import expert_product, save_for_backward, sum_over_t
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 3), (3, 12), (5, 5)])
-def test_a_product_and_its_gradients_are_those_of_a_plain_one(inputs, outputs):
+def test_an_expert_product_and_its_gradients_equal_those_of_a_plain_product(inputs, outputs):
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 7, inputs), (inputs, outputs)))
     target = jnp.asarray(rng.normal(size=(2, 7, outputs)), jnp.float32)
@@ -18,8 +18,8 @@ def test_a_product_and_its_gradients_are_those_of_a_plain_one(inputs, outputs):
         return jax.jit(jax.value_and_grad(lambda x, w: (product(x, w) * target).sum(), argnums=(0, 1)))(x, weight)
 
     ours, plain = (jax.tree.leaves(value_and_gradients(product)) for product in (expert_product, jnp.matmul))
-    for found, expected in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_have_the_dtypes_of_their_arguments():
@@ -29,13 +29,15 @@ def test_gradients_have_the_dtypes_of_their_arguments():
     assert [gradient.dtype for gradient in pullback(product)] == [jnp.bfloat16, jnp.float32]
 
 
-@pytest.mark.parametrize("narrow_out", [False, True])
-def test_the_sum_over_tokens_is_exact_beyond_the_bits_of_its_factors(narrow_out):
-    """Sums 2 · 4096 ones in bfloat16, whose own sums stop at 256."""
+@pytest.mark.parametrize("gradient_is_narrow", [False, True])
+def test_a_sum_over_tokens_of_bfloat16_factors_is_exact(gradient_is_narrow):
+    """The sum of 2 · 4096 ones. A sum in bfloat16 would stop growing at 256."""
     x, gradient = jnp.ones((2, 4096, 3), jnp.bfloat16), jnp.ones((2, 4096, 2), jnp.bfloat16)
-    found = jax.jit(sum_over_tokens, static_argnames="narrow_out")(x, gradient, narrow_out=narrow_out)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, np.full((3, 2), 8192.0))
+    got = jax.jit(sum_over_tokens, static_argnames="gradient_is_narrow")(
+        x, gradient, gradient_is_narrow=gradient_is_narrow
+    )
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.full((3, 2), 8192.0))
 
 
 @pytest.mark.parametrize("barrier", [save_for_backward, unfused_on_gpu])

@@ -1,4 +1,4 @@
-"""The error of 8-bit kernels, and a model that computes with them."""
+"""Tests the rounding error of 8-bit kernels, and a model that computes with them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ra_jax.models.lora import ExpertLinear
 from ra_jax.models.quantization import quantize
 
 
-def test_no_value_is_off_by_more_than_half_a_level_and_the_error_is_that_of_rounding():
+def test_quantization_errors_are_uniform_and_at_most_half_a_level():
     kernel = np.random.default_rng(0).normal(size=(3072, 64)).astype(np.float32)
     kernel[:, 3] = 0.0
     values, scale = quantize(kernel)
@@ -21,8 +21,8 @@ def test_no_value_is_off_by_more_than_half_a_level_and_the_error_is_that_of_roun
     error = values * scale - kernel
     assert (np.abs(error) <= scale / 2 * (1 + 1e-5)).all()
     # Rounding errors are uniform within a level, with standard deviation scale/√12: about 0.9 % of a normal kernel's.
-    others = np.arange(64) != 3
-    np.testing.assert_allclose(error.std(0)[others], scale[others] / np.sqrt(12), rtol=0.05)
+    nonzero = np.arange(64) != 3
+    np.testing.assert_allclose(error.std(0)[nonzero], scale[nonzero] / np.sqrt(12), rtol=0.05)
     assert 0.007 < error.std() / kernel.std() < 0.010
 
 
@@ -37,26 +37,26 @@ def test_a_layer_multiplies_by_the_scaled_kernel():
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5)
 
 
-def test_a_loaded_base_has_its_blocks_kernels_in_8_bits_and_all_else_as_it_was(tiny_fill):
+def test_int8_changes_only_the_kernels_of_the_blocks_of_a_loaded_base(tiny_fill):
     plain = dict(nnx.to_flat_state(nnx.state(load_flux(tiny_fill))))
     flux = load_flux(tiny_fill, FluxOptions(int8=True))
-    small = dict(nnx.to_flat_state(nnx.state(flux)))
+    quantized = dict(nnx.to_flat_state(nnx.state(flux)))
     kernels = 0
     for path, variable in plain.items():
         if path[-1] == "kernel" and "transformer_blocks" in path[0]:
-            scale = small[(*path[:-1], "kernel_scale")][...]
-            assert small[path].dtype == jnp.int8
-            error = np.abs(small[path][...] * scale[:, None] - variable[...])  # [L, in, out]
+            scale = quantized[(*path[:-1], "kernel_scale")][...]
+            assert quantized[path].dtype == jnp.int8
+            error = np.abs(quantized[path][...] * scale[:, None] - variable[...])  # [L, in, out]
             assert (error <= scale[:, None] / 2 * (1 + 1e-4)).all()
             kernels += 1
         else:
-            np.testing.assert_array_equal(small[path][...], variable[...])
-    assert kernels == 20 and len(small) == len(plain) + kernels
+            np.testing.assert_array_equal(quantized[path][...], variable[...])
+    assert kernels == 20 and len(quantized) == len(plain) + kernels
 
 
-def test_velocities_are_off_by_a_little(tiny_fill):
+def test_int8_changes_velocities_by_less_than_two_percent(tiny_fill):
     rng = np.random.default_rng(2)
-    plain, small = load_flux(tiny_fill), load_flux(tiny_fill, FluxOptions(int8=True))
+    plain, quantized = load_flux(tiny_fill), load_flux(tiny_fill, FluxOptions(int8=True))
     config = plain.config
 
     def normal(*shape):
@@ -66,6 +66,6 @@ def test_velocities_are_off_by_a_little(tiny_fill):
     context, pooled = normal(2, 5, config.joint_attention_dim), normal(2, config.pooled_projection_dim)
     t, guidance = jnp.asarray([0.3, 0.9]), jnp.asarray([30.0, 30.0])
     condition = Condition(fill, context, pooled, (3, 4))
-    ours, theirs = (jax.jit(lambda m: m(latents, t, condition, guidance))(m) for m in (small, plain))
+    ours, theirs = (jax.jit(lambda m: m(latents, t, condition, guidance))(m) for m in (quantized, plain))
     relative = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
     assert 1e-4 < relative < 0.02

@@ -1,4 +1,4 @@
-"""Routings, the router's features, and the loss that keeps all experts in use."""
+"""Tests routings, the router's features, and the loss that keeps all experts in use."""
 
 import math
 
@@ -37,7 +37,7 @@ def make_router(trained=True, **config) -> Router:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_gates_are_weights(routing):
+def test_gates_are_nonnegative_and_sum_to_1(routing):
     gates = np.asarray(make_router(routing=routing)(make_features()))
     assert gates.shape == (6, 3)
     assert gates.dtype == np.float32
@@ -45,10 +45,10 @@ def test_gates_are_weights(routing):
     np.testing.assert_allclose(gates.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_uniform_and_fixed_gates_ignore_image_and_parameters():
+def test_uniform_and_fixed_gates_do_not_depend_on_image_or_parameters():
     for config, expected in (
         ({"routing": "uniform", "num_experts": 4, "fixed_weights": (0.25,) * 4}, [0.25] * 4),
-        ({"routing": "fixed", "fixed_weights": (1.0, 0.0, 0.0)}, [1, 0, 0]),  # below the floor, as was asked for
+        ({"routing": "fixed", "fixed_weights": (1.0, 0.0, 0.0)}, [1, 0, 0]),  # the floor does not apply
     ):
         router = make_router(**config)
         np.testing.assert_allclose(router(make_features()), np.tile(expected, (6, 1)), atol=1e-7)
@@ -59,13 +59,13 @@ def test_uniform_and_fixed_gates_ignore_image_and_parameters():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("weights", [(0.4, 0.3, 0.3), (0.7, 0.2, 0.06, 0.04)])
-def test_soft_gates_begin_at_the_fixed_weights(weights, temperature):
+def test_soft_gates_of_a_new_router_are_the_fixed_weights(weights, temperature):
     config = {"num_experts": len(weights), "fixed_weights": weights, "floor": 0.03, "temperature": temperature}
     gates = make_router(trained=False, **config)(make_features())
     np.testing.assert_allclose(gates, np.tile(weights, (6, 1)), atol=2e-7)
 
 
-def test_soft_gates_are_a_floored_softmax():
+def test_soft_gates_are_a_softmax_with_a_floor():
     router = make_router(floor=0.1, temperature=0.5)
     features = make_features()
     logits = np.asarray(router.logits(nnx.silu(router.hidden(features))), np.float64) / 0.5
@@ -76,22 +76,23 @@ def test_soft_gates_are_a_floored_softmax():
     np.testing.assert_allclose([gates.min(), gates.max()], [0.1, 0.8], atol=1e-6)
 
 
-def test_topk_keeps_the_largest_with_the_gradient_of_soft():
+def test_topk_gates_are_the_k_largest_soft_gates_with_the_gradient_of_soft_gates():
     features, target = make_features(), make_features(6, seed=1)[:, :3]
     soft = make_router(routing="soft")
     expected_grad = jax.grad(lambda router: (router(features) * target).sum())(soft)
     for k in (1, 2):
         hard = make_router(routing="topk", top_k=k)
         gates, probabilities = np.asarray(hard(features)), np.asarray(soft(features))
-        kept = np.sort(probabilities, axis=-1)[:, -k:].min(axis=-1, keepdims=True) <= probabilities
-        expected = np.where(kept, probabilities, 0)
+        largest = np.sort(probabilities, axis=-1)[:, -k:].min(axis=-1, keepdims=True) <= probabilities
+        expected = np.where(largest, probabilities, 0)
         np.testing.assert_allclose(gates, expected / expected.sum(-1, keepdims=True), atol=1e-6)
         assert ((gates > 0).sum(axis=-1) == k).all()
         if k == 1:
             assert set(np.unique(gates)) == {0, 1}
         grad = jax.grad(lambda router: (router(features) * target).sum())(hard)
-        for got, want in zip(jax.tree.leaves(nnx.state(grad)), jax.tree.leaves(nnx.state(expected_grad)), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        leaves, expected_leaves = (jax.tree.leaves(nnx.state(tree)) for tree in (grad, expected_grad))
+        for got, expected in zip(leaves, expected_leaves, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_wrong_config_is_refused(config, message):
 # --- features
 
 
-def make_scene(rows=8, cols=10, seed=0):
+def make_latents_and_mask(rows=8, cols=10, seed=0):
     rng = np.random.default_rng(seed)
     latents = rng.normal(size=(1, rows, cols, CHANNELS)).astype(np.float32)
     mask = np.zeros((1, rows, cols), np.float32)
@@ -131,8 +132,8 @@ def features_of(latents, mask, **options):
     )
 
 
-def test_features_are_statistics_of_ring_and_surroundings():
-    latents, mask = make_scene()
+def test_features_are_statistics_of_the_ring_around_the_mask_and_of_the_rest():
+    latents, mask = make_latents_and_mask()
     near = np.zeros(mask.shape, bool)
     near[:, 1:7, 2:8] = True  # the mask's 2 by 2 tokens and two around them
     expected = []
@@ -144,21 +145,21 @@ def test_features_are_statistics_of_ring_and_surroundings():
     np.testing.assert_allclose(got[0], np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_features_do_not_see_under_the_mask():
-    latents, mask = make_scene()
+def test_features_do_not_depend_on_latents_under_the_mask():
+    latents, mask = make_latents_and_mask()
     changed = latents + 5 * mask[..., None]
     np.testing.assert_array_equal(features_of(latents, mask), features_of(changed, mask))
 
 
-def test_features_see_the_chosen_panel_only():
-    latents, mask = make_scene()
-    wide, wide_mask = (np.concatenate([make_scene(seed=1)[i], (latents, mask)[i]], axis=2) for i in range(2))
+def test_features_depend_on_the_chosen_panel_only():
+    latents, mask = make_latents_and_mask()
+    wide, wide_mask = (np.concatenate([make_latents_and_mask(seed=1)[i], (latents, mask)[i]], axis=2) for i in range(2))
     right = features_of(wide, wide_mask, panel_columns=slice(10, 20))
     np.testing.assert_allclose(right, features_of(latents, mask), rtol=1e-6)
 
 
-def test_a_ragged_edge_is_more_complex_than_a_square():
-    latents, mask = make_scene()
+def test_the_last_feature_measures_how_ragged_the_edge_of_the_mask_is():
+    latents, mask = make_latents_and_mask()
     comb = np.zeros_like(mask)
     comb[:, 2:6, 1:9:2] = 1
     bar = np.zeros_like(mask)
@@ -168,8 +169,8 @@ def test_a_ragged_edge_is_more_complex_than_a_square():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_features_of_an_empty_and_of_a_full_mask_are_finite(value):
-    latents, mask = make_scene()
+def test_features_of_an_empty_mask_and_of_a_full_mask_are_finite(value):
+    latents, mask = make_latents_and_mask()
     got = features_of(latents, np.full_like(mask, value))
     assert np.isfinite(got).all()
     empty = slice(0, 2 * CHANNELS) if value == 0 else slice(0, 4 * CHANNELS)
@@ -184,21 +185,21 @@ def test_features_of_a_wrong_grid_are_refused():
 # --- diversity
 
 
-def loss_of(gates, mean, **options):
+def diversity_of(gates, mean, **options):
     return diversity_loss(jnp.asarray(gates), jnp.ones(len(gates)), jnp.asarray(mean), **options)[0]
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
 @pytest.mark.parametrize("specialization", [0.5, 0.2])
-def test_diversity_loss_of_uniform_and_one_hot_gates(experts, specialization):
+def test_diversity_loss_of_uniform_one_hot_and_collapsed_gates(experts, specialization):
     mean = np.full(experts, 1 / experts, np.float32)
     uniform, one_hot = np.tile(mean, (2 * experts, 1)), np.tile(np.eye(experts, dtype=np.float32), (2, 1))
     full = math.log(experts)
     options = {"specialization": specialization}
-    np.testing.assert_allclose(loss_of(uniform, mean, **options), (specialization - 1) * full, rtol=1e-5)
-    np.testing.assert_allclose(loss_of(one_hot, mean, **options), -full, rtol=1e-5)  # the minimum
+    np.testing.assert_allclose(diversity_of(uniform, mean, **options), (specialization - 1) * full, rtol=1e-5)
+    np.testing.assert_allclose(diversity_of(one_hot, mean, **options), -full, rtol=1e-5)  # the minimum
     collapsed = np.tile(np.eye(experts, dtype=np.float32)[0], (4, 1))
-    np.testing.assert_allclose(loss_of(collapsed, collapsed[0], **options), 0, atol=1e-5)
+    np.testing.assert_allclose(diversity_of(collapsed, collapsed[0], **options), 0, atol=1e-5)
 
 
 def test_diversity_value_and_running_mean_follow_the_formula():
@@ -221,19 +222,19 @@ def test_diversity_value_and_running_mean_follow_the_formula():
 def test_balance_gradient_is_not_scaled_by_the_decay():
     rng = np.random.default_rng(1)
     gates = rng.dirichlet(np.ones(3), size=4).astype(np.float32)
-    mean = gates.mean(axis=0)  # the mixed mean is then the same for every decay, and the gradient is known
+    mean = gates.mean(axis=0)  # equal to the batch mean, so that the updated mean is the same for every decay
     expected = np.tile((np.log(mean) + 1) / 4, (4, 1))
     for decay in (0.0, 0.9, 0.99):
-        grad = jax.grad(lambda gates, decay=decay: loss_of(gates, mean, decay=decay, specialization=0.0))(gates)
+        grad = jax.grad(lambda gates, decay=decay: diversity_of(gates, mean, decay=decay, specialization=0.0))(gates)
         np.testing.assert_allclose(grad, expected, rtol=1e-5)
-    # The running mean passes no gradient.
+    # No gradient flows through the running mean.
     carried = jax.grad(lambda gates: diversity_loss(gates, jnp.ones(4), jnp.asarray(mean))[1].sum())(gates)
     assert not np.any(carried)
 
 
 def test_one_hot_gates_have_finite_gradients():
     one_hot = jnp.eye(3)[jnp.array([0, 0, 1])]
-    grad = jax.grad(lambda gates: loss_of(gates, [1.0, 0.0, 0.0]))(one_hot)
+    grad = jax.grad(lambda gates: diversity_of(gates, [1.0, 0.0, 0.0]))(one_hot)
     assert np.isfinite(grad).all()
 
 
@@ -251,9 +252,9 @@ def test_sums_over_devices_give_the_loss_of_the_whole_batch():
         np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-5)
 
 
-def test_a_lopsided_router_balances_and_specializes():
+def test_the_diversity_loss_balances_and_specializes_an_unbalanced_router():
     features = make_features(64)
-    start_weights = (0.8, 0.12, 0.08)  # no two equal: the loss has the same gradient for equal experts
+    start_weights = (0.8, 0.12, 0.08)  # all different, because equal experts would get equal gradients
     router = make_router(trained=False, fixed_weights=start_weights)
     graphdef, params = nnx.split(router)
     optimizer = optax.adam(1e-3)
@@ -280,5 +281,5 @@ def test_a_lopsided_router_balances_and_specializes():
     assert usage.min() > 0.2, usage
     assert gates.mean(axis=0).min() > 0.2
     assert np.asarray(running_mean).min() > 0.2
-    assert np.mean(gates.max(axis=-1)) > 0.75  # initially one expert has 0.8 for every image
+    assert np.mean(gates.max(axis=-1)) > 0.75  # before training, every image has 0.8 for the same expert
     assert gates.min() >= 0.05 - 1e-6

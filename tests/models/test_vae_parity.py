@@ -60,7 +60,7 @@ def make_pair(config, folder):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
-def test_encode_and_decode_of_a_non_square_batch(config, tmp_path):
+def test_encode_and_decode_match_diffusers_on_images_that_are_not_square(config, tmp_path):
     theirs, ours = make_pair(config, tmp_path)
     rng = np.random.default_rng(0)
     factor = ours.config.factor
@@ -75,12 +75,12 @@ def test_encode_and_decode_of_a_non_square_batch(config, tmp_path):
 
 
 @pytest.mark.torch
-def test_gradients_of_both_halves(tmp_path):
+def test_gradients_of_encoder_and_decoder_match_diffusers(tmp_path):
     theirs, ours = make_pair(FACTOR_4, tmp_path)
     images = np.random.default_rng(1).uniform(-1, 1, (1, 8, 16, 3)).astype(np.float32)
 
-    there = channels_first(images).requires_grad_()
-    posterior = theirs.encode(there).latent_dist
+    torch_images = channels_first(images).requires_grad_()
+    posterior = theirs.encode(torch_images).latent_dist
     (theirs.decode(posterior.mean).sample.square().mean() + posterior.logvar.mean()).backward()
 
     @jax.jit
@@ -89,10 +89,10 @@ def test_gradients_of_both_halves(tmp_path):
         mean, logvar = ours.encode(images)
         return jnp.square(ours.decode(mean)).mean() + logvar.mean()
 
-    assert relative_error(gradient(images), there.grad) <= 1e-4
+    assert relative_error(gradient(images), torch_images.grad) <= 1e-4
 
 
-def test_attention_in_chunks_is_attention(monkeypatch):
+def test_attention_in_chunks_equals_plain_attention(monkeypatch):
     monkeypatch.setattr(vae_module, "QUERY_CHUNK", 8)  # 30 queries: three full chunks and a smaller one
     query, key, value, weights = np.random.default_rng(0).normal(size=(4, 2, 30, 16)).astype(np.float32)
 
@@ -105,11 +105,11 @@ def test_attention_in_chunks_is_attention(monkeypatch):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
 
-    ours, reference = output_and_gradients(vae_module.attend), output_and_gradients(one_head)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, reference)
+    ours, expected = output_and_gradients(vae_module.attend), output_and_gradients(one_head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
 
 
-def test_a_fresh_model_learns_to_reconstruct():
+def test_a_new_model_learns_to_reconstruct():
     vae = AutoencoderKL(SMALL, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(vae)
     images = np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)).repeat(4, 1).repeat(4, 2)
@@ -130,14 +130,14 @@ def test_a_fresh_model_learns_to_reconstruct():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_normalize_is_that_of_flux_and_is_undone():
+def test_normalize_subtracts_the_shift_and_scales_and_denormalize_inverts_it():
     vae = AutoencoderKL(replace(SMALL, scaling_factor=0.5, shift_factor=0.2), rngs=nnx.Rngs(0))
     latents = jnp.linspace(-2, 2, 12).reshape(1, 2, 2, 3)
     np.testing.assert_allclose(vae.normalize(latents), (latents - 0.2) * 0.5, rtol=1e-6)
     np.testing.assert_allclose(vae.denormalize(vae.normalize(latents)), latents, rtol=1e-6)
 
 
-def test_bfloat16_compute_stays_close():
+def test_a_bfloat16_encoder_differs_by_less_than_5_percent():
     images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
     mean, half_mean = (
         encode(AutoencoderKL(SMALL, dtype=dtype, rngs=nnx.Rngs(0)), images)[0] for dtype in (jnp.float32, jnp.bfloat16)
@@ -166,12 +166,12 @@ def test_config_of_diffusers_is_read_and_written():
         ({"block_out_channels": [32, 48]}, r"block_out_channels is \[32, 48\]: expected one or more multiples of"),
     ],
 )
-def test_bad_configs_are_refused(content, message):
+def test_wrong_configs_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig.from_dict(content)
 
 
-def test_bad_shapes_are_refused():
+def test_wrong_shapes_are_refused():
     vae = AutoencoderKL(SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"images have shape \(1, 17, 16, 3\): .* H and W multiples of 2"):
         vae.encode(jnp.zeros((1, 17, 16, 3)))

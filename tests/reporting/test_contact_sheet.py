@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from ra_jax.reporting.contact_sheet import LINE_HEIGHT, MARGIN, captioned, contact_sheet, thumbnail
+from ra_jax.reporting.contact_sheet import LINE_HEIGHT, MARGIN, captioned_sheet, contact_sheet, thumbnail
 
 
 def flat(color, height=100, width=120):
@@ -26,7 +26,7 @@ def test_tiny_panels_are_enlarged_pixel_by_pixel():
 
 
 def test_captions_stand_before_their_rows_and_titles_above():
-    sheet = np.asarray(captioned([["one", "1.0"], ["two", "2.0"]], [[flat(10)], [flat(20)]], ["result"]))
+    sheet = np.asarray(captioned_sheet([["one", "1.0"], ["two", "2.0"]], [[flat(10)], [flat(20)]], ["result"]))
     first = LINE_HEIGHT + 2 * MARGIN
     pictures = sheet.shape[1] - MARGIN - 120
     assert [sheet[y, pictures, 0] for y in (first, first + 100 + MARGIN)] == [10, 20]
@@ -36,7 +36,7 @@ def test_captions_stand_before_their_rows_and_titles_above():
 
 def test_a_long_caption_is_not_cut():
     lines = ["a name that is much longer than any picture is wide, and then goes on", *"abcdefghijk"]
-    sheet = captioned([lines], [[flat(10)]], ["result"])
+    sheet = captioned_sheet([lines], [[flat(10)]], ["result"])
     assert sheet.height >= len(lines) * LINE_HEIGHT and sheet.width > 300
     last = np.asarray(sheet)[-LINE_HEIGHT - MARGIN :, : sheet.width - 130]
     assert (last < 128).any()

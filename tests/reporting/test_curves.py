@@ -4,7 +4,7 @@ import json
 
 from matplotlib import pyplot as plt
 
-from ra_jax.reporting.curves import plot_curves, recorded_panels
+from ra_jax.reporting.curves import plot_curves, recorded_charts
 
 
 def test_experts_bear_their_names_and_what_was_not_recorded_has_no_panel(tmp_path, monkeypatch):
@@ -24,12 +24,12 @@ def test_scores_are_known_by_their_ending_and_drawn_once():
         {"step": 1, "removal_score": 0.5},
         {"step": 2, "lpips_score": 0.5, "background_score": 0.5, "held_out_flow_loss": 1},
     ]
-    panels = recorded_panels(rows)
+    panels = recorded_charts(rows)
     assert list(panels) == ["Scores", "Held-out flow loss"]
     assert list(panels["Scores"]) == ["removal_score", "background_score", "lpips_score"]
 
 
 def test_a_run_without_rows_has_no_panels(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    assert recorded_panels([], ("fast",)) == {}
+    assert recorded_charts([], ("fast",)) == {}
     assert plot_curves(tmp_path, ("fast",)).exists()

@@ -1,4 +1,4 @@
-"""`--reward_functions`: specs, the user's functions with and without JAX, and every error."""
+"""Tests `--reward_functions`: specs, user functions with and without JAX, and all errors."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ constant = 3
 
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
-    """Create a user's module in the working directory."""
+    """Create a user's module in the working directory, and return its name."""
     (tmp_path / "users_own.py").write_text(MODULE)
     (tmp_path / "users_broken.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def user_module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def shapes(batch=BATCH):
+def input_shapes(batch=BATCH):
     image, mask = (jax.ShapeDtypeStruct((batch, SIZE, SIZE, *c), jnp.float32) for c in ((3,), ()))
     return RewardInputs(image, image, mask, image)
 
@@ -53,33 +53,33 @@ def inputs():
     return RewardInputs(image, source, (image[..., 0] > 0.5).astype(np.float32), target)
 
 
-def checked(function, name="mine"):
-    return check_reward(Reward(name, function, 1.0), shapes())
+def check(function, name="mine"):
+    return check_reward(Reward(name, function, 1.0), input_shapes())
 
 
-def summary(rewards):
+def summarize(rewards):
     return [(reward.name, reward.function, reward.weight) for reward in rewards]
 
 
-def test_no_specs_are_the_three_scores_with_their_weights():
-    named = [("removal", 0.5), ("background", 0.2), ("smoothness", 0.1)]
-    assert summary(parse_rewards([], WEIGHTS, True)) == [(name, REWARDS[name].function, w) for name, w in named]
+def test_without_specs_the_rewards_are_the_three_scores_with_their_weights():
+    scores = [("removal", 0.5), ("background", 0.2), ("smoothness", 0.1)]
+    assert summarize(parse_rewards([], WEIGHTS, True)) == [(name, REWARDS[name].function, w) for name, w in scores]
 
 
-def test_without_a_ground_truth_scores_keep_their_names():
+def test_scores_without_a_ground_truth_have_the_same_names():
     functions = [REWARDS[f"{name}_without_target"].function for name in ("removal", "background")]
     expected = [("removal", functions[0], 0.5), ("background", functions[1], 0.2)]
-    assert summary(parse_rewards([], WEIGHTS, False))[:2] == expected
-    assert summary(parse_rewards(["background", "removal"], WEIGHTS, False)) == expected[::-1]
+    assert summarize(parse_rewards([], WEIGHTS, False))[:2] == expected
+    assert summarize(parse_rewards(["background", "removal"], WEIGHTS, False)) == expected[::-1]
 
 
-def test_specs_choose_and_weigh():
+def test_specs_select_rewards_and_set_their_weights():
     specs = ["smoothness", "lpips=0.25", "removal = 2", "background_without_target"]
     expected = [("smoothness", 0.1), ("lpips", 0.25), ("removal", 2.0), ("background_without_target", 1.0)]
-    assert summary(parse_rewards(specs, WEIGHTS, True)) == [(name, REWARDS[name].function, w) for name, w in expected]
+    assert summarize(parse_rewards(specs, WEIGHTS, True)) == [(name, REWARDS[name].function, w) for name, w in expected]
 
 
-def test_the_users_own_are_found_in_the_working_directory(user_module, inputs):
+def test_user_functions_are_imported_from_the_working_directory(user_module, inputs):
     first, second = parse_rewards([f"{user_module}:brightness=0.7", f"{user_module}:removal"], WEIGHTS, False)
     assert (first.name, first.weight, second.name, second.weight) == ("brightness", 0.7, "removal", 0.5)
     np.testing.assert_allclose(first.function(inputs), inputs.image.mean((1, 2, 3)), rtol=1e-6)
@@ -104,61 +104,61 @@ def test_the_users_own_are_found_in_the_working_directory(user_module, inputs):
         (["users_own:"], True, "reward 'users_own:': expected module:function"),
     ],
 )
-def test_errors_in_specs_are_named(user_module, specs, has_target, message):
+def test_wrong_specs_are_refused(user_module, specs, has_target, message):
     with pytest.raises(RewardError, match=message):
         parse_rewards(specs, WEIGHTS, has_target)
 
 
-def test_a_function_of_jax_stays_one(inputs):
-    reward = checked(lambda inputs: inputs.image.mean((1, 2, 3)).astype(jnp.bfloat16))
+def test_a_jax_function_is_traced_and_returns_float32(inputs):
+    reward = check(lambda inputs: inputs.image.mean((1, 2, 3)).astype(jnp.bfloat16))
     program = str(jax.make_jaxpr(reward.function)(inputs))
     assert "callback" not in program
     assert jax.jit(reward.function)(inputs).dtype == jnp.float32
 
 
-def by_numpy(inputs):
+def numpy_median(inputs):
     image = np.asarray(inputs.image)
     assert isinstance(inputs.mask, np.ndarray)
     return np.median(image, axis=(1, 2, 3)).astype(np.float64)
 
 
-def by_pillow(inputs):
+def pillow_median(inputs):
     return np.array([np.median(Image.fromarray(np.uint8(255 * x))) for x in inputs.image]) / 255
 
 
-def by_branches(inputs):
+def branch_on_mask(inputs):
     return np.array([1.0 if mask.mean() > 0.5 else 0.25 for mask in inputs.mask])
 
 
-def by_writing(inputs):
+def write_into_input(inputs):
     inputs.image[:, 0] = 0
     return inputs.image.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("function", [by_numpy, by_pillow, by_branches, by_writing])
+@pytest.mark.parametrize("function", [numpy_median, pillow_median, branch_on_mask, write_into_input])
 def test_python_functions_run_under_jit_scan_map_and_vmap(inputs, function, caplog):
     with caplog.at_level(logging.WARNING):
-        reward = checked(function)
+        reward = check(function)
     assert "reward 'mine' cannot be traced by JAX" in caplog.text and "slower" in caplog.text
     expected = function(jax.tree.map(np.array, inputs))
     assert "pure_callback" in str(jax.make_jaxpr(reward.function)(inputs))
     np.testing.assert_allclose(jax.jit(reward.function)(inputs), expected, rtol=1e-6)
-    several = jax.tree.map(lambda x: np.stack([x, x[::-1]]), inputs)
-    both = np.stack([expected, expected[::-1]])
+    two_inputs = jax.tree.map(lambda x: np.stack([x, x[::-1]]), inputs)
+    expected_of_both = np.stack([expected, expected[::-1]])
     programs = {
         "scan": lambda xs: jax.lax.scan(lambda _, x: (None, reward.function(x)), None, xs)[1],
         "map": lambda xs: jax.lax.map(reward.function, xs),
         "vmap": jax.vmap(reward.function),
     }
     for program in programs.values():
-        found = jax.jit(program)(several)
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, both, rtol=1e-6)
+        got = jax.jit(program)(two_inputs)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected_of_both, rtol=1e-6)
 
 
 @pytest.mark.parametrize("convert", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
 @pytest.mark.parametrize(
-    ("take", "found"),
+    ("compute", "result"),
     [
         (lambda x: x.mean((1, 2)), r"float32 of shape \(3, 3\)"),
         (lambda x: x.mean(), r"float32 of shape \(\)"),
@@ -169,75 +169,78 @@ def test_python_functions_run_under_jit_scan_map_and_vmap(inputs, function, capl
         (lambda x: list(x.mean((1, 2, 3))), "a list"),
     ],
 )
-def test_anything_but_floats_of_the_batch_is_refused(convert, take, found):
-    message = rf"reward 'mine' returned {found}: expected a float array of shape \(3,\)"
+def test_a_result_other_than_one_float_per_image_is_refused(convert, compute, result):
+    message = rf"reward 'mine' returned {result}: expected a float array of shape \(3,\)"
     with pytest.raises(RewardError, match=message):
-        checked(lambda inputs: take(convert(inputs.image)))
+        check(lambda inputs: compute(convert(inputs.image)))
 
 
-def test_a_reward_that_raises_is_named_with_its_cause():
+def test_an_error_in_a_reward_is_reported_with_the_name_and_the_cause():
     def broken(inputs):
         return inputs.image["red"]
 
-    with pytest.raises(RewardError, match="reward 'mine' raised IndexError") as caught:
-        checked(broken)
-    assert isinstance(caught.value.__cause__, IndexError)
+    with pytest.raises(RewardError, match="reward 'mine' raised IndexError") as error:
+        check(broken)
+    assert isinstance(error.value.__cause__, IndexError)
 
 
-def raises(inputs):
+def raise_key_error(inputs):
     if np.asarray(inputs.image).std() > 0:
         raise KeyError("no face found")
     return np.zeros(len(inputs.image), np.float32)
 
 
-def changes_shape(inputs):
+def return_another_shape(inputs):
     return np.zeros(len(inputs.image) + (np.asarray(inputs.image).std() > 0), np.float32)
 
 
 @pytest.mark.parametrize(
     ("function", "cause"),
-    [(raises, "raised KeyError: 'no face found'"), (changes_shape, r"returned float32 of shape \(4,\)")],
+    [
+        (raise_key_error, "raised KeyError: 'no face found'"),
+        (return_another_shape, r"returned float32 of shape \(4,\)"),
+    ],
 )
-def test_a_failure_at_run_time_is_named_too(inputs, function, cause):
-    reward = checked(function)
+def test_an_error_at_run_time_is_reported_with_the_name_of_the_reward(inputs, function, cause):
+    reward = check(function)
     with pytest.raises(jax.errors.JaxRuntimeError, match=rf"(?s)RewardError: reward 'mine' {cause}"):
         jax.block_until_ready(jax.jit(reward.function)(inputs))
 
 
-def test_gray_inputs_have_a_mask_and_optional_images_only_if_present():
-    seen = []
+def test_gray_test_inputs_have_a_mask_and_only_the_optional_images_that_exist():
+    calls = []
 
-    def look(inputs):
-        seen.append(inputs)
+    def record_inputs(inputs):
+        calls.append(inputs)
         return np.asarray(inputs.image).mean((1, 2, 3))
 
-    checked(look)
-    gray = seen[-1]
+    check(record_inputs)
+    gray = calls[-1]
     assert np.all(gray.image == 0.5) and np.all(gray.target == 0.5) and gray.target_decoded is None
     assert set(np.unique(gray.mask)) == {0, 1} and gray.mask[:, SIZE // 2, SIZE // 2].all()
     assert not gray.mask[:, 0].any()
 
 
-def test_all_weights_zero_is_an_error():
+def test_weights_that_are_all_0_are_refused():
     with pytest.raises(RewardError, match=r"all rewards \(smoothness\) have weight 0"):
         parse_rewards(["smoothness=0"], (0.4, 0.3, 0.3), True)
 
 
-def test_a_function_that_one_bucket_cannot_trace_runs_on_the_host_for_all(caplog):
-    """This holds for both orders of the buckets."""
+def test_a_function_that_cannot_be_traced_for_one_bucket_runs_on_the_host_for_all(caplog):
+    """The order of the buckets does not matter."""
 
     def picky(inputs):
         if inputs.image.shape[2] > 32:
             return np.asarray(inputs.image).mean((1, 2, 3))
         return inputs.image.mean((1, 2, 3))
 
-    def shapes(width):
+    def shapes_of_width(width):
         photo = jax.ShapeDtypeStruct((2, 32, width, 3), jnp.float32)
         return RewardInputs(image=photo, source=photo, mask=jax.ShapeDtypeStruct((2, 32, width), jnp.float32))
 
     for widths in ((32, 40), (40, 32)):
-        ready = check_reward(Reward("picky", picky, 1.0), *map(shapes, widths))
+        checked_reward = check_reward(Reward("picky", picky, 1.0), *map(shapes_of_width, widths))
         for width in widths:
             image = jnp.full((2, 32, width, 3), 0.25)
             inputs = RewardInputs(image=image, source=image, mask=jnp.ones((2, 32, width)))
-            np.testing.assert_allclose(jax.jit(ready.function)(inputs), 0.25)
+            np.testing.assert_allclose(jax.jit(checked_reward.function)(inputs), 0.25)

@@ -1,4 +1,4 @@
-"""Image metrics against loops in NumPy and closed forms, also at borders and in empty regions."""
+"""Compares image metrics with loops in NumPy and closed forms, also at borders and in empty regions."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-def blob(size, *boxes):
+def box_mask(size, *boxes):
     """Return a mask [1, size, size] float32 that is 1 in boxes (top, bottom, left, right)."""
     mask = np.zeros((1, size, size), np.float32)
     for top, bottom, left, right in boxes:
@@ -22,7 +22,7 @@ def blob(size, *boxes):
 
 
 def extreme_masks(size):
-    """Return 8 masks: nothing, everything, one pixel, all but one, a border, a line, half, a chessboard."""
+    """Return 8 masks: no pixel, all pixels, one pixel, all but one, a border, a line, one half, a chessboard."""
     masks = np.zeros((8, size, size), np.float32)
     masks[1] = 1
     masks[2, size // 2, size // 2] = 1
@@ -32,7 +32,7 @@ def extreme_masks(size):
     return masks
 
 
-def test_errors_count_in_the_region_alone(rng):
+def test_mse_psnr_and_masked_mean_depend_on_the_region_only(rng):
     image, target = rng.uniform(size=(2, 2, 6, 5, 3)).astype(np.float32)
     region = (rng.uniform(size=(2, 6, 5)) > 0.5).astype(np.float32)
     by_hand = np.array([((image[i] - target[i])[region[i] == 1] ** 2).mean() for i in range(2)])
@@ -45,9 +45,9 @@ def test_errors_count_in_the_region_alone(rng):
     )
 
 
-def test_equal_images_and_empty_regions_have_100_decibels():
+def test_equal_images_and_empty_regions_have_a_psnr_of_100():
     image = np.full((1, 4, 4, 3), 0.3, np.float32)
-    some, none = blob(4, (0, 2, 0, 2)), blob(4)
+    some, none = box_mask(4, (0, 2, 0, 2)), box_mask(4)
     assert (
         im.psnr(image, image, some)
         == im.psnr(image, 1 - image, none)
@@ -57,63 +57,63 @@ def test_equal_images_and_empty_regions_have_100_decibels():
     assert im.mse(image, 1 - image, none) == 0
 
 
-def test_trimmed_psnr_leaves_the_worst_pixels_out(rng):
+def test_trimmed_psnr_ignores_the_worst_pixels(rng):
     errors = rng.uniform(0.1, 0.5, (1, 10, 10)).astype(np.float32)
     region = np.ones((1, 10, 10), np.float32)
     region[:, :6] = 0  # 40 pixels remain, and 2 of them are trimmed
     target = np.zeros((1, 10, 10, 3), np.float32)
     image = np.repeat(errors[..., None], 3, -1)
-    kept = np.sort(errors[:, 6:].ravel())[:38]
+    smallest = np.sort(errors[:, 6:].ravel())[:38]
     np.testing.assert_allclose(
-        im.trimmed_psnr(image, target, region, 0.05), -10 * np.log10((kept**2).mean()), rtol=1e-5
+        im.trimmed_psnr(image, target, region, 0.05), -10 * np.log10((smallest**2).mean()), rtol=1e-5
     )
     # 6.25 % of 40 is 2.5 pixels, so the 38th pixel counts half.
     weight = np.r_[np.ones(37), 0.5]
     np.testing.assert_allclose(
-        im.trimmed_psnr(image, target, region, 0.0625), -10 * np.log10((weight * kept**2).sum() / 37.5), rtol=1e-5
+        im.trimmed_psnr(image, target, region, 0.0625), -10 * np.log10((weight * smallest**2).sum() / 37.5), rtol=1e-5
     )
     np.testing.assert_allclose(im.trimmed_psnr(image, target, region, 0.0), im.psnr(image, target, region), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 3, 20])
-def test_dilation_and_erosion_look_around_every_pixel(rng, pixels):
+def test_dilation_and_erosion_are_the_extremes_of_a_square_around_each_pixel(rng, pixels):
     mask = (rng.uniform(size=(1, 12, 9)) > 0.8).astype(np.float32)
-    around = np.array(
+    maxima = np.array(
         [
             [mask[0, max(0, y - pixels) : y + pixels + 1, max(0, x - pixels) : x + pixels + 1].max() for x in range(9)]
             for y in range(12)
         ]
     )
-    np.testing.assert_array_equal(im.dilate(mask, pixels)[0], around)
-    np.testing.assert_array_equal(im.erode(1 - mask, pixels)[0], 1 - around)
+    np.testing.assert_array_equal(im.dilate(mask, pixels)[0], maxima)
+    np.testing.assert_array_equal(im.erode(1 - mask, pixels)[0], 1 - maxima)
 
 
-def test_the_border_is_no_edge_of_a_mask():
-    np.testing.assert_array_equal(im.erode(blob(8, (0, 8, 0, 5)), 2), blob(8, (0, 8, 0, 3)))
-    np.testing.assert_array_equal(im.erode(blob(8, (0, 8, 0, 8)), 3), blob(8, (0, 8, 0, 8)))
+def test_erosion_does_not_remove_pixels_at_the_border_of_the_image():
+    np.testing.assert_array_equal(im.erode(box_mask(8, (0, 8, 0, 5)), 2), box_mask(8, (0, 8, 0, 3)))
+    np.testing.assert_array_equal(im.erode(box_mask(8, (0, 8, 0, 8)), 3), box_mask(8, (0, 8, 0, 8)))
 
 
-def test_bands_lie_along_the_edge():
-    mask = blob(20, (5, 15, 5, 15))
-    inner = blob(20, (6, 14, 6, 14)) - blob(20, (8, 12, 8, 12))
-    outer = blob(20, (2, 18, 2, 18)) - blob(20, (4, 16, 4, 16))
-    seam = blob(20, (3, 17, 3, 17)) - blob(20, (7, 13, 7, 13))
+def test_bands_follow_the_edge_of_the_mask():
+    mask = box_mask(20, (5, 15, 5, 15))
+    inner = box_mask(20, (6, 14, 6, 14)) - box_mask(20, (8, 12, 8, 12))
+    outer = box_mask(20, (2, 18, 2, 18)) - box_mask(20, (4, 16, 4, 16))
+    seam = box_mask(20, (3, 17, 3, 17)) - box_mask(20, (7, 13, 7, 13))
     np.testing.assert_array_equal(im.inner_band(mask, 1, 3), inner)
     np.testing.assert_array_equal(im.outer_band(mask, 1, 3), outer)
     np.testing.assert_array_equal(im.seam_band(mask > 0, 2), seam)
 
 
-def test_gaussian_blur_of_a_point_is_the_gaussian():
+def test_gaussian_blur_of_a_point_is_a_gaussian():
     image = np.zeros((1, 21, 21, 2), np.float32)
     image[0, 10, 10] = [1, 2]
-    at = np.arange(-10, 11)
-    kernel = np.exp(-0.5 * (at / 1.5) ** 2) * (abs(at) <= 6)
+    offsets = np.arange(-10, 11)
+    kernel = np.exp(-0.5 * (offsets / 1.5) ** 2) * (abs(offsets) <= 6)
     kernel /= kernel.sum()
     blurred = jax.jit(im.gaussian_blur, static_argnums=1)(image, 1.5)[0]
     np.testing.assert_allclose(blurred, np.outer(kernel, kernel)[..., None] * [1, 2], atol=1e-6)
 
 
-def test_gaussian_blur_repeats_the_border():
+def test_gaussian_blur_repeats_the_border_pixels():
     image = np.broadcast_to(np.linspace(0, 1, 8, dtype=np.float32)[:, None, None], (1, 8, 5, 1))
     padded = np.pad(image[0, :, 0, 0], 4, mode="edge")
     kernel = np.exp(-0.5 * np.arange(-4, 5) ** 2)
@@ -122,7 +122,7 @@ def test_gaussian_blur_repeats_the_border():
     np.testing.assert_allclose(blurred[0, :, 2, 0], by_hand, atol=1e-6)
 
 
-def test_gradients_and_laplacian_of_a_quadric():
+def test_gradients_and_laplacian_of_a_quadratic_image():
     y, x = np.indices((7, 9)).astype(np.float32)
     image = (2 * x + 0.5 * x**2 - y**2)[None, ..., None]
     inside = (0, slice(1, -1), slice(1, -1))
@@ -133,11 +133,11 @@ def test_gradients_and_laplacian_of_a_quadric():
     assert im.laplacian(image)[0, 0, 0, 0] == image[0, 0, 1, 0] + image[0, 1, 0, 0] - 2 * image[0, 0, 0, 0]
 
 
-def test_edge_difference_takes_the_pairs_across_the_edges(rng):
+def test_edge_difference_is_the_mean_over_pixel_pairs_across_the_mask_edges(rng):
     image = rng.uniform(size=(2, 7, 6, 3)).astype(np.float32)
     masks = (rng.uniform(size=(2, 2, 7, 6)) > 0.5).astype(np.float32)
     for i in range(2):
-        found = [
+        differences = [
             np.abs(image[i, y, x] - image[i, y + dy, x + dx]).mean()
             for mask in masks[:, i]
             for dy, dx in ((0, 1), (1, 0))
@@ -146,23 +146,23 @@ def test_edge_difference_takes_the_pairs_across_the_edges(rng):
             if mask[y, x] != mask[y + dy, x + dx]
         ]
         mean, count = im.edge_difference(image, *masks)
-        np.testing.assert_allclose([mean[i], count[i]], [np.mean(found), len(found)], rtol=1e-5)
+        np.testing.assert_allclose([mean[i], count[i]], [np.mean(differences), len(differences)], rtol=1e-5)
     assert im.edge_difference(image, np.ones((2, 7, 6)))[0].tolist() == [0, 0]
 
 
-def test_wasserstein_of_points_is_their_distance():
+def test_wasserstein_of_two_colors_is_their_distance():
     image = np.zeros((1, 4, 4, 3), np.float32)
     image[:, :, :2] = [0.2, 0.5, 0.9]
     image[:, :, 2:] = [0.35, 0.5, 0.0]
-    left, right = blob(4, (0, 4, 0, 2)), blob(4, (0, 4, 2, 4))
+    left, right = box_mask(4, (0, 4, 0, 2)), box_mask(4, (0, 4, 2, 4))
     np.testing.assert_allclose(im.wasserstein(image, left, right), (0.15 + 0.0 + 0.9) / 3, atol=1e-5)
-    assert im.wasserstein(image, left, blob(4)) == im.wasserstein(image, blob(4), right) == 0
+    assert im.wasserstein(image, left, box_mask(4)) == im.wasserstein(image, box_mask(4), right) == 0
 
 
 def test_wasserstein_is_the_mean_distance_of_sorted_values(rng):
     image = rng.uniform(size=(1, 16, 16, 3)).astype(np.float32)
     image[:, :, 8:] **= 2
-    left, right = blob(16, (0, 16, 0, 8)), blob(16, (0, 16, 8, 16))
+    left, right = box_mask(16, (0, 16, 0, 8)), box_mask(16, (0, 16, 8, 16))
     first, second = (np.sort(half.reshape(-1, 3), axis=0) for half in (image[:, :, :8], image[:, :, 8:]))
     np.testing.assert_allclose(im.wasserstein(image, left, right), np.abs(first - second).mean(), atol=2e-3)
 
@@ -173,7 +173,7 @@ def test_extreme_masks_give_finite_values(rng, size):
     image, target = rng.uniform(size=(2, len(masks), size, size, 3)).astype(np.float32)
 
     @jax.jit
-    def everything(image, target, masks):
+    def compute_metrics(image, target, masks):
         bands = [im.inner_band(masks, 1, 9), im.outer_band(masks, 1, 9), im.seam_band(masks, 2)]
         regions = [masks, 1 - masks, *bands]
         return (
@@ -182,11 +182,11 @@ def test_extreme_masks_give_finite_values(rng, size):
             im.wasserstein(image, *bands[:2]),
         )
 
-    values = jnp.stack(jax.tree.leaves(everything(image, target, masks)))
+    values = jnp.stack(jax.tree.leaves(compute_metrics(image, target, masks)))
     assert np.isfinite(values).all() and values.min() >= 0
 
 
-def test_batches_map_and_scan_as_they_are(rng):
+def test_metrics_have_the_same_values_under_vmap_and_scan(rng):
     image, target = rng.uniform(size=(2, 3, 2, 16, 16, 3)).astype(np.float32)
     masks = (rng.uniform(size=(3, 2, 16, 16)) > 0.7).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The registry of rewards, and the total reward of scores."""
+"""Tests the registry of rewards, and the total reward of scores."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ WEIGHTS = (0.4, 0.3, 0.3)
 GRAY = np.full((1, 32, 32, 3), 0.5, np.float32)
 
 
-def test_scores_are_mapped_to_signs_weighed_and_summed():
+def test_total_reward_maps_scores_to_minus_1_to_1_and_sums_them_with_weights():
     assert SCORES == ("removal", "background", "smoothness")
     scores = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 0.25, 0.5], [0.1, 0.9, 0.0]])
     by_hand = [1.0, -1.0, 0.0, 0.4 - 0.15, 0.4 * -0.8 + 0.3 * 0.8 - 0.3]
@@ -23,18 +23,18 @@ def test_weights_need_not_sum_to_one():
     np.testing.assert_allclose(total_reward(np.array([1.0, 0.0, 0.75]), (2.0, 0.5, 1.0)), 2.0 - 0.5 + 0.5, atol=1e-6)
 
 
-def test_the_registry_marks_rewards_that_need_a_ground_truth():
-    needing = {name for name, reward in REWARDS.items() if reward.needs_target}
-    assert needing == {"removal", "background", "lpips"}
+def test_rewards_that_need_a_ground_truth_are_marked_and_refuse_to_run_without_one():
+    names = {name for name, reward in REWARDS.items() if reward.needs_target}
+    assert names == {"removal", "background", "lpips"}
     assert default_rewards(True) == SCORES
     assert default_rewards(False) == ("removal_without_target", "background_without_target", "smoothness")
-    blind = RewardInputs(GRAY, GRAY, np.zeros((1, 32, 32), np.float32))
-    for name in needing:
+    without_target = RewardInputs(GRAY, GRAY, np.zeros((1, 32, 32), np.float32))
+    for name in names:
         with pytest.raises(ValueError, match=f"reward '{name}' needs a ground truth, but target is None"):
-            REWARDS[name].function(blind)
+            REWARDS[name].function(without_target)
 
 
-def test_a_reward_can_be_registered_once(monkeypatch):
+def test_a_reward_name_can_be_registered_only_once(monkeypatch):
     monkeypatch.setattr(registry, "REWARDS", dict(REWARDS))
 
     @register_reward("brightness", needs_target=False)

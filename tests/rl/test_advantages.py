@@ -1,4 +1,4 @@
-"""Advantages and sample weights against values computed by hand."""
+"""Compares advantages and sample weights with values computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +9,14 @@ from ra_jax.rl.advantages import group_advantages, human_advantages, sample_weig
 WEIGHTS = (0.4, 0.3, 0.3)
 
 
-def column(*removal):
+def make_scores(*removal):
     """Return scores [R, 3] with the given removal scores; background and smoothness are 0.5."""
     return np.stack([removal, *[np.full(len(removal), 0.5)] * 2], axis=1)
 
 
-def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedom():
+def test_advantages_are_residuals_divided_by_the_unbiased_pooled_std():
     # Residuals ∓0.2 and −0.1, −0.1, 0.2: their squares sum to 0.14. 5 records in 2 groups leave 3 degrees of freedom.
-    scores = column(0.2, 0.6, 0.5, 0.5, 0.8)
+    scores = make_scores(0.2, 0.6, 0.5, 0.5, 0.8)
     pooled = np.sqrt(0.14 / 3)
     expected = 0.4 * np.array([-0.2, 0.2, -0.1, -0.1, 0.2]) / pooled
     advantages = human_advantages(scores, np.array([0, 0, 1, 1, 1]), WEIGHTS)
@@ -24,7 +24,7 @@ def test_advantages_are_residuals_over_the_pooled_std_with_its_degrees_of_freedo
     np.testing.assert_allclose(advantages, expected, rtol=1e-5)
 
 
-def test_scores_are_standardized_one_by_one_and_weighted():
+def test_each_score_is_standardized_separately_and_weighted():
     # Two groups of two records leave 2 degrees of freedom. Residuals by score: ±0.1 and ±0.1, ±0.2 and 0, 0 and ±0.3.
     scores = np.array([[0.4, 0.7, 0.5], [0.6, 0.3, 0.5], [0.7, 0.5, 0.9], [0.5, 0.5, 0.3]])
     a, b, c = 0.1 / np.sqrt(0.04 / 2), 0.2 / np.sqrt(0.08 / 2), 0.3 / np.sqrt(0.18 / 2)
@@ -36,29 +36,29 @@ def test_scores_are_standardized_one_by_one_and_weighted():
 def test_records_of_a_group_need_not_be_adjacent():
     scores = np.random.default_rng(0).uniform(size=(6, 3))
     groups, order = np.array([0, 0, 1, 1, 2, 2]), np.array([4, 0, 2, 5, 3, 1])
-    apart = human_advantages(scores[order], groups[order], WEIGHTS)
-    np.testing.assert_allclose(apart, human_advantages(scores, groups, WEIGHTS)[order], rtol=1e-6)
+    shuffled = human_advantages(scores[order], groups[order], WEIGHTS)
+    np.testing.assert_allclose(shuffled, human_advantages(scores, groups, WEIGHTS)[order], rtol=1e-6)
 
 
-def test_a_single_result_is_centered_on_the_data_set_and_takes_no_degree_of_freedom():
+def test_a_group_of_one_is_centered_on_the_data_set_and_takes_no_degree_of_freedom():
     # The pair leaves 1 degree of freedom, so the pooled std is √(0.08/1). The mean of the data set is 0.5.
-    scores = column(0.2, 0.6, 0.7)
+    scores = make_scores(0.2, 0.6, 0.7)
     expected = 0.4 * np.array([-0.2, 0.2, 0.2]) / np.sqrt(0.08)
     np.testing.assert_allclose(human_advantages(scores, np.array([0, 0, 1]), WEIGHTS), expected, rtol=1e-5)
 
 
-def test_only_single_results_are_standardized_over_the_data_set():
-    scores = column(0.2, 0.6, 0.7)
+def test_groups_of_one_without_larger_groups_are_standardized_over_the_data_set():
+    scores = make_scores(0.2, 0.6, 0.7)
     expected = 0.4 * (scores[:, 0] - 0.5) / scores[:, 0].std()
     np.testing.assert_allclose(human_advantages(scores, np.arange(3), WEIGHTS), expected, rtol=1e-5)
 
 
-def test_a_tiny_std_is_held_at_its_floor():
-    advantages = human_advantages(column(0.500, 0.506), np.array([0, 0]), WEIGHTS)  # pooled std 0.0042
+def test_a_pooled_std_below_the_floor_is_replaced_by_the_floor():
+    advantages = human_advantages(make_scores(0.500, 0.506), np.array([0, 0]), WEIGHTS)  # pooled std 0.0042
     np.testing.assert_allclose(advantages, 0.4 * np.array([-0.003, 0.003]) / 0.02, rtol=1e-4)
 
 
-def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
+def test_each_score_is_clipped_at_five_standard_deviations():
     removal = np.full(80, 0.5)
     removal[0] = 1.0
     groups = np.repeat(np.arange(20), 4)
@@ -66,14 +66,14 @@ def test_an_outlier_is_clipped_at_five_deviations_in_each_score():
     pooled = np.sqrt((residual**2).sum() / 60)
     assert residual[0] / pooled > 5
     removal[4:] += np.tile([0.001, -0.001], 38)  # gives every other group a std above 0
-    advantages = human_advantages(column(*removal), groups, WEIGHTS)
+    advantages = human_advantages(make_scores(*removal), groups, WEIGHTS)
     assert advantages[0] == pytest.approx(0.4 * 5)
     np.testing.assert_allclose(advantages[1:4], 0.4 * -0.125 / pooled, rtol=1e-3)
-    lowest = human_advantages(1 - column(*removal), groups, WEIGHTS)
+    lowest = human_advantages(1 - make_scores(*removal), groups, WEIGHTS)
     assert lowest[0] == pytest.approx(0.4 * -5)
 
 
-def test_a_group_of_equal_rewards_has_no_advantage():
+def test_a_group_of_equal_rewards_has_advantages_of_zero():
     # Group 0: scores differ, but total rewards are equal (0.3·0.4 − 0.4·0.3 = 0). Group 1: rewards differ. Group 2: one
     # record.
     scores = np.array([[0.5, 0.5, 0.5], [0.8, 0.1, 0.5], [0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]])
@@ -86,7 +86,7 @@ def test_a_group_of_equal_rewards_has_no_advantage():
     assert advantages[4] != 0
 
 
-def test_a_group_with_a_std_below_a_thousandth_counts_as_equal():
+def test_a_reward_std_below_a_thousandth_counts_as_zero():
     groups = np.array([0, 0, 1, 1])
     assert zero_std_groups(np.array([0.0, 0.0018, 0.0, 0.0022]), groups).tolist() == [True, True, False, False]
 
@@ -98,7 +98,7 @@ def test_sample_weights_none_are_one():
     np.testing.assert_array_equal(sample_weights(REWARDS, GROUPS, "none"), np.ones(6, np.float32))
 
 
-def test_sample_weights_by_score_are_the_reward_in_zero_to_one():
+def test_sample_weights_by_score_are_rewards_mapped_to_zero_to_one():
     mapped = np.array([0.75, 0.4, 0.55, 0.65, 0.65, 0.0])
     np.testing.assert_allclose(sample_weights(REWARDS, GROUPS, "score"), mapped / 0.5, rtol=1e-6)
     wider = sample_weights(2 * REWARDS, GROUPS, "score", limit=2.0)  # score weights that sum to 2
@@ -118,7 +118,7 @@ def test_sample_weights_softmax_have_the_same_sum_in_every_group():
     np.testing.assert_allclose(np.bincount(GROUPS, weights), [2, 2, 2], rtol=1e-5)
 
 
-def test_softmax_of_a_group_far_below_the_best_is_finite():
+def test_softmax_weights_of_a_group_with_low_rewards_are_finite():
     weights = sample_weights(np.array([1.0, 0.9, -0.99, -1.0]), np.array([0, 0, 1, 1]), "softmax", temperature=1e-3)
     low = 1 / (1 + np.exp(-10))
     np.testing.assert_allclose(weights, 2 * np.array([1, 0, low, 1 - low]), atol=1e-5)
@@ -133,15 +133,18 @@ def test_sample_weights_have_mean_one(kind):
     assert weights.mean() == pytest.approx(1, abs=1e-6)
 
 
-def test_errors_name_the_setting():
+def test_wrong_weightings_and_zero_weights_are_refused():
     with pytest.raises(ValueError, match="base_loss_weighting='worst': expected one of none, score, softmax, best"):
         sample_weights(REWARDS, GROUPS, "worst")
     with pytest.raises(ValueError, match="base_loss_weighting='score' gives every record weight 0"):
         sample_weights(np.full(3, -1.0), np.arange(3), "score")
 
 
-def test_rollouts_are_compared_within_their_group_and_score():
-    """Against a loop over groups and scores, with the floor of the std, the limit and a group of equal rewards."""
+def test_group_advantages_compare_the_rollouts_of_a_group_separately_for_each_score():
+    """Compares with a loop over groups and scores.
+
+    One group has nearly equal rewards. Another group has a score with a std below the floor.
+    """
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=(6, 4, 3)).astype(np.float32)
     scores[:, 1] = 0.5 + 1e-5 * rng.normal(size=(6, 3))  # nearly equal: std below 1e-3

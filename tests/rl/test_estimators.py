@@ -1,4 +1,4 @@
-"""Estimators: values against loops and closed forms, draws shared by a group, the ratio of a real network."""
+"""Compares estimators with loops and closed forms; tests the draws that a group shares and the ratio of a network."""
 
 from functools import cache, partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from ra_jax.rl.estimators import (
     matching_cache,
     matching_log_prob,
     normalized_log_ratio,
-    repeat,
+    repeat_rows,
     sde_log_prob,
 )
 
@@ -38,13 +38,13 @@ def make_cache(keys, tokens=6, features=8, count=3, fraction=0.7) -> MatchingCac
     return jax.jit(partial(matching_cache, count=count, fraction=fraction))(keys, clean, region)
 
 
-def test_log_prob_is_minus_the_mean_error_over_the_temperature():
+def test_log_prob_is_minus_the_mean_error_divided_by_the_temperature():
     keys = random_keys(0, 1)
     cache = make_cache(keys)
     bias = np.random.default_rng(1).normal(size=(2, 6, 8)).astype(np.float32)
 
     def velocity(scale, x, t):
-        return scale * jnp.tanh(x) * t[:, None, None] + repeat(jnp.asarray(bias), 3)
+        return scale * jnp.tanh(x) * t[:, None, None] + repeat_rows(jnp.asarray(bias), 3)
 
     log_prob, predicted = jax.jit(partial(matching_log_prob, velocity, temperature=TEMPERATURE))(0.7, cache)
     clean, times, noise, region = (np.asarray(x, np.float64) for x in vars(cache).values())
@@ -61,17 +61,17 @@ def test_log_prob_is_minus_the_mean_error_over_the_temperature():
     assert log_prob.dtype == jnp.float32
 
 
-def test_samples_of_a_group_share_times_and_noise_at_every_position():
-    apart, together = make_cache(random_keys(5, 7, 5)), make_cache(random_keys(7, 5))
-    assert not np.array_equal(apart.clean[0], apart.clean[2])
-    for drawn in (apart.times, apart.noise):
-        np.testing.assert_array_equal(drawn[0], drawn[2])
-        assert not np.array_equal(drawn[0], drawn[1])
-    np.testing.assert_array_equal(apart.times[:2], together.times[::-1])
-    np.testing.assert_array_equal(apart.noise[:2], together.noise[::-1])
+def test_samples_of_a_group_share_times_and_noise_at_any_position_in_the_batch():
+    cache, reordered = make_cache(random_keys(5, 7, 5)), make_cache(random_keys(7, 5))
+    assert not np.array_equal(cache.clean[0], cache.clean[2])
+    for draws in (cache.times, cache.noise):
+        np.testing.assert_array_equal(draws[0], draws[2])
+        assert not np.array_equal(draws[0], draws[1])
+    np.testing.assert_array_equal(cache.times[:2], reordered.times[::-1])
+    np.testing.assert_array_equal(cache.noise[:2], reordered.noise[::-1])
 
 
-def test_a_cache_is_a_function_of_its_keys():
+def test_equal_keys_give_equal_caches():
     first, again = make_cache(random_keys(3)), make_cache(random_keys(3))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert first.times.shape == (1, 3)
@@ -89,23 +89,23 @@ def test_times_lie_in_the_noisiest_fraction_and_noise_is_standard_normal():
     assert np.abs(correlation).max() < 0.4  # the noise of every pair (record, k) is independent
 
 
-def make_transitions(make_steps=2, samples=2, tokens=6, features=8) -> TransitionCache:
+def make_transitions(steps=2, samples=2, tokens=6, features=8) -> TransitionCache:
     rng = np.random.default_rng(2)
-    states = rng.normal(size=(samples, make_steps + 1, tokens, features)).astype(np.float32)
+    states = rng.normal(size=(samples, steps + 1, tokens, features)).astype(np.float32)
     region = rng.uniform(size=(samples, tokens, 4)).astype(np.float32)
     region[:, :2] = 0.0  # two tokens outside Ω
     region /= region.sum((1, 2), keepdims=True)
     states, region = jnp.asarray(states), jnp.asarray(region)
-    return TransitionCache(states, jnp.linspace(0.8, 0.4, make_steps + 1), region, noise_level=0.7)
+    return TransitionCache(states, jnp.linspace(0.8, 0.4, steps + 1), region, noise_level=0.7)
 
 
 def scaled_tanh(scale, x, t):
-    return scale * jnp.tanh(x) + 0.1 * repeat(jnp.arange(2), len(x) // 2)[:, None, None]
+    return scale * jnp.tanh(x) + 0.1 * repeat_rows(jnp.arange(2), len(x) // 2)[:, None, None]
 
 
 @pytest.mark.torch
-def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
-    """Against torch's Normal at each element, with the sampler's μ and std, averaged over Ω and steps."""
+def test_sde_log_prob_is_the_mean_log_density_of_the_sampled_steps():
+    """Compares with torch's Normal at each element, with the sampler's μ and std, averaged over Ω and steps."""
     cache = make_transitions()
     log_prob, mean, std, predicted = jax.jit(partial(sde_log_prob, scaled_tanh))(0.7, cache)
     times, states = (np.asarray(x, np.float64) for x in (cache.times, cache.states))
@@ -126,9 +126,10 @@ def test_sde_log_prob_is_the_density_of_the_steps_that_were_taken():
 
 
 def test_normalized_ratio_has_mean_0_and_a_std_independent_of_size():
-    """For steps drawn from the old policy, the log-ratio has mean −r²/2 and std r/√D, the normalized one 0 and r.
+    """Compares with the formula log ρ̂ = √D·mean(z·δ), and checks mean and std over 4000 samples.
 
-    Checked against the formula log ρ̂ = √D·mean(z·δ), and over many draws.
+    For steps sampled from the old policy, the log-ratio has mean −r²/2 and std r/√D. The normalized log-ratio has mean
+    0 and std r.
     """
     samples, tokens, features, delta, std = 4000, 16, 8, 0.3, 0.5
     rng = np.random.default_rng(0)
@@ -164,7 +165,7 @@ def test_normalized_ratio_scales_the_gradient_at_the_old_policy():
 
 
 class Policy:
-    """ℓ of a FLUX model with experts and router, for two records of one group and one record of another."""
+    """Log-probability ℓ of a FLUX model with experts and router, for two records of one group and one of another."""
 
     GRID = (4, 8)
 
@@ -186,9 +187,9 @@ class Policy:
     def log_prob(self, trainable) -> jax.Array:
         def velocity(params, x, t):
             gates, _ = self.model.gates(params, self.condition)
-            points = len(x) // 3
-            condition = jax.tree.map(lambda leaf: repeat(jnp.asarray(leaf), points), self.condition)
-            arguments = {"adapter": Adapter(repeat(gates, points)), "guidance_scale": 30.0}
+            num_points = len(x) // 3
+            condition = jax.tree.map(lambda leaf: repeat_rows(jnp.asarray(leaf), num_points), self.condition)
+            arguments = {"adapter": Adapter(repeat_rows(gates, num_points)), "guidance_scale": 30.0}
             return self.model.velocity(params, self.frozen, x, t, condition, **arguments)
 
         if self.estimator == "sde":
@@ -208,8 +209,8 @@ class Policy:
 
 
 @pytest.fixture(scope="module")
-def make_steps(load_tiny_experts):
-    """Return a factory of (experts of a dtype, compiled `Policy.step`)."""
+def make_policy_step(load_tiny_experts):
+    """Return a function: (dtype, estimator) -> trainable parameters of tiny experts, and a compiled `Policy.step`."""
 
     @cache
     def make(dtype, estimator="matching"):
@@ -221,9 +222,9 @@ def make_steps(load_tiny_experts):
 
 @pytest.mark.parametrize("estimator", ["matching", "sde"])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])
-def test_equal_parameters_give_a_ratio_of_one(make_steps, dtype, limit, estimator):
-    """Forward pass and differentiated pass agree for equal parameters, and differ for other parameters."""
-    trainable, step = make_steps(dtype, estimator)
+def test_equal_parameters_give_a_ratio_of_one(make_policy_step, dtype, limit, estimator):
+    """The old ℓ comes from a forward pass, the new ℓ from a pass with gradient. They differ after an update."""
+    trainable, step = make_policy_step(dtype, estimator)
     snapshot = jax.tree.map(np.array, trainable)
     log_prob, old, gradient = step(trainable, snapshot)
     assert np.isfinite(log_prob).all()
@@ -235,8 +236,8 @@ def test_equal_parameters_give_a_ratio_of_one(make_steps, dtype, limit, estimato
     assert np.abs(log_prob - old).max() > 10 * limit
 
 
-def test_the_policy_gradient_reaches_experts_and_router(make_steps):
-    trainable, step = make_steps("float32")
+def test_the_policy_gradient_reaches_experts_and_router(make_policy_step):
+    trainable, step = make_policy_step("float32")
     _, _, gradient = step(trainable, trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)

@@ -1,5 +1,6 @@
-"""The clipped policy loss against PPO's formula in torch, the flow-matching error, and the temperature."""
+"""Compares the clipped policy loss with PPO's formula in torch; tests the flow-matching error and the temperature."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import jax
@@ -26,38 +27,48 @@ def ppo(log_prob: "torch.Tensor") -> "torch.Tensor":
     return -torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - EPSILON, 1 + EPSILON) * advantages).mean()
 
 
+@dataclass(frozen=True)
+class ClippedLoss:
+    """Value and metrics of the clipped loss, and its gradients for each of its inputs."""
+
+    value: jax.Array
+    metrics: dict[str, jax.Array]
+    log_prob_gradient: jax.Array
+    old_gradient: jax.Array
+    advantages_gradient: jax.Array
+
+
 @pytest.fixture
-def compute_loss_and_gradients():
+def clipped_loss():
     def loss(log_prob, old, advantages):
         return clipped_policy_loss(log_prob - jax.lax.stop_gradient(old), advantages, clip_range=EPSILON)
 
     (value, metrics), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(OLD + LOG_RATIOS, OLD, ADVANTAGES)
-    return value, metrics, gradients
+    return ClippedLoss(value, metrics, *gradients)
 
 
 @pytest.mark.torch
-def test_loss_and_gradient_are_ppos(compute_loss_and_gradients):
-    value, _, (gradient, *_) = compute_loss_and_gradients
+def test_loss_and_gradient_match_ppo(clipped_loss):
     log_prob = torch.from_numpy(OLD + LOG_RATIOS).requires_grad_()
     theirs = ppo(log_prob)
     theirs.backward()
-    np.testing.assert_allclose(value, theirs.detach(), rtol=1e-5)
-    np.testing.assert_allclose(gradient, log_prob.grad, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(clipped_loss.value, theirs.detach(), rtol=1e-5)
+    np.testing.assert_allclose(clipped_loss.log_prob_gradient, log_prob.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_there_is_a_gradient_only_where_a_step_is_not_clipped(compute_loss_and_gradients):
-    _, _, (gradient, to_old, to_advantages) = compute_loss_and_gradients
+def test_clipped_samples_old_policy_and_advantages_get_no_gradient(clipped_loss):
+    gradient = clipped_loss.log_prob_gradient
     ratio = np.exp(LOG_RATIOS)
-    gained = ((ADVANTAGES > 0) & (ratio > 1 + EPSILON)) | ((ADVANTAGES < 0) & (ratio < 1 - EPSILON))
-    held = gained | (np.abs(LOG_RATIOS) > 3)
-    assert 0 < held.sum() < held.size
-    np.testing.assert_array_equal(np.asarray(gradient) == 0, held)
-    np.testing.assert_allclose(gradient[~held], (-ADVANTAGES * ratio / ratio.size)[~held], rtol=1e-5)
-    assert not np.any(to_old) and not np.any(to_advantages)
+    beyond_range = ((ADVANTAGES > 0) & (ratio > 1 + EPSILON)) | ((ADVANTAGES < 0) & (ratio < 1 - EPSILON))
+    clipped = beyond_range | (np.abs(LOG_RATIOS) > 3)
+    assert 0 < clipped.sum() < clipped.size
+    np.testing.assert_array_equal(np.asarray(gradient) == 0, clipped)
+    np.testing.assert_allclose(gradient[~clipped], (-ADVANTAGES * ratio / ratio.size)[~clipped], rtol=1e-5)
+    assert not np.any(clipped_loss.old_gradient) and not np.any(clipped_loss.advantages_gradient)
 
 
-def test_metrics(compute_loss_and_gradients):
-    _, metrics, _ = compute_loss_and_gradients
+def test_metrics_are_the_mean_ratio_the_clip_fraction_and_the_approximate_kl(clipped_loss):
+    metrics = clipped_loss.metrics
     log_ratio = np.clip(LOG_RATIOS, -3, 3)
     ratio = np.exp(log_ratio)
     assert float(metrics["mean_ratio"]) == pytest.approx(ratio.mean(), rel=1e-5)
@@ -76,7 +87,7 @@ def test_equal_policies_give_the_plain_policy_gradient():
     np.testing.assert_allclose(gradient, -ADVANTAGES / ADVANTAGES.size, rtol=1e-6)
 
 
-def test_any_mean_can_be_given():
+def test_a_weighted_mean_applies_to_the_loss_and_all_metrics():
     weights = np.linspace(0, 1, 14)
     weights /= weights.sum()
     value, metrics = clipped_policy_loss(

@@ -1,4 +1,4 @@
-"""Experience of a step: encoded conditions, the samples to learn from, their advantages and the old policy's values.
+"""Experience of a step: encoded conditions, the samples to learn from, their advantages and the old policy's terms.
 
 In human mode each condition has one sample, the record's result. The other results of its scene are adjacent records of
 the batch. In automatic mode each condition has `num_generations` samples, the rollouts of the current weights.
@@ -37,7 +37,7 @@ class Experience:
         batch: the microbatch; None until `collect_experience` adds it.
         samples: [G, B, ...]; None if there is no policy term.
         advantages: A [G, B]; None if there is no policy term.
-        old: the old policy's values of each sample, [G, ...]; None if there is no policy term.
+        old: the old policy's terms of each sample, [G, ...]; None if there is no policy term.
         rewards_finite: whether all rewards of the step are finite, a bool scalar. If not, all advantages and all
             latents of samples are 0. None without rollouts.
     """
@@ -103,15 +103,15 @@ def collect_experience(
 
 
 def evaluate_old_policy(objective: Objective, state: TrainState, context: Context, samples: Sample, sync) -> OldPolicy:
-    """Compute the old policy's values [G, ...] of every sample.
+    """Compute the old policy's terms [G, ...] of every sample.
 
     Zeros stand in for them if the old policy equals the current weights: if `sync` is true, or if the state has no
-    separate old policy. `Objective.policy` replaces them by the current policy's values.
+    separate old policy. `Objective.policy_loss` replaces them by the current policy's terms.
     """
 
     def evaluate(weights) -> OldPolicy:
         def evaluate_sample(_, sample: Sample):
-            return None, objective.evaluate_policy(weights, context, sample).values
+            return None, objective.evaluate_policy(weights, context, sample).terms
 
         return jax.lax.scan(evaluate_sample, None, samples)[1]
 

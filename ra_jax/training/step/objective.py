@@ -21,7 +21,7 @@ from ra_jax.models.fill_model import FillModel, Weights
 from ra_jax.models.lora import Adapter
 from ra_jax.models.router import diversity_loss
 from ra_jax.parallel.collectives import all_mean, all_sum
-from ra_jax.rl.estimators import repeat
+from ra_jax.rl.estimators import repeat_rows
 from ra_jax.rl.losses import flow_matching_error
 from ra_jax.rl.policy import OldPolicy, PolicyOutput, evaluate_policy, policy_cache, policy_loss, velocity_distance
 from ra_jax.rl.rollouts import Sample
@@ -75,7 +75,7 @@ class Objective:
         noise = jax.vmap(lambda key: jax.random.normal(key, (tokens, features), jnp.float32))(noise_key)
         return noise, jax.vmap(lambda key: self.schedule.training_time(key, tokens))(time_key), dropout_key
 
-    def base(self, trainable, context: Context, update: jax.Array) -> tuple[jax.Array, Metrics]:
+    def base_loss(self, trainable, context: Context, update: jax.Array) -> tuple[jax.Array, Metrics]:
         """Compute the base loss of a microbatch, times w_base, and the metric base_loss (without w_base).
 
             base = mean( sample_weight · mean_Ω ‖v_θ(x_t, t, c) − (ε − x0)‖² )
@@ -106,13 +106,15 @@ class Objective:
             gates = jax.nn.one_hot(sample.experts, gates.shape[-1])
 
         def velocity(params, x, t):
-            points = len(x) // len(encoded.region)
+            num_points = len(x) // len(encoded.region)
             if self.settings.sequential_timesteps:
                 adapter = Adapter(gates)
                 return map_timesteps(
-                    lambda x, t: self.velocity(params, frozen, x, t, encoded.condition, adapter), x, t, points
+                    lambda x, t: self.velocity(params, frozen, x, t, encoded.condition, adapter), x, t, num_points
                 )
-            condition, point_gates = jax.tree.map(lambda leaf: repeat(leaf, points), (encoded.condition, gates))
+            condition, point_gates = jax.tree.map(
+                lambda leaf: repeat_rows(leaf, num_points), (encoded.condition, gates)
+            )
             return self.velocity(params, frozen, x, t, condition, Adapter(point_gates))
 
         keys, settings = group_keys(context.batch, context.seed), self.settings.policy
@@ -121,7 +123,7 @@ class Objective:
             velocity, trainable, cache, settings, temperature=context.temperature, routing_log_prob=routing
         )
 
-    def policy(
+    def policy_loss(
         self,
         trainable,
         context: Context,
@@ -138,16 +140,16 @@ class Objective:
             context: the microbatch and τ.
             sample: one sample of each of B conditions.
             advantages: A [B].
-            old: the old policy's values of the sample.
-            on_policy: bool scalar, whether θ_old equals θ. The old values are then the current ones without gradient,
+            old: the old policy's terms of the sample.
+            on_policy: bool scalar, whether θ_old equals θ. The old terms are then the current ones without gradient,
                 so that ρ is exactly 1.
 
         Returns:
-            The loss, and (metrics, the old policy's values that were used).
+            The loss, and (metrics, the old policy's terms that were used).
         """
         settings = self.settings
         output = self.evaluate_policy(trainable, context, sample)
-        current = jax.lax.stop_gradient(output.values)
+        current = jax.lax.stop_gradient(output.terms)
         old = jax.tree.map(lambda new, old: jnp.where(on_policy, new, old), current, old)
         loss, metrics = policy_loss(output, old, advantages, settings.policy, mean=self.mean)
         total, metrics = settings.policy_loss_weight * loss, metrics | {"policy_loss": loss}
@@ -162,7 +164,7 @@ class Objective:
         """Compute the router's input [B, F] from a microbatch's conditions; None without a router."""
         return None if self.model.router is None else self.model.router_features(encoded.condition)
 
-    def diversity(
+    def diversity_loss(
         self, trainable, features: jax.Array, weights: jax.Array, router_mean: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         """Compute w_diversity·diversity over all conditions of a step.
@@ -217,13 +219,13 @@ class Objective:
         """Compute v_θ and v_base at the same R points, [R, N, 4C] each."""
         # Gates of 0 give the base. One pass over 2R rows lets the compiler keep one copy of the network instead of two.
         # The two rows of a point are adjacent, so that both stay on the point's device.
-        x, t, condition = jax.tree.map(lambda leaf: repeat(leaf, 2), (x, t, condition))
+        x, t, condition = jax.tree.map(lambda leaf: repeat_rows(leaf, 2), (x, t, condition))
         paired_gates = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
         velocity = self.velocity(trainable, frozen, x, t, condition, Adapter(paired_gates))
         return velocity[0::2], velocity[1::2]
 
 
-def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, points: int) -> jax.Array:
+def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, num_points: int) -> jax.Array:
     """Compute `velocity` one point at a time, each for all records at once. Returns the velocities [R, N, 4C].
 
     A point is recomputed in the backward pass, so that memory is that of one point at the cost of one more forward
@@ -235,7 +237,7 @@ def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, points: int) -
         t: [R].
         points: number of points per record.
     """
-    x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, points, *a.shape[1:]), 1, 0) for a in (x, t))
+    x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, num_points, *a.shape[1:]), 1, 0) for a in (x, t))
     by_point = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
     return jnp.moveaxis(by_point, 0, 1).reshape(x.shape)
 

@@ -1,7 +1,7 @@
 """One training step: a pure function of (state, frozen, batch), compiled as one program.
 
 The policy gradient is computed by this chain of calls: `train_step` → `learn` → `compute_gradients` →
-`Objective.policy` → `rl.policy.policy_loss` → `rl.losses.clipped_policy_loss`.
+`Objective.policy_loss` → `rl.policy.policy_loss` → `rl.losses.clipped_policy_loss`.
 
 Shapes: A microbatches of B records, G samples of each condition.
 """
@@ -80,12 +80,12 @@ def learn(
     router_mean = state.router_mean
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
-        state, old_values = carry
-        gradients, metrics, old_values = compute_gradients(
+        state, old_terms = carry
+        gradients, metrics, old_terms = compute_gradients(
             objective,
             state,
             frozen,
-            replace(experience, old=old_values),
+            replace(experience, old=old_terms),
             update=state.step * settings.updates + number,
             on_policy=on_policy & (number == 0),
         )
@@ -96,7 +96,7 @@ def learn(
         metrics["grad_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old_values), metrics
+        return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old_terms), metrics
 
     (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
     return state, metrics
@@ -134,44 +134,44 @@ def compute_gradients(
         on_policy: bool scalar, whether the weights equal the old policy's.
 
     Returns:
-        The gradient, the metrics, and the old policy's values for the next update.
+        The gradient, the metrics, and the old policy's terms for the next update.
     """
 
     def add_policy_gradient(total, sample_inputs, context: Context):
-        loss_and_gradient = jax.value_and_grad(objective.policy, has_aux=True)
-        (loss, (metrics, old_values)), gradient = loss_and_gradient(
+        loss_and_gradient = jax.value_and_grad(objective.policy_loss, has_aux=True)
+        (loss, (metrics, old_terms)), gradient = loss_and_gradient(
             state.trainable, context, *sample_inputs, on_policy=on_policy
         )
         num_samples = experience.advantages.shape[1]
         # where(), not * 0: the gradient of samples without finite rewards may be NaN.
         total = jax.tree.map(lambda t, g: t + jnp.where(rewards_finite, g / num_samples, 0.0), total, gradient)
         metrics = jax.tree.map(lambda x: jnp.where(rewards_finite, x, jnp.nan), metrics)  # NaN: not measured
-        return total, (metrics | {"train_loss": jnp.where(rewards_finite, loss, 0.0)}, old_values)
+        return total, (metrics | {"train_loss": jnp.where(rewards_finite, loss, 0.0)}, old_terms)
 
     def add_microbatch_gradient(total, experience: Experience):
         context = Context(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
-        metrics, old_values = {"train_loss": jnp.zeros(())}, None
+        metrics, old_terms = {"train_loss": jnp.zeros(())}, None
         if experience.encoded.clean is not None:
-            loss_and_gradient = jax.value_and_grad(objective.base, has_aux=True)
+            loss_and_gradient = jax.value_and_grad(objective.base_loss, has_aux=True)
             (loss, base_metrics), gradient = loss_and_gradient(state.trainable, context, update)
             total = jax.tree.map(jnp.add, total, gradient)
             metrics = base_metrics | {"train_loss": loss}
         if experience.advantages is not None:
             inputs = (experience.samples, experience.advantages, experience.old)
-            total, (policy_metrics, old_values) = jax.lax.scan(
+            total, (policy_metrics, old_terms) = jax.lax.scan(
                 lambda total, sample_inputs: add_policy_gradient(total, sample_inputs, context), total, inputs
             )
             policy_metrics = jax.tree.map(lambda x: x.mean(0), policy_metrics)
             train_loss = metrics["train_loss"] + policy_metrics["train_loss"]
             metrics = metrics | policy_metrics | {"train_loss": train_loss}
-        return total, (metrics, old_values)
+        return total, (metrics, old_terms)
 
     rewards_finite = jnp.asarray(True) if experience.rewards_finite is None else experience.rewards_finite
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     scanned = replace(experience, rewards_finite=None)
-    gradients, (metrics, old_values) = jax.lax.scan(add_microbatch_gradient, zeros, scanned)
+    gradients, (metrics, old_terms) = jax.lax.scan(add_microbatch_gradient, zeros, scanned)
     gradients = jax.tree.map(lambda g: g / len(experience.batch["mask"]), gradients)
-    return gradients, jax.tree.map(lambda x: x.mean(0), metrics), old_values
+    return gradients, jax.tree.map(lambda x: x.mean(0), metrics), old_terms
 
 
 def add_diversity_gradient(
@@ -188,7 +188,7 @@ def add_diversity_gradient(
     features = experience.features
     if features is None:
         return gradients, None, metrics
-    loss_and_gradient = jax.value_and_grad(objective.diversity, has_aux=True)
+    loss_and_gradient = jax.value_and_grad(objective.diversity_loss, has_aux=True)
     (loss, (router_mean, diversity_metrics)), diversity_gradient = loss_and_gradient(
         state.trainable,
         features.reshape(-1, features.shape[-1]),

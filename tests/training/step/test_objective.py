@@ -1,4 +1,4 @@
-"""Parts of the loss that can be tested without a train step."""
+"""Tests parts of the loss without a train step."""
 
 from dataclasses import replace
 from itertools import islice
@@ -14,42 +14,44 @@ from ra_jax.training.step.encode import Context, encode
 from ra_jax.training.step.objective import map_timesteps
 
 
-def test_points_one_by_one_give_the_same_rows():
+def test_mapping_time_steps_one_by_one_gives_the_same_rows():
     x, t = jnp.arange(24.0).reshape(6, 4, 1), jnp.arange(6.0)
-    seen = []
+    shapes = []
 
     def velocity(x, t):
-        seen.append(x.shape)
+        shapes.append(x.shape)
         return x * t[:, None, None]
 
     np.testing.assert_array_equal(map_timesteps(velocity, x, t, points=3), velocity(x, t))
-    assert seen == [(2, 4, 1), (6, 4, 1)]
+    assert shapes == [(2, 4, 1), (6, 4, 1)]
 
 
-def test_points_one_by_one_have_the_same_gradient(make_config):
+def test_sequential_time_steps_give_the_same_loss_and_gradient(make_config):
     setup = set_up(make_config(gradient_checkpointing="points", num_policy_timesteps=3, kl_weight=0.1))
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(islice(setup.batches(), 1)))
     encoded = jax.jit(lambda frozen: encode(setup.objective.model, frozen, batch, "balanced"))(setup.frozen)
     sample = Sample(encoded.clean)
     context = Context(setup.frozen, batch, encoded, state.seed, state.temperature)
 
-    def gradient(objective):
+    def loss_and_gradient(objective):
         def loss(trainable):
-            old = objective.evaluate_policy(state.trainable, context, sample).values
+            old = objective.evaluate_policy(state.trainable, context, sample).terms
             advantages = jnp.ones(len(batch["mask"]))
-            return objective.policy(trainable, context, sample, advantages, old, on_policy=jnp.asarray(False))
+            return objective.policy_loss(trainable, context, sample, advantages, old, on_policy=jnp.asarray(False))
 
         (value, (_, old_values)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             jax.tree.map(lambda x: x + 0.01, state.trainable)
         )
         return {"loss": value, **old_values, **named_leaves(gradient)}
 
-    apart, together = (
-        gradient(replace(setup.objective, settings=replace(setup.objective.settings, sequential_timesteps=apart)))
-        for apart in (setup.objective.settings.sequential_timesteps, False)
+    one_by_one, together = (
+        loss_and_gradient(
+            replace(setup.objective, settings=replace(setup.objective.settings, sequential_timesteps=sequential))
+        )
+        for sequential in (setup.objective.settings.sequential_timesteps, False)
     )
     assert setup.objective.settings.sequential_timesteps
     largest = max(float(jnp.abs(value).max()) for name, value in together.items() if "lora" in name)
     assert largest > 1e-4
     for name, value in together.items():
-        np.testing.assert_allclose(apart[name], value, rtol=1e-4, atol=1e-5 * largest, err_msg=name)
+        np.testing.assert_allclose(one_by_one[name], value, rtol=1e-4, atol=1e-5 * largest, err_msg=name)

@@ -1,4 +1,4 @@
-"""The train step: which weights change, the ratio of equal policies, accumulation, averaging."""
+"""Tests the train step: weights that change, the ratio of equal policies, accumulation, and the moving average."""
 
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,15 +27,20 @@ STANDARD = {
 }
 
 
-STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small to change any weight
+NO_UPDATES = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # this rate is too small to change any weight
 
 
 @dataclass(frozen=True)
 class Run:
-    """Some first steps of a run.
+    """The first steps of a run.
 
-    frozen_before, trainable_before: copies of the weights before the first step; state: after the last one; metrics:
-    one dictionary per step.
+    Attributes:
+        setup: the set-up of the run.
+        frozen_before: copy of the frozen weights before the first step.
+        trainable_before: copy of the trainable weights before the first step.
+        state: train state after the last step.
+        metrics: one dictionary per step.
+        steps: compiled train steps.
     """
 
     setup: Setup
@@ -46,14 +51,14 @@ class Run:
     steps: CompiledSteps
 
 
-def copy(tree):
+def copy_tree(tree):
     return jax.tree.map(np.array, tree)
 
 
-def run(config, count):
-    """The first `count` steps of a run."""
+def run_config(config, count):
+    """Set up a run and take its first `count` steps."""
     setup = set_up(config)
-    frozen, trainable = copy(setup.frozen), copy(setup.state.trainable)
+    frozen, trainable = copy_tree(setup.frozen), copy_tree(setup.state.trainable)
     steps, state, metrics = setup.compiled_steps(), setup.state, []
     for batch in islice(setup.batches(), count):
         state, row = steps(state, setup.frozen, batch)
@@ -63,18 +68,18 @@ def run(config, count):
 
 @pytest.fixture(scope="module")
 def human_run(make_config_in, tmp_path_factory):
-    """Seven steps of human-scored GRPO, shared by the tests that only read their results."""
-    return run(make_config_in(tmp_path_factory.mktemp("human")), 7)
+    """Return seven steps of human-scored GRPO, for all tests that only read the results."""
+    return run_config(make_config_in(tmp_path_factory.mktemp("human")), 7)
 
 
-def test_base_stays_bit_identical_while_every_expert_and_the_router_change(human_run, find_changed_leaves):
+def test_base_stays_bit_identical_while_all_experts_and_the_router_change(human_run, find_changed_leaves):
     before = human_run.trainable_before
     assert find_changed_leaves(human_run.frozen_before, human_run.setup.frozen) == set()
     assert find_changed_leaves(before, human_run.state.trainable) == set(named_leaves(before))
     assert {"router/hidden/kernel", "router/logits/kernel"} <= set(named_leaves(before))
 
 
-def test_ratio_is_one_after_a_sync_and_moves_away_later(human_run):
+def test_ratio_is_one_after_a_sync_and_differs_from_one_at_other_steps(human_run):
     ratios = [float(row["mean_ratio"]) for row in human_run.metrics]
     assert [ratio == 1.0 for ratio in ratios] == [True, False, False, True, False, False, True]
 
@@ -86,7 +91,7 @@ def test_the_gradient_is_not_zero_at_a_ratio_of_one(human_run):
     assert first["grad_norm"] > 0.0
 
 
-def test_step_compiles_once(human_run):
+def test_the_step_compiles_once(human_run):
     assert len(human_run.steps) == 1
 
 
@@ -114,41 +119,45 @@ def test_equal_parameters_give_equal_log_probabilities(make_config, with_optimiz
     The error of a random model is about 1.5, where float32 resolves 1.2e-7. At τ = 1 that is within the bound. At the
     default τ = 0.1 one unit in the last place would be 1.2e-6.
     """
-    metrics = run(make_config(mixed_precision=precision, policy_temperature=1.0, **STILL), 3).metrics
+    metrics = run_config(make_config(mixed_precision=precision, policy_temperature=1.0, **NO_UPDATES), 3).metrics
     for row in metrics:
         assert abs(np.log(float(row["mean_ratio"]))) <= bound
         assert row["clip_fraction"] == 0.0
 
 
 @pytest.mark.parametrize(
-    ("flags", "moves"),
+    ("flags", "trained_parts"),
     [
         (STANDARD | {"routing": "topk"}, {"flux", "router"}),
         (STANDARD | {"use_lora": False}, {"flux"}),
     ],
 )
-def test_what_each_mode_trains(make_config, find_changed_leaves, flags, moves):
-    steps = run(make_config(adam_weight_decay=0.0, **flags), 2)
+def test_standard_mode_trains_experts_and_router_or_the_whole_transformer(
+    make_config, find_changed_leaves, flags, trained_parts
+):
+    steps = run_config(make_config(adam_weight_decay=0.0, **flags), 2)
     assert find_changed_leaves(steps.frozen_before, steps.setup.frozen) == set()
     changed = find_changed_leaves(steps.trainable_before, steps.state.trainable)
-    assert {name.split("/")[0] for name in changed} == moves
+    assert {name.split("/")[0] for name in changed} == trained_parts
     assert np.isfinite(steps.metrics[-1]["train_loss"])
     if not flags.get("use_lora", True):
         # Guidance is constant and pooled text is zero, so only the kernels of their embedders may stay unchanged.
-        still = set(named_leaves(steps.trainable_before)) - changed
-        assert still <= {"flux/time_text_embed/text_embedder/linear_1/kernel"}
+        unchanged = set(named_leaves(steps.trainable_before)) - changed
+        assert unchanged <= {"flux/time_text_embed/text_embedder/linear_1/kernel"}
 
 
-def test_rewards_without_the_grpo_loss_leave_the_policy_out(make_config):
+def test_without_the_grpo_loss_there_are_no_policy_settings_and_no_old_policy(make_config):
     setup = set_up(make_config(enable_grpo_loss=False))
     assert setup.objective.settings.policy is None and setup.state.old_params is None
     assert "reward" in next(setup.batches())
 
 
-def test_accumulated_microbatches_are_one_batch(make_config_in, tmp_path):
-    """In standard mode draws depend only on records and step, so that two half batches equal the whole batch."""
-    whole = run(make_config_in(tmp_path / "whole", train_batch_size=8, **STANDARD), 1)
-    halves = run(make_config_in(tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2, **STANDARD), 1)
+def test_two_accumulated_microbatches_equal_one_batch(make_config_in, tmp_path):
+    """In standard mode, random draws depend on record and step only, so that two half batches equal a whole batch."""
+    whole = run_config(make_config_in(tmp_path / "whole", train_batch_size=8, **STANDARD), 1)
+    halves = run_config(
+        make_config_in(tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2, **STANDARD), 1
+    )
     np.testing.assert_allclose(whole.metrics[0]["base_loss"], halves.metrics[0]["base_loss"], rtol=1e-5)
     before, ours = named_leaves(whole.trainable_before), named_leaves(whole.state.trainable)
     theirs = named_leaves(halves.state.trainable)
@@ -157,12 +166,15 @@ def test_accumulated_microbatches_are_one_batch(make_config_in, tmp_path):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
 
 
-def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(make_config_in, tmp_path):
-    """Microbatches of 3 records split scenes of 4. A scene still counts once, and the mean moves once per step."""
-    whole = run(make_config_in(tmp_path / "whole", train_batch_size=12), 2)
-    parts = run(make_config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
+def test_accumulation_does_not_change_diversity_loss_and_reward_metrics(make_config_in, tmp_path):
+    """Microbatches of 3 records split scenes of 4. A scene still counts once.
+
+    The running mean of the gates is updated once per step.
+    """
+    whole = run_config(make_config_in(tmp_path / "whole", train_batch_size=12), 2)
+    parts = run_config(make_config_in(tmp_path / "parts", train_batch_size=3, gradient_accumulation_steps=4), 2)
     names = ("diversity_loss", "reward_std", "frac_reward_zero_std", "mean_reward")
-    names += tuple(f"routing_expert_{i}_{what}" for i in range(3) for what in ("usage", "weight"))
+    names += tuple(f"routing_expert_{i}_{metric}" for i in range(3) for metric in ("usage", "weight"))
     for ours, theirs in zip(whole.metrics, parts.metrics, strict=True):
         for name in names:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
@@ -171,14 +183,14 @@ def test_accumulation_leaves_diversity_and_rewards_those_of_the_whole_step(make_
 
 
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
-    """New experts have B = 0 and change nothing, so the distance is 0 at first and positive after a step."""
-    metrics = run(make_config(kl_weight=1.0), 2).metrics
+    """New experts have B = 0 and no effect, so the distance is 0 before the first update and positive after it."""
+    metrics = run_config(make_config(kl_weight=1.0), 2).metrics
     assert metrics[0]["kl_loss"] == 0.0 and metrics[1]["kl_loss"] > 0.0
     assert metrics[0]["velocity_norm_ratio"] == 1.0 and metrics[1]["velocity_norm_ratio"] != 1.0
 
 
 def test_dropout_acts_in_the_base_loss_only(make_config):
-    """Dropout changes the base loss. ρ is 1 for θ = θ_old also with dropout."""
+    """Dropout changes the base loss but not the policy loss: for θ = θ_old, ρ is 1 with dropout, too."""
     setup = set_up(make_config(lora_dropout=0.5))
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(setup.batches()))
     random_b = jax.tree.map(
@@ -189,29 +201,29 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     encoded = encode(objective.model, frozen, batch, "balanced")
     sample = Sample(encoded.clean)
     context = Context(frozen, batch, encoded, state.seed, state.temperature)
-    old = objective.evaluate_policy(trainable, context, sample).values
+    old = objective.evaluate_policy(trainable, context, sample).terms
 
     def losses(dropout):
         changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
         base, _ = changed.base(trainable, context, state.step)
-        given = (trainable, context, sample, batch["advantage"], old)
-        policy, (metrics, _) = changed.policy(*given, on_policy=jnp.asarray(False))
+        arguments = (trainable, context, sample, batch["advantage"], old)
+        policy, (metrics, _) = changed.policy(*arguments, on_policy=jnp.asarray(False))
         return base, policy, metrics["mean_ratio"]
 
-    dropped, kept = losses(True), losses(False)
-    assert dropped[0] != kept[0]
-    np.testing.assert_allclose(dropped[1], kept[1], atol=1e-6)
-    np.testing.assert_allclose(dropped[2], 1.0, atol=1e-5)
+    with_dropout, without_dropout = losses(True), losses(False)
+    assert with_dropout[0] != without_dropout[0]
+    np.testing.assert_allclose(with_dropout[1], without_dropout[1], atol=1e-6)
+    np.testing.assert_allclose(with_dropout[2], 1.0, atol=1e-5)
 
 
-def test_average_is_the_warmed_up_moving_average(human_run):
+def test_the_moving_average_has_a_warm_up(human_run):
     state = replace(human_run.state, ema={"w": jnp.asarray(1.0)}, step=jnp.asarray(4))
     assert update_ema(state, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.0 + (1 - 5 / 14))
     late = replace(state, step=jnp.asarray(10**6))
     assert update_ema(late, {"w": jnp.asarray(2.0)}, 0.99)["w"] == pytest.approx(1.01)
 
 
-def test_temperature_adapts_only_before_a_sync(human_run):
+def test_the_temperature_adapts_only_at_the_last_step_before_a_sync(human_run):
     state = replace(human_run.state, temperature=jnp.asarray(0.1))
     settings = StepSettings(
         updates=1, sync_steps=8, adapt_temperature=True, ema_decay=0.0, drift_interval=0, rollouts=None
@@ -223,7 +235,7 @@ def test_temperature_adapts_only_before_a_sync(human_run):
     assert clip == pytest.approx(0.9)
 
 
-def test_all_mean_weighs_records():
+def test_all_mean_applies_the_weights_of_records():
     values, weights = jnp.asarray([[1.0, 2.0], [3.0, 6.0]]), jnp.asarray([1.0, 3.0])
     np.testing.assert_allclose(all_mean(values), [2.0, 4.0])
     np.testing.assert_allclose(all_mean(values, None, weights), [2.5, 5.0])
