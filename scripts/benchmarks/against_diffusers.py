@@ -25,14 +25,35 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
-from contenders import CONTENDERS, GEOMETRIES, LARGE, OURS, THEIRS, Geometry
 
-SCRIPT = Path(__file__).with_name("contenders.py")
+SCRIPT = Path(__file__).with_name("contenders.py")  # a contender's process; it takes a name, sizes and options
+OURS, THEIRS, ONE_LORA = "ra_jax", "diffusers + PEFT", "ra_jax, one LoRA"
+CONTENDERS = (OURS, THEIRS, ONE_LORA)
+
+Sizes = dict[str, int | tuple[int, int]]  # fields of `Geometry` in contenders.py
+GEOMETRIES: dict[str, Sizes] = {
+    "tiny": {"heads": 4, "head_dim": 64, "double": 2, "single": 4, "grid": (16, 16), "context": 64, "batch": 2},
+    "small": {"heads": 8, "head_dim": 64, "double": 3, "single": 6, "grid": (16, 32), "context": 128, "batch": 1},
+    "wide": {"heads": 8, "head_dim": 128, "double": 2, "single": 4, "grid": (16, 32), "context": 128, "batch": 1},
+}
+FLUX: Sizes = {
+    "heads": 24,
+    "head_dim": 128,
+    "double": 19,
+    "single": 38,
+    "grid": (32, 64),
+    "context": 512 + 729,  # prompt and Redux tokens
+    "batch": 4,
+    "joint_dim": 4096,
+    "pooled_dim": 768,
+    "rank": 64,
+}
+LARGE = {"flux": FLUX, "flux_6": FLUX | {"batch": 6}}  # two contenders do not fit a GPU together
 PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}  # fields of /proc/cpuinfo
 
 
@@ -71,10 +92,10 @@ def child_environment(python: str) -> dict[str, str]:
 class Contender:
     """A process that takes a step when asked to. name: of `CONTENDERS`; python: the interpreter that runs it."""
 
-    def __init__(self, name: str, python: str, geometry: Geometry, bench: Bench):
+    def __init__(self, name: str, python: str, geometry: Sizes, bench: Bench):
         trace = str(bench.trace) if bench.trace and name == OURS else None
         options = {"gradient_checkpointing": bench.gradient_checkpointing, "trace": trace}
-        command = [python, str(SCRIPT), name, json.dumps(asdict(geometry)), json.dumps(options)]
+        command = [python, str(SCRIPT), name, json.dumps(geometry), json.dumps(options)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(python)
         )
@@ -95,7 +116,7 @@ class Contender:
         self._process.communicate()
 
 
-def measure(bench: Bench, geometry: Geometry) -> dict[str, dict]:
+def measure(bench: Bench, geometry: Sizes, *, together: bool) -> dict[str, dict]:
     """Figures of each contender, by its name and versions: median seconds, peak of memory [bytes], and its facts."""
     everyone = [
         (who, python)
@@ -103,8 +124,8 @@ def measure(bench: Bench, geometry: Geometry) -> dict[str, dict]:
         for python in ((sys.executable,) if who == THEIRS else bench.our_python)
     ]
     found = {}
-    for together in [[one] for one in everyone] if geometry.alone else [everyone]:
-        contenders = [Contender(who, python, geometry, bench) for who, python in together]
+    for at_once in [everyone] if together else [[one] for one in everyone]:
+        contenders = [Contender(who, python, geometry, bench) for who, python in at_once]
         rounds = [[contender.step() for contender in contenders] for _ in range(bench.rounds)]
         for contender, steps in zip(contenders, zip(*rounds, strict=True), strict=True):
             contender.close()
@@ -117,9 +138,9 @@ def measure(bench: Bench, geometry: Geometry) -> dict[str, dict]:
     return found
 
 
-def compare(bench: Bench, name: str, geometry: Geometry) -> dict[str, dict]:
+def compare(bench: Bench, name: str) -> dict[str, dict]:
     """Measures a geometry, and prints a row for each contender; returns what `measure` found."""
-    found = measure(bench, geometry)
+    found = measure(bench, (GEOMETRIES | LARGE)[name], together=name not in LARGE)
     if len({figures["trained"] for figures in found.values()}) > 1:
         sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
     mine = next(figures for figures in found.values() if figures["contender"] == OURS)
@@ -153,7 +174,8 @@ def print_ratios(results: dict[str, dict[str, dict]]) -> None:
 def compile_seconds(blocks: int, python: str, bench: Bench) -> float:
     """Seconds to compile a step of so many blocks, a third of them double."""
     double = blocks // 3
-    geometry = Geometry(2, 32, double, blocks - double, (8, 8), 8, 1)
+    geometry = {"heads": 2, "head_dim": 32, "double": double, "single": blocks - double}
+    geometry |= {"grid": (8, 8), "context": 8, "batch": 1}
     contender = Contender(OURS, python, geometry, replace(bench, trace=None))
     contender.close()
     return contender.facts["compile"]
@@ -190,7 +212,7 @@ def main(bench: Bench) -> None:
     print(f"{processor()}, {os.cpu_count()} CPUs\n")
     heads = ["geometry", "contender", "a step", "of ours", "peak of steps", "in all", "MFU, where the peak is known"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
-    results = {name: compare(bench, name, (GEOMETRIES | LARGE)[name]) for name in bench.geometries}
+    results = {name: compare(bench, name) for name in bench.geometries}
     print_ratios(results)
     times = {
         python: {blocks: compile_seconds(blocks, python, bench) for blocks in bench.compile_blocks}

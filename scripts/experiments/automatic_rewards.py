@@ -22,16 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from human_scores import Experiment, Measure, interval
+from held_out import bootstrap_interval, decode_encoded_truth, generate_removals, make_scenes, measure_rewards
 from matplotlib import pyplot as plt
 
-from ra_jax.checkpoints import restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
+from ra_jax.data.synthetic import Scene, measure_defects
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
 from ra_jax.reporting.trackers import read_rows
-from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, total_reward
+from ra_jax.rewards.registry import SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
 
 PROBE_STEPS = 120  # that tell how long a step of standard training takes
@@ -109,29 +109,40 @@ def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: 
     return from_flat_dict(settings | METHODS[method] | tuned)
 
 
-class Judge:
-    """What a model generates for held-out scenes, in the eyes of the rewards."""
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out scenes, and the base whose experts are measured on them.
 
-    def __init__(self, experiment: Automatic, paths: DemoPaths):
-        common = {
-            name: getattr(experiment, name) for name in ("config", "held_out", "first_scene", "num_inference_steps")
-        }
-        self.measure = Measure(Experiment(**common), paths)
-        scenes = self.measure.scenes
-        as_float = {name: jnp.asarray(getattr(scenes, name), jnp.float32) for name in ("source", "truth", "mask")}
-        decoded = jnp.asarray(self.measure.round_trip())
-        self._inputs = RewardInputs(decoded, as_float["source"], as_float["mask"], as_float["truth"], decoded)
-        self._score = jax.jit(lambda inputs: jnp.stack([REWARDS[name].function(inputs) for name in SCORES], -1))
+    Attributes:
+        experiment: which scenes, and how images are generated.
+        paths: the folders of the base.
+        scenes: the held-out scenes.
+        decoded_truth: their ground truth, encoded and decoded by the base's VAE, [S, h, w, 3].
+    """
 
-    def __call__(self, images: np.ndarray) -> dict[str, list]:
-        """Per scene: the three scores, PSNR against the truth [dB] and the strengths of the defects."""
-        scores = np.asarray(self._score(replace(self._inputs, image=jnp.asarray(images))), np.float64)
-        error = ((images - self.measure.scenes.truth) ** 2).mean((1, 2, 3))
-        return {
-            "scores": scores.tolist(),
-            "psnr": (-10.0 * np.log10(np.maximum(error, 1e-10))).tolist(),
-            "defects": self.measure(images)["defects"].tolist(),
-        }
+    experiment: Automatic
+    paths: DemoPaths
+    scenes: Scene
+    decoded_truth: np.ndarray
+
+    @classmethod
+    def prepare(cls, experiment: Automatic) -> "Evaluation":
+        """Draw the scenes, and make the demo's data and base if they do not exist yet."""
+        paths = prepare(experiment.demo, DemoSettings())
+        scenes = make_scenes(experiment.first_scene, experiment.held_out)
+        decoded_truth = decode_encoded_truth(paths.fill, paths.redux, experiment.config, scenes)
+        return cls(experiment, paths, scenes, decoded_truth)
+
+    def generate(self, experts: Path | None) -> np.ndarray:
+        """Generate removals [S, h, w, 3] by the experts of a run's folder or of a checkpoint; None: by the base."""
+        base = (self.paths.fill, self.paths.redux, self.experiment.config)
+        return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
+
+    def measure(self, images: np.ndarray) -> dict[str, list]:
+        """Measure images [S, h, w, 3]: three scores, PSNR to the ground truth [dB] and defect strengths of each."""
+        measured = measure_rewards(images, self.scenes, self.decoded_truth)
+        measured["defects"] = measure_defects(images, self.scenes)
+        return {name: values.tolist() for name, values in measured.items()}
 
 
 def evaluations(config: TrainConfig, steps: int) -> float:
@@ -148,19 +159,20 @@ def evaluations(config: TrainConfig, steps: int) -> float:
 def run(experiment: Automatic) -> None:
     """Train and measure every cell that has no result yet; standard training last, whose length follows from GRPO's."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
-    paths = prepare(experiment.demo, DemoSettings())
-    judge = Judge(experiment, paths)
+    evaluation = Evaluation.prepare(experiment)
     limits = experiment.cell("limits", 0)
     if not limits.exists():
-        write(limits, {"base": judge(judge.measure.generate(None)), "roundtrip": judge(judge.measure.round_trip())})
+        images = {"base": evaluation.generate(None), "roundtrip": evaluation.decoded_truth}
+        write(limits, {name: evaluation.measure(x) for name, x in images.items()})
     for seed in experiment.seeds:
         for method in sorted(experiment.methods, key=lambda name: name == "standard"):
             if not experiment.cell(method, seed).exists():
-                run_cell(experiment, paths, judge, method, seed)
+                run_cell(evaluation, method, seed)
 
 
-def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str, seed: int) -> None:
+def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
     """One training, and what its model generates at every checkpoint; standard training takes as long as matching."""
+    experiment, paths = evaluation.experiment, evaluation.paths
     steps = experiment.steps
     if method == "standard":
         timed = experiment.cell("matching", seed)
@@ -179,7 +191,6 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
     rows = read_rows(output / "metrics.jsonl")
     for checkpoint in sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name)):
         done = int(checkpoint.name)
-        weights = restore(checkpoint, judge.measure.loaded.trainable, prefix="trainable")
         row = [row for row in rows if row["step"] <= done][-1]
         points.append(
             {
@@ -187,7 +198,7 @@ def run_cell(experiment: Automatic, paths: DemoPaths, judge: Judge, method: str,
                 "seconds": seconds_until(config, done),
                 "evaluations": evaluations(config, done),
                 "drift": {name: row.get(name) for name in ("velocity_norm_ratio", "kl_to_base", "base_loss")},
-                **judge(judge.measure.generate_with(weights)),
+                **evaluation.measure(evaluation.generate(checkpoint)),
             }
         )
     means = {
@@ -277,7 +288,7 @@ def print_differences(cells: dict[str, dict], opponent: str, title: str) -> None
         columns = []
         for name in ("reward", "psnr"):
             difference = cells[method][name][:, -1] - cells[opponent][name][:, -1]
-            low, high = interval(difference)
+            low, high = bootstrap_interval(difference)
             columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         print(f"| {method} | {columns[0]} | {columns[1]} |")
 

@@ -17,28 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image
+from held_out import bootstrap_interval, decode_encoded_truth, generate_removals, make_scenes, measure_removals
 
-from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.synthetic import DEFECTS, MIXES, measure_defects, quantize, rule_scores, scenes, stack
+from ra_jax.data.synthetic import DEFECTS, MIXES, Scene, quantize
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
-from ra_jax.flow.schedule import FlowSchedule
-from ra_jax.inference.sampling import initial_noise, make_remover
-from ra_jax.interop.diffusers import load_fill_model
-from ra_jax.models.options import ModelOptions, expert_configs
 from ra_jax.outputs import write_file
 from ra_jax.reporting.contact_sheet import contact_sheet
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import total_reward
 from ra_jax.training.loop import train
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.state import example_keys, stream_key
 
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
 UNSCORED = dict.fromkeys(SCORED, False) | {
@@ -102,14 +95,44 @@ class Experiment:
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out scenes, and the base whose experts are measured on them.
+
+    Attributes:
+        experiment: which scenes, and how images are generated.
+        paths: the folders of the base.
+        scenes: the held-out scenes.
+    """
+
+    experiment: Experiment
+    paths: DemoPaths
+    scenes: Scene
+
+    @classmethod
+    def prepare(cls, experiment: Experiment, mix: str) -> "Evaluation":
+        """Draw the scenes, and make the data and the base of a mix if they do not exist yet."""
+        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
+        return cls(experiment, paths, make_scenes(experiment.first_scene, experiment.held_out))
+
+    def generate(self, experts: Path | None) -> np.ndarray:
+        """Generate removals [S, h, w, 3] by the experts of a run's folder or of a checkpoint; None: by the base."""
+        base = (self.paths.fill, self.paths.redux, self.experiment.config)
+        return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
+
+    def decode_encoded_truth(self) -> np.ndarray:
+        """Encode and decode the ground truth by the base's VAE, [S, h, w, 3]."""
+        return decode_encoded_truth(self.paths.fill, self.paths.redux, self.experiment.config, self.scenes)
+
+
 def run(experiment: Experiment) -> None:
     """Train and measure every cell that has no result yet, cheapest comparisons first."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
-        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
-        measure = Measure(experiment, paths)
+        evaluation = Evaluation.prepare(experiment, mix)
+        paths = evaluation.paths
         if not experiment.cell(mix, "base", 0).exists():
-            measure_limits(experiment, measure, mix)
+            measure_limits(evaluation, mix)
         for seed in experiment.seeds:
             for method in (name for name in METHODS if name in experiment.methods):
                 steps = experiment.steps
@@ -117,14 +140,14 @@ def run(experiment: Experiment) -> None:
                     steps = round(steps * wall_time_ratio(experiment, paths, mix))
                 output = experiment.run_dir(mix, method, seed)
                 config = training_config(experiment, paths, method, output, steps=steps, seed=seed)
-                run_cell(config, measure, experiment.cell(mix, method, seed))
+                run_cell(config, evaluation, experiment.cell(mix, method, seed))
 
 
-def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
+def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
     """One training from the base, and what its model generates; nothing if the cell has it."""
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
-        found = read_cell(measure.experiment, cell)["settings"]
+        found = read_cell(evaluation.experiment, cell)["settings"]
         changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
         if changed:
             raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
@@ -139,7 +162,7 @@ def run_cell(config: TrainConfig, measure: "Measure", cell: Path) -> None:
         "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row],
         "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
     }
-    measure_run(measure, output, cell, about)
+    measure_run(evaluation, output, cell, about)
 
 
 def training_config(
@@ -189,43 +212,43 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
     return medians["grpo"] / medians["best"]
 
 
-def measure_limits(experiment: Experiment, measure: "Measure", mix: str) -> None:
+def measure_limits(evaluation: Evaluation, mix: str) -> None:
     """The floor, the base alone, and a ceiling, the truth through the VAE."""
-    for name, images in {"base": measure.generate(None), "roundtrip": measure.round_trip()}.items():
-        write_cell(experiment, experiment.cell(mix, name, 0), measure(images), {})
+    for name, images in {"base": evaluation.generate(None), "roundtrip": evaluation.decode_encoded_truth()}.items():
+        cell = evaluation.experiment.cell(mix, name, 0)
+        write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), {})
 
 
-def measure_run(measure: "Measure", output: Path, cell: Path, about: dict) -> None:
+def measure_run(evaluation: Evaluation, output: Path, cell: Path, about: dict) -> None:
     """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
-    images = measure.generate(output)
+    images = evaluation.generate(output)
     np.savez_compressed(output / "generated.npz", images=quantize(images[:8]))
-    write_cell(measure.experiment, cell, measure(images), about)
+    write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), about)
 
 
 def measure_again(experiment: Experiment) -> None:
     """Measure every trained cell anew, on the scenes of `--first_scene`."""
     for mix in experiment.mixes:
-        measure = Measure(experiment, prepare(experiment.root / mix, experiment.demo_settings(mix)))
-        measure_limits(experiment, measure, mix)
+        evaluation = Evaluation.prepare(experiment, mix)
+        measure_limits(evaluation, mix)
         for method in METHODS:
             for seed in experiment.seeds:
                 cell = experiment.cell(mix, method, seed)
                 if cell.exists():
                     measured = ("scores", "defects", "psnr_inside")
                     about = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
-                    measure_run(measure, experiment.run_dir(mix, method, seed), cell, about)
+                    measure_run(evaluation, experiment.run_dir(mix, method, seed), cell, about)
 
 
 def curve(experiment: Experiment) -> None:
     """What a model generates as its training goes on: a row for every tenth of `--steps`, by the first of `--seeds`."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
-        paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
-        measure = Measure(experiment, paths)
+        evaluation = Evaluation.prepare(experiment, mix)
         for method in experiment.methods:
             output = experiment.root / "curves" / f"{mix}-{method}"
             config = training_config(
-                experiment, paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
+                experiment, evaluation.paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
             )
             every = max(1, experiment.steps // 10)
             often = {"checkpointing_steps": every, "checkpoints_total_limit": None, "log_freq": every}
@@ -235,7 +258,8 @@ def curve(experiment: Experiment) -> None:
             print("| --- " * 6 + "|")
             for row in read_rows(output / "metrics.jsonl"):
                 if row["step"] % every == 0:
-                    measured = measure(measure.generate(output / "checkpoints" / str(row["step"])))
+                    images = evaluation.generate(output / "checkpoints" / str(row["step"]))
+                    measured = measure_removals(images, evaluation.scenes)
                     reward = total_reward(measured["scores"], REWARD_WEIGHTS).mean()
                     print(
                         f"| {row['step']} | {reward:.3f} | {np.abs(measured['defects']).mean():.3f} | "
@@ -260,67 +284,6 @@ def read_cell(experiment: Experiment, path: Path) -> dict:
     return found
 
 
-class Measure:
-    """Generates the held-out scenes with a model and measures the pictures, before any blending with the source."""
-
-    def __init__(self, experiment: Experiment, paths: DemoPaths):
-        self.experiment, self.paths = experiment, paths
-        size = DemoSettings().size
-        self.scenes = stack(scenes(DemoSettings().seed, experiment.first_scene, experiment.held_out, size))
-        self.config = from_flat_dict(load_toml(experiment.config) | METHODS["standard"] | {"reward_functions": []})
-        options = ModelOptions("float32", self.config.model.max_sequence_length, *expert_configs(self.config.experts))
-        self.loaded = load_fill_model(str(paths.fill), str(paths.redux), options)
-        self.remove = make_remover(
-            self.loaded.model,
-            FlowSchedule.from_folder(paths.fill),
-            num_inference_steps=experiment.num_inference_steps,
-            guidance_scale=self.config.model.guidance_scale,
-        )
-
-    def panels(self) -> dict[str, np.ndarray]:
-        """The held-out scenes as the loader would give them."""
-        as_bytes = {name: quantize(getattr(self.scenes, name)) for name in ("source", "reference")}
-        pixels = np.stack([self.loaded.preprocess(Image.fromarray(panel)) for panel in as_bytes["reference"]])
-        return as_bytes | {"mask": self.scenes.mask.astype(np.uint8), "redux_pixels": pixels}
-
-    def generate(self, run_dir: Path | None) -> np.ndarray:
-        """Right panels [S, h, w, 3] in [0, 1] by the experts of a run (None: fresh ones, which change nothing)."""
-        weights = self.loaded.trainable
-        if run_dir is not None:
-            weights = restore(find_checkpoint(run_dir), weights, prefix="trainable")
-        return self.generate_with(weights)
-
-    def generate_with(self, weights: dict) -> np.ndarray:
-        """The same by these experts and router."""
-        panels, count = self.panels(), self.experiment.held_out
-        keys = example_keys(stream_key(0, "held-out"), jnp.arange(count))
-        noise = initial_noise(self.loaded.model, keys, *panels["mask"].shape[1:])
-        batches = [slice(i, i + 32) for i in range(0, count, 32)]
-        images = [
-            self.remove(weights, self.loaded.frozen, {k: v[rows] for k, v in panels.items()}, noise[rows])[0]
-            for rows in batches
-        ]
-        return np.concatenate([np.asarray(image) for image in images])
-
-    def round_trip(self) -> np.ndarray:
-        """The truth through the VAE, beside its reference as in training."""
-        model, frozen = self.loaded.model, self.loaded.frozen
-        diptych = np.concatenate([self.scenes.reference, self.scenes.truth], axis=2).astype(np.float32)
-        grid = (diptych.shape[1] // model.multiple, diptych.shape[2] // model.multiple)
-        decoded = jax.jit(lambda frozen, x: model.decode(frozen, model.encode(frozen, x), grid))(frozen, diptych)
-        return np.clip(np.asarray(decoded)[:, :, diptych.shape[2] // 2 :], 0.0, 1.0)
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Per scene: the three rule scores, the signed strength of each defect, and PSNR inside the mask [dB]."""
-        inside = self.scenes.mask[..., None]
-        error = ((images - self.scenes.truth) ** 2 * inside).sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
-        return {
-            "scores": rule_scores(images, self.scenes),
-            "defects": measure_defects(images, self.scenes),
-            "psnr_inside": -10.0 * np.log10(np.maximum(error, 1e-10)),
-        }
-
-
 def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarray]]:
     """By method: reward, |defect| and PSNR [seeds, scenes], defects [seeds, scenes, 4], and what the runs say."""
     cells = {}
@@ -340,15 +303,6 @@ def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarr
             "seeds": seeds,
         }
     return cells
-
-
-def interval(values: np.ndarray, samples: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of [seeds, scenes], both resampled."""
-    rng = np.random.default_rng(seed)
-    seeds = rng.integers(values.shape[0], size=(samples, values.shape[0]))
-    rows = rng.integers(values.shape[1], size=(samples, values.shape[1]))
-    means = values[seeds[:, :, None], rows[:, None, :]].mean((1, 2))
-    return tuple(np.quantile(means, [0.025, 0.975]))
 
 
 def table(experiment: Experiment) -> None:
@@ -382,7 +336,7 @@ def print_differences(cells: dict) -> None:
         other, columns = cells[method], []
         for key in ("reward", "mean_abs"):
             difference = grpo[key] - other[key]
-            low, high = interval(difference)
+            low, high = bootstrap_interval(difference)
             columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         ratio = grpo["mean_abs"].mean() / other["mean_abs"].mean()
         print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
@@ -394,8 +348,8 @@ def print_differences(cells: dict) -> None:
 
 def draw_sheet(experiment: Experiment, mix: str) -> None:
     """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
-    held_out = stack(scenes(DemoSettings().seed, experiment.first_scene, 8, DemoSettings().size))
-    columns = [quantize(panel) for panel in (held_out.source, held_out.truth)]
+    scenes = make_scenes(experiment.first_scene, 8)
+    columns = [quantize(panel) for panel in (scenes.source, scenes.truth)]
     for method in METHODS:
         file = experiment.run_dir(mix, method, experiment.seeds[0]) / "generated.npz"
         if file.exists():

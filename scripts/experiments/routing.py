@@ -14,12 +14,12 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
-from human_scores import Experiment, Measure
+from held_out import load_base, load_experts, make_panels, make_scenes
 
-from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
 from ra_jax.inference.sampling import diptych_condition
 
+CONFIG = Path("configs/tiny.toml")  # sizes of the experts
 LEAST_USAGE = 0.05
 LEAST_DIFFERENCE = 0.02  # of a gate between small and large masks
 
@@ -28,18 +28,20 @@ def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], demo: Path = Path("output/demo"), scenes: int = 400
 ) -> None:
     """Print a row a run; `scenes` held-out ones are looked at."""
-    measure = Measure(Experiment(held_out=scenes, first_scene=FIRST_HELD_OUT_SCENE + 60_000), DemoPaths(demo))
-    model, panels = measure.loaded.model, measure.panels()
+    paths = DemoPaths(demo)
+    base = (paths.fill, paths.redux, CONFIG)
+    loaded, held_out = load_base(*base), make_scenes(FIRST_HELD_OUT_SCENE + 60_000, scenes)
+    model, panels = loaded.model, make_panels(held_out, loaded.preprocess)
     gates_from_features = jax.jit(
         lambda weights, frozen, panels: model.gates(weights, diptych_condition(model, frozen, panels))[0]
     )
-    order = np.argsort(measure.scenes.mask.mean((1, 2)), kind="stable")
+    order = np.argsort(held_out.mask.mean((1, 2)), kind="stable")
     small, large = order[: scenes // 3], order[-(scenes // 3) :]
     failed = False
     print("| run | usage | gates, small masks | gates, large masks | gates, all |\n" + "| --- " * 5 + "|")
     for run in runs:
-        weights = restore(find_checkpoint(run), measure.loaded.trainable, prefix="trainable")
-        gates = np.asarray(gates_from_features(weights, measure.loaded.frozen, panels))
+        weights = load_experts(*base, run)
+        gates = np.asarray(gates_from_features(weights, loaded.frozen, panels))
         usage = np.bincount(gates.argmax(1), minlength=gates.shape[1]) / scenes
         differs = np.abs(gates[small].mean(0) - gates[large].mean(0)).max() > LEAST_DIFFERENCE
         columns = (usage, gates[small].mean(0), gates[large].mean(0), gates.mean(0))

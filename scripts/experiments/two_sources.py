@@ -14,17 +14,22 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from automatic_rewards import Automatic, Judge
+from held_out import decode_encoded_truth, generate_removals, make_scenes, measure_rewards
 from scipy.stats import spearmanr
 
 from ra_jax.config.parse import from_flat_dict, load_toml
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.data.records import load_records, scene_ids
-from ra_jax.demo.prepare import DemoPaths, DemoSettings, prepare
+from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoSettings, prepare
 from ra_jax.evaluation.measure import Evaluation, Networks
 from ra_jax.evaluation.pairs import find_pairs
 from ra_jax.rewards.registry import SCORES, total_reward
 from ra_jax.training.loop import train as train_experts
+
+CONFIGS = {"human": Path("configs/tiny.toml"), "automatic": Path("configs/tiny_auto.toml")}
+DATA = {"human": "labeled_dict.json", "automatic": "triplets.json"}  # with the truth as result, and rewards that use it
+HELD_OUT = (FIRST_HELD_OUT_SCENE + 40_000, 64)  # first scene, number of scenes
+NUM_INFERENCE_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,9 @@ def agree(photos: Annotated[Path, tyro.conf.Positional]) -> None:
 def train(training: Training) -> None:
     """Human-scored GRPO by configs/tiny.toml, then automatic by configs/tiny_auto.toml from its experts."""
     paths, runs = prepare(training.demo, DemoSettings()), {}
-    for name, file, data in (
-        ("human", "configs/tiny.toml", "labeled_dict.json"),
-        ("automatic", "configs/tiny_auto.toml", "triplets.json"),  # with the truth as result, and rewards that use it
-    ):
+    for name, file in CONFIGS.items():
         settings = load_toml(file) | {
-            "train_json_path": str(paths.train / data),
+            "train_json_path": str(paths.train / DATA[name]),
             "val_json_path": str(paths.held_out / "triplets.json"),
             "pretrained_model_name_or_path": str(paths.fill),
             "pretrained_redux_model_name_or_path": str(paths.redux),
@@ -74,11 +76,13 @@ def train(training: Training) -> None:
         if training.steps is not None:
             settings |= {"max_train_steps": training.steps}
         runs[name] = train_experts(from_flat_dict(settings))
-    judge = Judge(Automatic(demo=training.demo), DemoPaths(training.demo))
+    base, scenes = (paths.fill, paths.redux, CONFIGS["automatic"]), make_scenes(*HELD_OUT)
+    decoded_truth = decode_encoded_truth(*base, scenes)
     print("\n| experts | reward | " + " | ".join(SCORES) + " | PSNR |\n" + "| --- " * 6 + "|")
     for name, run in {"none: the base": None, **runs}.items():
-        found = judge(judge.measure.generate(run))
-        scores = np.asarray(found["scores"])
+        images = generate_removals(*base, scenes, run, num_inference_steps=NUM_INFERENCE_STEPS)
+        found = measure_rewards(images, scenes, decoded_truth)
+        scores = found["scores"]
         means = " | ".join(f"{value:.3f}" for value in scores.mean(0))
         print(f"| {name} | {total_reward(scores, WEIGHTS).mean():.3f} | {means} | {np.mean(found['psnr']):.2f} |")
 

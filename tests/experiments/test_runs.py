@@ -1,0 +1,157 @@
+"""Every experiment runs from end to end at a tiny size, on a base of random weights."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import jax
+import numpy as np
+import pytest
+
+from ra_jax.checkpoints import Checkpoints
+from ra_jax.demo.prepare import DemoSettings
+
+MODEL = """
+train_json_path = "none"
+output_dir = "none"
+aspect_ratio_buckets = "32,32"
+max_sequence_length = 8
+mask_augmentation = false
+mixed_precision = "no"
+gradient_checkpointing = "none"
+use_lora = true
+num_experts = 2
+lora_rank = 2
+lora_alpha = 2.0
+target_modules = '.*\\.to_q'
+use_grpo = true
+enable_grpo_rewards = true
+enable_grpo_loss = true
+num_policy_timesteps = 1
+train_batch_size = 8
+learning_rate = 0.01
+data_workers = 0
+validation_steps = 0
+report_to = ["none"]
+"""
+CONFIGS = {
+    "human": MODEL + "use_human_scores = true\n",
+    "automatic": MODEL + "num_generations = 2\nrollout_steps = 2\ndecode_batch_size = 8\n",
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The TOML files of a human-scored and of an automatic run."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.toml").write_text(text)
+    return {name: folder / f"{name}.toml" for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def make_demo(tiny_fill, tiny_redux, scored_scenes):
+    """make_demo(folder, settings): the parts that `prepare` makes, without training a base."""
+
+    def make(folder, settings=None):
+        settings = settings or DemoSettings()
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps(asdict(settings)))
+        parts = {"tiny_flux_fill": tiny_fill, "tiny_redux": tiny_redux}
+        for part, source in (parts | {"data/train": scored_scenes, "data/held_out": scored_scenes}).items():
+            shutil.copytree(source, folder / part)
+
+    return make
+
+
+@pytest.fixture
+def own_cache():
+    """Experiments set the folder of compiled programs: afterwards it is the tests' again."""
+    folder = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def test_human_scores(load_experiment, configs, make_demo, own_cache, tmp_path, capsys):
+    module = load_experiment("human_scores")
+    experiment = module.Experiment(
+        root=tmp_path,
+        config=configs["human"],
+        mixes=("no_clean",),
+        methods=("grpo",),
+        seeds=(0,),
+        steps=2,
+        held_out=8,
+        num_inference_steps=1,
+    )
+    make_demo(tmp_path / "no_clean", experiment.demo_settings("no_clean"))
+    module.run(experiment)
+    names = {path.stem for path in (tmp_path / "cells").iterdir()}
+    assert names == {f"no_clean-{name}-0" for name in ("base", "roundtrip", "grpo")}
+    before = json.loads(experiment.cell("no_clean", "grpo", 0).read_text())
+    assert before["steps"] == 2 and np.shape(before["defects"]) == (8, 4)
+    module.measure_again(experiment)
+    assert json.loads(experiment.cell("no_clean", "grpo", 0).read_text()) == before
+    capsys.readouterr()
+    module.table(experiment)
+    printed = capsys.readouterr().out
+    assert "| human-scored GRPO | 1 | 2 |" in printed and (tmp_path / "no_clean.png").exists()
+
+
+def test_automatic_rewards(load_experiment, configs, make_demo, own_cache, tmp_path, capsys):
+    module = load_experiment("automatic_rewards")
+    experiment = module.Automatic(
+        root=tmp_path / "output",
+        demo=tmp_path / "demo",
+        config=configs["automatic"],
+        methods=("chance",),
+        seeds=(0,),
+        steps=4,
+        points=2,
+        held_out=4,
+        num_inference_steps=1,
+    )
+    make_demo(experiment.demo)
+    module.run(experiment)
+    points = json.loads(experiment.cell("chance", 0).read_text())["points"]
+    assert [point["step"] for point in points] == [2, 4]
+    assert np.shape(points[0]["scores"]) == (4, 3) and np.shape(points[0]["defects"]) == (4, 4)
+    capsys.readouterr()
+    module.table(experiment)
+    assert "| chance | 1 | 4 |" in capsys.readouterr().out and (experiment.root / "flawed.png").exists()
+
+
+def test_two_sources(load_experiment, configs, make_demo, scored_scenes, tmp_path, monkeypatch, capsys):
+    module = load_experiment("two_sources")
+    monkeypatch.setattr(module, "CONFIGS", configs)
+    monkeypatch.setattr(module, "HELD_OUT", (100_000, 4))
+    monkeypatch.setattr(module, "NUM_INFERENCE_STEPS", 1)
+    make_demo(tmp_path / "demo")
+    module.train(module.Training(root=tmp_path / "output", demo=tmp_path / "demo", steps=1))
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | " in printed for name in ("none: the base", "human", "automatic"))
+    module.agree(scored_scenes)
+    assert "24 scored results of 6 scenes" in capsys.readouterr().out
+
+
+def test_routing(load_experiment, configs, make_demo, tmp_path, monkeypatch, capsys):
+    module = load_experiment("routing")
+    monkeypatch.setattr(module, "CONFIG", configs["human"])
+    make_demo(tmp_path / "demo")
+    folders = tmp_path / "demo" / "tiny_flux_fill", tmp_path / "demo" / "tiny_redux"
+    loaded = load_experiment("held_out").load_base(*folders, configs["human"])
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1, {"trainable": loaded.trainable}, position=0, config={}, base=loaded.fingerprint)
+    checkpoints.close()
+    with pytest.raises(SystemExit) as ended:
+        module.main((tmp_path / "run",), demo=tmp_path / "demo", scenes=6)
+    assert ended.value.code == 1  # the gates of a fresh router do not depend on the mask
+    assert f"| {tmp_path / 'run'} | " in capsys.readouterr().out
+
+
+def test_validate_rewards(load_experiment, scored_scenes, capsys):
+    module = load_experiment("validate_rewards")
+    assert module.main(module.Settings(scored_scenes)) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "### with ground truth, 6 photos" in printed and "### without ground truth, 6 photos" in printed
+    assert "ok   with ground truth: truth above source" in printed
