@@ -427,14 +427,14 @@ class TestAot:
         Path("mine.toml").write_text("seed = 3\n")
         Path("link.toml").symlink_to("mine.toml")
         os.link("mine.toml", "hard.toml")
-        for output, how in {
+        for output, expected in {
             "mine.toml": "mine.toml, which is an input of --config;",
             "photos/../mine.toml": "an input of --config;",
             "link.toml": "an input of --config (through a link);",
             "hard.toml": "an input of --config (by a hard link);",
         }.items():
             argv = [*self.ARGUMENTS, "--json", output, "--config", "mine.toml"]
-            assert how in fail_safely("aot", argv, capsys)
+            assert expected in fail_safely("aot", argv, capsys)
 
     def test_the_files_of_the_base_are_not_overwritten(self, folder, capsys):
         argv = [*self.ARGUMENTS, "--json", "model/transformer/config.json"]

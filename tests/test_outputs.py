@@ -116,7 +116,7 @@ class TestFiles:
             assert "no file can be created in other (Permission denied)" in fail_to_check(
                 make_outputs(folder="other/new"), {}
             )
-        else:  # a writable folder of another user
+        else:  # only the owner of a folder may set its times
             check_outputs(make_outputs(folder="other/new"), {})
         assert os.listdir("other") == []
 
@@ -302,7 +302,7 @@ class TestReplacedFile:
         try:
             write_file(Path("new.txt"), "")
             with replace_file(Path("other.txt")) as draft:
-                draft.unlink()  # as some libraries do, which write a new file
+                draft.unlink()  # some libraries delete the draft and write a new file
                 os.close(os.open(draft, os.O_CREAT | os.O_WRONLY, 0o600))
         finally:
             os.umask(old_umask)

@@ -27,7 +27,7 @@ def mask():
     painted = np.zeros((HEIGHT, WIDTH), np.uint8)
     painted[29:43, 44:56] = 100  # a soft edge
     painted[BOX] = 255
-    painted[:, ::7] |= 9  # noise, as JPEG leaves it
+    painted[:, ::7] |= 9  # noise such as JPEG leaves
     return Image.fromarray(painted)
 
 
@@ -152,7 +152,7 @@ def test_invalid_dtypes_a_missing_redux_and_invalid_sizes_are_refused(tiny_fill,
 def test_photos_are_turned_upright_and_transparent_mask_pixels_are_black(remove, default_output, photo, mask):
     """The photo is stored rotated, with an EXIF orientation. The mask is white, and opaque only at the object."""
     rotated = photo.transpose(Image.Transpose.ROTATE_90)
-    rotated.getexif()[ExifTags.Base.Orientation] = 6  # rotate clockwise by 90 degrees for display
+    rotated.getexif()[ExifTags.Base.Orientation] = 6  # readers rotate it clockwise by 90 degrees
     transparent_mask = Image.new("RGBA", mask.size, "white")
     transparent_mask.putalpha(mask)
     output = remove(image=rotated, mask=transparent_mask)

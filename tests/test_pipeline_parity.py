@@ -88,19 +88,20 @@ def run_diffusers(folder, case: Case, generator=None) -> tuple[np.ndarray, np.nd
     return final_tensors["latents"].numpy(), images
 
 
-def run_ours(pipe: RemovalPipeline, case: Case, **options) -> tuple[np.ndarray, np.ndarray]:
+def run_pipeline(pipe: RemovalPipeline, case: Case, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Run `RemovalPipeline`; returns the final packed latents [B, N, 4C] and the images [B, H, W, 3], not clipped."""
     cond = pipe.condition(case.image, case.mask, case.context, **options)
     latents = pipe.denoise(case.noise, cond, STEPS, GUIDANCE)
     return np.asarray(latents), np.asarray(pipe.decode(latents, *case.size))
 
 
-def assert_agree(ours, theirs) -> None:
+def assert_agree(actual, expected) -> None:
     """Compare two pairs (latents, images). Images of a random network exceed [0, 1]; diffusers clips them."""
-    error = np.linalg.norm(ours[0] - theirs[0]) / np.linalg.norm(theirs[0])
+    error = np.linalg.norm(actual[0] - expected[0]) / np.linalg.norm(expected[0])
     assert error <= LATENTS_LIMIT
-    assert ours[1].shape == theirs[1].shape
-    assert ((ours[1] > 0) & (ours[1] < 1)).mean() > 0.2
-    assert np.abs(ours[1].clip(0, 1) - theirs[1]).max() <= PIXELS_LIMIT
+    assert actual[1].shape == expected[1].shape
+    assert ((actual[1] > 0) & (actual[1] < 1)).mean() > 0.2
+    assert np.abs(actual[1].clip(0, 1) - expected[1]).max() <= PIXELS_LIMIT
 
 
 def relative_change(a, b) -> float:
@@ -121,15 +122,15 @@ def test_latents_and_images_agree_with_diffusers(make_tiny_fill, tiny_pipeline, 
     pipe = tiny_pipeline
     if factor != pipe.model.factor:
         pipe = RemovalPipeline.from_pretrained(make_tiny_fill(factor), dtype="float32")
-    ours, theirs = run_ours(pipe, case), run_diffusers(make_tiny_fill(factor), case)
-    assert_agree(ours, theirs)
-    assert relative_change(ours[0], case.noise) > 0.5
+    actual, expected = run_pipeline(pipe, case), run_diffusers(make_tiny_fill(factor), case)
+    assert_agree(actual, expected)
+    assert relative_change(actual[0], case.noise) > 0.5
 
 
 @pytest.mark.torch
 def test_sampled_latents_of_the_masked_image_can_be_passed(tiny_fill, tiny_pipeline):
     case = make_case(32, 32, 4)
-    theirs = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
+    expected = run_diffusers(tiny_fill, case, torch.Generator().manual_seed(3))
 
     vae = AutoencoderKL.from_pretrained(tiny_fill, subfolder="vae")
     masked_image = channels_first((2 * case.image - 1) * (case.mask < 0.5)[..., None])
@@ -138,10 +139,10 @@ def test_sampled_latents_of_the_masked_image_can_be_passed(tiny_fill, tiny_pipel
     sampled = (sampled - vae.config.shift_factor) * vae.config.scaling_factor
     sampled = FluxFillPipeline._pack_latents(sampled, *sampled.shape).numpy()
 
-    ours = run_ours(tiny_pipeline, case, masked_latents=sampled)
-    assert_agree(ours, theirs)
-    with_mean = run_ours(tiny_pipeline, case)
-    assert relative_change(with_mean[0], ours[0]) > 10 * LATENTS_LIMIT
+    actual = run_pipeline(tiny_pipeline, case, masked_latents=sampled)
+    assert_agree(actual, expected)
+    with_mean = run_pipeline(tiny_pipeline, case)
+    assert relative_change(with_mean[0], actual[0]) > 10 * LATENTS_LIMIT
 
 
 @pytest.mark.torch
@@ -151,17 +152,19 @@ def test_redux_tokens_after_the_empty_prompt_agree_with_diffusers(
     reference = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8))
     prior = FluxPriorReduxPipeline.from_pretrained(tiny_redux, **NO_TEXT)
     with torch.no_grad():
-        theirs = prior.image_embedder(prior.encode_image(reference, "cpu", 1)).image_embeds.numpy()
+        expected_tokens = prior.image_embedder(prior.encode_image(reference, "cpu", 1)).image_embeds.numpy()
     tokens = np.asarray(tiny_pipeline.redux(preprocess(tiny_redux)(reference)[None]))
-    assert np.linalg.norm(tokens - theirs) <= 1e-4 * np.linalg.norm(theirs)
+    assert np.linalg.norm(tokens - expected_tokens) <= 1e-4 * np.linalg.norm(expected_tokens)
 
     case = make_case(32, 32, 4)
     empty_prompt = np.zeros((2, 8, 32), np.float32)
-    case = replace(case, context=np.concatenate([empty_prompt, theirs.repeat(2, 0)], axis=1))
-    ours = run_ours(tiny_pipeline, replace(case, context=np.concatenate([empty_prompt, tokens.repeat(2, 0)], axis=1)))
-    assert_agree(ours, run_diffusers(tiny_fill, case))
-    without_tokens = run_ours(tiny_pipeline, replace(case, context=np.zeros_like(case.context)))
-    assert relative_change(without_tokens[0], ours[0]) > 10 * LATENTS_LIMIT
+    case = replace(case, context=np.concatenate([empty_prompt, expected_tokens.repeat(2, 0)], axis=1))
+    actual = run_pipeline(
+        tiny_pipeline, replace(case, context=np.concatenate([empty_prompt, tokens.repeat(2, 0)], axis=1))
+    )
+    assert_agree(actual, run_diffusers(tiny_fill, case))
+    without_tokens = run_pipeline(tiny_pipeline, replace(case, context=np.zeros_like(case.context)))
+    assert relative_change(without_tokens[0], actual[0]) > 10 * LATENTS_LIMIT
 
 
 def test_the_default_context_is_the_empty_prompt_and_guidance_changes_the_velocity(tiny_pipeline):

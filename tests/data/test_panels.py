@@ -12,7 +12,7 @@ def test_nearest_bucket_has_the_nearest_logarithm_of_the_aspect_ratio():
     assert nearest_bucket((100, 190), buckets) == 1
     assert nearest_bucket((190, 100), buckets) == 2
     assert nearest_bucket((70, 75), buckets) == 0
-    assert nearest_bucket((500, 500), buckets) == 3  # of equal aspect ratios, the nearest area
+    assert nearest_bucket((500, 500), buckets) == 3  # 0 and 3 have the same ratio; 3 is nearer in area
     # The middle of the ratios 1 and 2 is √2 on the logarithmic scale, and 1.5 on the linear one.
     assert nearest_bucket((100, 145), buckets) == 1 and nearest_bucket((70, 98), buckets) == 0
 
@@ -39,7 +39,7 @@ def test_crop_is_centered_on_the_mask_as_far_as_the_photo_allows():
     assert crop_window((100, 300), (64, 64), (140, 40, 160, 60)) == (100, 0, 200, 100)
     assert crop_window((100, 300), (64, 64), (0, 40, 20, 60)) == (0, 0, 100, 100)
     assert crop_window((300, 100), (64, 64), (40, 270, 60, 300)) == (0, 200, 100, 300)
-    assert crop_window((100, 300), (64, 64), (20, 40, 280, 60)) == (0, 0, 300, 100)  # does not fit: the whole photo
+    assert crop_window((100, 300), (64, 64), (20, 40, 280, 60)) == (0, 0, 300, 100)  # the mask does not fit
     assert crop_window((48, 48), (32, 32), (5, 5, 9, 9)) == (0, 0, 48, 48)
 
 

@@ -112,7 +112,7 @@ def test_scores_may_be_absent_without_human_scores(make_data_folder):
 def test_a_photo_turned_by_exif_may_have_a_mask_of_its_upright_size(make_data_folder):
     data = make_data_folder(sizes=[(20, 30)], results=1)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the stored image is rotated by 90 degrees for display
+    exif[0x0112] = 6  # readers rotate the stored image by 90 degrees
     with Image.open(data.folder / "input/s0.png") as photo:
         photo.transpose(Image.Transpose.ROTATE_90).save(data.folder / "input/s0.jpg", exif=exif)
     data.records[0]["src"] = "input/s0.jpg"
