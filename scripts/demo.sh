@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, meant to take less than 10 minutes on 2 cores: makes an environment if need be
-# (with the newest Python that constraints.txt pins), then synthetic scored scenes and a tiny FLUX-Fill (both once),
-# trains experts on the scores, and removes objects from scenes that no training has seen. Arguments go to the training;
-# its folder stays output/tiny_grpo, and an earlier run there is replaced:
+# Runs the whole job on a tiny model and synthetic scenes. It should take less than 10 minutes on 2 cores.
+#
 #     bash scripts/demo.sh
 #     bash scripts/demo.sh --learning_rate 1e-3
+#
+# It makes an environment if none exists, with the newest Python that constraints.txt pins. Then it makes scored scenes
+# and a tiny FLUX-Fill model, unless they exist. It trains experts on the scores, and removes objects from held-out
+# scenes. Arguments are passed to the training. The training writes to output/tiny_grpo and replaces an earlier run there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

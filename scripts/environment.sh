@@ -1,9 +1,9 @@
-# Sourced by the other scripts, from the project's folder: finds a Python, makes an environment with it, and installs the
-# package there at the versions of constraints.txt.
+# Functions to find a Python, make an environment with it, and install the package there at the versions of
+# constraints.txt. The other scripts source this file in the project's folder.
 
-# find_python NAME... prints the first that runs and is Python 3.11 or later. NAME is a command, or a version such as
-# 3.13, which is looked for on PATH and in pyenv's folder; a shim of pyenv may be there and not run. With $PYTHON set that
-# is the only NAME.
+# find_python NAME... prints the first NAME that runs and is Python 3.11 or later. NAME is a command or a version such as
+# 3.13. A version is searched on PATH and then in pyenv's folder, because a shim of pyenv may be on PATH and not run. If
+# $PYTHON is set, only $PYTHON is tried.
 find_python() {
     local name candidate
     [ -z "${PYTHON:-}" ] || set -- "$PYTHON"
@@ -22,6 +22,7 @@ find_python() {
     return 1
 }
 
+# candidates NAME prints the commands to try for NAME, one per line.
 candidates() {
     local root
     if [[ ! $1 =~ ^[0-9]+\.[0-9]+$ ]]; then
@@ -34,14 +35,14 @@ candidates() {
     fi
 }
 
-# version_of PYTHON prints 3.11, say, or nothing where it does not run.
+# version_of PYTHON prints its version, such as 3.11. It prints nothing if PYTHON does not run.
 version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-# environment PYTHON EXTRA... sets `venv` to the folder of an environment of this Python with the package and these
-# extras: .venv, or where .venv has another Python, .venv-X.Y. It is made where it is absent, and installed into where
-# that was not yet done.
+# environment PYTHON EXTRA... sets `venv` to the folder of an environment with this Python, the package and these extras.
+# The folder is .venv, or .venv-X.Y if .venv has another version of Python. The function makes the environment if it does
+# not exist. It installs the package unless the same extras and versions are installed already.
 environment() {
     local python=$1 version extra extras= stamp wanted
     version=$(version_of "$python")
@@ -51,8 +52,8 @@ environment() {
     fi
     echo "Environment: $venv, Python $version"
     for extra in "${@:2}"; do
-        # constraints.txt pins torch for Python 3.11 alone. Tests leave out what needs it elsewhere, which spares the
-        # gigabytes of CUDA packages that the newest torch brings.
+        # constraints.txt pins torch only for Python 3.11. On other versions the tests that need torch are skipped. This
+        # saves gigabytes, because the newest torch requires CUDA packages.
         if [ "$extra" != torch ] || [ "$version" = 3.11 ]; then
             extras+=,$extra
         fi

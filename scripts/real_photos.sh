@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Both training commands of the user's guide on scored photos, from a tiny base: dict and tensor scores, and standard.
+# Trains three times on scored photos, from the demo's tiny base: with human scores in the dict format, with the same
+# scores in the tensor format, and without scores.
 #
 #   scripts/real_photos.sh PHOTOS [BASE] [OUTPUT] [SIZE] [STEPS]
 #
-# PHOTOS holds labeled_dict.json, labeled_tensor.json and triplets.json; BASE is what `python -m ra_jax.demo` made.
+# PHOTOS: folder with labeled_dict.json, labeled_tensor.json and triplets.json.
+# BASE: folder that `python -m ra_jax.demo` made (default: output/demo).
+# OUTPUT: folder of the three runs (default: output/photos).
+# SIZE: side of a panel in pixels (default: 128).
+# STEPS: training steps of each run (default: 200).
 set -euo pipefail
 photos=${1:?usage: scripts/real_photos.sh PHOTOS [BASE] [OUTPUT] [SIZE] [STEPS]}
 base=${2:-output/demo} output=${3:-output/photos} size=${4:-128} steps=${5:-200}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Lints and tests everything, on the CPU and offline; makes the environment first if need be. Arguments go to pytest:
+# Lints and tests everything, on the CPU and offline. It makes the environment first if none exists. Arguments are passed
+# to pytest.
 #     bash scripts/test.sh
 #     bash scripts/test.sh -m "not slow" tests/data
-#     PYTHON=3.13 bash scripts/test.sh    # the newest JAX; what needs torch is skipped
+#     PYTHON=3.13 bash scripts/test.sh    # the newest JAX; tests that need torch are skipped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -12,5 +13,5 @@ environment "$python" test torch metrics packs
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-# Two files at a time: compiling, most of what tests do, keeps one core busy.
+# Two files at a time: tests mostly compile, and a compilation uses one core.
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,5 +1,7 @@
-"""scripts/environment.sh and the scripts that use it: which interpreter they find, which folder they make, what they
-install and start there. Interpreters are fake, and nothing else is on PATH but the programs that the scripts need."""
+"""scripts/environment.sh and the scripts that use it: interpreters, folders, installed extras, and started programs.
+
+The interpreters are fake. PATH has only them and the programs that the scripts need.
+"""
 
 import os
 import shutil
@@ -11,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "sed", "sort")
 
-# Tells its version, makes environments of itself, and writes down what else it is asked for, as pip and ruff there do.
+# A fake interpreter. It prints its version, makes environments with a copy of itself, and logs all other calls. The
+# fake pip, which also serves as ruff, only logs its calls.
 PYTHON = """#!{bash}
 case "$1 $2" in
 -c*) echo {version} ;;
@@ -29,7 +32,7 @@ exit 127
 
 
 class Machine:
-    """A project's folder, programs on PATH, a pyenv where versions are installed, and a log of what was started."""
+    """A project folder, a folder of programs for PATH, a folder of pyenv's versions, and a log of started programs."""
 
     def __init__(self, folder: Path):
         self.bin, self.project, self.pyenv = folder / "bin", folder / "project", folder / "pyenv"
@@ -51,26 +54,26 @@ class Machine:
         path.chmod(0o755)
 
     def python(self, path: str | Path, version: str) -> Path:
-        """Put an interpreter at a path, or on PATH by its name alone."""
+        """Write an interpreter to a path, or to PATH if only a name is given."""
         path = self.bin / path
         self.write(path, PYTHON, version=version, pip=self.pip, log=self.log)
         return path
 
     def install_pyenv(self, *versions: str) -> None:
-        """pyenv, whose shims of these versions do not run."""
+        """Install a pyenv with these versions; its shims on PATH do not run."""
         self.write(self.bin / "pyenv", f"#!{{bash}}\n[ $1 = root ] && echo {self.pyenv}\n")
         for version in versions:
             self.python(self.pyenv / "versions" / version / "bin" / "python", version.rpartition(".")[0])
             self.write(self.bin / f"python{version.rpartition('.')[0]}", BROKEN)
 
     def run(self, command: str, **environment: str) -> subprocess.CompletedProcess:
-        """A command after environment.sh was sourced as the scripts do."""
+        """Source environment.sh as the scripts do, and run a command."""
         return self.start(
             "-c", f"set -euo pipefail; source scripts/environment.sh; {command}", "test.sh", **environment
         )
 
     def start(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        """bash in the project's folder."""
+        """Run bash in the project's folder."""
         return subprocess.run(
             [self.bin / "bash", *arguments],
             cwd=self.project,
@@ -86,7 +89,7 @@ class Machine:
         return done.stdout.strip()
 
     def started(self) -> list[str]:
-        """What pips, ruffs and interpreters of environments were asked for since the last call, a line each."""
+        """Return the calls of interpreters, pip and ruff since the last call of this method, one line each."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and that they say what they need."""
+"""The launch scripts print the commands that they would run, and name the variables that they need."""
 
 import os
 import shlex
@@ -60,7 +60,7 @@ def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment,
     if expected is not None:
         assert commands == [expected]
         return
-    # On the machines a shell reads the command once more.
+    # A shell on the remote machine parses the command again.
     remote = next(word for words in commands for word in words if "ra_jax.train" in word)
     inner = shlex.split(remote.rsplit("&&", 1)[1])
     assert inner[inner.index("ra_jax.train") + 1 :] == FLAGS

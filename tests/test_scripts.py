@@ -27,7 +27,7 @@ NO_COMMAND_LINE = ("contenders.py", "held_out.py")
 
 @pytest.fixture(autouse=True)
 def own_modules():
-    """Scripts import their siblings by bare names: none of them stays for the next test."""
+    """Remove imported scripts from sys.modules after each test, so that no test gets a module of another."""
     yield
     for path in PROGRAMS:
         sys.modules.pop(path.stem, None)
@@ -35,7 +35,7 @@ def own_modules():
 
 @pytest.fixture
 def script(monkeypatch):
-    """A function: folder, name -> the module of a script, as its siblings import it."""
+    """script(folder, name) -> the module of a script."""
 
     def load(folder, name):
         monkeypatch.syspath_prepend(SCRIPTS / folder)
@@ -106,7 +106,7 @@ def test_another_interpreter_does_not_inherit_xla_flags(script, tmp_path, monkey
     assert own["XLA_FLAGS"] == "--xla_of_another_version=1" and "JAX_COMPILATION_CACHE_DIR" not in own
     monkeypatch.chdir(Path(sys.executable).parent)
     assert against.is_this_python(f"./{Path(sys.executable).name}")
-    # An environment's interpreter is a link to the same file, and another interpreter nevertheless.
+    # The python of an environment is a link to the same file, but it is another interpreter.
     venv.create(tmp_path / "other", symlinks=True)
     other = against.child_environment(str(tmp_path / "other" / "bin" / "python"))
     assert "XLA_FLAGS" not in other and other["PATH"] == os.environ["PATH"]

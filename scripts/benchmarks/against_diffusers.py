@@ -1,22 +1,29 @@
-"""Is a training step faster than diffusers' with PEFT on the same machine?
+"""Compare the time and memory of a training step with diffusers and PEFT on the same machine.
 
     python scripts/benchmarks/against_diffusers.py [--rounds 7] [--geometries tiny small wide]
     python scripts/benchmarks/against_diffusers.py --our_python .venv/bin/python .venv-3.13/bin/python
-        ours on two JAX versions, both beside the same process of PyTorch
+        ra_jax on two JAX versions, and one process of PyTorch
     python scripts/benchmarks/against_diffusers.py --geometries flux flux_6
-        on a GPU: FLUX.1-Fill's own sizes, 512 x 1024, with four and with six photos
+        on a GPU: the sizes of FLUX.1-Fill, 512 x 1024, with four and with six photos
 
-LoRA of three experts on the linear layers of all blocks, the standard step from latents on: interpolate, predict the
-velocity, flow-matching loss, gradient of the experts, AdamW. Ours is the step that trains, router and diversity loss
-included; theirs is FluxTransformer2DModel with three active adapters, each weighted by a third. Both compute in
-float32 on a CPU, in bfloat16 on a GPU: there their blocks are compiled (torch.compile), and recomputed only where
-memory runs out; ours keep what --gradient_checkpointing says. Each contender is a process of its own; they take
-turns, one step each, so that both see the same machine; at FLUX's own sizes, where two do not fit a GPU, one after
-the other. A third is ours with one LoRA of the same total rank.
+Both train three LoRA experts on the linear layers of all blocks. A step starts from latents: it interpolates, predicts
+the velocity, computes the flow-matching loss and the gradient of the experts, and applies AdamW. The contenders are:
 
-It prints medians, ratios, peak memory of the steps (the process's, and in all, compiling included; on a GPU the
-device's), on a GPU that it knows the share of its peak that model FLOPs make (MFU: forward, gradient with respect to
-activations and to the experts, no recomputation), and how compile time grows with the number of blocks.
+    ra_jax             the step of ra_jax.train, with router and diversity loss
+    diffusers + PEFT   FluxTransformer2DModel with three active adapters, each with weight 1/3
+    ra_jax, one LoRA   ra_jax with one expert of the same total rank
+
+All compute in float32 on a CPU and in bfloat16 on a GPU. On a GPU torch.compile compiles the blocks of diffusers, and
+they are recomputed only if memory runs out; ra_jax recomputes what --gradient_checkpointing says.
+
+Each contender is a separate process. The processes take turns, one step each, so that a change in the machine's load
+affects all of them. At the sizes of FLUX.1-Fill two processes do not fit on a GPU; there they run one after another.
+
+The output has, for each contender, the median time of a step, its ratio to ra_jax, and two peaks of memory: one of the
+steps, and one that includes compilation (on a GPU, the device's peak). On a GPU of `PEAKS` in contenders.py it has MFU,
+the fraction of the GPU's peak FLOP/s that the step reaches. Model FLOPs count the forward pass and the gradients with
+respect to activations and experts, without recomputation. At the end it has the compile time for several numbers of
+blocks.
 """
 
 import json
@@ -31,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-SCRIPT = Path(__file__).with_name("contenders.py")  # a contender's process; it takes a name, sizes and options
+SCRIPT = Path(__file__).with_name("contenders.py")  # runs as the process of a contender
 OURS, THEIRS, ONE_LORA = "ra_jax", "diffusers + PEFT", "ra_jax, one LoRA"
 CONTENDERS = (OURS, THEIRS, ONE_LORA)
 
@@ -53,44 +60,52 @@ FLUX: Sizes = {
     "pooled_dim": 768,
     "rank": 64,
 }
-LARGE = {"flux": FLUX, "flux_6": FLUX | {"batch": 6}}  # two contenders do not fit a GPU together
-PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}  # fields of /proc/cpuinfo
+LARGE = {"flux": FLUX, "flux_6": FLUX | {"batch": 6}}  # two contenders do not fit on a GPU
+PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}  # field of /proc/cpuinfo -> its title
 
 
 @dataclass(frozen=True)
 class Bench:
-    """rounds: timed steps of each contender, after two that are not; geometries: of `GEOMETRIES` and `LARGE`;
-    contenders: all, or some of them, ours among them; our_python: interpreters that run ours, each with its own JAX
-    (default: the one that runs this, which also runs theirs); gradient_checkpointing: ours, on a GPU; compile_blocks:
-    numbers of blocks whose compile times are compared, or none; json: also write the figures there; trace: a folder
-    for a profile of one step of ours."""
+    """Settings of the comparison."""
 
-    rounds: int = 7
-    geometries: tuple[str, ...] = tuple(GEOMETRIES)
-    contenders: tuple[str, ...] = CONTENDERS
+    rounds: int = 7  # timed steps of each contender; two steps before them are not timed
+    geometries: tuple[str, ...] = tuple(GEOMETRIES)  # sizes of model and batch: tiny, small, wide, flux, flux_6
+    contenders: tuple[str, ...] = CONTENDERS  # contenders to run; ra_jax has to be one of them
+    # Interpreters that run ra_jax, each with its own JAX. PyTorch always runs in the interpreter of this script.
     our_python: tuple[str, ...] = (sys.executable,)
-    gradient_checkpointing: str = "products"
-    compile_blocks: tuple[int, ...] = (8, 57)
-    json: Path | None = None
-    trace: Path | None = None
+    gradient_checkpointing: str = "products"  # --gradient_checkpointing of ra_jax on a GPU
+    compile_blocks: tuple[int, ...] = (8, 57)  # numbers of blocks to compare compile times of; may be empty
+    json: Path | None = None  # file to write the figures to
+    trace: Path | None = None  # folder for a profile of one step of ra_jax
 
 
 def is_this_python(python: str) -> bool:
-    """Whether that is the interpreter, of the same environment, that runs this process."""
-    return os.path.abspath(shutil.which(python)) == os.path.abspath(sys.executable)  # links lead out of environments
+    """Return whether `python` is the interpreter of this process, of the same environment."""
+    # Links are not resolved: the python of an environment is a link to an interpreter outside.
+    return os.path.abspath(shutil.which(python)) == os.path.abspath(sys.executable)
 
 
 def child_environment(python: str) -> dict[str, str]:
-    """The environment of a contender run by `python`: this process's, without what would spoil the comparison."""
-    dropped = {"JAX_COMPILATION_CACHE_DIR"}  # compile times are measured
+    """Return the environment variables for a contender that `python` runs: those of this process, with exceptions."""
+    dropped = {"JAX_COMPILATION_CACHE_DIR"}  # compile times are measured, so nothing may be cached
     if not is_this_python(python):
-        dropped.add("XLA_FLAGS")  # they are this interpreter's: another JAX aborts at a flag that it does not know
+        dropped.add("XLA_FLAGS")  # another JAX version aborts at a flag that it does not know
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they may share a GPU
+    return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # contenders may share a GPU
 
 
 class Contender:
-    """A process that takes a step when asked to. name: of `CONTENDERS`; python: the interpreter that runs it."""
+    """A process that takes a training step on request.
+
+    Args:
+        name: one of `CONTENDERS`.
+        python: the interpreter that runs it.
+        geometry: sizes of model and batch.
+        bench: settings.
+
+    Attributes:
+        facts: its figures from before the timed steps, such as compile time and versions.
+    """
 
     def __init__(self, name: str, python: str, geometry: Sizes, bench: Bench):
         trace = str(bench.trace) if bench.trace and name == OURS else None
@@ -107,17 +122,26 @@ class Contender:
         return json.loads(line)
 
     def step(self) -> dict[str, float]:
-        """Takes a step: its seconds, and the peak of memory [bytes] after it."""
+        """Take a step; return its `seconds`, and the `peak` of memory in bytes so far."""
         print(file=self._process.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.communicate()
 
 
 def measure(bench: Bench, geometry: Sizes, *, together: bool) -> dict[str, dict]:
-    """Figures of each contender, by its name and versions: median seconds, peak of memory [bytes], and its facts."""
+    """Run all contenders on one geometry.
+
+    Args:
+        bench: settings.
+        geometry: sizes of model and batch.
+        together: the processes of all contenders run at once and take turns; otherwise they run one after another.
+
+    Returns:
+        for each contender, by name and versions: median `seconds` of a step, `peak` memory in bytes, and its facts.
+    """
     everyone = [
         (who, python)
         for who in bench.contenders
@@ -139,7 +163,7 @@ def measure(bench: Bench, geometry: Sizes, *, together: bool) -> dict[str, dict]
 
 
 def compare(bench: Bench, name: str) -> dict[str, dict]:
-    """Measures a geometry, and prints a row for each contender; returns what `measure` found."""
+    """Run `measure` on a geometry, print a row for each contender, and return the figures."""
     found = measure(bench, (GEOMETRIES | LARGE)[name], together=name not in LARGE)
     if len({figures["trained"] for figures in found.values()}) > 1:
         sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
@@ -157,7 +181,7 @@ def compare(bench: Bench, name: str) -> dict[str, dict]:
 
 
 def print_ratios(results: dict[str, dict[str, dict]]) -> None:
-    """How much longer their step takes than each of ours, over all geometries."""
+    """Print the time of diffusers' step divided by that of each ra_jax, for all geometries and as geometric mean."""
     first = next(iter(results.values()))
     ours_ = [who for who, figures in first.items() if figures["contender"] == OURS]
     theirs_ = next((who for who, figures in first.items() if figures["contender"] == THEIRS), None)
@@ -172,7 +196,7 @@ def print_ratios(results: dict[str, dict[str, dict]]) -> None:
 
 
 def compile_seconds(blocks: int, python: str, bench: Bench) -> float:
-    """Seconds to compile a step of so many blocks, a third of them double."""
+    """Measure the seconds to compile a step with this number of blocks, a third of them double blocks."""
     double = blocks // 3
     geometry = {"heads": 2, "head_dim": 32, "double": double, "single": blocks - double}
     geometry |= {"grid": (8, 8), "context": 8, "batch": 1}
@@ -182,7 +206,7 @@ def compile_seconds(blocks: int, python: str, bench: Bench) -> float:
 
 
 def processor() -> str:
-    """The processor's name, family and model, as far as the system says."""
+    """Return the processor's name, family and model, as far as the system provides them."""
     if not (file := Path("/proc/cpuinfo")).exists():
         return platform.processor() or platform.machine()
     lines = (line.partition(":") for line in file.read_text().split("\n\n")[0].splitlines())
@@ -192,7 +216,7 @@ def processor() -> str:
 
 
 def check(bench: Bench) -> None:
-    """Ends the program where contenders or interpreters are not there."""
+    """Exit with a message if a contender, a geometry or an interpreter does not exist."""
     if OURS not in bench.contenders or not set(bench.contenders) <= set(CONTENDERS):
         sys.exit(
             f"--contenders {' '.join(bench.contenders)}: expected some of {', '.join(CONTENDERS)}, {OURS} among them"
@@ -207,7 +231,7 @@ def check(bench: Bench) -> None:
 
 
 def main(bench: Bench) -> None:
-    """Measures and prints all that is asked for."""
+    """Run the comparison and print its tables."""
     check(bench)
     print(f"{processor()}, {os.cpu_count()} CPUs\n")
     heads = ["geometry", "contender", "a step", "of ours", "peak of steps", "in all", "MFU, where the peak is known"]

@@ -1,12 +1,13 @@
-"""The contenders of against_diffusers.py: a training step, ours or theirs, in a process that takes it when asked to.
+"""Run one contender of against_diffusers.py: a process that takes training steps of ra_jax or of diffusers on request.
 
     python scripts/benchmarks/contenders.py NAME GEOMETRY OPTIONS     as against_diffusers.py starts it
 
-NAME: a key of `WORKERS`; GEOMETRY: fields of `Geometry` as JSON; OPTIONS: gradient_checkpointing and trace as JSON. It
-prints its facts, then for every line that it reads the seconds and the memory of one step, all as lines of JSON.
+NAME is a key of `WORKERS`. GEOMETRY is JSON with the fields of `Geometry`. OPTIONS is JSON with gradient_checkpointing
+and trace. The process first prints its facts. Then it takes a step for each line on stdin, and prints the seconds and
+the memory of the step. All output is JSON, one object per line.
 
-This file and against_diffusers.py share nothing but this command line. With --our_python the two may run in different
-environments, and this one imports JAX or PyTorch, never both.
+This file and against_diffusers.py share only this command line, because --our_python runs them in different
+environments. A process of this file imports JAX or PyTorch, never both.
 """
 
 import gc
@@ -22,37 +23,38 @@ from pathlib import Path
 import numpy as np
 
 EXPERTS = 3
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity, by their data sheets
+# Part of a device's name -> peak of dense bfloat16 FLOP/s, from NVIDIA's data sheets.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a transformer and of a batch."""
 
-    heads: int
-    head_dim: int
-    double: int
-    single: int
-    grid: tuple[int, int]
-    context: int
-    batch: int
-    joint_dim: int = 256
-    pooled_dim: int = 64
-    rank: int = 16  # of each expert
+    heads: int  # attention heads
+    head_dim: int  # features per head
+    double: int  # double blocks
+    single: int  # single blocks
+    grid: tuple[int, int]  # rows and columns of the image tokens of a diptych
+    context: int  # context tokens
+    batch: int  # records
+    joint_dim: int = 256  # features of a context token
+    pooled_dim: int = 64  # features of the pooled text embedding
+    rank: int = 16  # rank of each expert
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a diptych."""
+        """Number of image tokens of a diptych."""
         return self.grid[0] * self.grid[1]
 
     @property
     def axes(self) -> tuple[int, int, int]:
-        """Features of a head that each of the three rotary position axes turns."""
+        """Number of features per head that each of the three axes of the rotary embedding rotates."""
         eighth = self.head_dim // 8
         return (eighth, (self.head_dim - eighth) // 2, (self.head_dim - eighth) // 2)
 
     def flux(self) -> dict:
-        """config.json of the transformer: latents of 16 channels, a VAE of factor 8."""
+        """Return config.json of the transformer, for latents with 16 channels and a VAE of factor 8."""
         return {
             "in_channels": 384,
             "out_channels": 64,
@@ -69,8 +71,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a contender's process runs. step: takes one step and waits for it; facts: of the step before it runs
-    (compile time [s], trained parameters, FLOPs, versions); peak: most bytes in use since the peak was reset."""
+    """The training step of a contender.
+
+    Attributes:
+        step: takes one step and waits for its end.
+        facts: compile time in seconds, number of trained parameters, FLOPs, versions.
+        peak: returns the peak of memory in bytes since it was reset.
+    """
 
     step: Callable[[], None]
     facts: dict
@@ -78,7 +85,14 @@ class Worker:
 
 
 def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
-    """Model, trainable and frozen weights, all drawn at random."""
+    """Return model, trainable and frozen weights of ra_jax; all weights are random.
+
+    Args:
+        geometry: sizes.
+        experts: number of experts.
+        rank: rank of each expert.
+        remat: --gradient_checkpointing on a GPU; on a CPU nothing is recomputed.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -92,7 +106,7 @@ def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
 
     on_gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    # The transformer's own VAE would have 84 M parameters that no step from latents on touches.
+    # A tiny VAE replaces FLUX's with its 84 M parameters, because a step that starts from latents does not use it.
     vae = VAEConfig(block_out_channels=(8,) * 4, latent_channels=16, norm_num_groups=4)
     mixture = ExpertsConfig(
         use_lora=True,
@@ -113,7 +127,7 @@ def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
 
 
 def our_experience(model, geometry: Geometry):
-    """What a standard step learns from, one microbatch [1, B, ...] of random latents."""
+    """Return the experience of a standard step: one microbatch [1, B, ...] of random latents."""
     import jax
     import jax.numpy as jnp
 
@@ -128,7 +142,7 @@ def our_experience(model, geometry: Geometry):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     context = normal(b, geometry.context, geometry.joint_dim)
-    masked = np.repeat(rng.random((b, n, 1)) < 0.3, 256, axis=-1)  # whole tokens
+    masked = np.repeat(rng.random((b, n, 1)) < 0.3, 256, axis=-1)  # each token is masked as a whole
     fill = jnp.concatenate([normal(b, n, 64), jnp.asarray(masked, jnp.float32)], axis=-1)
     condition = Condition(fill, context, normal(b, geometry.pooled_dim), geometry.grid)
     region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
@@ -139,7 +153,7 @@ def our_experience(model, geometry: Geometry):
 
 
 def our_flops(geometry: Geometry, trainable: dict) -> float:
-    """FLOPs of the model in a step: nothing that is recomputed counts."""
+    """Compute the FLOPs of the model in a step, without recomputation."""
     from ra_jax.models.flux import FluxConfig
     from ra_jax.parallel.partitioning import named_leaves
     from ra_jax.training.flops import (
@@ -154,11 +168,18 @@ def our_flops(geometry: Geometry, trainable: dict) -> float:
     flux, sizes = FluxConfig.from_dict(geometry.flux()), (geometry.tokens, geometry.context)
     shapes = {name: x.shape for name, x in named_leaves(trainable).items()}
     cost = ForwardCost(forward_flops(flux, *sizes), attention_flops(flux, *sizes), expert_flops(shapes, *sizes))
-    return step_flops(cost, StepPasses(records=geometry.batch, policy_points=0))
+    return step_flops(cost, StepPasses(records=geometry.batch, policy_passes=0))
 
 
 def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
-    """The step that trains, and its arguments: state, frozen weights, experience."""
+    """Return the step of ra_jax.train and its arguments: state, frozen weights, experience.
+
+    Args:
+        geometry: sizes.
+        experts: number of experts.
+        rank: rank of each expert.
+        remat: --gradient_checkpointing on a GPU.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -185,7 +206,7 @@ def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
 
 
 def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
-    """The step that trains, compiled as training compiles it."""
+    """Compile the step of ra_jax as ra_jax.train compiles it."""
     import jax
 
     from ra_jax.parallel.compilation import clear_jit_caches, compile_lowered
@@ -206,7 +227,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
         "peak_flops": next((peak for name, peak in PEAKS.items() if name in kind), None),
     }
     holder, unchanged = list(arguments[:1]), arguments[1:]
-    del arguments, trainable  # a step's state is given up to the next
+    del arguments, trainable  # the step donates its state; another reference would keep a second copy
 
     def step() -> None:
         holder[0], metrics = compiled_step(holder[0], *unchanged)
@@ -225,7 +246,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
 
 
 def their_model(geometry: Geometry, device: str, dtype):
-    """diffusers' transformer with an active adapter for each expert, and the parameters of all adapters in float32."""
+    """Return diffusers' transformer with an active adapter for each expert, and the adapters' float32 parameters."""
     import torch
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
@@ -250,12 +271,12 @@ def their_model(geometry: Geometry, device: str, dtype):
         parameter.requires_grad_(requires_grad=True)
         parameter.data = parameter.data.float()
     if device == "cuda":
-        model.compile_repeated_blocks()  # diffusers' way to torch.compile
+        model.compile_repeated_blocks()  # torch.compile, as diffusers recommends
     return model.train(), trained
 
 
 def their_inputs(geometry: Geometry, device: str):
-    """Random latents of a batch and of its Fill condition, and the transformer's other inputs by name."""
+    """Return random latents [B, N, 64], Fill channels [B, N, 320], and the other inputs of the transformer by name."""
     import torch
 
     b, n = geometry.batch, geometry.tokens
@@ -279,7 +300,7 @@ def their_inputs(geometry: Geometry, device: str):
 
 
 def theirs(geometry: Geometry, options: dict) -> Worker:
-    """The same by diffusers and PEFT."""
+    """Return the step of diffusers and PEFT; on a GPU it is compiled."""
     import torch
 
     device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
@@ -309,7 +330,11 @@ def theirs(geometry: Geometry, options: dict) -> Worker:
 
 
 def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
-    """A first step on a GPU, which compiles; blocks are recomputed from then on where memory runs out."""
+    """Take a first step on a GPU, which compiles; if memory runs out, recompute blocks and take it again.
+
+    Returns:
+        facts: the seconds of the step (`compile`), and whether blocks are recomputed (`recomputes`).
+    """
     import torch
 
     since, fits = time.perf_counter(), True
@@ -317,7 +342,7 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
         step()
     except torch.cuda.OutOfMemoryError:
         fits = False
-    if not fits:  # what the exception held is free now
+    if not fits:  # after the except clause, because the exception holds memory
         optimizer.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
@@ -329,17 +354,17 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
 
 
 def check_finite(loss: float) -> None:
-    """Products of what is not finite take less time."""
+    """Exit if the loss is not finite: products with NaN or infinity take less time, so the step would be too fast."""
     if not math.isfinite(loss):
         sys.exit(f"the loss is {loss}")
 
 
 def host_peak() -> int:
-    """Most bytes of memory that this process has held since its peak was reset."""
+    """Return the peak of this process's memory in bytes since it was reset."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-WORKERS = {  # by the names that against_diffusers.py passes
+WORKERS = {  # the keys are the names that against_diffusers.py passes
     "ra_jax": lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
     "diffusers + PEFT": theirs,
     "ra_jax, one LoRA": lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
@@ -347,13 +372,13 @@ WORKERS = {  # by the names that against_diffusers.py passes
 
 
 def work(contender: str, geometry: Geometry, options: dict) -> None:
-    """A contender's process: a step for every line on stdin, what it took to stdout."""
+    """Print a contender's facts; then take a step for each line on stdin and print its time and memory."""
     worker = WORKERS[contender](geometry, options)
     for _ in range(2):
         worker.step()
     facts = worker.facts | {"peak_before": host_peak() if worker.peak is host_peak else 0}
     facts["versions"] = f"Python {platform.python_version()}, {facts['versions']}"
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         since = time.perf_counter()

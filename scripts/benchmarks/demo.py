@@ -1,10 +1,11 @@
-"""Times the demo and its memory: the figures of README's "Measured".
+"""Measure time and memory of the demo ("Time of the demo" and "The policy ratio" in docs/results.md).
 
     python scripts/benchmarks/demo.py [--root output/measured]
 
-Prepares scenes and base from nothing, trains configs/tiny.toml, removes objects from the held-out scenes; prints the
-seconds of each, the seconds from the training's start to its first row of metrics, the largest peak memory of the
-three processes, and clip_fraction before each renewal of the old policy. Everything runs on the CPU.
+Makes the demo's scenes and base, trains with configs/tiny.toml, and removes objects from the held-out scenes. All
+commands run on the CPU. It prints the seconds of each command, the seconds from the start of the training to its first
+row of metrics, the largest peak memory of the three processes, the mean ratio, and clip_fraction in the last step
+before each sync of the old policy.
 """
 
 import os
@@ -25,14 +26,21 @@ from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 @dataclass(frozen=True)
 class Measurement:
-    """root: a folder for everything the demo makes, emptied first; config: the training's, with its paths replaced."""
+    """Settings of the measurement."""
 
-    root: Path = Path("output/measured")
-    config: Path = Path("configs/tiny.toml")
+    root: Path = Path("output/measured")  # folder of all that the demo makes; it is deleted first
+    config: Path = Path("configs/tiny.toml")  # configuration of the training; its paths are replaced
 
 
 def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[float, float, float | None]:
-    """Run `python -m module`: (seconds, peak memory [GB], seconds until the file `watched` had its first line)."""
+    """Run `python -m module` on the CPU.
+
+    Returns:
+        seconds, peak memory in GB, and seconds until the file `watched` was not empty (None without such a file).
+
+    Raises:
+        SystemExit: the command failed.
+    """
     since, first = time.monotonic(), None
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -49,7 +57,7 @@ def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[fl
 
 
 def main(measurement: Measurement) -> None:
-    """Times the three commands, and prints the figures."""
+    """Run and measure the three commands, and print the figures."""
     root, run = measurement.root, measurement.root / "run"
     shutil.rmtree(root, ignore_errors=True)
     prepared, prepare_memory, _ = timed("ra_jax.demo", "--output_dir", str(root))

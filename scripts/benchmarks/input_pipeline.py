@@ -1,10 +1,10 @@
-"""How fast one core makes batches: from files, from a pack of them, and from a pack with latents.
+"""Measure how many records per second one core loads from image files, from a pack, and from a pack with latents.
 
     python scripts/benchmarks/input_pipeline.py DATA [--bucket 512 512] [--rounds 5] [--seconds 10]
 
-DATA: any data set with results. The process is bound to one core, one thread loads, nothing is kept between batches.
-Latents and image tokens have the sizes that FLUX.1-Fill and FLUX.1-Redux give them, but are random: only reading is
-timed. The three are loaded in turn; medians of the rounds are printed.
+DATA is any data set with results. The process is bound to one core, loads with one thread, and caches nothing between
+batches. Latents and image tokens are random arrays of the sizes that FLUX.1-Fill and FLUX.1-Redux need, because only
+reading is timed. The forms of the data take turns. The medians of the rounds are printed.
 """
 
 import os
@@ -28,22 +28,23 @@ from ra_jax.data.panels import Panels
 from ra_jax.data.records import Record, load_records
 
 BATCH = 4
-MULTIPLE, FEATURES = 16, 64  # pixels a side of a token, and its latents' features
+MULTIPLE, FEATURES = 16, 64  # side of a token in pixels; features of its latents
+# Sizes of FLUX.1-Redux: number of image tokens, their features, side of its input in pixels.
 IMAGE_TOKENS, JOINT_DIM, SIGLIP_SIZE = 729, 4096, 384
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """data: a data set; bucket: panel size; rounds: of each form; seconds: of each round."""
+    """Settings of the measurement."""
 
-    data: Annotated[Path, tyro.conf.Positional]
-    bucket: Size = (512, 512)
-    rounds: int = 5
-    seconds: float = 10.0
+    data: Annotated[Path, tyro.conf.Positional]  # a data set with results
+    bucket: Size = (512, 512)  # height and width of a panel in pixels
+    rounds: int = 5  # number of rounds; each loads every form once
+    seconds: float = 10.0  # loading time of a form in a round
 
 
 class RandomEncoder:
-    """Arrays of the right sizes."""
+    """Encoder for `write_pack` that returns random arrays of the right sizes."""
 
     def __init__(self, bucket: Size):
         self.buckets = (bucket,)
@@ -52,12 +53,12 @@ class RandomEncoder:
         self._rng = np.random.default_rng(0)
 
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
-        """Latents of the masked photo and image tokens of one condition."""
+        """Return latents of the masked photo and image tokens for one condition."""
         tokens = self._rng.normal(size=(IMAGE_TOKENS, JOINT_DIM)).astype(ml_dtypes.bfloat16)
         return {"masked_latents": self._latents(), "image_tokens": tokens}
 
     def result(self, panels: Panels) -> dict[str, np.ndarray]:
-        """Latents of one result."""
+        """Return latents for one result."""
         return {"result_latents": self._latents()}
 
     def _latents(self) -> np.ndarray:
@@ -65,13 +66,13 @@ class RandomEncoder:
 
 
 def siglip_pixels(image: Image.Image) -> np.ndarray:
-    """Redux' preprocessing."""
+    """Resize and scale a reference image as Redux does: [384, 384, 3] in [-1, 1]."""
     resized = image.resize((SIGLIP_SIZE, SIGLIP_SIZE), Image.Resampling.BICUBIC)
     return np.asarray(resized, np.float32) / 127.5 - 1.0
 
 
 def endless(records: Sequence[Record], measurement: Measurement, **how: object) -> Iterator:
-    """Batches of `BATCH` records without an end; `how`: more fields of `LoaderOptions`."""
+    """Return an endless iterator over batches of `BATCH` records. `how` has further fields of `LoaderOptions`."""
     options = LoaderOptions(
         batch_size=BATCH,
         buckets=(measurement.bucket,),
@@ -85,7 +86,7 @@ def endless(records: Sequence[Record], measurement: Measurement, **how: object) 
 
 
 def rate(batches: Iterator, seconds: float) -> float:
-    """Records a second."""
+    """Measure the records per second of an iterator over batches. The first batch is not counted."""
     next(batches)
     since, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - since) < seconds:
@@ -95,7 +96,7 @@ def rate(batches: Iterator, seconds: float) -> float:
 
 
 def forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iterator]]:
-    """Each form's batches; packs are written first."""
+    """Write the packs to `folder`; return for each form of the data a function that starts to load it."""
     records = load_records(measurement.data)
     write_pack(records, folder / "pack")
     write_pack(records, folder / "latents", encoder=RandomEncoder(measurement.bucket))
@@ -110,7 +111,7 @@ def forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iter
 
 
 def main(measurement: Measurement) -> None:
-    """Loads each form in turn on one core, and prints medians."""
+    """Load the forms in turn on one core, and print the medians."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:

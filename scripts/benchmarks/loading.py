@@ -1,10 +1,10 @@
-"""How much host memory loading a model takes, when one process loads it and when several share it out.
+"""Measure the host memory for loading a model, by one process and by several that shard its weights.
 
     python scripts/benchmarks/loading.py [--processes 1 2 4]
 
-Writes a transformer of random weights to a temporary folder, and loads it in so many processes at once, each with one
-CPU device of a mesh whose fsdp axis is all of them. Prints the most that a process held beyond what it held before, as
-a share of the weights.
+Writes a transformer of random weights to a temporary folder. N processes load it at once, for each N in --processes.
+Each process has one CPU device, and the fsdp axis of the mesh has all N devices. It prints the peak memory of a process
+above its memory before loading, also as a fraction of the weights, and the memory that remains in use after loading.
 """
 
 import json
@@ -18,19 +18,19 @@ from pathlib import Path
 
 import tyro
 
-HEADS, DOUBLE, SINGLE = 8, 4, 8
+HEADS, DOUBLE, SINGLE = 8, 4, 8  # attention heads, double blocks, single blocks
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """processes: how many load it, one number after another; hidden: width of the transformer, a multiple of 1024."""
+    """Settings of the measurement."""
 
-    processes: tuple[int, ...] = (1, 2, 4)
-    hidden: int = 1024
+    processes: tuple[int, ...] = (1, 2, 4)  # numbers of processes, measured one after another
+    hidden: int = 1024  # width of the transformer, a multiple of 1024
 
 
 def write_model(folder: Path, hidden: int) -> int:
-    """A FLUX-Fill model of random weights in float32; returns the bytes of its transformer."""
+    """Write a FLUX-Fill model of random float32 weights; return the bytes of its transformer."""
     import jax
     from flax import nnx
 
@@ -55,7 +55,14 @@ def write_model(folder: Path, hidden: int) -> int:
 
 
 def load(folder: str, address: str, count: int, number: int) -> None:
-    """A process: joins the others, loads its share, prints how much it held."""
+    """Run one loading process: load this process's shard and print its memory as JSON.
+
+    Args:
+        folder: the model.
+        address: coordinator of the processes, HOST:PORT.
+        count: number of processes.
+        number: number of this process, from 0.
+    """
     import jax
 
     if count > 1:
@@ -66,7 +73,7 @@ def load(folder: str, address: str, count: int, number: int) -> None:
     from ra_jax.parallel.partitioner import MeshPartitioner
 
     partitioner = MeshPartitioner(make_mesh(fsdp=count))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = held("VmRSS")
     loaded = load_fill_model(folder, None, ModelOptions("float32", 512), placement=partitioner.placement)
     jax.block_until_ready(loaded.frozen)
@@ -76,12 +83,12 @@ def load(folder: str, address: str, count: int, number: int) -> None:
 
 
 def held(name: str) -> int:
-    """A field of this process's /proc/self/status in bytes: VmRSS, what it holds, or VmHWM, its peak."""
+    """Read a field of /proc/self/status in bytes: VmRSS (memory of this process) or VmHWM (its peak)."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def main(measurement: Measurement) -> None:
-    """Loads the model in each number of processes, and prints a row for each."""
+    """Load the model with each number of processes, and print a row for each."""
     with tempfile.TemporaryDirectory() as folder:
         total = write_model(Path(folder), measurement.hidden)
         print(f"transformer: {total / 1e9:.2f} GB in float32\n")

@@ -1,8 +1,10 @@
-"""Is a killed and resumed run the run that was never killed? Parameters bit for bit, and every metric but the clock.
+"""Check that a run that was killed and resumed equals an uninterrupted run.
 
     python scripts/benchmarks/resume.py [--config configs/tiny.toml] [--steps 30]
 
-Trains `steps` steps straight; then again, killed (SIGKILL) some steps after the checkpoint half way, and resumed.
+Trains --steps steps without interruption. Then trains again, kills the run (SIGKILL) a few steps after its checkpoint
+at half of the steps, and resumes it. The arrays of the final states must be equal bit for bit. All metrics must be
+equal except times and rates. Exit status 1: they differ.
 """
 
 import signal
@@ -24,14 +26,14 @@ CLOCK = ("step_time", "data_wait", "images_per_second", "tflops_per_second_per_d
 
 @dataclass(frozen=True)
 class Check:
-    """config: the run; root: where both go; steps: of each, with one checkpoint half way."""
+    """Settings of the check."""
 
-    config: Path = Path("configs/tiny.toml")
-    root: Path = Path("output/resume")
-    steps: int = 30
+    config: Path = Path("configs/tiny.toml")  # configuration of both runs
+    root: Path = Path("output/resume")  # folder of both runs
+    steps: int = 30  # training steps of each run; a checkpoint is written at half of them
 
     def command(self, name: str, *more: str) -> list[str]:
-        """The training command of the run of this name, with more flags."""
+        """Return the training command of a run. `name` is its folder in `root`; `more` are further flags."""
         flags = (
             f"--max_train_steps {self.steps} --checkpointing_steps {self.steps // 2} --validation_steps 0 --log_freq 1"
         )
@@ -40,7 +42,7 @@ class Check:
 
 
 def main(check: Check) -> None:
-    """Runs both, compares them, and exits with 1 where they differ."""
+    """Run both, compare them, and exit with status 1 if they differ."""
     subprocess.run(check.command("straight", "--overwrite_output_dir"), check=True)
     killed = subprocess.Popen(check.command("killed", "--overwrite_output_dir"))
     run, half = check.root / "killed", check.steps // 2

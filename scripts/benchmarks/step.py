@@ -1,13 +1,16 @@
-"""What a step of automatic GRPO costs, part by part, and how its memory grows with the group.
+"""Measure the time of each part of an automatic GRPO step, and the memory of the step by group size.
 
     python scripts/benchmarks/step.py [--config configs/tiny_auto.toml] [--rounds 12] [--groups 2 4 8 16]
     python scripts/benchmarks/step.py --config configs/flux_fill_auto.toml --random_weights --rounds 2 --groups \\
-        --gradient_accumulation_steps 1         on a GPU of 140 GB: the same of FLUX.1-Fill's own sizes
+        --gradient_accumulation_steps 1         at the sizes of FLUX.1-Fill, on a GPU with 140 GB
 
-Compiles encoding, rollout, decoding, rewards and update apart, runs them in turn, and prints each one's median time and
-its share; then the compiled whole step's temporary memory for several --num_generations, beside what the latents of the
-rollouts themselves take. Needs what the configuration names (`python -m ra_jax.demo` makes it for the default); with
---random_weights nothing: weights and photos are drawn, the whole step is not compiled, and --groups has to be empty.
+Compiles encoding, rollout, decoding, rewards and update separately, runs them in turn, and prints the median time and
+the share of each. Then compiles the whole step for several --num_generations, and prints its temporary memory and the
+size of the rollouts' latents.
+
+The data and the models of the configuration must exist; `python -m ra_jax.demo` makes those of the default. With
+--random_weights none are read: weights and photos are random, the whole step is not compiled, and --groups must be
+empty.
 """
 
 import os
@@ -46,19 +49,18 @@ from ra_jax.training.step.train_step import StepProgram, learn, make_train_step
 
 @dataclass(frozen=True)
 class Measurement:
-    """config: of automatic mode; rounds: runs of each part, the first not counted; groups: --num_generations for the
-    memory table; gradient_accumulation_steps: instead of the configuration's."""
+    """Settings of the measurement."""
 
-    config: Path = Path("configs/tiny_auto.toml")
-    rounds: int = 12
-    groups: tuple[int, ...] = (2, 4, 8, 16)
-    random_weights: bool = False
-    gradient_accumulation_steps: int | None = None
+    config: Path = Path("configs/tiny_auto.toml")  # configuration of an automatic run
+    rounds: int = 12  # runs of each part; the first is not counted
+    groups: tuple[int, ...] = (2, 4, 8, 16)  # values of --num_generations in the table of memory
+    random_weights: bool = False  # draw weights and photos at random instead of reading them
+    gradient_accumulation_steps: int | None = None  # replaces the value of the configuration
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made of and reads."""
+    """The parts and the inputs of a training step."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -69,13 +71,13 @@ class Step:
 
     @classmethod
     def of(cls, setup: Setup) -> "Step":
-        """A set-up training's own step, with its first batch."""
+        """Return the step of a training that is set up, with its first batch."""
         batch = next(setup.batches())
         return cls(setup.objective, setup.optimizer, setup.step_settings, setup.state, setup.frozen, batch)
 
     @classmethod
     def random(cls, config: TrainConfig) -> "Step":
-        """The same of a configuration's shapes alone: weights and batch are drawn at random."""
+        """Return the step of a configuration, with random weights and a random batch."""
         abstract_step = build_abstract_step(config, jax.devices()[:1])
         state, frozen, batch = abstract_step.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
@@ -86,7 +88,10 @@ class Step:
 
 
 def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
-    """A field of a batch: photos of noise, the upper half to be removed, records that count 1 and are all different."""
+    """Draw a field of a batch.
+
+    Photos are noise, masks cover the upper half, ids are all different, weights are 1.
+    """
     rng = np.random.default_rng(len(name))
     if name == "mask":
         return jnp.zeros(x.shape, x.dtype).at[..., : x.shape[-2] // 2, :].set(1)
@@ -98,7 +103,7 @@ def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
-    """The configuration of the measured run, which writes into `folder`."""
+    """Return the configuration of the measured run with `changes`; its output folder is `folder`."""
     settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
     if measurement.gradient_accumulation_steps:
         settings["gradient_accumulation_steps"] = measurement.gradient_accumulation_steps
@@ -108,12 +113,17 @@ def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
 
 
 def prepared(measurement: Measurement, folder: str, **changes) -> Setup:
-    """A training of that configuration, set up."""
+    """Set up a training with the configuration that `configured` returns."""
     return set_up(configured(measurement, folder, **changes))
 
 
 def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
-    """Compiled functions of no arguments, in the order of a step, and the `whole` of it."""
+    """Compile the parts of a step.
+
+    Returns:
+        functions without arguments that run the parts, by name, in the order of a step. With `whole`, the last one
+        runs the whole step.
+    """
     objective, settings, optimizer = step.objective, step.settings, step.optimizer
     state, frozen, batch, rollouts = step.state, step.frozen, step.batch, step.settings.rollouts
     region, on_policy = objective.settings.loss_region, jnp.asarray(True)
@@ -143,7 +153,8 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     def gather(state, frozen):
         return collect_experience(objective, replace(settings, drift_interval=0), state, frozen, batch, on_policy)[0]
 
-    # What `gather` would bring, without compiling rollouts and decoding once more; advantages do not change the time.
+    # Builds the result of `gather` from its shapes, so that rollouts and decoding are not compiled a second time. The
+    # values of the advantages do not change the time.
     old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
     advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
     of_first = Experience(encoded, objective.features(encoded), samples=samples, advantages=advantages, old=old)
@@ -161,14 +172,18 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
         "rewards": lambda: score_images(inputs, images),
         "update": lambda: update(state, frozen, experience),
     }
-    if whole:  # not donated: every round starts from the same state
+    if whole:  # the state is not donated: every round starts from it
         all_of_it = jax.jit(make_train_step(objective, optimizer, replace(settings, drift_interval=0)))
         found["whole step"] = lambda: all_of_it(state, frozen, batch)
     return found
 
 
 def tell_times(measurement: Measurement, step: Step) -> None:
-    """Runs the parts of a step in turn, and prints the median time and the share of each."""
+    """Run the parts of a step in turn, and print the median time and the share of each.
+
+    Raises:
+        SystemExit: a loss is not finite.
+    """
     calls, seconds = parts(step, whole=not measurement.random_weights), {}
     for _ in range(measurement.rounds):
         for name, call in calls.items():
@@ -177,11 +192,11 @@ def tell_times(measurement: Measurement, step: Step) -> None:
             seconds.setdefault(name, []).append(time.perf_counter() - since)
             if name == "update":
                 loss = found[1]["train_loss"]
-    if not np.isfinite(loss).all():  # products of what is not finite take less time
+    if not np.isfinite(loss).all():  # products with NaN or infinity take less time
         sys.exit(f"the losses of the updates are {loss}")
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     whole = medians.pop("whole step", None)
-    # The others but the update work on one microbatch of the step's.
+    # All parts but the update process one microbatch of the step.
     accumulation = len(step.batch["mask"])
     medians = {name: value * (1 if name == "update" else accumulation) for name, value in medians.items()}
     total = sum(medians.values())
@@ -197,7 +212,7 @@ def tell_times(measurement: Measurement, step: Step) -> None:
 
 
 def tell_memory(measurement: Measurement, folder: str) -> None:
-    """Prints the memory of the compiled step for each number of generations."""
+    """Print the memory of the compiled step for each number of generations."""
     print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
     print("| --- " * 4 + "|")
     for generations in measurement.groups:
@@ -213,7 +228,7 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
 
 
 def main(measurement: Measurement) -> None:
-    """Prints both tables."""
+    """Print both tables."""
     if measurement.rounds < 2 or (measurement.random_weights and measurement.groups):
         sys.exit("--rounds has to be 2 or more, and --groups empty with --random_weights")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")

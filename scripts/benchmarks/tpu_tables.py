@@ -1,13 +1,15 @@
-"""Does a step at FLUX.1-Fill's full size fit TPU pods, and does it scale? By compilation, without a TPU.
+"""Compile FLUX.1-Fill's training step for TPU pods, without a TPU, to see whether it fits and how it scales.
 
     python scripts/benchmarks/tpu_tables.py modes [--root output/tpu]   three modes on three topologies
-    python scripts/benchmarks/tpu_tables.py scale [--root output/tpu]   8 to 256 chips, weights over 8
+    python scripts/benchmarks/tpu_tables.py scale [--root output/tpu]   8 to 256 chips, weights sharded over 8
 
-Blocks are recomputed (--gradient_checkpointing full), and of automatic GRPO on the smallest chip the points of a
-log-probability one by one (points): else it takes 16.3 of 16 GB there.
+Blocks are recomputed in the backward pass (--gradient_checkpointing full). Automatic GRPO on v5e, the smallest chip,
+uses --gradient_checkpointing points, which also processes the timesteps of the policy loss one after another. Without
+it the step needs 16.3 GB there, and the chip has 16 GB.
 
-Every cell is a `python -m ra_jax.aot` of its own, so that its peak of host memory is its own. One that is there is not
-compiled again: after a change of the program give another root.
+A separate process of `python -m ra_jax.aot` compiles each row, so that its peak of host memory can be measured. The
+result is stored in --root. A row with a stored result is not compiled again. After a change of the code give another
+--root.
 """
 
 import json
@@ -23,21 +25,33 @@ CONFIGS = {
     "human": "configs/flux_fill_human.toml",
     "automatic": "configs/flux_fill_auto.toml",
 }
+# Topology -> number of chips.
 TOPOLOGIES = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}
 SCALES = {"v5e:2x4": 8, "v5e:4x4": 16, "v5e:4x8": 32, "v5e:8x8": 64, "v5e:8x16": 128, "v5e:16x16": 256}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """root: where cells go; records: of a chip; mode: of `scale`."""
+    """Settings of both tables."""
 
-    root: Path = Path("output/tpu")
-    records: int = 1
-    mode: str = "standard"
+    root: Path = Path("output/tpu")  # folder of the stored results
+    records: int = 1  # records per chip in a batch
+    mode: str = "standard"  # mode of `scale`: standard, human or automatic
 
 
 def cell(tables: Tables, mode: str, topology: str, chips: int, fsdp: int) -> dict:
-    """Figures of one compiled step, from its file or by compiling it now; ends the program where that fails."""
+    """Read the figures of one compiled step from its file; compile the step first if the file does not exist.
+
+    Args:
+        tables: settings.
+        mode: standard, human or automatic.
+        topology: such as v5e:4x4.
+        chips: number of chips of the topology.
+        fsdp: number of chips that the weights are sharded over.
+
+    Raises:
+        SystemExit: the compilation failed.
+    """
     path = tables.root / f"{mode}-{topology.replace(':', '-')}-{fsdp}-{tables.records}.json"
     if not path.exists():
         tables.root.mkdir(parents=True, exist_ok=True)
@@ -56,7 +70,7 @@ HEADS = "arguments [GB] | temporaries [GB] | total | TFLOP | sent by a chip [GB]
 
 
 def row(found: dict) -> str:
-    """A cell's columns of `HEADS`."""
+    """Format the figures of a step as the columns of `HEADS`."""
     if "refusal" in found:
         return "the compiler found no place for it | | | | | |"
     giga = {name: found[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
@@ -69,7 +83,7 @@ def row(found: dict) -> str:
 
 
 def modes(tables: Tables) -> None:
-    """Each mode on each topology, weights over all chips."""
+    """Print a table of each mode on each topology, with the weights sharded over all chips."""
     heads = f"| step | topology | batch | {HEADS} | compile [s] | host [GB] |"
     print(heads + "\n" + "| --- " * (heads.count("|") - 1) + "|")
     for mode in CONFIGS:
@@ -82,7 +96,7 @@ def modes(tables: Tables) -> None:
 
 
 def scale(tables: Tables) -> None:
-    """One mode on more and more chips: fsdp 8, data growing, the batch of a chip fixed."""
+    """Print a table of one mode on 8 to 256 chips; fsdp stays 8, the data axis grows, records per chip are fixed."""
     heads = f"| topology | chips | {HEADS} |"
     print(f"{tables.mode} step, {tables.records} record(s) a chip, fsdp 8\n\n{heads}")
     print("| --- " * (heads.count("|") - 1) + "|")

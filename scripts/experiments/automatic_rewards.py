@@ -1,15 +1,20 @@
-"""Does GRPO on automatic rewards learn more than standard training in the same time, and by which estimator?
+"""Compare GRPO on automatic rewards, by each policy estimator, with standard training of the same duration.
 
-    python scripts/experiments/automatic_rewards.py run   [--root output/automatic]   trains and measures every cell
-    python scripts/experiments/automatic_rewards.py table [--root output/automatic]   prints tables, draws the figure
+    python scripts/experiments/automatic_rewards.py run     trains and measures every cell
+    python scripts/experiments/automatic_rewards.py table   prints tables, draws the figure
 
-From the demo's base (`python -m ra_jax.demo`), on its training scenes. Two sets of pairs: `flawed`, one result a scene
-with casts, ghosts, seams and blur, of which nobody has said how good it is (rewards without ground truth), and `truth`,
-the ground truth as result (rewards with it). GRPO by each estimator, `chance`, the default estimator with rewards that
-know nothing of the pictures, and standard training for as long as the default estimator takes by the clock. At several
-points on the way each model removes the objects of held-out scenes that no training and no choice of settings has seen;
-the pictures are judged against their ground truth, by the rewards and by PSNR. Drift is measured beside: how far
-velocities are from the base's.
+All files are below --root (output/automatic). Every training starts from the demo's base and uses the demo's training
+scenes (`python -m ra_jax.demo`). There are two sets of pairs:
+
+    flawed   results with casts, ghosts, seams and blur, one for each scene, not scored; rewards without ground truth
+    truth    the ground truth as result; rewards that compare with it
+
+The trainings are GRPO with each estimator (matching, sde, nft), `chance` and `standard`. `chance` is `matching` with a
+random reward. `standard` takes as long as `matching` by the clock. At several checkpoints each model removes the
+objects of held-out scenes, which were used neither for training nor to choose settings. The automatic rewards and PSNR
+compare the images with the ground truth. The experiment also reports drift: how far the velocities are from the base's.
+
+A cell is one training (pairs, method, seed) and the file of its measurements.
 """
 
 import json
@@ -34,7 +39,7 @@ from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
 
-PROBE_STEPS = 120  # that tell how long a step of standard training takes
+PROBE_STEPS = 120  # length of the run that measures the time of a step of standard training
 AUTOMATIC = {"use_grpo": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 METHODS = {
     "standard": dict.fromkeys(AUTOMATIC, False) | {"policy_estimator": "matching", "reward_functions": []},
@@ -45,7 +50,7 @@ METHODS = {
         "policy_estimator": "nft",
         "policy_loss_weight": 30.0,
         "kl_weight": 0.01,
-        "negative_advantages": "drop",  # kept, it leaves the data within 30 steps
+        "negative_advantages": "drop",  # if kept, the policy leaves the data within 30 steps
     },
     "chance": AUTOMATIC | {"policy_estimator": "matching", "reward_functions": ["automatic_rewards:chance"]},
 }
@@ -56,40 +61,42 @@ PAIRS = {
 
 
 def chance(inputs: RewardInputs) -> jax.Array:
-    """A reward in [0, 1] that tells pictures apart and nothing about them, [B]: the last digits of their sums."""
+    """Compute a pseudo-random reward in [0, 1], [B]: the last digits of an image's sum.
+
+    It differs between images but does not depend on their quality.
+    """
     total = 1e3 * inputs.image.sum((1, 2, 3))
     return total - jnp.floor(total)
 
 
 @dataclass(frozen=True)
 class Automatic:
-    """root: where everything goes; demo: the demo's folder, made if need be; pairs: flawed or truth; steps: of GRPO;
-    points: at which models are measured; settings: "name=value" for all trainings (TOML values), for tuning."""
+    """Settings of the experiment."""
 
-    root: Path = Path("output/automatic")
-    demo: Path = Path("output/demo")
-    config: Path = Path("configs/tiny_auto.toml")
-    pairs: str = "flawed"
-    methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 96
-    points: int = 6
-    held_out: int = 64
-    first_scene: int = FIRST_HELD_OUT_SCENE + 40_000
-    num_inference_steps: int = 12
-    settings: tuple[str, ...] = ()
+    root: Path = Path("output/automatic")  # folder of all runs, cells and figures
+    demo: Path = Path("output/demo")  # the demo's folder; it is made if it does not exist
+    config: Path = Path("configs/tiny_auto.toml")  # configuration of every training; the method sets its own flags
+    pairs: str = "flawed"  # flawed or truth
+    methods: tuple[str, ...] = tuple(METHODS)  # trainings to compare
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    steps: int = 96  # training steps of GRPO
+    points: int = 6  # number of checkpoints at which a training is measured
+    held_out: int = 64  # number of held-out scenes to measure on
+    first_scene: int = FIRST_HELD_OUT_SCENE + 40_000  # number of the first of them
+    num_inference_steps: int = 12  # Euler steps of a removal
+    settings: tuple[str, ...] = ()  # name=value (a TOML value) for all trainings, to tune them
 
     def cell(self, method: str, seed: int) -> Path:
-        """The file with what one training generates."""
+        """Return the file with the measurements of one training."""
         return self.root / "cells" / f"{self.pairs}-{method}-{seed}.json"
 
     def run_dir(self, method: str, seed: int) -> Path:
-        """The output folder of one training."""
+        """Return the output folder of one training."""
         return self.root / "runs" / f"{self.pairs}-{method}-{seed}"
 
 
 def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
-    """The experiment's configuration file, with what makes the method and where its data and base are."""
+    """Return the configuration of one training: the experiment's file, the flags of the method, and the paths."""
     settings = load_toml(experiment.config) | {
         "val_json_path": str(paths.held_out / "triplets.json"),
         "output_dir": str(experiment.run_dir(method, seed)),
@@ -111,12 +118,12 @@ def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out scenes, and the base whose experts are measured on them.
+    """Held-out scenes of an experiment, and the base whose experts remove their objects.
 
     Attributes:
-        experiment: which scenes, and how images are generated.
+        experiment: the settings of the scenes and of the generation.
         paths: the folders of the base.
-        scenes: the held-out scenes.
+        scenes: S held-out scenes.
         decoded_truth: their ground truth, encoded and decoded by the base's VAE, [S, h, w, 3].
     """
 
@@ -127,26 +134,33 @@ class Evaluation:
 
     @classmethod
     def prepare(cls, experiment: Automatic) -> "Evaluation":
-        """Draw the scenes, and make the demo's data and base if they do not exist yet."""
+        """Draw the scenes; make the demo's data and base if they do not exist yet."""
         paths = prepare(experiment.demo, DemoSettings())
         scenes = make_scenes(experiment.first_scene, experiment.held_out)
         decoded_truth = decode_encoded_truth(paths.fill, paths.redux, experiment.config, scenes)
         return cls(experiment, paths, scenes, decoded_truth)
 
     def generate(self, experts: Path | None) -> np.ndarray:
-        """Generate removals [S, h, w, 3] by the experts of a run's folder or of a checkpoint; None: by the base."""
+        """Generate removals [S, h, w, 3] with the experts in the folder of a run or a checkpoint; None: the base."""
         base = (self.paths.fill, self.paths.redux, self.experiment.config)
         return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
 
     def measure(self, images: np.ndarray) -> dict[str, list]:
-        """Measure images [S, h, w, 3]: three scores, PSNR to the ground truth [dB] and defect strengths of each."""
+        """Measure images [S, h, w, 3].
+
+        Returns:
+            as nested lists: scores [S, 3] in [0, 1], psnr [S] in dB, defects [S, 4] (signed strengths).
+        """
         measured = measure_rewards(images, self.scenes, self.decoded_truth)
         measured["defects"] = measure_defects(images, self.scenes)
         return {name: values.tolist() for name, values in measured.items()}
 
 
 def evaluations(config: TrainConfig, steps: int) -> float:
-    """Network evaluations of one image in so many steps: forward passes, a trained pass counting as three."""
+    """Count the network evaluations of single images in `steps` training steps.
+
+    A forward pass counts 1; a pass with its gradient counts 3.
+    """
     conditions, set_ = config.run.train_batch_size, config.rollouts
     base = 3.0 * conditions * config.updates * steps
     if config.mode != "automatic":
@@ -157,7 +171,10 @@ def evaluations(config: TrainConfig, steps: int) -> float:
 
 
 def run(experiment: Automatic) -> None:
-    """Train and measure every cell that has no result yet; standard training last, whose length follows from GRPO's."""
+    """Train and measure every cell that does not exist yet.
+
+    Standard training comes last, because its number of steps follows from the time that `matching` took.
+    """
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     evaluation = Evaluation.prepare(experiment)
     limits = experiment.cell("limits", 0)
@@ -171,7 +188,14 @@ def run(experiment: Automatic) -> None:
 
 
 def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
-    """One training, and what its model generates at every checkpoint; standard training takes as long as matching."""
+    """Train, measure the held-out removals of every checkpoint, and write the cell.
+
+    Standard training gets as many steps as fit into the time of `matching`. A probe run of `PROBE_STEPS` steps measures
+    the median time of its steps.
+
+    Raises:
+        SystemExit: the method is `standard`, and `matching` has no cell for this seed.
+    """
     experiment, paths = evaluation.experiment, evaluation.paths
     steps = experiment.steps
     if method == "standard":
@@ -183,7 +207,7 @@ def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
         probe = replace(probe, run=replace(probe.run, output_dir=f"{probe.run.output_dir}-probe"))
         rows = read_rows(train(probe) / "metrics.jsonl")[1:]
         steps = round(grpo["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
-        steps -= steps % (2 * experiment.points)  # rows and checkpoints end with it
+        steps -= steps % (2 * experiment.points)  # The last step has a row of metrics and a checkpoint.
     config = training_config(experiment, paths, method, seed, steps)
     output, points = Path(config.run.output_dir), []
     if not (output / "checkpoints" / str(steps)).exists():
@@ -218,7 +242,10 @@ def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
 
 
 def seconds_until(config: TrainConfig, step: int) -> float:
-    """Training time up to a step, from the rows' mean step times but the first's, which holds the compilation."""
+    """Return the training time up to a step in seconds, from the mean step time in each row of metrics.
+
+    The first row includes compilation. Its steps count with the mean of the other rows.
+    """
     rows = [row for row in read_rows(Path(config.run.output_dir) / "metrics.jsonl") if row["step"] <= step]
     seconds, before = 0.0, rows[0]["step"]
     for row in rows[1:]:
@@ -228,13 +255,22 @@ def seconds_until(config: TrainConfig, step: int) -> float:
 
 
 def write(path: Path, content: dict) -> None:
-    """Write a cell's file."""
+    """Write a JSON file; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
 def load_cells(experiment: Automatic) -> dict[str, dict]:
-    """By method: reward and PSNR [seeds, points, scenes], scores [..., 3], what they took [seeds, points]; drift."""
+    """Read the cells, by method.
+
+    Returns:
+        for each method with cells:
+            reward, psnr: [seeds, points, scenes].
+            scores: [seeds, points, scenes, 3].
+            step, seconds, evaluations: [seeds, points], the cost up to each point.
+            velocity_norm_ratio, kl_to_base: drift at the last point, mean over the seeds; NaN if not measured.
+            about: the contents of the cells.
+    """
     cells = {}
     for method in METHODS:
         files = [experiment.cell(method, seed) for seed in experiment.seeds]
@@ -256,7 +292,7 @@ def load_cells(experiment: Automatic) -> dict[str, dict]:
 
 
 def table(experiment: Automatic) -> None:
-    """Print what each training generates in the end, its difference to standard training, and what it took."""
+    """Print final measurements, paired differences and costs of all trainings, and draw the figure."""
     cells = load_cells(experiment)
     limits = json.loads(experiment.cell("limits", 0).read_text())
     print(f"{experiment.held_out} held-out scenes\n")
@@ -280,7 +316,7 @@ def table(experiment: Automatic) -> None:
 
 
 def print_differences(cells: dict[str, dict], opponent: str, title: str) -> None:
-    """Every other training minus this one at the end: paired over seeds and scenes."""
+    """Print every other training minus this one at the last point, paired over seeds and scenes."""
     if opponent not in cells:
         return
     print(f"\n| minus {title} | reward [95 %] | PSNR [95 %] |\n| --- | --- | --- |")
@@ -294,7 +330,10 @@ def print_differences(cells: dict[str, dict], opponent: str, title: str) -> None
 
 
 def print_evaluations(cells: dict[str, dict]) -> None:
-    """How many network evaluations (and seconds) each estimator takes to the reward that `sde` ends with."""
+    """Print the network evaluations and seconds that each estimator needs to reach the final reward of `sde`.
+
+    Costs between two points are interpolated linearly in the reward.
+    """
     if "sde" not in cells:
         return
     goal = cells["sde"]["reward"][:, -1].mean()
@@ -325,7 +364,7 @@ def print_evaluations(cells: dict[str, dict]) -> None:
 
 
 def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
-    """Reward against network evaluations, and against time: the mean of the seeds, and each of them."""
+    """Plot the reward against network evaluations and against time, for each seed and as the mean of the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), sharey=True)
     for axis, name, label in zip(
         axes, ("evaluations", "seconds"), ("network evaluations of an image", "seconds of training"), strict=True

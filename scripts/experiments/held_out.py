@@ -41,7 +41,7 @@ def make_scenes(first: int, count: int) -> Scene:
 
 @lru_cache(maxsize=1)
 def load_base(fill: Path, redux: Path, config: Path) -> LoadedModel:
-    """Load a base in float32 with fresh experts and router, which do not change its output. Caches the latest one."""
+    """Load a base in float32 with fresh experts and router, which do not change its output; cache the latest one."""
     settings = from_flat_dict(load_toml(config))
     options = ModelOptions("float32", settings.model.max_sequence_length, *expert_configs(settings.experts))
     return load_fill_model(str(fill), str(redux), options)
@@ -78,9 +78,9 @@ def generate_removals(
     *,
     num_inference_steps: int,
 ) -> np.ndarray:
-    """Remove the objects of the scenes; the images [S, h, w, 3] are not blended with the source.
+    """Generate images [S, h, w, 3] of the scenes without their objects. They are not blended with the source.
 
-    Row i starts from the same noise for all experts and all numbers of scenes.
+    Row i always starts from the same noise, so that experts can be compared scene by scene.
 
     Args:
         fill, redux, config: the base (see the module's docstring).
@@ -108,7 +108,7 @@ def generate_removals(
 
 @lru_cache(maxsize=1)
 def _compile_remover(fill: Path, redux: Path, config: Path, num_inference_steps: int) -> Callable:
-    """`make_remover` for this base. Caches the latest one, so that experts of the same base share one program."""
+    """Call `make_remover` for this base; cache the latest one, so that all experts of a base share one program."""
     return make_remover(
         load_base(fill, redux, config).model,
         FlowSchedule.from_folder(fill),
@@ -118,9 +118,9 @@ def _compile_remover(fill: Path, redux: Path, config: Path, num_inference_steps:
 
 
 def decode_encoded_truth(fill: Path, redux: Path, config: Path, scenes: Scene) -> np.ndarray:
-    """Encode the ground truth by the VAE, beside its reference as in training, and decode it: [S, h, w, 3].
+    """Encode the ground truth with the VAE, as a diptych with its reference, and decode it: [S, h, w, 3].
 
-    The tables call this the ceiling: generated images pass through the same decoder.
+    The tables call this the ceiling, because generated images pass through the same decoder.
     """
     loaded = load_base(fill, redux, config)
     model, frozen = loaded.model, loaded.frozen
@@ -135,8 +135,9 @@ def measure_removals(images: np.ndarray, scenes: Scene) -> dict[str, np.ndarray]
     """Compare images [S, h, w, 3] with the ground truth of their scenes.
 
     Returns:
-        scores: [S, 3], the rule's removal, background and smoothness in [0, 1]. `total_reward` makes a reward of them.
-        defects: [S, 4], signed strengths in the order of `DEFECTS`. 0 means none.
+        scores: [S, 3], removal, background and smoothness by `rule_scores`, in [0, 1]. `total_reward` computes the
+            reward from them.
+        defects: [S, 4], signed strengths in the order of `DEFECTS`. 0 means that the defect is absent.
         psnr_inside: [S], PSNR over the pixels of the mask in dB, at most 100.
     """
     inside = scenes.mask[..., None]
@@ -149,7 +150,7 @@ def measure_removals(images: np.ndarray, scenes: Scene) -> dict[str, np.ndarray]
 
 
 def measure_rewards(images: np.ndarray, scenes: Scene, decoded_truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Score images [S, h, w, 3] by the automatic rewards, which compare them with the ground truth.
+    """Score images [S, h, w, 3] with the automatic rewards that use the ground truth.
 
     Args:
         images: S images.
@@ -168,20 +169,20 @@ def measure_rewards(images: np.ndarray, scenes: Scene, decoded_truth: np.ndarray
 
 @jax.jit
 def _score(inputs: RewardInputs) -> jax.Array:
-    """Scores [S, 3] of the rewards that compare with the ground truth."""
+    """Compute the scores [S, 3] of the rewards that use the ground truth."""
     return jnp.stack([REWARDS[name].function(inputs) for name in SCORES], -1)
 
 
 def _decibels(error: np.ndarray) -> np.ndarray:
-    """PSNR of mean squared errors."""
+    """Convert mean squared errors to PSNR."""
     return -10.0 * np.log10(np.maximum(error, SMALLEST_ERROR))
 
 
 def bootstrap_interval(differences: np.ndarray, samples: int = 4000, seed: int = 0) -> tuple[float, float]:
     """Compute the 95 % bootstrap interval of the mean of paired differences.
 
-    A sample draws the training seeds and, independently of them, the scenes, both with replacement. All drawn seeds
-    share the drawn scenes.
+    A bootstrap sample draws training seeds with replacement, and independently scenes with replacement. Its mean is
+    over all pairs of a drawn seed and a drawn scene.
 
     Args:
         differences: [seeds, scenes], a measurement of one training minus that of another, by seed and scene.

@@ -1,14 +1,24 @@
-"""Does human-scored GRPO learn more from scores than imitation does? The experiment behind README's "Learning".
+"""Compare what human-scored GRPO and imitation learn from the same scores ("Human-scored GRPO" in docs/results.md).
 
-    python scripts/experiments/human_scores.py run   [--root output/learning]  trains and measures every cell
-    python scripts/experiments/human_scores.py measure [--root output/learning]  measures them anew, on --first_scene
-    python scripts/experiments/human_scores.py table [--root output/learning]  prints tables, draws contact sheets
-    python scripts/experiments/human_scores.py curve --steps 240 [--methods grpo] trains longer, measures on the way
+    python scripts/experiments/human_scores.py run                          trains and measures every cell
+    python scripts/experiments/human_scores.py measure --first_scene 150000 measures the cells again, on other scenes
+    python scripts/experiments/human_scores.py table                        prints tables, draws contact sheets
+    python scripts/experiments/human_scores.py curve --steps 240            trains longer, measures ten checkpoints
 
-Two synthetic data sets (one candidate in five clean; none clean), one tiny base each, trained uniformly on all
-candidates. From each base, with equal data, steps and seeds: standard training, three ways to weigh the base loss by
-the scores, human-scored GRPO; a ceiling (trained on the truth only); and the best-of-group run again, as long as GRPO
-takes by the clock. Each model then removes the objects of held-out scenes, and the pictures are measured.
+All files are below --root (output/learning). There are two synthetic data sets: in one, one candidate in five is clean;
+in the other, none is. Each has its own tiny base, which is trained on all candidates with equal weights. The following
+trainings start from each base, with the same data, number of steps and seeds:
+
+    standard          no scores
+    score             base loss weighted by the scores
+    softmax           base loss weighted by a softmax over the rewards of a group
+    best              base loss on the best result of each group
+    grpo              human-scored GRPO
+    clean             ceiling: trained on the ground truth alone
+    best_equal_time   `best` with as many steps as fit into the wall time of `grpo`
+
+A cell is one training (data set, method, seed) and the file of its measurements. Each trained model removes the objects
+of held-out scenes. The images are compared with the ground truth.
 """
 
 import json
@@ -33,13 +43,14 @@ from ra_jax.rewards.registry import total_reward
 from ra_jax.training.loop import train
 from ra_jax.training.setup import set_up
 
+# Flags of trainings with and without scores.
 SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True}
 UNSCORED = dict.fromkeys(SCORED, False) | {
     "enable_grpo_loss": False,
     "base_loss_weighting": "none",
     "policy_estimator": "matching",
 }
-METHODS = {
+METHODS = {  # in the order in which they are trained
     "standard": UNSCORED,
     "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
     "softmax": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "softmax"},
@@ -48,7 +59,7 @@ METHODS = {
     "best_equal_time": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
     "clean": UNSCORED,
 }
-TITLES = {
+TITLES = {  # of rows in the table
     "base": "floor: the base",
     "standard": "standard",
     "score": "score-weighted base loss",
@@ -63,46 +74,45 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """root: where everything goes; vae_steps, base_steps: of the bases; steps: of every training; held_out: scenes
-    measured on, from number first_scene on: neither trained on nor used to choose settings."""
+    """Settings of the experiment."""
 
-    root: Path = Path("output/learning")
-    config: Path = Path("configs/tiny.toml")
-    mixes: tuple[str, ...] = MIXES
-    methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    vae_steps: int = 900
-    base_steps: int = 2000
-    steps: int = 40
-    held_out: int = 128
-    first_scene: int = FIRST_HELD_OUT_SCENE + 20_000
-    num_inference_steps: int = 12
+    root: Path = Path("output/learning")  # folder of all data, runs, cells and sheets
+    config: Path = Path("configs/tiny.toml")  # configuration of every training; the method sets its own flags
+    mixes: tuple[str, ...] = MIXES  # mixes of candidates, a data set and a base for each
+    methods: tuple[str, ...] = tuple(METHODS)  # trainings to compare
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    vae_steps: int = 900  # training steps of a base's VAE
+    base_steps: int = 2000  # training steps of a base's transformer
+    steps: int = 40  # training steps of every method but best_equal_time
+    held_out: int = 128  # number of held-out scenes to measure on
+    first_scene: int = FIRST_HELD_OUT_SCENE + 20_000  # number of the first of them; none was used to choose settings
+    num_inference_steps: int = 12  # Euler steps of a removal
 
     def demo_settings(self, mix: str) -> DemoSettings:
-        """Of the base, which is trained on this mix of candidates."""
+        """Return the settings of the base that is trained on this mix of candidates."""
         return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
 
     def measured_on(self) -> dict[str, int]:
-        """What two cells must have in common to be compared scene by scene."""
+        """Return the settings that cells must share to be compared scene by scene."""
         return {name: getattr(self, name) for name in ("first_scene", "held_out", "num_inference_steps")}
 
     def run_dir(self, mix: str, method: str, seed: int) -> Path:
-        """The output folder of one training."""
+        """Return the output folder of one training."""
         return self.root / "runs" / f"{mix}-{method}-{seed}"
 
     def cell(self, mix: str, method: str, seed: int) -> Path:
-        """The file with what one training generates."""
+        """Return the file with the measurements of one training."""
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out scenes, and the base whose experts are measured on them.
+    """Held-out scenes of an experiment, and the base whose experts remove their objects.
 
     Attributes:
-        experiment: which scenes, and how images are generated.
+        experiment: the settings of the scenes and of the generation.
         paths: the folders of the base.
-        scenes: the held-out scenes.
+        scenes: S held-out scenes.
     """
 
     experiment: Experiment
@@ -111,22 +121,22 @@ class Evaluation:
 
     @classmethod
     def prepare(cls, experiment: Experiment, mix: str) -> "Evaluation":
-        """Draw the scenes, and make the data and the base of a mix if they do not exist yet."""
+        """Draw the scenes; make the data and the base of a mix if they do not exist yet."""
         paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
         return cls(experiment, paths, make_scenes(experiment.first_scene, experiment.held_out))
 
     def generate(self, experts: Path | None) -> np.ndarray:
-        """Generate removals [S, h, w, 3] by the experts of a run's folder or of a checkpoint; None: by the base."""
+        """Generate removals [S, h, w, 3] with the experts in the folder of a run or a checkpoint; None: the base."""
         base = (self.paths.fill, self.paths.redux, self.experiment.config)
         return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
 
     def decode_encoded_truth(self) -> np.ndarray:
-        """Encode and decode the ground truth by the base's VAE, [S, h, w, 3]."""
+        """Encode the ground truth with the base's VAE and decode it, [S, h, w, 3]."""
         return decode_encoded_truth(self.paths.fill, self.paths.redux, self.experiment.config, self.scenes)
 
 
 def run(experiment: Experiment) -> None:
-    """Train and measure every cell that has no result yet, cheapest comparisons first."""
+    """Train and measure every cell that does not exist yet."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
         evaluation = Evaluation.prepare(experiment, mix)
@@ -144,7 +154,11 @@ def run(experiment: Experiment) -> None:
 
 
 def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
-    """One training from the base, and what its model generates; nothing if the cell has it."""
+    """Train from the base, measure the held-out removals and write the cell; do nothing if the cell exists.
+
+    Raises:
+        SystemExit: the cell exists, and is of a training with other settings or was measured on other scenes.
+    """
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
         found = read_cell(evaluation.experiment, cell)["settings"]
@@ -168,7 +182,7 @@ def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
 def training_config(
     experiment: Experiment, paths: DemoPaths, method: str, output: Path, *, steps: int, seed: int
 ) -> TrainConfig:
-    """The experiment's configuration file, with what makes the method and where its data and base are."""
+    """Return the configuration of one training: the experiment's file, the flags of the method, and the paths."""
     file = "triplets.json" if method == "clean" else "labeled_dict.json"
     settings = load_toml(experiment.config) | {
         "train_json_path": str(paths.train / file),
@@ -188,9 +202,10 @@ def training_config(
 
 
 def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: int = 12) -> float:
-    """How many best-of-group steps one GRPO step takes the time of: medians of both, step by step in turn.
+    """Return the time of a GRPO step divided by the time of a best-of-group step, both medians over `steps` steps.
 
-    One measurement serves all seeds of a data set: two runs at different times would compare the machine's load.
+    The two trainings take turns, step by step. If they ran one after the other, a change in the machine's load would
+    change the ratio. The result is stored and used for all seeds of a data set.
     """
     file = experiment.root / "cells" / f"{mix}-time.json"
     if file.exists():
@@ -207,27 +222,35 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
             since = time.perf_counter()
             runs[name][2], _ = jax.block_until_ready(step(state, setup.frozen, batch))
             seconds[name].append(time.perf_counter() - since)
-    medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}  # without compilation
+    # The first steps include compilation.
+    medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}
     file.write_text(json.dumps(medians))
     return medians["grpo"] / medians["best"]
 
 
 def measure_limits(evaluation: Evaluation, mix: str) -> None:
-    """The floor, the base alone, and a ceiling, the truth through the VAE."""
+    """Write the cells of the floor (the base alone) and of a ceiling (the ground truth encoded and decoded)."""
     for name, images in {"base": evaluation.generate(None), "roundtrip": evaluation.decode_encoded_truth()}.items():
         cell = evaluation.experiment.cell(mix, name, 0)
         write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), {})
 
 
 def measure_run(evaluation: Evaluation, output: Path, cell: Path, about: dict) -> None:
-    """Generate with a run's experts, keep some pictures for the sheet, and write the cell."""
+    """Generate removals with a run's experts, save the first eight for the contact sheet, and write the cell.
+
+    Args:
+        evaluation: the scenes and the base.
+        output: the run's output folder.
+        cell: the file to write.
+        about: JSON values about the training, which the file holds in addition to the measurements.
+    """
     images = evaluation.generate(output)
     np.savez_compressed(output / "generated.npz", images=quantize(images[:8]))
     write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), about)
 
 
 def measure_again(experiment: Experiment) -> None:
-    """Measure every trained cell anew, on the scenes of `--first_scene`."""
+    """Measure every existing cell again, on the scenes of `--first_scene`."""
     for mix in experiment.mixes:
         evaluation = Evaluation.prepare(experiment, mix)
         measure_limits(evaluation, mix)
@@ -241,7 +264,7 @@ def measure_again(experiment: Experiment) -> None:
 
 
 def curve(experiment: Experiment) -> None:
-    """What a model generates as its training goes on: a row for every tenth of `--steps`, by the first of `--seeds`."""
+    """Train with the first of `--seeds`, and print measurements at every tenth of `--steps`."""
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     for mix in experiment.mixes:
         evaluation = Evaluation.prepare(experiment, mix)
@@ -269,7 +292,14 @@ def curve(experiment: Experiment) -> None:
 
 
 def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) -> None:
-    """A cell appears when it is complete, so that a kill leaves none that cannot be read."""
+    """Write a cell's file and print the means. The file appears only when it is complete.
+
+    Args:
+        experiment: its settings of the scenes are written too.
+        path: the cell's file.
+        measured: the result of `measure_removals`.
+        about: JSON values about the training.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
     write_file(path, json.dumps(about | experiment.measured_on() | rounded))
@@ -277,7 +307,11 @@ def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) 
 
 
 def read_cell(experiment: Experiment, path: Path) -> dict:
-    """A cell's contents; ends the program where it was measured on other scenes than this experiment's."""
+    """Read a cell's file.
+
+    Raises:
+        SystemExit: it was measured on other scenes than this experiment's.
+    """
     found, expected = json.loads(path.read_text()), experiment.measured_on()
     if on := {name: found.get(name) for name in expected if found.get(name) != expected[name]}:
         raise SystemExit(f"{path} was measured on {on}, not {expected}: `measure` does it anew, or give another --root")
@@ -285,7 +319,15 @@ def read_cell(experiment: Experiment, path: Path) -> dict:
 
 
 def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarray]]:
-    """By method: reward, |defect| and PSNR [seeds, scenes], defects [seeds, scenes, 4], and what the runs say."""
+    """Read the cells of a mix, by method.
+
+    Returns:
+        for each method with cells:
+            reward, mean_abs, psnr: [seeds, scenes]; mean_abs is the mean of |defect| over the four defects.
+            defects: [seeds, scenes, 4].
+            about: the contents of the cells.
+            seeds: the training seeds.
+    """
     cells = {}
     for method in TITLES:
         files = {seed: experiment.cell(mix, method, seed) for seed in experiment.seeds}
@@ -306,7 +348,7 @@ def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarr
 
 
 def table(experiment: Experiment) -> None:
-    """Print one table a data set, with paired differences to GRPO, and write a contact sheet of each."""
+    """For each data set, print a table and the paired differences to GRPO, and draw a contact sheet."""
     for mix in experiment.mixes:
         cells = load_cells(experiment, mix)
         print(f"\n### {mix}, {experiment.held_out} held-out scenes\n")
@@ -326,13 +368,13 @@ def table(experiment: Experiment) -> None:
 
 
 def print_differences(cells: dict) -> None:
-    """GRPO minus each other training, paired by scene and seed, with 95 % bootstrap intervals."""
+    """Print GRPO minus each other training, paired by scene and seed, with 95 % bootstrap intervals."""
     grpo = cells["grpo"]
     print("\n| GRPO minus | reward [95 %] | mean \\|defect\\| [95 %] | ratio of mean \\|defect\\| |")
     print("| --- | --- | --- | --- |")
     for method in ("standard", "score", "softmax", "best", "best_equal_time"):
         if method not in cells or cells[method]["seeds"] != grpo["seeds"]:
-            continue  # not yet trained with every seed
+            continue  # cannot be paired: seeds are missing
         other, columns = cells[method], []
         for key in ("reward", "mean_abs"):
             difference = grpo[key] - other[key]
@@ -342,12 +384,16 @@ def print_differences(cells: dict) -> None:
         print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
     clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["about"]])
     ratio = np.mean([cell["mean_ratio"] for cell in grpo["about"]])
-    drift = np.mean(np.asarray([cell["velocity_norm_ratio"] for cell in grpo["about"]], float))  # nan: short runs
+    # Short runs do not measure drift; their ratio is NaN.
+    drift = np.mean(np.asarray([cell["velocity_norm_ratio"] for cell in grpo["about"]], float))
     print(f"\nGRPO: clip_fraction before a sync {clip:.3f}, mean_ratio {ratio:.4f}, velocity_norm_ratio {drift:.3f}")
 
 
 def draw_sheet(experiment: Experiment, mix: str) -> None:
-    """Eight held-out scenes: source, truth, then each training's picture (seed 0), one row a scene."""
+    """Draw the contact sheet of a mix: a row for each of eight scenes, with source, truth and removals.
+
+    The removals are those of each training with the first of `--seeds`.
+    """
     scenes = make_scenes(experiment.first_scene, 8)
     columns = [quantize(panel) for panel in (scenes.source, scenes.truth)]
     for method in METHODS:

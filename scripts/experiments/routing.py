@@ -1,10 +1,15 @@
-"""Are all experts in use after training, and do small masks get other experts than large ones?
+"""Check that a trained router uses all experts, and that its gates depend on the size of the mask.
 
     python scripts/experiments/routing.py output/tiny_grpo output/tiny_auto output/tiny_standard
 
-For each run (of the demo's base): the fraction of held-out scenes whose largest gate is each expert's (usage), and the
-mean gates of the third of the scenes with the smallest masks and of the third with the largest. Exit status 1 where an
-expert's usage is below 5 %, or where those gates do not differ.
+The runs have to start from the demo's base. For each run, a table shows on held-out scenes:
+
+    usage                for each expert, the fraction of the scenes in which it has the largest gate
+    gates, small masks   mean gates of the third of the scenes with the smallest masks
+    gates, large masks   mean gates of the third of the scenes with the largest masks
+    gates, all           mean gates of all scenes
+
+Exit status 1: an expert's usage is below 5 %, or no mean gate differs by more than 0.02 between small and large masks.
 """
 
 import sys
@@ -19,15 +24,21 @@ from held_out import load_base, load_experts, make_panels, make_scenes
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
 from ra_jax.inference.sampling import diptych_condition
 
-CONFIG = Path("configs/tiny.toml")  # sizes of the experts
-LEAST_USAGE = 0.05
-LEAST_DIFFERENCE = 0.02  # of a gate between small and large masks
+CONFIG = Path("configs/tiny.toml")  # has the sizes of the experts
+LEAST_USAGE = 0.05  # fraction of the scenes
+LEAST_DIFFERENCE = 0.02  # difference of a mean gate between small and large masks
 
 
 def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], demo: Path = Path("output/demo"), scenes: int = 400
 ) -> None:
-    """Print a row a run; `scenes` held-out ones are looked at."""
+    """Print a row of the table for each run, and exit with the status of the check.
+
+    Args:
+        runs: output folders of runs, or checkpoints.
+        demo: the demo's folder.
+        scenes: number of held-out scenes.
+    """
     paths = DemoPaths(demo)
     base = (paths.fill, paths.redux, CONFIG)
     loaded, held_out = load_base(*base), make_scenes(FIRST_HELD_OUT_SCENE + 60_000, scenes)

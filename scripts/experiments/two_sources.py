@@ -1,11 +1,11 @@
-"""Do people's scores and automatic rewards want the same, and does learning from one go on with the other?
+"""Compare human scores with automatic rewards, and train on both in turn.
 
-    python scripts/experiments/two_sources.py agree PHOTOS   rank correlation of scores and rewards
-    python scripts/experiments/two_sources.py train [--root output/two_sources]
-        human-scored GRPO, then automatic from its experts
+    python scripts/experiments/two_sources.py agree PHOTOS   prints rank correlations of scores and rewards
+    python scripts/experiments/two_sources.py train          trains on human scores, then on automatic rewards
 
-PHOTOS: a folder with labeled_dict.json (scored results) and triplets.json (the ground truths). `train` needs what
-`python -m ra_jax.demo` makes; it prints what base, human-scored and automatic experts generate for held-out scenes.
+PHOTOS is a folder with labeled_dict.json (scored results) and triplets.json (ground truths). `train` makes the demo's
+data and base if they do not exist yet. Automatic GRPO starts from the experts of human-scored GRPO. A table compares
+the removals of the base and of both runs on held-out scenes.
 """
 
 from dataclasses import dataclass
@@ -27,22 +27,23 @@ from ra_jax.rewards.registry import SCORES, total_reward
 from ra_jax.training.loop import train as train_experts
 
 CONFIGS = {"human": Path("configs/tiny.toml"), "automatic": Path("configs/tiny_auto.toml")}
-DATA = {"human": "labeled_dict.json", "automatic": "triplets.json"}  # with the truth as result, and rewards that use it
-HELD_OUT = (FIRST_HELD_OUT_SCENE + 40_000, 64)  # first scene, number of scenes
+# In triplets.json the results are the ground truth. The default rewards then compare with it.
+DATA = {"human": "labeled_dict.json", "automatic": "triplets.json"}
+HELD_OUT = (FIRST_HELD_OUT_SCENE + 40_000, 64)  # number of the first scene, number of scenes
 NUM_INFERENCE_STEPS = 12
 
 
 @dataclass(frozen=True)
 class Training:
-    """root: of both runs; steps: of each, as their configurations have them where None."""
+    """Settings of `train`."""
 
-    root: Path = Path("output/two_sources")
-    demo: Path = Path("output/demo")
-    steps: int | None = None
+    root: Path = Path("output/two_sources")  # folder of both runs
+    demo: Path = Path("output/demo")  # the demo's folder; it is made if it does not exist
+    steps: int | None = None  # training steps of each run; None: as in its configuration
 
 
 def agree(photos: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Spearman's correlation of people's scores with the rewards, over all results and within scenes."""
+    """Print Spearman's rank correlation of human scores and automatic rewards, over all results and within scenes."""
     records = load_records(photos / "labeled_dict.json", use_human_scores=True)
     pairs = {pair.result: pair for pair in find_pairs(photos / "labeled_dict.json", photos / "triplets.json")}
     evaluation = Evaluation([pairs[record.result] for record in records], WEIGHTS, Networks())
@@ -60,7 +61,7 @@ def agree(photos: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def train(training: Training) -> None:
-    """Human-scored GRPO by configs/tiny.toml, then automatic by configs/tiny_auto.toml from its experts."""
+    """Train with human scores (configs/tiny.toml), then automatic rewards (configs/tiny_auto.toml); print the table."""
     paths, runs = prepare(training.demo, DemoSettings()), {}
     for name, file in CONFIGS.items():
         settings = load_toml(file) | {

@@ -1,12 +1,17 @@
-"""Validates the automatic rewards on photos: does each see its own defect, and does the truth come out best?
+"""Validate the automatic rewards on photos: each should fall with its own defect, and the truth should score best.
 
     python scripts/experiments/validate_rewards.py PHOTOS_FOLDER [--size 512]
 
-PHOTOS_FOLDER has input/ (with the object), mask/ and gt/ (without it), files of the same names. Every truth is spoilt
-by four defects, five strengths of each, and every hole is filled with other things than the truth. Prints, as Markdown,
-the rank correlation of each reward with its defects, what every defect takes from every reward, and in how many photos
-the total reward ranks the truth above each filling, with and without the ground truth at hand; then a verdict a claim.
-Exit status 1 if one fails. 24 photos of 512 px take 3 minutes on 2 CPU cores.
+PHOTOS_FOLDER has the folders input/ (photos with the object), mask/ and gt/ (photos without it), with files of the same
+names. The script adds four defects to every truth, at five strengths each. It also fills every hole with bad fillings.
+For the rewards with ground truth and for those without, it prints as Markdown:
+
+    the rank correlation of each reward with the strength of its own defects
+    how much each reward loses by each defect at full strength
+    in how many photos the total reward ranks the truth above each filling
+
+Then it prints for each claim whether it holds. Exit status 1: a claim fails. 24 photos of 512 px take 3 minutes on 2
+CPU cores.
 """
 
 import sys
@@ -31,28 +36,36 @@ from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewar
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 DEFECTS = ("ghost", "cast", "seam", "blur")
+# Reward -> the defects that it should fall with.
 OWN = {"removal": ("ghost",), "background": ("cast",), "smoothness": ("seam", "blur")}
 FILLINGS = ("ghost", "source", "flat", "pasted_own", "pasted_other", "blur", "noise")
 TARGETS = {True: "with ground truth", False: "without ground truth"}
 
-CORRELATION, RANKED_FIRST = 0.9, 0.95
-CAST = np.array([0.1, 0.0, -0.1], np.float32)
-SEAM, SEAM_WIDTH = 0.2, 12  # a rim this much brighter at the mask's edge, fading within so many pixels
+CORRELATION, RANKED_FIRST = 0.9, 0.95  # required |median rank correlation|; required fraction of the photos
+CAST = np.array([0.1, 0.0, -0.1], np.float32)  # added to red, green and blue at strength 1
+SEAM, SEAM_WIDTH = 0.2, 12  # brightness added at the mask's edge; it falls to 0 over this many pixels
 BLUR = 4.0  # σ [pixels]
 NOISE = 0.1  # standard deviation
 
 
 @dataclass(frozen=True)
 class Settings:
-    """folder: input/ mask/ gt/; size: photos are shrunk to at most this many pixels a side."""
+    """Validate the automatic rewards on photos."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    size: int = 512
+    folder: Annotated[Path, tyro.conf.Positional]  # folder with input/, mask/ and gt/
+    size: int = 512  # longest side in pixels; larger photos are shrunk
 
 
 @dataclass(frozen=True)
 class Photo:
-    """source, truth: [h, w, 3] float32 in [0, 1]; mask: [h, w] float32 in {0, 1}."""
+    """A photo with its mask and ground truth.
+
+    Attributes:
+        name: file name.
+        source: photo with the object, [h, w, 3] float32 in [0, 1].
+        truth: photo without it, [h, w, 3] float32 in [0, 1].
+        mask: [h, w] float32, 0 or 1.
+    """
 
     name: str
     source: np.ndarray
@@ -61,7 +74,7 @@ class Photo:
 
 
 def read(settings: Settings) -> list[Photo]:
-    """The photos of the folder, in the order of its records."""
+    """Read the photos of the folder, in the order of its records."""
     photos = []
     for record in load_records(settings.folder):
         shrink = max(1.0, max(record.size) / settings.size)
@@ -76,10 +89,12 @@ def read(settings: Settings) -> list[Photo]:
 
 
 def defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
-    """The truth with one of `DEFECTS`, of a strength in [0, 1]; [h, w, 3] in [0, 1].
+    """Add one of `DEFECTS` to the truth, with a strength in [0, 1]; return [h, w, 3] in [0, 1].
 
-    ghost: the object at this opacity, in the mask; cast: everything around the mask turns warm; seam: a bright rim
-    along the mask's edge; blur: a blurred truth at this opacity, in the mask.
+    ghost   the object in the mask, with `strength` as opacity
+    cast    warmer colors outside the mask
+    seam    a bright rim inside the mask's edge
+    blur    the blurred truth in the mask, with `strength` as opacity
     """
     inside = photo.mask[..., None]
     if kind == "ghost":
@@ -95,12 +110,15 @@ def defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
-    """The image behind a Gaussian blur of σ `BLUR`."""
+    """Blur an image with a Gaussian of σ = `BLUR`."""
     return np.asarray(gaussian_blur(image[None], BLUR))[0]
 
 
 def paste(photo: Photo, other: Photo, *, flip: bool) -> np.ndarray:
-    """The truth with `other`'s object in the hole, stretched to fit; `flip`: mirrored, and of other colours."""
+    """Paste the object of `other` into the hole of the truth, stretched to fit.
+
+    With `flip` the object is mirrored and its color channels are exchanged.
+    """
     left, top, right, bottom = bounding_box(other.mask != 0)
     cut = np.concatenate([other.source, other.mask[..., None]], -1)[top:bottom, left:right]
     if flip:
@@ -117,10 +135,15 @@ def paste(photo: Photo, other: Photo, *, flip: bool) -> np.ndarray:
 
 
 def filling(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """What might stand in the hole instead of the truth, one of `FILLINGS`; [h, w, 3] in [0, 1].
+    """Fill the hole with one of `FILLINGS` instead of the truth; return [h, w, 3] in [0, 1].
 
-    ghost: the object at half opacity; source: the photo as it was; flat: the mean colour of the ring around the hole;
-    pasted_own, pasted_other: a new object, made of the photo's own or another photo's; blur, noise: of the truth.
+    ghost          the object at half opacity
+    source         the unchanged photo with the object
+    flat           the mean color of the ring around the hole
+    pasted_own     the photo's own object, mirrored and recolored
+    pasted_other   the object of another photo
+    blur           the blurred truth
+    noise          the truth with noise
     """
     inside = photo.mask[..., None]
     if kind in ("ghost", "blur"):
@@ -137,7 +160,7 @@ def filling(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> 
 
 @jax.jit
 def scores(images: jax.Array, source: jax.Array, truth: jax.Array, mask: jax.Array) -> dict[bool, jax.Array]:
-    """Removal, background and smoothness of images [N, h, w, 3], with and without ground truth: [N, 3] each."""
+    """Compute removal, background and smoothness of images [N, h, w, 3]: [N, 3] with and without ground truth."""
 
     def one(image):
         rows = {}
@@ -150,7 +173,7 @@ def scores(images: jax.Array, source: jax.Array, truth: jax.Array, mask: jax.Arr
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation, equal values sharing their mean rank; 0 where all values are equal."""
+    """Compute Spearman's rank correlation, with mean ranks for equal values; 0 if a sequence has only equal values."""
     ranks = []
     for values in (np.asarray(first), np.asarray(second)):
         ranks.append((values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2)
@@ -161,7 +184,13 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one photo and one way of scoring. strengths: defect -> [5, 3]; truth: [3]; fillings: name -> [3]."""
+    """Scores (removal, background, smoothness) for one photo, with or without ground truth.
+
+    Attributes:
+        strengths: for each defect, scores at the five strengths, [5, 3].
+        truth: scores of the truth, [3].
+        fillings: for each filling, its scores, [3].
+    """
 
     strengths: Mapping[str, np.ndarray]
     truth: np.ndarray
@@ -169,7 +198,7 @@ class Measured:
 
 
 def measure(photo: Photo, other: Photo) -> dict[bool, Measured]:
-    """Scores of the truth, of its spoilt versions and of other fillings, with and without ground truth."""
+    """Score the truth, the truth with defects, and the fillings, with and without ground truth."""
     rng = np.random.default_rng(0)
     spoilt = {kind: [defect(photo, kind, strength) for strength in STRENGTHS] for kind in DEFECTS}
     filled = [filling(photo, other, kind, rng) for kind in FILLINGS]
@@ -184,13 +213,13 @@ def measure(photo: Photo, other: Photo) -> dict[bool, Measured]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def report(measured: Sequence[Measured], title: str) -> dict[str, bool]:
-    """Prints the tables of one way of scoring; returns the claims, and whether they hold."""
+    """Print the tables of the scores with or without ground truth; return for each claim whether it holds."""
     claims, rows = {}, []
     for column, reward in enumerate(SCORES):
         correlation = {
@@ -235,7 +264,7 @@ def report(measured: Sequence[Measured], title: str) -> dict[str, bool]:
 
 
 def main(settings: Settings) -> int:
-    """Measures all photos, prints tables and claims; returns 1 where a claim fails, else 0."""
+    """Measure all photos, print tables and claims; return 1 if a claim fails, else 0."""
     photos = read(settings)
     measured = [measure(photo, photos[i - 1]) for i, photo in enumerate(photos)]
     claims = {}

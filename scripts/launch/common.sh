@@ -1,12 +1,12 @@
-# Sourced by the launch scripts: usage from their heading, --dry_run, and running or printing a command.
+# Functions that the launch scripts share: usage, --dry_run, environment files, and running or printing a command.
 
-# The comment at a script's head, without its first line.
+# usage prints the comment at the start of the script, without the #! line.
 usage() {
     sed -n '2,/^set /{/^set /d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"
 }
 
-# Takes --dry_run and --help out of the arguments, wherever they stand; what remains is in "$@" of the caller by
-# `set -- "${rest[@]}"`.
+# read_options ARGUMENT... sets `dry_run` if --dry_run is among the arguments, at any position, and sets `rest` to the
+# other arguments. With --help it prints the usage and exits. The caller continues with `set -- "${rest[@]}"`.
 read_options() {
     dry_run=
     rest=()
@@ -19,7 +19,7 @@ read_options() {
     done
 }
 
-# Runs a command, or with --dry_run prints it as one could type it.
+# run COMMAND... runs a command. With --dry_run it prints the command instead, quoted for a shell.
 run() {
     if [ -n "$dry_run" ]; then
         printf '%q ' "$@" && printf '\n'
@@ -28,8 +28,8 @@ run() {
     fi
 }
 
-# Puts the variables of an environment file (NAME=value lines, # comments) into the environment; flags of the user's own
-# XLA_FLAGS come after the file's, and win.
+# use_environment FILE exports the variables of a file of NAME=value lines and # comments. XLA_FLAGS of the user are
+# appended to those of the file, so that they take precedence. With --dry_run it also prints the variables.
 use_environment() {
     local own=${XLA_FLAGS:-}
     unset XLA_FLAGS
@@ -43,7 +43,7 @@ use_environment() {
     done
 }
 
-# Dies with the usage where a variable that the script needs is not set.
+# need NAME... exits with the usage if one of these environment variables is not set.
 need() {
     for name in "$@"; do
         [ -n "${!name:-}" ] || { printf '%s is not set\n\n' "$name" >&2 && usage >&2 && exit 2; }

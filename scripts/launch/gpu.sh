@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: one, or several that share out the weights. Never run: no GPU was
-# at hand for it.
+# Trains on one or several GPUs of this machine. This script has never run on a GPU, because none was available.
 #
 #   scripts/launch/gpu.sh [--dry_run] [FLAGS of ra_jax.train]
 #   GPUS=0 scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json
 #   GPUS=0,1,2,3 scripts/launch/gpu.sh --config configs/flux_fill_human.toml --train_json_path DATA.json \
 #       --train_batch_size 4 --gradient_accumulation_steps 1
 #
-# GPUS: which ones (default: all that CUDA_VISIBLE_DEVICES allows). With several, weights, optimizer and batch are shared
-# out over them (--mesh_fsdp), unless the flags say how; train_batch_size must then be a multiple of their number.
-# --base_precision int8 halves the base's memory, from 24 GB to 12 GB for 12 B parameters.
+# GPUS: numbers of the GPUs to use (default: all in CUDA_VISIBLE_DEVICES, or all of the machine). With several GPUs the
+# script adds --mesh_fsdp, unless the flags have --mesh_* or --parallelism. Weights, optimizer and batch are then sharded
+# over the GPUs, and train_batch_size must be a multiple of their number.
+# --base_precision int8 halves the memory of the base, from 24 GB to 12 GB for 12 B parameters.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice that is there, by ssh to all its hosts. Never run: no TPU was at hand.
+# Trains on an existing TPU pod slice, by ssh to all its hosts. This script has never run on a TPU, because none was
+# available.
 #
 #   TPU=NAME ZONE=us-east5-b scripts/launch/tpu_pod.sh [--dry_run] setup             copies the project, installs it
 #   TPU=NAME ZONE=us-east5-b scripts/launch/tpu_pod.sh [--dry_run] train [FLAGS of ra_jax.train]
 #
-# TPU: the slice's name; ZONE: where it is; PROJECT: of Google Cloud (default: gcloud's). --output_dir must be a place that
-# all hosts see, such as a bucket that is mounted (Cloud Storage FUSE) or Filestore; so must the data, or each host has the
-# same copy at the same path.
+# TPU: name of the slice.
+# ZONE: its zone.
+# PROJECT: project of Google Cloud (default: that of gcloud's configuration).
+#
+# --output_dir must be on storage that all hosts share, such as a mounted bucket (Cloud Storage FUSE) or Filestore. The
+# data must be there too, or each host must have the same copy at the same path.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice by a queued resource, waits for it, trains by tpu_pod.sh, gives it back. Never run: no TPU was at
-# hand.
+# Requests a TPU slice as a queued resource, waits for it, trains with tpu_pod.sh, and deletes it at the end. This script
+# has never run on a TPU, because none was available.
 #
 #   TPU=NAME ZONE=us-east5-b TYPE=v5litepod-16 scripts/launch/tpu_queued.sh [--dry_run] [FLAGS of ra_jax.train]
 #
-# TYPE: v5litepod-16 (v5e:4x4), v5p-8 (v5p:2x2x1), v6e-8 (v6e:2x4) …; what a step needs there: python -m ra_jax.aot.
-# RUNTIME: the machines' image (default: of the type); SPOT=yes: cheaper, may be taken away, in which case start again with
-# --resume_from_checkpoint latest.
+# TPU: name of the slice to create.
+# ZONE: its zone.
+# TYPE: its type, such as v5litepod-16 (v5e:4x4), v5p-8 (v5p:2x2x1) or v6e-8 (v6e:2x4). `python -m ra_jax.aot` prints the
+# memory and time that a step needs on it.
+# PROJECT: project of Google Cloud (default: that of gcloud's configuration).
+# RUNTIME: image of the machines (default: depends on TYPE).
+# SPOT=yes: a cheaper slice that Google may take back. Then start again with --resume_from_checkpoint latest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh

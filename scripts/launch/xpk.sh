@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# Trains on a GKE cluster with TPUs by XPK, in a container of scripts/launch/Dockerfile. Never run: no cluster was at hand.
+# Trains on a GKE cluster with TPUs, in a container of scripts/launch/Dockerfile. It needs XPK (the Python package xpk).
+# This script has never run, because no cluster was available.
 #
 #   CLUSTER=NAME ZONE=us-east5-b TPU_TYPE=v5litepod-16 IMAGE=REGISTRY/ra_jax scripts/launch/xpk.sh [--dry_run] [FLAGS]
 #
-# IMAGE: a name that the cluster can pull; it is built and pushed first. WORKLOAD: the job's name (default: ra-jax);
-# SLICES: how many (default 1). XPK is the package xpk. --output_dir and the data must be on storage that all pods see.
+# CLUSTER: name of the cluster.
+# ZONE: its zone.
+# TPU_TYPE: type of a slice.
+# IMAGE: name of the container image, in a registry that the cluster can pull from. The script builds and pushes it first.
+# WORKLOAD: name of the job (default: ra-jax).
+# SLICES: number of slices (default: 1).
+# PROJECT: project of Google Cloud (default: that of gcloud's configuration).
+#
+# --output_dir and the data must be on storage that all pods share.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh

@@ -1,4 +1,4 @@
-"""The modules of scripts/experiments."""
+"""Access to the modules of scripts/experiments."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Held-out removals against the pipeline, measurements of known errors, and intervals against their definition."""
+"""Removals of held-out scenes compared with the pipeline, measurements of known errors, and bootstrap intervals."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def held_out(load_experiment):
 
 @pytest.fixture(scope="module")
 def base(tiny_fill, tiny_redux, tmp_path_factory):
-    """fill, redux and config of the tiny base with two experts."""
+    """Folders (fill, redux) of the tiny base, and the configuration of a run with two experts."""
     config = tmp_path_factory.mktemp("config") / "tiny.toml"
     config.write_text(SETTINGS)
     return tiny_fill, tiny_redux, config
@@ -51,7 +51,7 @@ def scenes(held_out):
 
 @pytest.fixture(scope="module")
 def weights(held_out, base):
-    """Experts and router whose output is not zero."""
+    """Weights of experts and router, changed so that the experts' output is not 0."""
     rng = np.random.default_rng(4)
     fresh = held_out.load_base(*base).trainable
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype), fresh)
@@ -59,7 +59,7 @@ def weights(held_out, base):
 
 @pytest.fixture(scope="module")
 def removals(held_out, base, scenes, weights):
-    """What the experts of `weights` generate for the scenes."""
+    """Removals of the scenes with the experts of `weights`."""
     return held_out.generate_removals(*base, scenes, weights, num_inference_steps=STEPS)
 
 
@@ -184,7 +184,7 @@ def test_the_interval_of_constant_differences_is_the_constant(held_out):
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["seeds", "scenes"])
 def test_seeds_and_scenes_are_both_drawn_with_replacement(held_out, axis):
-    """Two values: a sample has both of them twice the first with probability ¼, and twice the second."""
+    """Of two values, a sample draws the first twice with probability ¼, and the second twice with probability ¼."""
     values = np.moveaxis(np.broadcast_to([[-1.0], [1.0]], (2, 5)), 0, axis)
     assert held_out.bootstrap_interval(values) == (-1, 1)
 
@@ -203,7 +203,7 @@ def test_the_interval_of_a_mean_is_that_of_its_normal_distribution(held_out):
 
 
 def test_the_interval_agrees_with_a_bootstrap_by_counts(held_out):
-    """A sample is how often each seed and each scene is drawn: two multinomial counts, independent of each other."""
+    """The reference draws how often each seed and each scene occurs: two independent multinomial counts."""
     rng = np.random.default_rng(3)
     by_seed, by_scene = rng.normal(size=(5, 1)), 2 * rng.normal(size=(1, 12))
     values = by_seed + by_scene + 0.5 * rng.normal(size=(5, 12))

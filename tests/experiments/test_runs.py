@@ -1,4 +1,4 @@
-"""Every experiment runs from end to end at a tiny size, on a base of random weights."""
+"""Every experiment runs from start to end at a tiny size, on a base with random weights."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """The TOML files of a human-scored and of an automatic run."""
+    """Configurations of a human-scored and of an automatic run, as TOML files by name."""
     folder = tmp_path_factory.mktemp("configs")
     for name, text in CONFIGS.items():
         (folder / f"{name}.toml").write_text(text)
@@ -51,7 +51,7 @@ def configs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_demo(tiny_fill, tiny_redux, scored_scenes):
-    """make_demo(folder, settings): the parts that `prepare` makes, without training a base."""
+    """make_demo(folder, settings): write the files that `prepare` would make, with a base of random weights."""
 
     def make(folder, settings=None):
         settings = settings or DemoSettings()
@@ -66,7 +66,7 @@ def make_demo(tiny_fill, tiny_redux, scored_scenes):
 
 @pytest.fixture
 def own_cache():
-    """Experiments set the folder of compiled programs: afterwards it is the tests' again."""
+    """Restore the folder of JAX's compilation cache, which the experiments change."""
     folder = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", folder)
