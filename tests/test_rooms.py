@@ -1,6 +1,7 @@
 """The house: which room may import which, and how large a file, a function or a list of parameters may grow."""
 
 import ast
+import re
 from collections import Counter, defaultdict
 from functools import cache
 from graphlib import TopologicalSorter
@@ -137,3 +138,10 @@ def test_no_room_outgrows_the_house():
     room, largest = lines.most_common(1)[0]
     assert largest <= 0.18 * lines.total(), room
     assert len(list((PACKAGE / "training").glob("*.py"))) <= 14
+
+
+def test_the_design_has_the_same_floors():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| (\d+) \| ([^|]*) \|", text)
+    floors = {int(number): set(re.findall(r"`([\w/.]+?)(?:/|\.py)?`", rooms)) for number, rooms in rows}
+    assert floors == {number: rooms - {"__init__"} for number, rooms in enumerate(FLOORS, 1)}
