@@ -197,7 +197,7 @@ class Policy:
         return matching_log_prob(velocity, trainable, self.cache, temperature=TEMPERATURE)[0]
 
     def step(self, trainable, snapshot):
-        """Return the new ℓ, the old ℓ from a forward pass of the snapshot, and the gradient of Σ ρ."""
+        """Return the new ℓ, the old ℓ from a forward pass of `snapshot`, and the gradient of Σ ρ."""
 
         def loss(trainable, old):
             log_prob = self.log_prob(trainable)

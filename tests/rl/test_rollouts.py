@@ -47,7 +47,7 @@ def test_a_rollout_without_noisy_steps_equals_the_euler_sampler():
 
 
 def test_a_rollout_with_noisy_steps_returns_their_states_and_times():
-    """Tests two first steps of the window, each as a traced value. Each noisy step has different noise."""
+    """The first noisy step is a traced value, tested for two steps. Each noisy step has different noise."""
 
     def run(first):
         return roll_out(velocity, draw_noise, TIMES, NoisySteps(first, count=2, noise_level=0.7))

@@ -22,7 +22,7 @@ def test_mapping_time_steps_one_by_one_gives_the_same_rows():
         shapes.append(x.shape)
         return x * t[:, None, None]
 
-    np.testing.assert_array_equal(map_timesteps(velocity, x, t, points=3), velocity(x, t))
+    np.testing.assert_array_equal(map_timesteps(velocity, x, t, num_points=3), velocity(x, t))
     assert shapes == [(2, 4, 1), (6, 4, 1)]
 
 
@@ -39,10 +39,10 @@ def test_sequential_time_steps_give_the_same_loss_and_gradient(make_config):
             advantages = jnp.ones(len(batch["mask"]))
             return objective.policy_loss(trainable, context, sample, advantages, old, on_policy=jnp.asarray(False))
 
-        (value, (_, old_values)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        (value, (_, old_terms)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             jax.tree.map(lambda x: x + 0.01, state.trainable)
         )
-        return {"loss": value, **old_values, **named_leaves(gradient)}
+        return {"loss": value, **old_terms, **named_leaves(gradient)}
 
     one_by_one, together = (
         loss_and_gradient(

@@ -205,9 +205,9 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
 
     def losses(dropout):
         changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
-        base, _ = changed.base(trainable, context, state.step)
+        base, _ = changed.base_loss(trainable, context, state.step)
         arguments = (trainable, context, sample, batch["advantage"], old)
-        policy, (metrics, _) = changed.policy(*arguments, on_policy=jnp.asarray(False))
+        policy, (metrics, _) = changed.policy_loss(*arguments, on_policy=jnp.asarray(False))
         return base, policy, metrics["mean_ratio"]
 
     with_dropout, without_dropout = losses(True), losses(False)
