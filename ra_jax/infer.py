@@ -1,4 +1,4 @@
-"""`python -m ra_jax.infer`: removes objects from a photo, a folder of photos, or the scenes of a data set."""
+"""`python -m ra_jax.infer`: removes objects from a photo, from a folder of photos, or from the scenes of a data set."""
 
 import dataclasses
 import logging
@@ -32,16 +32,17 @@ from ra_jax.outputs import Outputs, check_outputs
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    """Removes objects from photos; writes the results and a data set in which they can be scored.
+    """Removes objects from photos; writes the results, and a data set to which scores can be added.
 
-    The default of each model setting is the value that the experts were trained with.
+    The default of each model setting is the value that the experts were trained with. Without experts, it is the
+    default of training.
     """
 
     source_image: str  # photo, folder of photos, or data set (JSON, JSONL, folder with input/ mask/)
     source_mask: str | None = None  # mask (> 127 = remove), or folder of masks with the photos' names
-    ref_image: str | None = None  # object on white, or folder of these (None: made from photo and mask)
+    ref_image: str | None = None  # object on white, or folder of such images (None: made from photo and mask)
     output_dir: str  # folder for the images <name>_<seed>.png and for records.json
-    experts: str | None = None  # output_dir of a training run, or one of its checkpoints (None: base alone)
+    experts: str | None = None  # output_dir of a training run, or a checkpoint (None: base without experts)
     pretrained_model_name_or_path: str | None = None  # FLUX-Fill, diffusers folder or hub id
     pretrained_redux_model_name_or_path: str | None = None  # Redux, diffusers folder or hub id
     mixed_precision: Literal["no", "bf16"] | None = None  # compute dtype (None: as trained, else bf16)
@@ -49,7 +50,7 @@ class InferConfig:
     num_inference_steps: Annotated[int, at_least(1)] = 28  # sampling steps; more steps are slower and finer
     seed: int = 0  # seed of the first candidate of each scene
     repeat: Annotated[int, at_least(1)] = 1  # candidates per scene, with seeds --seed, --seed + 1, ...
-    overwrite: bool = False  # replace earlier results; other files are never replaced
+    overwrite: bool = False  # replace earlier results (other files are never replaced)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: InferConfig) -> None:
-    """Write all candidates that `config` asks for; checks scenes and output folder before it loads a model.
+    """Write all candidates of a configuration. Scenes and output folder are checked before a model is loaded.
 
     Raises:
         UserError: a setting is out of range, a scene cannot be used, a file would be overwritten, or a model could not
@@ -78,7 +79,7 @@ def run(config: InferConfig) -> None:
     check_output_paths(config, settings, candidates)
     check_overwrite(candidates, overwrite=config.overwrite)
 
-    # Imported after the checks, so that faulty inputs are reported without waiting for this import.
+    # Imported after the checks, because this import takes seconds and wrong inputs should be reported at once.
     from ra_jax.pipeline import RemovalPipeline
 
     pipe = RemovalPipeline.from_pretrained(
@@ -117,9 +118,9 @@ def check_output_paths(config: InferConfig, settings: Mapping[str, Any], candida
 
 
 def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Return the files that are read for the scenes, as inputs and nested inputs by flag (see `flag_inputs`).
+    """Return the files that are read for the scenes, as the arguments `inputs` and `nested` of `check_outputs`.
 
-    A folder is a data set only if there is no --source_mask.
+    A folder is read as a data set only if --source_mask is not given.
     """
     if config.source_mask is None:
         inputs, nested = flag_inputs({"--source_image": config.source_image})
@@ -133,7 +134,7 @@ def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[s
 
 
 def _checkpoint_folders(experts: str) -> list[Path]:
-    """Return the checkpoint that is read, and the checkpoint folders of the run that it belongs to."""
+    """Return the checkpoint that is read, and the folders with all checkpoints of its run."""
     checkpoint = find_checkpoint(experts)
     runs = [Path(experts)]
     if checkpoint.parent.name in (CHECKPOINT_DIR, BEST_DIR):
@@ -142,9 +143,10 @@ def _checkpoint_folders(experts: str) -> list[Path]:
 
 
 def model_settings(config: InferConfig) -> dict[str, Any]:
-    """Return the model settings by name: base model, precision, guidance, and the others of `ModelConfig`.
+    """Return all settings of `ModelConfig` by name, such as base model, precision and guidance.
 
-    Each value comes from the first of these that has it: the flag, the experts' training run, the default of training.
+    A flag determines its setting. Settings without a flag are taken from the experts' training run. Settings that are
+    not there either have the default of training.
     """
     settings = dataclasses.asdict(ModelConfig())
     if config.experts is not None:

@@ -26,8 +26,8 @@ from ra_jax.models.lora import Adapter
 from ra_jax.models.options import ModelOptions, expert_configs
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-# Largest area, in pixels, of the panel that a photo is edited in. With experts, the area of the largest bucket that
-# they were trained on is used instead.
+# Largest area in pixels of the panel in which a photo is edited. If there are experts, their largest training bucket
+# determines this area instead.
 PANEL_AREA = 512 * 512
 
 
@@ -47,9 +47,9 @@ class RemovalOutput:
 class RemovalPipeline:
     """Object removal with FLUX.1-Fill and, optionally, trained experts; create it with `from_pretrained`.
 
-    `pipe(image, mask)` edits a photo. The methods `condition`, `redux`, `velocity`, `denoise` and `decode` are its
-    single steps, as functions of arrays. They take single images instead of diptychs, so that their results can be
-    compared with those of diffusers' FluxFillPipeline, number for number.
+    `pipe(image, mask)` edits a photo. The methods `condition`, `redux`, `velocity`, `denoise` and `decode` do single
+    steps of this, on arrays. They process an image as a whole, not as a diptych. Their results can therefore be
+    compared, number for number, with the results of diffusers' FluxFillPipeline.
     """
 
     def __init__(self, loaded: LoadedModel, schedule: FlowSchedule, weights: Weights, panel_area: int = PANEL_AREA):
@@ -81,16 +81,16 @@ class RemovalPipeline:
         Args:
             fill: folder or hub id of FLUX.1-Fill.
             redux: folder or hub id of FLUX.1-Redux; None for no image tokens.
-            experts: output folder of a training run, or one of its checkpoints; None for the base alone. If the run
-                keeps an exponential moving average of its weights, the averaged weights are loaded.
+            experts: output folder of a training run, or a checkpoint of a run; None for the base without experts. If
+                the checkpoint has an exponential moving average of the weights, the averaged weights are loaded.
             dtype: dtype of the matmuls, "bfloat16" or "float32".
-            max_sequence_length: number of prompt tokens; None uses the value that the experts were trained with or,
-                without experts, the default of training.
+            max_sequence_length: number of prompt tokens. None selects the number that the experts were trained with. If
+                there are no experts, None selects the default of training.
 
         Raises:
             WeightError: the base could not be loaded.
             CheckpointError: the checkpoint could not be loaded, or was trained on another base.
-            ValueError: another `dtype`.
+            ValueError: `dtype` is not one of the two.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
@@ -131,33 +131,33 @@ class RemovalPipeline:
         """Remove the object under `mask` from `image`.
 
         A window around the mask is edited next to the reference and blended into the image. Pixels outside the
-        feathered mask stay unchanged, bit for bit. Raises ValueError for an empty mask and for wrong sizes or shapes.
+        feathered mask stay unchanged, bit for bit. Raises ValueError for an empty mask or an argument of wrong size.
 
         Args:
             image: the photo.
-            mask: > 127 = remove; has the size of the photo. Soft edges blend softly.
+            mask: mask of the photo's size, > 127 = remove. A soft edge gives a soft transition.
             ref: reference image of the object; by default, the masked object on white.
             num_inference_steps: number of sampling steps.
             guidance_scale: embedded guidance.
-            seed: image i starts from noise that depends on (seed, i) only.
+            seed: seed of the noise. The noise of image i depends only on (seed, i).
             num_images: number of results.
-            latents: packed noise [num_images, N, 4C] of the diptych; replaces the noise of `seed`.
+            latents: packed noise [num_images, N, 4C] of the diptych, used instead of noise from `seed`.
         """
-        photo, coverage = np.asarray(upright_rgb(image)), soft_mask(mask)
-        if coverage.shape != photo.shape[:2]:
+        photo, mask_values = np.asarray(upright_rgb(image)), soft_mask(mask)
+        if mask_values.shape != photo.shape[:2]:
             raise ValueError(
-                f"mask of size {coverage.shape[::-1]} for an image of size {photo.shape[1::-1]}: expected equal sizes "
-                "(width, height) after both are turned upright"
+                f"mask of size {mask_values.shape[::-1]} for an image of size {photo.shape[1::-1]}: expected equal "
+                "sizes (width, height) after both are turned upright"
             )
         if num_images < 1:
             raise ValueError(f"num_images={num_images}: expected at least 1")
         multiple = self.model.multiple
-        crop = plan_crop(coverage, panel_sizes(self._panel_area, multiple), multiple=multiple)
+        crop = plan_crop(mask_values, panel_sizes(self._panel_area, multiple), multiple=multiple)
         reference = None if ref is None else np.asarray(upright_rgb(ref))
         panels = {
             "source": crop.photo(photo),
-            "mask": crop.mask(coverage),
-            "reference": crop.reference(reference, photo, coverage),
+            "mask": crop.mask(mask_values),
+            "reference": crop.reference(reference, photo, mask_values),
         }
         if self._loaded.preprocess is not None:
             panels["redux_pixels"] = self._loaded.preprocess(Image.fromarray(panels["reference"]))
@@ -174,7 +174,7 @@ class RemovalPipeline:
         batch = {name: np.repeat(panel[None], num_images, 0) for name, panel in panels.items()}
         remove = self._get_remover(num_inference_steps, float(guidance_scale))
         edited, gates = remove(self._weights, self._loaded.frozen, batch, jnp.asarray(latents, jnp.float32))
-        images = [Image.fromarray(paste(photo, panel, coverage, crop)) for panel in np.asarray(edited)]
+        images = [Image.fromarray(paste(photo, panel, mask_values, crop)) for panel in np.asarray(edited)]
         return RemovalOutput(images, None if gates is None else np.asarray(gates))
 
     def condition(
@@ -193,9 +193,10 @@ class RemovalPipeline:
         Args:
             image: [B, H, W, 3] in [0, 1].
             mask: [B, H, W], ≥ 0.5 = fill.
-            context: [B, S, joint_dim], replaces the empty prompt. To use `redux` tokens, append them to it.
-            masked_latents: [B, N, 4C], packed and standardized, replaces the encoding of the masked image. By default
-                that is the mean of the VAE's posterior, whereas diffusers draws a sample.
+            context: [B, S, joint_dim], used instead of the empty prompt. Image tokens from `redux` have to be appended
+                to it by the caller.
+            masked_latents: [B, N, 4C], packed and standardized, used instead of encoding the masked image. The default
+                encoding is the mean of the VAE's posterior. (diffusers draws a sample from the posterior.)
         """
         binary = (jnp.asarray(mask) >= 0.5).astype(jnp.float32)
         return self._condition(
@@ -203,7 +204,11 @@ class RemovalPipeline:
         )
 
     def redux(self, pixels: jax.Array) -> jax.Array:
-        """Encode preprocessed pixels [B, h, w, 3] to image tokens [B, T, joint_dim]."""
+        """Encode preprocessed pixels [B, s, s, 3] to image tokens [B, T, joint_dim].
+
+        Raises:
+            ValueError: the pipeline was loaded without Redux.
+        """
         if self.model.redux is None:
             raise ValueError("this pipeline has no Redux: load it with from_pretrained(..., redux=FOLDER)")
         return self._image_tokens(self._loaded.frozen, pixels)

@@ -171,7 +171,7 @@ def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.S
     else:
         sizes["s"] = geometry.vision.image_size
     return {
-        name: jax.ShapeDtypeStruct((config.run.gradient_accumulation_steps, *field.sized(sizes)), field.dtypes[0])
+        name: jax.ShapeDtypeStruct((config.run.gradient_accumulation_steps, *field.shape_for(sizes)), field.dtypes[0])
         for name, field in batch_fields(parts).items()
     }
 

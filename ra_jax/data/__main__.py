@@ -1,7 +1,7 @@
 """Command line of the data package: `python -m ra_jax.data SUBCOMMAND`.
 
-`validate FILE` checks a data set as training does. `pack FILE FOLDER` writes it as a few large files. `synth FOLDER`
-generates a synthetic data set.
+`validate FILE` checks a data set as training does. `pack FILE FOLDER` copies a data set to a few large files.
+`synth FOLDER` generates a synthetic data set.
 """
 
 import sys
@@ -17,7 +17,7 @@ from ra_jax.config.settings import DataConfig, ModelConfig
 from ra_jax.data.inputs import flag_inputs
 from ra_jax.data.records import check_records, load_records
 from ra_jax.data.scores import ScoreFormat
-from ra_jax.data.summary import summary
+from ra_jax.data.summary import format_summary
 from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.outputs import Outputs, check_outputs, staging_folder
 
@@ -34,20 +34,20 @@ def validate(
         file: JSON list, JSONL, mapping JSON, a folder with input/ mask/ gt/, or a pack.
         use_human_scores: require scores in every record, as training with --use_human_scores does.
         score_format: format of the scores: dict is {"removal_score": ...}, tensor is [removal, background, smoothness].
-            It is checked only with --use_human_scores.
-        need_result: require a result in every record. The base loss and human scores need results. Removing objects
-            does not.
+            The format is checked only with --use_human_scores.
+        need_result: require a result in every record. Training with the base loss or with human scores needs results.
+            Object removal (ra_jax.infer) needs none.
     """
     records, errors = check_records(
         file, need_result=need_result, use_human_scores=use_human_scores, score_format=score_format
     )
-    print(f"{file}\n\n{summary(records)}\n")
+    print(f"{file}\n\n{format_summary(records)}\n")
     if not errors:
         print("no errors")
         return 0
     print(
-        f"{len(errors)} error{'s' * (len(errors) > 1)} (records count from 0, lines from 1); the summary above leaves "
-        "out records with errors"
+        f"{len(errors)} error{'s' * (len(errors) > 1)} (records are counted from 0, lines from 1); the summary above "
+        "does not count records with errors"
     )
     for error in errors:
         print(f"  {error}")
@@ -63,19 +63,19 @@ def pack(
     aspect_ratio_buckets: str = DataConfig.aspect_ratio_buckets,
     mixed_precision: Literal["no", "bf16"] = "bf16",
 ) -> int:
-    """Write a data set as a few large files, which training can read instead (--train_json_path FOLDER).
+    """Copy a data set to a few large files. Training reads them with --train_json_path FOLDER.
 
     Args:
         file: JSON list, JSONL, mapping JSON, or a folder with input/ mask/ gt/.
         folder: folder to create. Its name consists of lower-case letters, digits and _ and starts with a letter.
         latents: store resized images with their VAE latents and image tokens instead of the original files. Training
-            then has nothing to encode. It needs --no_mask_augmentation and the same values of the flags below.
+            on this pack encodes no images. It requires --no_mask_augmentation, and the flags below with equal values.
         pretrained_model_name_or_path: diffusers folder or hub id of the model whose VAE encodes the images.
         pretrained_redux_model_name_or_path: folder or hub id of the model that computes image tokens of references.
         aspect_ratio_buckets: panel sizes "height,width;..." in pixels.
-        mixed_precision: compute dtype of the image tokens.
+        mixed_precision: dtype in which the image tokens are computed.
     """
-    from ra_jax.data.pack_writer import check_target, write_pack
+    from ra_jax.data.pack_writer import check_pack_folder, write_pack
 
     inputs, nested = flag_inputs({"FILE": file})
     if latents:
@@ -83,7 +83,7 @@ def pack(
             "--pretrained_model_name_or_path": [Path(pretrained_model_name_or_path).expanduser()],
             "--pretrained_redux_model_name_or_path": [Path(pretrained_redux_model_name_or_path).expanduser()],
         }
-    check_target(folder, inputs, nested)
+    check_pack_folder(folder, inputs, nested)
     records = load_records(file, need_result=False)
     encoder = None
     if latents:
@@ -116,11 +116,11 @@ def synth(
         folder: folder to write. It receives input/ mask/ gt/ ref/ result/ and the JSON files.
         scenes: number of scenes.
         size: width and height of each image in pixels.
-        mix: one_clean writes one clean candidate per scene and four with one defect each. no_clean gives every
-            candidate three or four defects.
+        mix: kinds of candidates. one_clean writes one clean candidate per scene and four with one defect each. no_clean
+            gives every candidate three or four defects.
         candidates: results per scene for no_clean. one_clean always writes five.
         seed: seed of all random numbers.
-        first_scene: number of the first scene. Different numbers give different scenes for the same seed.
+        first_scene: number of the first scene. With the same seed, a scene with another number looks different.
     """
     settings = DatasetSettings(
         scenes=scenes, size=size, mix=mix, seed=seed, first_scene=first_scene, candidates=candidates

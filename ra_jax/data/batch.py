@@ -3,16 +3,17 @@
 Letters in shapes: B rows, h × w pixels of a panel, s × s pixels of a Redux input, N packed latent tokens of a diptych
 with C4 = 4C features each, T image tokens with D features each.
 
-A batch consists of parts. The run decides which parts it has:
+A batch consists of parts. The settings of the run determine its parts:
 
     photos    images of the panels; absent if a pack has latents and no automatic rewards are computed
-    results   results of the records, if the records have results
-    latents   latents and image tokens from a pack; they replace the encoding of the photos
-    redux     inputs of Redux, if the model has image tokens and no pack provides them
-    training  values for a training step
-    rewards   values for human mode with --enable_grpo_rewards
+    results   results of the records; absent if the records have none
+    latents   latents and image tokens from a pack with latents; a step then does not encode the photos
+    redux     inputs of Redux; present if the model has image tokens and no pack provides them
+    training  what a training step needs besides images; absent in batches for previews and validation
+    rewards   scores, rewards and advantages; present in human mode with --enable_grpo_rewards
 
-`loader.Loader` produces the keys of `LOADED`. `training.dataset.record_values` adds the keys of `VALUES`.
+`loader.Loader` loads the keys of `LOADED_FIELDS`. `training.dataset.record_values` computes the keys of
+`COMPUTED_FIELDS`.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,27 +34,27 @@ class Field:
     Attributes:
         shape: sizes, or letters that stand for sizes.
         dtypes: allowed dtypes; the first is the default.
-        parts: a batch has the key if it has all of these parts.
+        parts: parts that a batch must have to contain the key.
     """
 
     shape: tuple[str | int, ...]
     dtypes: tuple[str, ...]
     parts: tuple[Part, ...] = ()
 
-    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Return the shape with each letter replaced by its number in `sizes`."""
-        return tuple(sizes[side] if isinstance(side, str) else side for side in self.shape)
+    def shape_for(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with each letter replaced by its size in `sizes`."""
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 _PANEL_SHAPE, _TOKENS_SHAPE = ("B", "h", "w", 3), ("B", "N", "C4")
 
-LOADED: dict[str, Field] = {
+LOADED_FIELDS: dict[str, Field] = {
     "source": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
     "reference": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
     "result": Field(_PANEL_SHAPE, ("uint8",), ("photos", "results")),
     "mask": Field(("B", "h", "w"), ("uint8",)),  # 1 = remove
     "redux_pixels": Field(("B", "s", "s", 3), ("float32",), ("redux",)),  # preprocessed reference
-    "masked_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents",)),  # encoded source, mask pixels set to gray
+    "masked_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents",)),  # of the diptych, with masked pixels gray
     "image_tokens": Field(("B", "T", "D"), ("float32", "bfloat16"), ("latents",)),
     "result_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents", "results")),
     "group_id": Field(("B",), ("int32",)),  # `records.scene_ids`
@@ -61,7 +62,7 @@ LOADED: dict[str, Field] = {
     "epoch": Field(("B",), ("int32",)),
     "condition_weight": Field(("B",), ("float32",)),  # 1 / (rows of the record's scene in the global batch)
 }
-VALUES: dict[str, Field] = {
+COMPUTED_FIELDS: dict[str, Field] = {
     "sample_weight": Field(("B",), ("float32",), ("training",)),  # weight of the record in the base loss
     "scores": Field(("B", 3), ("float32",), ("training", "rewards")),  # removal, background, smoothness in [0, 1]
     "reward": Field(("B",), ("float32",), ("training", "rewards")),  # weighted sum of 2·score − 1
@@ -69,9 +70,9 @@ VALUES: dict[str, Field] = {
     "group_reward_std": Field(("B",), ("float32",), ("training", "rewards")),  # in the record's scene
     "zero_std_group": Field(("B",), ("float32",), ("training", "rewards")),  # 1 if all rewards of the scene are equal
 }
-FIELDS = LOADED | VALUES
+FIELDS = LOADED_FIELDS | COMPUTED_FIELDS
 # Keys that the loader reads from a pack with latents.
-LATENTS = tuple(name for name, field in LOADED.items() if "latents" in field.parts)
+LATENT_KEYS = tuple(name for name, field in LOADED_FIELDS.items() if "latents" in field.parts)
 
 
 def batch_fields(parts: Collection[Part]) -> dict[str, Field]:
@@ -100,10 +101,10 @@ def check_schema(batch: Mapping[str, Any], parts: Collection[Part]) -> dict[str,
         if str(array.dtype) not in field.dtypes:
             raise ValueError(f"{name} has dtype {array.dtype}: expected {' or '.join(field.dtypes)}")
         if len(array.shape) == len(field.shape):
-            for letter, side in zip(field.shape, array.shape, strict=True):
+            for letter, size in zip(field.shape, array.shape, strict=True):
                 if isinstance(letter, str):
-                    sizes.setdefault(letter, side)
-            if array.shape == field.sized(sizes):
+                    sizes.setdefault(letter, size)
+            if array.shape == field.shape_for(sizes):
                 continue
         raise ValueError(f"{name} has shape {array.shape}: expected {field.shape} with sizes {sizes}")
     return sizes

@@ -1,6 +1,6 @@
 """Diptychs: the reference (the object on white) on the left, the photo on the right.
 
-The mask of a diptych is 0 in the left half. All functions accept NumPy arrays and JAX arrays, traced ones too, with
+The mask of a diptych is 0 in the left half. All functions accept NumPy arrays, JAX arrays and traced JAX arrays, with
 any leading dimensions.
 """
 
@@ -22,17 +22,19 @@ def reference_on_white(source: Array, mask: Array) -> Array:
         An array with the shape and dtype of `source`.
 
     Raises:
-        ValueError: the shape of the mask is not that of the source without channels.
+        ValueError: `mask.shape` differs from `source.shape[:-1]`.
     """
     if source.shape[:-1] != mask.shape:
-        raise ValueError(f"mask has shape {mask.shape}: expected {source.shape[:-1]} for a source of {source.shape}")
+        raise ValueError(
+            f"mask has shape {mask.shape}: expected {source.shape[:-1]} for a source of shape {source.shape}"
+        )
     xp = source.__array_namespace__()
     white = 255 if source.dtype == np.uint8 else 1
     return xp.where(mask[..., None] != 0, source, xp.asarray(white, dtype=source.dtype))
 
 
 def join(reference: Array, photo: Array) -> Array:
-    """Join two panels to a diptych: [..., h, w, c] and [..., h, w, c] -> [..., h, 2w, c].
+    """Join two panels [..., h, w, c] to a diptych [..., h, 2w, c].
 
     Raises:
         ValueError: the panels have different shapes.
@@ -61,6 +63,6 @@ def right_panel(x: Array, axis: int = -2) -> Array:
     """
     width = x.shape[axis]
     if width % 2:
-        raise ValueError(f"axis {axis} of shape {x.shape} is {width}: expected an even width, twice that of a panel")
+        raise ValueError(f"axis {axis} of shape {x.shape} is {width}: expected an even width, the width of two panels")
     axis %= x.ndim
     return x[(slice(None),) * axis + (slice(width // 2, None),)]

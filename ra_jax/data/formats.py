@@ -1,14 +1,15 @@
-"""Read the supported formats of data sets into the same entries: record number, line, and a dict of fields.
+"""Read data sets in all supported formats. Each record becomes an `Entry`: its number, its line and its fields.
 
     JSON list       [{"src": ..., "mask": ..., "result": ..., ...}, ...]
     JSONL           one such object per line
-    mapping JSON    {"mapping": {gt: [inputs]}}, or the inner object alone, beside gt/ input/ mask/ (ref/)
-    folder          with input/ mask/ gt/ (ref/)
+    mapping JSON    {"mapping": {gt: [inputs]}}, or only the inner object; the images are in gt/ input/ mask/ ref/
+    folder          a folder with input/ mask/ gt/ ref/
     pack            a folder written by `pack_writer`, or "tfds:NAME"
 
-For a mapping and a folder, src is the file in input/ and result is the file in gt/. Files in mask/ and ref/, and in
-gt/ for a folder, are found by the name of the input. A file with the same name is preferred to one with another
-suffix.
+For a mapping and for a folder, src is a file in input/ and result is a file in gt/. A mapping names both files. For a
+folder, the file in gt/ has the name of the file in input/. In both cases, the mask in mask/ and the reference in ref/
+have the name of the file in input/. Suffixes may differ, but a file with the same suffix is preferred. ref/ may be
+missing, and gt/ may be missing in a folder.
 """
 
 import json
@@ -31,7 +32,7 @@ class Entry:
 
     Attributes:
         record: position of the record in the data set, from 0.
-        fields: the parsed value; a dict in every valid file.
+        fields: the parsed JSON value of the record; a dict if the record is valid.
         line: line number in a JSONL file, from 1.
     """
 
@@ -45,12 +46,12 @@ class RawData:
     """The entries of a data set and the errors in its format.
 
     Attributes:
-        base: folder that relative paths start from.
+        folder: folder that relative paths in the entries start from.
         entries: all entries without a format error.
         errors: format errors, such as broken JSON or a missing mask.
     """
 
-    base: Path
+    folder: Path
     entries: list[Entry]
     errors: list[RecordError]
 
@@ -120,7 +121,7 @@ def _read_mapping(path: Path, mapping: object) -> RawData:
             message = f"'{gt}' maps to {str(inputs)[:80]!r}: expected a list of file names in input/"
             errors.append(RecordError(message, field="mapping"))
     raw = _read_pairs(path.parent, pairs)
-    return RawData(raw.base, raw.entries, errors + raw.errors)
+    return RawData(raw.folder, raw.entries, errors + raw.errors)
 
 
 def _read_folder(folder: Path) -> RawData:
@@ -134,14 +135,14 @@ def _read_folder(folder: Path) -> RawData:
     return _read_pairs(folder, [(name, None if truth is None else truth.name) for name, truth in pairs])
 
 
-def _read_pairs(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
-    """Return entries for pairs of (input, gt) names; masks and references are found by the name of the input."""
-    masks, references = images_by_stem(base / "mask"), images_by_stem(base / "ref")
+def _read_pairs(folder: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
+    """Return entries for pairs (input, gt) of file names. The name of an input determines its mask and reference."""
+    masks, references = images_by_stem(folder / "mask"), images_by_stem(folder / "ref")
     entries, errors = [], []
     for record, (name, gt) in enumerate(pairs):
         mask, ref = match_stem(name, masks), match_stem(name, references)
         if mask is None:
-            message = f"no mask for input/{name}: expected mask/{name}, or that name with another suffix"
+            message = f"no mask for input/{name}: expected mask/{name}, or the same name with another suffix"
             errors.append(RecordError(message, record, field="mask"))
             continue
         fields = {
@@ -151,7 +152,7 @@ def _read_pairs(base: Path, pairs: Iterable[tuple[str, str | None]]) -> RawData:
             "ref": None if ref is None else f"ref/{ref.name}",
         }
         entries.append(Entry(record, fields))
-    return RawData(base, entries, errors)
+    return RawData(folder, entries, errors)
 
 
 def images_by_stem(folder: Path) -> dict[str, list[Path]]:

@@ -1,8 +1,7 @@
 """Decode photos and masks from files, with EXIF orientation applied.
 
-Transparent pixels of photos become white and those of masks become black. Sizes are (height, width) in pixels of the
-upright image. A window is (left, top, right, bottom) in those pixels. An image file is a path, or an object with
-the same interface (`packs.PackedImage`).
+Transparent pixels become white in photos and black in masks. Sizes are (height, width) in pixels of the upright image.
+A window is (left, top, right, bottom) in pixels of the upright image. An image file is a path or a `packs.PackedImage`.
 """
 
 import io
@@ -17,7 +16,7 @@ Window = tuple[int, int, int, int]
 
 
 class ImageFile(Protocol):
-    """An encoded image. Path satisfies this protocol."""
+    """Protocol of an encoded image: `Path` and `packs.PackedImage` implement it."""
 
     @property
     def name(self) -> str:
@@ -33,9 +32,10 @@ class ImageFile(Protocol):
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MASK_THRESHOLD = 127
-MIN_DECODE_SCALE = 1.5  # a photo is decoded to at least this factor times the size that it is resized to
+MIN_DECODE_SCALE = 1.5  # a JPEG decoded at reduced size is at least this many times as high and wide as its panel
 
-# Errors that Pillow raises if a file is not an image, is truncated or is broken. Broken PNG chunks raise SyntaxError.
+# Errors that Pillow raises for a file that is not an image, is truncated or is broken. A broken PNG chunk raises
+# SyntaxError.
 UNREADABLE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -44,7 +44,7 @@ def open_image(path: ImageFile) -> Image.Image:
 
     Raises:
         OSError, SyntaxError, Image.DecompressionBombError: the file is not a readable image.
-        ValueError: the image has more than 8 bits per channel; Pillow would clip them to white instead of scaling.
+        ValueError: the image has more than 8 bits per channel. Pillow would clip its values to white, not scale them.
     """
     image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     if image.mode.startswith(("I", "F")):
@@ -64,7 +64,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> Size:
-    """Return (height, width) after the EXIF orientation is applied; orientations 5 to 8 swap the sides."""
+    """Return (height, width) after EXIF orientation; orientations 5 to 8 swap height and width."""
     width, height = image.size
     return (width, height) if orientation(image) >= 5 else (height, width)
 
@@ -76,11 +76,11 @@ def read_photo_size(path: ImageFile) -> Size:
 
 
 def verify_photo(path: ImageFile) -> Size:
-    """Decode a photo to check that the file is whole, and return its size; raises one of `UNREADABLE_ERRORS`."""
+    """Decode a photo to check that its file is complete; returns its size, or raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         size = upright_size(image)
-        # Decoding JPEG at an eighth of the size reads every byte, so a truncated file is found, but it skips most of
-        # the arithmetic.
+        # A JPEG is decoded at an eighth of its size. This reads every byte, so it detects a truncated file, but needs
+        # little computation.
         image.draft(None, (1, 1))
         image.load()
     return size
@@ -106,7 +106,7 @@ def soft_mask(image: Image.Image) -> np.ndarray:
 
 
 def read_photo(path: ImageFile) -> Image.Image:
-    """Read a whole photo as upright RGB, white where it is transparent; raises one of `UNREADABLE_ERRORS`."""
+    """Read a whole photo as upright RGB, white where transparent; raises one of `UNREADABLE_ERRORS`."""
     with open_image(path) as image:
         return upright_rgb(image)
 
@@ -118,18 +118,20 @@ def read_panel(path: ImageFile, window: Window, size: Size) -> np.ndarray:
     """
     height, width = size
     with open_image(path) as image:
-        divisor = _decode_smaller(image, window, size)
+        divisor = _reduce_decode_size(image, window, size)
         photo = upright_rgb(image)
     box = tuple(side / divisor for side in window)
     return np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
-def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size if the window then is still at least 1.5 times as large as `size`.
+def _reduce_decode_size(image: Image.Image, window: Window, size: Size) -> float:
+    """Reduce the size at which a JPEG is decoded to 1/2, 1/4 or 1/8, and return this divisor as a float.
 
-    Returns the divisor from full-size to decoded coordinates, 1.0 for an image that is decoded at full size. Images
-    that are not stored upright are decoded at full size: the reduced size is rounded up, and a rotation would move this
-    padding to the front.
+    The reduced window keeps at least 1.5 times the height and width of `size`. If it cannot, or if the file is not a
+    JPEG, the image is decoded at full size, and the divisor is 1.0.
+
+    Images that are not stored upright are decoded at full size, too. The decoder rounds the reduced size up, which pads
+    the right and bottom edges. Turning the image upright would move this padding to the left or top edge.
     """
     left, top, right, bottom = window
     max_divisor = min((bottom - top) / size[0], (right - left) / size[1]) / MIN_DECODE_SCALE
@@ -141,7 +143,7 @@ def _decode_smaller(image: Image.Image, window: Window, size: Size) -> float:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened photo to upright RGB, white where it is transparent."""
+    """Convert an opened photo to upright RGB, white where transparent."""
     upright = ImageOps.exif_transpose(image)
     return _composite_over(upright, "white") if upright.has_transparency_data else upright.convert("RGB")
 

@@ -11,7 +11,7 @@ from ra_jax.data.images import SUFFIXES, ImageFile
 from ra_jax.data.packs import PackedImage, pack_folder
 from ra_jax.data.records import IMAGE_FIELDS, Record
 
-_LAYOUT_FOLDERS = ("input", "mask", "gt", "ref")  # folders of a data set in which images are found by name
+_LAYOUT_FOLDERS = ("input", "mask", "gt", "ref")  # folders in which the images of a data set are found by name
 
 
 def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -21,9 +21,9 @@ def flag_inputs(flags: Mapping[str, str | Path | None]) -> tuple[dict[str, list[
         flags: flag -> its value; flags with the value None are skipped.
 
     Returns:
-        The arguments `inputs` and `nested` of `outputs.check_outputs`, both by flag. `inputs` holds the paths of
-        `input_paths`. `nested` holds the image folders beside the data file from which images are read: nothing
-        may be written into them, but results may be written into the folder that holds them and the data file.
+        The arguments `inputs` and `nested` of `outputs.check_outputs`, both by flag. `inputs` holds the paths that
+        `input_paths` returns. `nested` holds the folders input/, mask/, gt/ and ref/ beside the data file if images in
+        them are read. No result may be written into these folders, but results may be written into their parent folder.
 
     Raises:
         DataError: raised by `input_paths`.
@@ -59,19 +59,19 @@ def input_paths(path: str | Path) -> list[Path]:
     data = read_entries(path)
     records = [entry.fields for entry in data.entries if isinstance(entry.fields, dict)]
     values = [record.get(name) for record in records for name in IMAGE_FIELDS]
-    return [path, *(data.base / value for value in values if isinstance(value, str))]
+    return [path, *(data.folder / value for value in values if isinstance(value, str))]
 
 
 def image_paths(path: Path) -> list[Path]:
-    """Return `path`, and for a folder also the files in it; subfolders are not read.
+    """Return `path` and, if it is a folder, the files in it, but not the files in its subfolders.
 
-    The files are listed because they may be links to files outside the folder.
+    The list contains the files because they may be links to files outside the folder.
     """
     return [path, *(file for file in path.iterdir() if file.is_file())] if path.is_dir() else [path]
 
 
 def record_paths(records: Iterable[Record]) -> list[Path]:
-    """Return the image files of records, each once; for records from a pack, the folder of the pack."""
+    """Return the image files of records without duplicates. Images in a pack are represented by the pack's folder."""
     images: Iterable[ImageFile | None] = (getattr(record, name) for record in records for name in IMAGE_FIELDS)
     paths = (image.pack.folder if isinstance(image, PackedImage) else image for image in images)
     return [path for path in dict.fromkeys(paths) if path is not None]

@@ -12,24 +12,24 @@ import grain
 import numpy as np
 from PIL import Image
 
-from ra_jax.data.batch import LATENTS, LOADED
+from ra_jax.data.batch import LATENT_KEYS, LOADED_FIELDS
 from ra_jax.data.images import UNREADABLE_ERRORS, Size
 from ra_jax.data.masks import augment_mask
-from ra_jax.data.packs import Encoding, PackedImage
+from ra_jax.data.packs import LatentEncoding, PackedImage
 from ra_jax.data.panels import PanelCache, Panels, load_mask, load_panels, nearest_bucket
 from ra_jax.data.plan import MASK_STREAM, batches_per_epoch, epoch_plan, random_generator
 from ra_jax.data.records import Record, scene_ids
 from ra_jax.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
-_ENDLESS = 2**62  # number of rows; Grain requires a finite length
+_ENDLESS = 2**62  # number of rows of an endless data set; Grain requires a finite number
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
     """Parse "h,w;h,w" to ((h, w), (h, w)), the sizes of one panel in pixels.
 
     Raises:
-        DataError: the text has another form, or it names a size twice.
+        DataError: the text does not have this form, or a size occurs twice.
     """
     try:
         buckets = tuple(tuple(int(side) for side in part.split(",")) for part in text.strip(" ;").split(";"))
@@ -51,19 +51,20 @@ class LoaderOptions:
         buckets: panel sizes (h, w) in pixels, sides divisible by `multiple`; see `panels.nearest_bucket`.
         seed: seed of the order of records and of the augmented masks.
         multiple: side of a token in pixels.
-        augment_masks: enlarge masks at random (`masks.augment_mask`), keyed by (seed, epoch, scene). A reference that
-            is made from the mask uses the mask in the file.
-        preprocess_reference: function from a reference panel to Redux pixels. If None, batches have no `redux_pixels`.
-        rows: rows of a global batch that this process reads, in this order; None reads all.
-        latents: load the latents of records from a pack with latents. Batches then have no `redux_pixels`.
+        augment_masks: enlarge masks at random (`masks.augment_mask`). The result depends on (seed, epoch, scene). If a
+            reference is made from the mask, it is made from the original mask.
+        preprocess_reference: converts a reference panel to the pixels that Redux encodes. If None, batches have no
+            `redux_pixels`.
+        rows: rows of a global batch that this process reads, in this order; None for all rows.
+        latents: load latents and image tokens from the pack. Batches then have no `redux_pixels`.
         photos: load source, reference and result. A step that uses only latents does not need them.
         workers: number of threads that load batches ahead. With 0, each batch is loaded when it is requested.
         cache_bytes: size of the cache of decoded panels in bytes.
 
     Raises:
         DataError: a bucket side is not divisible by `multiple`.
-        ValueError: a row is outside the batch, latents are combined with augmented masks, or photos and latents are
-            both off.
+        ValueError: `batch_size` is below 1, a row is outside the batch, `latents` and `augment_masks` are both True, or
+            `photos` and `latents` are both False.
     """
 
     batch_size: int
@@ -83,7 +84,7 @@ class LoaderOptions:
         _check_rows(self.rows, self.batch_size)
         if self.latents and self.augment_masks:
             raise ValueError(
-                "latents=True with augment_masks=True: a pack has the latents of the original masks; "
+                "latents=True with augment_masks=True: a pack has latents for the original masks only; "
                 "set augment_masks=False"
             )
         if not (self.photos or self.latents):
@@ -93,18 +94,18 @@ class LoaderOptions:
 class Loader:
     """Endless iteration over batches of records, in the order of the global plan of each epoch.
 
-    A batch has the keys of `batch.LOADED` and those of `extras`. It holds this process's rows of the global batch. All
-    records of a scene have the same crop and, within an epoch, the same augmented mask.
+    A batch has keys of `batch.LOADED_FIELDS`, and all keys of `extras`. It holds this process's rows of the global
+    batch. All records of a scene have the same crop. Within an epoch, they also have the same augmented mask.
 
     Args:
         records: records of a data set.
         options: options of the loader.
-        extras: additional values per record, [len(records), ...], which the batches contain under the same names.
+        extras: additional arrays by key, with one row for each record. Batches contain them under the same keys.
 
     Raises:
         DataError: there are no records, or only some of them have results.
-        ValueError: an entry of `extras` has another length or a name of `batch.LOADED`, or `options.latents` is set
-            for records without latents.
+        ValueError: an array in `extras` does not have one row for each record, a key of `extras` is in
+            `batch.LOADED_FIELDS`, or `options.latents` is True and the records are not from a pack with latents.
     """
 
     def __init__(
@@ -122,8 +123,8 @@ class Loader:
         self._scenes = scene_ids(records)
         record_buckets = np.array([nearest_bucket(record.size, buckets) for record in records], np.int32)
         self.batches_per_epoch = batches_per_epoch(record_buckets, batch_size)
-        # Several epochs are cached: in a small data set, workers that read ahead are in different epochs.
-        self._plan_of = lru_cache(maxsize=8)(
+        # Several plans are cached, because workers that read ahead in a small data set are in different epochs.
+        self._get_plan = lru_cache(maxsize=8)(
             lambda epoch: epoch_plan(
                 self._scenes, record_buckets, batch_size=batch_size, seed=options.seed, epoch=epoch
             )
@@ -137,11 +138,11 @@ class Loader:
         return iter(rows.batch(len(self._rows)).to_iter_dataset(read_options))
 
     def _load_row(self, position: int) -> dict[str, np.ndarray]:
-        """Load row `position` of this process, counted over all batches."""
-        batch, row = divmod(position, len(self._rows))
+        """Load a row of a batch. `position` counts this process's rows over all batches."""
+        batch, local_row = divmod(position, len(self._rows))
         epoch, batch = divmod(batch, self.batches_per_epoch)
-        plan = self._plan_of(epoch)
-        row = self._rows[row]
+        plan = self._get_plan(epoch)
+        row = self._rows[local_row]
         record_id = int(plan.rows[batch, row])
         record, scene = self._records[record_id], int(self._scenes[record_id])
         try:
@@ -166,31 +167,31 @@ class Loader:
         """Load the panels and latents of a record; the mask is not augmented."""
         options = self._options
         if not options.photos:
-            return {"mask": load_mask(record, bucket, self._cache)} | _packed_latents(record)
+            return {"mask": load_mask(record, bucket, self._cache)} | _read_packed_latents(record)
         panels = load_panels(record, bucket, self._cache)
         arrays = {"source": panels.source, "reference": panels.reference, "mask": panels.mask}
         if panels.result is not None:
             arrays["result"] = panels.result
         if options.preprocess_reference is not None and not options.latents:
-            arrays["redux_pixels"] = self._redux_pixels(record, bucket, panels)
-        return arrays | (_packed_latents(record) if options.latents else {})
+            arrays["redux_pixels"] = self._load_redux_pixels(record, bucket, panels)
+        return arrays | (_read_packed_latents(record) if options.latents else {})
 
-    def _redux_pixels(self, record: Record, bucket: Size, panels: Panels) -> np.ndarray:
+    def _load_redux_pixels(self, record: Record, bucket: Size, panels: Panels) -> np.ndarray:
         def preprocess() -> np.ndarray:
             return np.array(self._options.preprocess_reference(Image.fromarray(panels.reference)), np.float32)
 
         return self._cache.get(("redux", record.ref, record.src, record.mask, bucket), preprocess)
 
 
-def pack_encoding(records: Sequence[Record]) -> Encoding | None:
-    """Return the encoding of the pack that the records are from; None for records without a pack or latents."""
+def pack_encoding(records: Sequence[Record]) -> LatentEncoding | None:
+    """Return how the latents of the records' pack were computed; None without a pack, or for a pack without latents."""
     source = records[0].src
     return source.pack.encoding if isinstance(source, PackedImage) else None
 
 
-def _packed_latents(record: Record) -> dict[str, np.ndarray]:
+def _read_packed_latents(record: Record) -> dict[str, np.ndarray]:
     examples = [record.src.example()] + ([] if record.result is None else [record.result.example()])
-    return {name: example[name] for example in examples for name in LATENTS if name in example}
+    return {name: example[name] for example in examples for name in LATENT_KEYS if name in example}
 
 
 def check_results(records: Sequence[Record]) -> None:
@@ -206,7 +207,7 @@ def check_results(records: Sequence[Record]) -> None:
 
 
 def check_buckets(buckets: Sequence[Size], multiple: int) -> None:
-    """Raise DataError if a side of a panel size is not divisible by `multiple`."""
+    """Raise DataError if the height or width of a bucket is not divisible by `multiple`."""
     for bucket in buckets:
         if any(side % multiple for side in bucket):
             nearest_valid = ",".join(str(max(1, round(side / multiple)) * multiple) for side in bucket)
@@ -218,8 +219,8 @@ def check_buckets(buckets: Sequence[Size], multiple: int) -> None:
 
 def _check_extras(extras: Mapping[str, np.ndarray], count: int) -> None:
     for name, values in extras.items():
-        if name in LOADED:
-            raise ValueError(f"extras[{name!r}]: the loader uses this name for a key of its own; choose another name")
+        if name in LOADED_FIELDS:
+            raise ValueError(f"extras[{name!r}]: batches already have this key; choose another name")
         if len(values) != count:
             raise ValueError(f"extras[{name!r}] has {len(values)} values: expected {count}, one per record")
 
@@ -228,4 +229,4 @@ def _check_rows(rows: Sequence[int] | None, batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     if rows is not None and (len(rows) == 0 or min(rows) < 0 or max(rows) >= batch_size):
-        raise ValueError(f"rows {list(rows)[:8]}: expected at least one of 0 to {batch_size - 1}, rows of a batch")
+        raise ValueError(f"rows {list(rows)[:8]}: expected at least one row, each from 0 to {batch_size - 1}")

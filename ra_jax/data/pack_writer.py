@@ -1,4 +1,4 @@
-"""Write packs, in the format that `packs` describes: the original image files, or panels with their latents."""
+"""Write packs in the format that `packs` describes, with the original image files or with panels and their latents."""
 
 import io
 import re
@@ -14,41 +14,49 @@ from PIL import Image
 from ra_jax.data.images import ImageFile, Size
 from ra_jax.data.inputs import record_paths
 from ra_jax.data.loader import check_results
-from ra_jax.data.packs import LABEL_FIELDS, SPLIT, VERSION, Encoding, Example, import_tfds
+from ra_jax.data.packs import LABEL_FIELDS, SPLIT, VERSION, Example, LatentEncoding, import_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
 from ra_jax.errors import DataError, OutputError
 from ra_jax.outputs import Inputs, Outputs, check_outputs, check_staging, replace_folder, staging_folder
 
 SHARD_BYTES = 256 * 2**20
-ENCODE_BATCH = 16  # examples per call of the writer, which updates the metadata of the set each time
+EXAMPLES_PER_WRITE = 16  # examples per call of the writer; each call updates the metadata of the set
 
 
 class Encoder(Protocol):
-    """Computes the arrays of examples from panels of one bucket."""
+    """Computes latents and image tokens of panels.
 
-    encoding: Encoding
+    Attributes:
+        encoding: models and settings of the encoder, which the pack stores.
+        buckets: sizes of the panels.
+    """
+
+    encoding: LatentEncoding
     buckets: Sequence[Size]
 
     def condition(self, panels: Panels) -> Mapping[str, np.ndarray]:
-        """Return the arrays for a photo, its mask and its reference."""
+        """Return the arrays to store for a photo with its mask and reference."""
 
     def result(self, panels: Panels) -> Mapping[str, np.ndarray]:
-        """Return the arrays for a result."""
+        """Return the arrays to store for a result."""
 
 
-def check_target(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> None:
+def check_pack_folder(folder: Path, inputs: Inputs, nested: Inputs | None = None) -> None:
     """Check that a pack can be written to `folder` without overwriting an input.
 
     Args:
         folder: folder of the pack.
-        inputs: paths that are read, as for `check_outputs`.
-        nested: folders that are read and may lie in `folder`, as for `check_outputs`.
+        inputs: paths that the command reads, as for `check_outputs`.
+        nested: more paths that the command reads, as for `check_outputs`.
 
     Raises:
-        DataError: tensorflow-datasets does not accept the name of the folder, or it is not installed.
-        OutputError: `folder` already exists; `folder` or FOLDER.partial is, contains or lies in an input; or
-            FOLDER.partial exists and was not left by a stopped run.
+        DataError: tensorflow-datasets does not accept the name of the folder, or tensorflow-datasets is not installed.
+        OutputError: one of the following holds.
+
+            * `folder` already exists.
+            * `folder` or FOLDER.partial overlaps an input: they are equal, or one contains the other.
+            * FOLDER.partial exists and was not left by a stopped run.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", folder.name):
         raise DataError(
@@ -69,22 +77,22 @@ def write_pack(
     encoder: Encoder | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Write the records and their images to a pack, with an encoder also their latents.
+    """Write records and their images to a pack. With an encoder, the pack also gets latents and image tokens.
 
-    Only a few examples are in memory at a time. The pack is written to FOLDER.partial, which is renamed when it is
-    complete.
+    Only a few examples are in memory at a time. The pack is written to FOLDER.partial. When it is complete, this folder
+    is renamed.
 
     Args:
         records: records to write.
         folder: folder of the pack; it must not exist.
         encoder: computes latents and image tokens; None stores the original image files.
-        watch: wraps the iteration over conditions and over records, for example in a progress bar.
+        progress: wraps the iteration over conditions and the iteration over records, for example in a progress bar.
 
     Raises:
-        DataError: raised by `check_target`; or there is an encoder and only some records have results.
-        OutputError: raised by `check_target`.
+        DataError: raised by `check_pack_folder`. With an encoder, it is also raised if only some records have results.
+        OutputError: raised by `check_pack_folder`.
     """
-    check_target(folder, {"the data set": record_paths(records)})
+    check_pack_folder(folder, {"the data set": record_paths(records)})
     if encoder is not None:
         check_results(records)
     first_records: dict[tuple, Record] = {}  # the first record of each condition
@@ -153,31 +161,31 @@ def _png(panel: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-_MISSING_IMAGE = _png(np.zeros((1, 1, 3), np.uint8))  # placeholder for a missing image that every reader can decode
+_MISSING_IMAGE = _png(np.zeros((1, 1, 3), np.uint8))  # one pixel in place of a missing image; readers can decode it
 
 
 def _write_set(folder: Path, name: str, part: str, examples: Iterator[Example], metadata: dict) -> None:
-    """Write one tensorflow-datasets set; the first example defines its features."""
+    """Write one tensorflow-datasets set. The first example determines the names and types of the set's features."""
     tfds, set_folder = import_tfds(), folder / part / VERSION
     set_folder.mkdir(parents=True)
-    batch = list(islice(examples, ENCODE_BATCH))
+    batch = list(islice(examples, EXAMPLES_PER_WRITE))
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=VERSION, data_dir=str(set_folder), module_name=__name__, config_name=part
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=__doc__,
-        features=tfds.features.FeaturesDict({name: _feature(tfds, value) for name, value in batch[0].items()}),
+        features=tfds.features.FeaturesDict({key: _feature(tfds, value) for key, value in batch[0].items()}),
         metadata=tfds.core.MetadataDict(metadata),
     )
-    example_bytes = max(map(_count_bytes, batch))  # the maximum, because a record without a result is small
+    example_bytes = max(map(_count_bytes, batch))  # the largest, because records without results are small
     writer = tfds.core.SequentialWriter(
         info, max_examples_per_shard=max(1, SHARD_BYTES // example_bytes), file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
     while batch:
         writer.add_examples({SPLIT: batch})
-        batch = list(islice(examples, ENCODE_BATCH))
+        batch = list(islice(examples, EXAMPLES_PER_WRITE))
     writer.close_all()
 
 

@@ -1,17 +1,20 @@
-"""Read packs: a data set in a few large ArrayRecord files with random access.
+"""Read packs. A pack is a data set in a few large ArrayRecord files with random access.
 
 A pack consists of two tensorflow-datasets sets:
 
-    FOLDER/conditions/1.0.0   one example for each distinct (src, mask, ref)
-    FOLDER/records/1.0.0      one example for each record: `condition`, the index of its condition, and its `result`
+    FOLDER/conditions/1.0.0   one example for each distinct (src, mask, ref), with these three images
+    FOLDER/records/1.0.0      one example for each record, with its image `result` and the index `condition`
 
-Images are stored as the bytes of the original files, so that a pack gives the same batches as the files. A missing
-image is stored as a single pixel. All other information about the records is in the metadata of FOLDER/records, which
-is read when the pack is opened.
+The index `condition` refers to the example in FOLDER/conditions that the result belongs to. A missing image is stored
+as a single pixel. All other fields of the records are in the metadata of FOLDER/records, which is read when the pack is
+opened.
 
-A pack that was written with an encoder stores images as PNG, resized to the buckets of the training. It also stores the
-arrays that training would compute from them: `masked_latents` [N, 4C] and `image_tokens` [T, D] of a condition, and
-`result_latents` [N, 4C] of a record.
+A pack without latents stores the bytes of the original image files. It therefore gives the same batches as the files.
+
+A pack with latents stores panels as PNG: the images after they have been cropped and resized to a bucket of
+--aspect_ratio_buckets. It also stores the arrays that training would compute from the panels. An example of
+FOLDER/conditions then also has `masked_latents` [N, 4C] and `image_tokens` [T, D], and an example of FOLDER/records has
+`result_latents` [N, 4C].
 
 `tfds.builder_from_directory` opens either set. Import ml_dtypes first, because image tokens may be bfloat16. A pack in
 ~/tensorflow_datasets can be named "tfds:FOLDER". Neither writing nor reading needs TensorFlow.
@@ -31,19 +34,21 @@ from ra_jax.errors import DataError
 VERSION = "1.0.0"
 PARTS = ("conditions", "records")
 SPLIT = "train"
-PREFIX = "tfds:"
+TFDS_PREFIX = "tfds:"
 LABEL_FIELDS = ("id", "scores", "split", "annotator", "source")
-EXAMPLE_CACHE_SIZE = 8  # examples in memory: src, mask and ref of one example are read one after another
+# Number of examples of each set that are kept in memory. The images of a record are read one after another, so without
+# this cache, the same example would be read once for each image.
+EXAMPLE_CACHE_SIZE = 8
 
 Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """The models and settings that the latents of a pack were computed with.
+class LatentEncoding:
+    """The models and settings that the latents and image tokens of a pack were computed with.
 
     Attributes:
-        encoders: fingerprint of the VAE and Redux weights.
+        encoders: fingerprint of the weights of the VAE and Redux.
         aspect_ratio_buckets: panel sizes "height,width;..." in pixels, as for --aspect_ratio_buckets.
         mixed_precision: compute dtype of the image tokens, as for --mixed_precision.
     """
@@ -61,9 +66,10 @@ class Pack:
     Attributes:
         folder: folder of the pack.
         encoding: how the latents were computed; None for a pack without latents.
-        condition_metadata: for each condition its size, scene (the first condition with the same src and mask), and
-            whether it has a reference.
-        record_metadata: for each record its labels, the index of the condition and whether it has a result.
+        condition_metadata: a dict for each condition: `size` of its images, `ref` (whether it has a reference), and
+            `scene`, the index of the first condition with the same src and mask.
+        record_metadata: a dict for each record: the fields of `LABEL_FIELDS`, the index `condition`, and `result`
+            (whether it has a result).
 
     Raises:
         DataError: a file is missing or truncated, or the two sets do not form a pack.
@@ -75,7 +81,7 @@ class Pack:
         self.folder, metadata = folder, sets[1].info.metadata or {}
         if not {"encoding", *PARTS} <= set(metadata):
             raise DataError(f"{folder}: contains two tensorflow-datasets sets, but is not a pack: {_EXPECTED_PACK}")
-        self.encoding = None if metadata["encoding"] is None else Encoding(**metadata["encoding"])
+        self.encoding = None if metadata["encoding"] is None else LatentEncoding(**metadata["encoding"])
         self.condition_metadata: list[dict] = metadata["conditions"]
         self.record_metadata: list[dict] = metadata["records"]
         try:
@@ -86,9 +92,9 @@ class Pack:
                 if len(examples) != len(metadata[part]):
                     raise RuntimeError(f"{part} has {len(examples)} examples: expected {len(metadata[part])}")
                 end = 0
-                for length in data.info.splits[SPLIT].shard_lengths:  # the last example of a truncated file fails
+                for length in data.info.splits[SPLIT].shard_lengths:
                     end += length
-                    examples[end - 1]
+                    examples[end - 1]  # raises if the file is truncated
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"{folder}: files of the pack are missing or truncated ({error}): copy or write the pack again"
@@ -97,7 +103,7 @@ class Pack:
         self.record: Callable[[int], Example] = lru_cache(EXAMPLE_CACHE_SIZE)(records.__getitem__)
 
     def fields(self, index: int) -> dict[str, Any]:
-        """Return the fields of a record as in a data file, with a `PackedImage` instead of each path."""
+        """Return the fields of a record as a data file has them, but with a `PackedImage` instead of each path."""
         record = self.record_metadata[index]
         condition_index = record["condition"]
         condition = self.condition_metadata[condition_index]
@@ -116,14 +122,16 @@ class Pack:
 class PackedImage:
     """An image in a pack, used instead of a path.
 
-    Two images compare equal if `pack`, `name` and `content_id` are equal. Their bytes are then the same.
+    Two images compare equal if `pack`, `name` and `content_id` are equal. They then have the same bytes.
 
     Attributes:
         pack: pack that holds the image.
         name: "src", "mask", "ref" or "result".
         index: index of the example that holds the image.
-        size: (height, width) in pixels of the record's upright photo, or of its panel in a pack with latents.
-        content_id: for src and mask the first condition with the same files, for ref and result the example index.
+        size: (height, width) in pixels of the record's src after EXIF orientation. In a pack with latents, all images
+            have the size of the panel.
+        content_id: index of an example with this image. For src and mask, it is the index of the first condition with
+            the same src and mask. For ref and result, it is equal to `index`.
     """
 
     pack: Pack = field(repr=False)
@@ -134,7 +142,7 @@ class PackedImage:
 
     @property
     def stem(self) -> str:
-        """Name and example index of the image, used like the stem of a file name."""
+        """Name and index of the image, used in place of the stem of a file name."""
         return f"{self.name}{self.index:06d}"
 
     def example(self) -> Example:
@@ -153,19 +161,20 @@ def pack_folder(path: str | Path) -> Path | None:
     """Return the folder of the pack that `path` names; None if `path` is not a pack.
 
     Args:
-        path: folder of a pack, or "tfds:NAME".
+        path: folder of a pack, or "tfds:FOLDER".
 
     Raises:
-        DataError: there is no data set with this name, or it is a tensorflow-datasets set but not a pack.
+        DataError: `path` is "tfds:FOLDER" and tensorflow-datasets finds no such data set, or `path` names a
+            tensorflow-datasets set that is not a pack.
     """
-    if not str(path).startswith(PREFIX):
+    if not str(path).startswith(TFDS_PREFIX):
         folder = Path(path)
         if all((folder / part / VERSION / "dataset_info.json").is_file() for part in PARTS):
             return folder
         if (folder / "dataset_info.json").exists() or any(folder.glob("*.array_record*")):
             raise DataError(f"{path}: is a tensorflow-datasets set, but not a pack: {_EXPECTED_PACK}")
         return None
-    tfds, name = import_tfds(), str(path).removeprefix(PREFIX)
+    tfds, name = import_tfds(), str(path).removeprefix(TFDS_PREFIX)
     try:
         folder = Path(tfds.builder(f"{name}/{PARTS[1]}", try_gcs=False).data_dir).parents[1]
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -177,7 +186,10 @@ def pack_folder(path: str | Path) -> Path | None:
     return folder
 
 
-_EXPECTED_PACK = f"expected a folder that `python -m ra_jax.data pack FILE FOLDER` wrote, or {PREFIX}NAME for it"
+_EXPECTED_PACK = (
+    f"expected a folder that `python -m ra_jax.data pack FILE FOLDER` wrote, or {TFDS_PREFIX}FOLDER if it is in "
+    "~/tensorflow_datasets"
+)
 
 
 def _first_line(error: Exception) -> str:
@@ -185,7 +197,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_not_pack(path: str | Path, reason: str) -> None:
-    """Raise DataError if `path` names a pack; `reason` says in the message why single files are needed."""
+    """Raise DataError if `path` names a pack. The message gives `reason`, which says why a pack cannot be used."""
     if pack_folder(path) is not None:
         raise DataError(f"{path}: is a pack, but {reason}; give the data set that the pack was written from")
 
@@ -195,7 +207,7 @@ def _skip_image_decoding(tfds, features: Mapping) -> dict:
 
 
 def import_tfds():
-    """Import tensorflow-datasets, an optional dependency that only packs need. Raises DataError if it is missing."""
+    """Import tensorflow-datasets, an optional dependency for packs only; raises DataError if it is not installed."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Load the files of a record as panels of one size, with the same crop and resize in training and previews.
+"""Load the images of a record as panels of one size. Training and previews use the same crop and resize.
 
-A photo is resized to cover the bucket, and the rest is cropped away. The crop is centered on the mask as far as the
-borders of the photo allow. If such a crop would cut the mask, the whole photo is stretched to the bucket instead: a
-distorted scene is still useful for training, half an object is not.
+A photo is resized so that it covers the bucket, and the pixels outside the bucket are cropped off. The crop is centered
+on the mask as far as the borders of the photo allow. If the crop would cut the mask, the whole photo is stretched to
+the bucket instead. A distorted scene is still useful for training, but half an object is not.
 """
 
 import math
@@ -32,7 +32,7 @@ class Panels:
 
 
 class PanelCache:
-    """Thread-safe cache of the most recently used arrays, up to `max_bytes` in total."""
+    """Thread-safe cache of arrays. When they exceed `max_bytes` in total, the least recently used ones are dropped."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0
@@ -82,10 +82,15 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
 
 
 def crop_window(size: Size, bucket: Size, mask_box: Window) -> Window:
-    """Return the window of a photo of `size` that is resized to the bucket, in whole pixels.
+    """Return the window of a photo that becomes the panel, in whole pixels.
 
-    It is the largest window with the bucket's aspect ratio. It is centered on the mask as far as the borders of the
-    photo allow. If the mask does not fit into it, the window is the whole photo.
+    The window is the largest one with the bucket's aspect ratio. It is centered on the mask as far as the borders of
+    the photo allow. If the mask does not fit into this window, the window is the whole photo.
+
+    Args:
+        size: size of the photo.
+        bucket: size of the panel.
+        mask_box: bounding box of the mask.
     """
     scale = min(size[0] / bucket[0], size[1] / bucket[1])
     height, width = (min(size[i], max(1, round(bucket[i] * scale))) for i in (0, 1))
@@ -105,18 +110,19 @@ def resize_mask(mask: np.ndarray, window: Window, size: Size) -> np.ndarray:
 
 
 def load_mask(record: Record, bucket: Size, cache: PanelCache) -> np.ndarray:
-    """Load only the mask of `load_panels`."""
+    """Load the mask of a record as `load_panels` does, without the other panels."""
     return cache.get(("mask", record.mask, bucket), lambda: _load_window_and_mask(record.mask, bucket))[1]
 
 
 def load_panels(record: Record, bucket: Size, cache: PanelCache | None = None) -> Panels:
     """Load the panels of a record: all images decoded, cropped and resized to `bucket` = (height, width).
 
-    The reference is made from the record's `ref`. If `ref` has the size of the photo, it is cropped with the same
-    window, so that the object keeps its position. Otherwise the whole image is resized and centered on white. Without
-    `ref`, the reference is the masked object on white. With a cache, files that several records share are decoded once.
+    The reference panel is made from the record's `ref`. If `ref` has the size of the photo, it is cropped to the same
+    window, so that the object keeps its position. If `ref` has another size, the whole of `ref` is resized to fit the
+    bucket and centered on white. If there is no `ref`, the reference panel is the masked object on white.
 
-    Raises one of `images.UNREADABLE_ERRORS` if a file has changed since the records were checked.
+    With a cache, files that several records share are decoded once. If a file is no longer readable, one of
+    `images.UNREADABLE_ERRORS` is raised.
     """
     cache = cache or PanelCache(0)
     window, mask = cache.get(("mask", record.mask, bucket), lambda: _load_window_and_mask(record.mask, bucket))

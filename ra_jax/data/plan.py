@@ -1,7 +1,7 @@
 """Global plan of an epoch: assigns a record to each row of each batch, for all processes together.
 
 The plan is a pure function of (seed, epoch) and the data set. Every process computes the same plan and then reads its
-own rows. All processes therefore use the same bucket at each step and finish an epoch at the same step, and a run can
+own rows. All processes therefore use the same bucket at each step and finish an epoch at the same step. A run can also
 resume with another number of processes.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Values of `stream` in `random_generator`.
 PLAN_STREAM = 0
 MASK_STREAM = 1
 
@@ -29,21 +30,26 @@ class EpochPlan:
 
 
 def random_generator(seed: int, stream: int, *keys: int) -> np.random.Generator:
-    """Return a random generator that depends on (seed, stream, keys) alone."""
+    """Return a random generator that depends only on (seed, stream, keys)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, *keys)))
 
 
 def batches_per_epoch(buckets: np.ndarray, batch_size: int) -> int:
-    """Return the number of batches: Σ over buckets of ⌈records / batch_size⌉. buckets: [R], bucket of each record."""
+    """Return the number of batches, Σ_b ⌈R_b / batch_size⌉ for R_b records of bucket b.
+
+    Args:
+        buckets: [R] bucket of each record.
+        batch_size: number of records in a global batch.
+    """
     counts = np.unique(buckets, return_counts=True)[1]
     return int((-(-counts // batch_size)).sum())
 
 
 def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> EpochPlan:
-    """Shuffle the scenes and the records in each, divide each bucket into batches, and shuffle the batches.
+    """Shuffle scenes and the records within each scene, divide each bucket into batches, and shuffle the batches.
 
-    Records of a scene stay adjacent, but may be divided over two batches. The last batch of a bucket is filled up with
-    records from the beginning of the bucket, repeatedly if necessary.
+    The records of a scene stay adjacent, but a batch may end between them. If the last batch of a bucket is incomplete,
+    records from the beginning of the bucket are repeated to fill it.
 
     Args:
         scenes: [R] scene id of each record. Records of one scene have the same bucket.

@@ -48,13 +48,13 @@ class Record:
         id: unique id; the default is the index and the stem of the photo's file name.
         src: photo with the object.
         mask: mask image; pixels > 127 mark the area to remove.
-        ref: image of the object; None if the reference is to be made from src and mask.
-        result: photo without the object; None if no result is required.
+        ref: image of the object; None if the reference panel has to be made from src and mask.
+        result: photo without the object; None if the record has none.
         scores: (removal, background, smoothness) in [0, 1], or None.
         split: name of a split, or None.
         annotator: who gave the scores, or None.
         source: who made the result: "policy", "other", "gt" or None.
-        size: (height, width) in pixels of the upright src.
+        size: (height, width) in pixels of src after EXIF orientation, or of the panel in a pack with latents.
     """
 
     index: int
@@ -79,7 +79,13 @@ class _Requirements:
 
 @dataclass
 class _Draft:
-    """A record whose fields have been checked, but whose images have not been opened."""
+    """A record while it is checked.
+
+    Attributes:
+        entry: the entry of the data file.
+        values: values of the fields of `Record`; None for fields that are missing or wrong.
+        errors: errors in the record.
+    """
 
     entry: Entry
     values: dict
@@ -122,7 +128,7 @@ def check_records(
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
 ) -> tuple[list[Record], list[RecordError]]:
-    """Read a data set like `load_records`, but return the valid records and the errors of the others.
+    """Read a data set as `load_records` does; returns the valid records and all errors.
 
     Raises:
         DataError: the file does not exist, or its format is not supported.
@@ -139,18 +145,19 @@ def check_entries(
     use_human_scores: bool = False,
     score_format: ScoreFormat = "dict",
 ) -> tuple[list[Record], list[RecordError]]:
-    """Check entries like `check_records`; they need not be from a data file."""
+    """Check entries as `check_records` does, also entries that were not read from a data file."""
     errors = list(raw.errors)
     if not raw.entries and not errors:
         return [], [RecordError("no records: expected at least one")]
     requirements = _Requirements(need_result, use_human_scores, score_format)
     if use_human_scores and raw.entries and not any(_has_scores(entry) for entry in raw.entries):
-        # One error for the file instead of one per record: the file holds triplets, or it is the wrong file.
+        # One error for the file replaces one error per record: the file is meant for training without scores, or it is
+        # the wrong file.
         errors.append(
             RecordError(f"{NO_SCORES}: expected {{{', '.join(SCORE_NAMES)}}} or a list of three in each record")
         )
         requirements = _Requirements(need_result, False, score_format)
-    drafts = [_check_fields(entry, raw.base, requirements) for entry in raw.entries]
+    drafts = [_check_fields(entry, raw.folder, requirements) for entry in raw.entries]
     _check_ids(drafts)
     _check_images(drafts)
     errors += [error for draft in drafts for error in draft.errors]
@@ -159,7 +166,7 @@ def check_entries(
 
 
 def scene_ids(records: Sequence[Record]) -> np.ndarray:
-    """Number the scenes 0, 1, ... in order of appearance; returns the scene id of each record, [R] int32."""
+    """Number the scenes 0, 1, ... in the order of the records; returns the scene id of each record, [R] int32."""
     ids: dict[tuple[ImageFile, ImageFile], int] = {}
     return np.array([ids.setdefault((record.src, record.mask), len(ids)) for record in records], np.int32)
 
@@ -168,7 +175,7 @@ def _has_scores(entry: Entry) -> bool:
     return isinstance(entry.fields, dict) and entry.fields.get("scores") is not None
 
 
-def _check_fields(entry: Entry, base: Path, requirements: _Requirements) -> _Draft:
+def _check_fields(entry: Entry, folder: Path, requirements: _Requirements) -> _Draft:
     """Check the fields of an entry without opening any image."""
     draft = _Draft(entry, dict.fromkeys(field.name for field in fields(Record)), [])
     if not isinstance(entry.fields, dict):
@@ -179,25 +186,25 @@ def _check_fields(entry: Entry, base: Path, requirements: _Requirements) -> _Dra
     for name in entry.fields:
         if name not in FIELDS:
             draft.add_error(name, f"unknown field: {suggest_name(name, FIELDS)}")
-    _check_paths(draft, base, requirements)
+    _check_paths(draft, folder, requirements)
     _check_scores(draft, requirements)
     _check_labels(draft)
     return draft
 
 
-def _check_paths(draft: _Draft, base: Path, requirements: _Requirements) -> None:
+def _check_paths(draft: _Draft, folder: Path, requirements: _Requirements) -> None:
     required = ("src", "mask", "result") if requirements.need_result else ("src", "mask")
     for name in IMAGE_FIELDS:
         value = draft.entry.fields.get(name)
         if value is None:
             if name in required:
-                draft.add_error(name, f"missing: expected the path of an image, relative to {base}")
+                draft.add_error(name, f"missing: expected the path of an image, relative to {folder}")
         elif isinstance(value, PackedImage):
             draft.values[name] = value
         elif not isinstance(value, str) or not value:
             draft.add_error(name, f"got {value!r} ({type(value).__name__}): expected the path of an image")
         else:
-            draft.values[name] = base / value
+            draft.values[name] = folder / value
 
 
 def _check_scores(draft: _Draft, requirements: _Requirements) -> None:
@@ -246,7 +253,10 @@ def _check_ids(drafts: Iterable[_Draft]) -> None:
 
 
 def _check_images(drafts: Sequence[_Draft]) -> None:
-    """Decode every image once, even if several records name it. Images in a pack were checked when it was written."""
+    """Decode every image once, even if several records name it.
+
+    Images in a pack are not decoded, because they were checked when the pack was written.
+    """
     images = dict.fromkeys(
         (draft.values[name], name == "mask") for draft in drafts for name in IMAGE_FIELDS if draft.values[name]
     )
@@ -275,7 +285,7 @@ def _check_sizes(draft: _Draft, sizes: dict[str, Size | None]) -> None:
 
 
 def _inspect_image(path: ImageFile, is_mask: bool) -> tuple[Size | None, str | None]:
-    """Return the size of an image, or None, and a description of what is wrong with it, or None."""
+    """Return the size of an image (None if it cannot be read), and an error message (None if the image is valid)."""
     if isinstance(path, PackedImage):
         return path.size, None
     if not path.is_file():

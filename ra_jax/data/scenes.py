@@ -1,8 +1,8 @@
-"""Draw synthetic removal scenes: small photo-like images of an object with its shadow, and the same view without them.
+"""Draw synthetic scenes: small photo-like images of an object with its shadow, and the same view without the two.
 
-All parts are functions of the position in the unit square, so a scene looks the same at any size. The background behind
-the object can be inferred from its surroundings: it consists of a smooth light gradient, low-frequency mottling and a
-regular texture.
+All parts are functions of the position in the unit square, so a scene looks the same at any size. The background
+consists of a smooth light gradient, low-frequency mottling and a regular texture. It can therefore be continued behind
+the object from the visible surroundings.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,25 @@ import numpy as np
 BACKGROUND_RANGE = (0.2, 0.8)
 OBJECT_RANGE = (0.04, 0.86)
 # All textures have the same period, a whole number of tokens. A network with a million parameters then learns within
-# minutes to continue them. With random periods it learns only to blur.
+# minutes to continue the textures. With random periods, the network learns only to blur.
 TEXTURE_PERIOD = 0.25
 _TAU = 2 * np.pi
 _ANGLES = np.linspace(-np.pi, np.pi, 721)
 
-Field = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) -> values of the same shape
+Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) -> values of the same shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One view with and without an object, or a stack of views with leading axes (see `stack`).
+    """One view with and without an object, or a stack of views with leading axes (see `stack_scenes`).
 
     Photos are float32 [..., h, w, 3] in [0, 1].
 
     Attributes:
         source: photo with the object and its shadow.
-        truth: photo without both.
-        reference: the object at its position on white.
-        mask: bool [..., h, w], the object and a margin around it. The shadow extends beyond the mask.
+        truth: photo without the object and its shadow.
+        reference: the object on white, at its position in the photo.
+        mask: bool [..., h, w], the object and a margin around the object. The shadow extends beyond the mask.
     """
 
     source: np.ndarray
@@ -47,7 +47,7 @@ def make_scene(seed: np.random.SeedSequence, size: int) -> Scene:
     The mask covers 3–30 % of the image and does not touch its border.
 
     Raises:
-        ValueError: `size` is below 16; textures would be indistinguishable from noise.
+        ValueError: `size` is below 16. Textures of such small images could not be distinguished from noise.
     """
     check_size(size)
     rng = np.random.default_rng(seed)
@@ -75,40 +75,40 @@ def check_size(size: int) -> None:
         raise ValueError(f"scene size {size}: expected at least 16 pixels")
 
 
-def scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:
-    """Draw the scenes first … first + count − 1 of `seed`; a scene depends on (seed, number) alone."""
+def draw_scenes(seed: int, first: int, count: int, size: int) -> list[Scene]:
+    """Draw the scenes with the numbers first … first + count − 1. A scene depends only on (seed, number, size)."""
     numbers = range(first, first + count)
     return [make_scene(np.random.SeedSequence((seed, number)), size) for number in numbers]
 
 
-def stack(items: list[Scene]) -> Scene:
+def stack_scenes(scenes: list[Scene]) -> Scene:
     """Stack scenes of one size to a single `Scene` whose arrays have a leading axis."""
     names = [field.name for field in fields(Scene)]
-    return Scene(**{name: np.stack([getattr(scene, name) for scene in items]) for name in names})
+    return Scene(**{name: np.stack([getattr(scene, name) for scene in scenes]) for name in names})
 
 
 def _wave(rng: np.random.Generator, period: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a random periodic function with values in [−1, 1], in shape between a sine and a square wave."""
+    """Return a random periodic function with values in [−1, 1]. Its shape is between a sine and a square wave."""
     phase, hardness = rng.uniform(0, _TAU), rng.uniform(0.3, 1.8)
     return lambda u: np.tanh(hardness * np.sin(_TAU * u / period + phase)) / np.tanh(hardness)
 
 
-def _texture(rng: np.random.Generator) -> Field:
-    """Return a random regular texture in [−1, 1]; one period is enough to continue it across a hole."""
+def _texture(rng: np.random.Generator) -> Pattern:
+    """Return a random periodic texture in [−1, 1]. One visible period is enough to continue it across a hole."""
     kind, sign = str(rng.choice(["rows", "columns", "diagonal", "plaid", "checks"])), rng.choice([-1.0, 1.0])
     first, second = _wave(rng, TEXTURE_PERIOD), _wave(rng, TEXTURE_PERIOD)
-    table: dict[str, Field] = {
+    patterns: dict[str, Pattern] = {
         "rows": lambda x, y: first(y),
         "columns": lambda x, y: first(x),
         "diagonal": lambda x, y: first(x + sign * y),
         "plaid": lambda x, y: 0.5 * (first(y) + second(x)),
         "checks": lambda x, y: first(y) * second(x),
     }
-    return table[kind]
+    return patterns[kind]
 
 
-def _mottle(rng: np.random.Generator) -> Field:
-    """Return irregular low-frequency mottling in [−1, 1]: four plane waves no shorter than half the image."""
+def _mottle(rng: np.random.Generator) -> Pattern:
+    """Return irregular mottling in [−1, 1]: the mean of four plane waves with wavelengths ≥ ½ of the image side."""
     angles, phases = rng.uniform(0, _TAU, 4), rng.uniform(0, _TAU, 4)
     frequencies = rng.uniform(0.6, 2.0, 4)
     return lambda x, y: sum(
@@ -124,7 +124,10 @@ def _color(rng: np.random.Generator, low: float, high: float, chroma: float) -> 
 
 
 def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
-    """Return a random surface (x, y) -> [h, w, 3], lit from one side, mottled and textured, and its mean color."""
+    """Return a random surface (x, y) -> [h, w, 3] and its mean color [3].
+
+    The surface is lit from one side, mottled and textured.
+    """
     gradient_strength, mottle_strength = rng.uniform(0.02, 0.08), rng.uniform(0.015, 0.04)
     texture_strength = rng.uniform(0.085, 0.12)
     light_angle, tint = rng.uniform(0, _TAU), 1 + rng.uniform(-0.2, 0.2, 3)
@@ -143,7 +146,11 @@ def _surface(rng: np.random.Generator) -> tuple[Callable[[np.ndarray, np.ndarray
 def _background(
     rng: np.random.Generator, pixel: float
 ) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], np.ndarray]:
-    """Return a random background, one surface or a wall above a floor, and the mean colors [2, 3] of wall and floor."""
+    """Return a random background (x, y) -> [h, w, 3], and the mean colors [2, 3] of its wall and floor.
+
+    The background is a wall above a floor, or only a wall. If there is only a wall, both colors are the wall's. `pixel`
+    is the size of a pixel in the unit square.
+    """
     wall, wall_color = _surface(rng)
     floor, floor_color = _surface(rng)
     horizon, tilt, wall_only = rng.uniform(0.35, 0.65), rng.uniform(-0.06, 0.06), rng.uniform() < 0.6
@@ -157,10 +164,13 @@ def _background(
 
 @dataclass(frozen=True)
 class _Outline:
-    """A star-shaped outline by its distance from the center in each direction, in fractions of the image side."""
+    """A star-shaped outline, given by its distance from a center in each direction.
+
+    All lengths are fractions of the image side.
+    """
 
     center: np.ndarray  # x, y
-    margin: float  # width of the band around the object that belongs to the mask
+    margin: float  # width of the band around the object that is part of the mask
     reach: np.ndarray  # [721], distances in the directions `_ANGLES`
 
     @classmethod
@@ -176,12 +186,12 @@ class _Outline:
         angles = np.arctan2(across, along)[:, None]
         if kind in ("box", "polygon"):
             normals = np.arange(4) if kind == "box" else (np.arange(corners) + jitter[:corners]) * 4 / corners
-            # A p-norm of the distances to the sides rounds the corners. Their maximum would give sharp ones.
+            # The 16-norm over the sides rounds the corners. The maximum over the sides would give sharp corners.
             unit = (np.maximum(np.cos(angles - normals * _TAU / 4), 0) ** 16).sum(1) ** (-1 / 16)
         else:
             unit = 1 + (kind == "blob") * (amplitudes * np.cos(np.array([2, 3, 4]) * angles + phases)).sum(1)
         unit = unit / np.hypot(along, across)
-        # The area is random, not the radius, because it determines how much of the image must be inpainted.
+        # The area is drawn rather than the radius, because the area determines how much of the image must be inpainted.
         size = np.sqrt(rng.uniform(0.02, 0.17) / (np.pi * np.mean(unit**2)))
         reach = unit * min(size, 0.4 / unit.max())
 
@@ -190,7 +200,10 @@ class _Outline:
         return cls(low + (high - low) * rng.uniform(size=2), margin, reach)
 
     def at(self, x: np.ndarray, y: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, ...]:
-        """Return polar coordinates about the shifted center: radius, reach of the outline at the angle, and angle."""
+        """Return (radius, reach, angle) of positions, where radius and angle are polar about the shifted center.
+
+        `reach` is the distance of the outline from its center at this angle.
+        """
         dx, dy = x - self.center[0] - shift[0], y - self.center[1] - shift[1]
         angle = np.arctan2(dy, dx)
         return np.hypot(dx, dy), np.interp(angle, _ANGLES, self.reach), angle
@@ -200,8 +213,8 @@ def _body(
     rng: np.random.Generator, outline: _Outline, base_colors: np.ndarray, shadow_angle: float
 ) -> Callable[..., np.ndarray]:
     """Return the surface of the object: (x, y, radius / reach, angle) -> [h, w, 3]."""
-    # Of four colors, the one with the highest contrast is used: if the object matched the background, the strength of
-    # its ghost could not be measured.
+    # Four colors are drawn, and the one with the highest contrast to the background is used. If the object had the
+    # background's color, the strength of the defect "ghost" could not be measured.
     brightness_ranges = ((0.1, 0.3), (0.7, 0.9), (0.2, 0.8), (0.2, 0.8))
     palette = np.stack([_color(rng, low, high, 0.4) for low, high in brightness_ranges])
     contrast = np.abs(palette[:, None] - base_colors).mean(-1).min(-1)
@@ -224,8 +237,11 @@ def _body(
     return paint
 
 
-def _shadow(rng: np.random.Generator, outline: _Outline, shadow_angle: float) -> Field:
-    """Return the brightness factor of the object's shadow, in (0, 1]: the shifted outline with a soft edge."""
+def _shadow(rng: np.random.Generator, outline: _Outline, shadow_angle: float) -> Pattern:
+    """Return the factor in (0, 1] by which the shadow darkens each position.
+
+    The shadow is the shifted outline with a soft edge.
+    """
     length, softness, darkness = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.09), rng.uniform(0.3, 0.5)
     shift = (np.cos(shadow_angle) * length, np.sin(shadow_angle) * length + 0.02)
 

@@ -17,7 +17,7 @@ _FORMATS = {
 
 
 def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Scores | None, list[tuple[str, str]]]:
-    """Return the three scores, or None, and the problems as pairs (field, message).
+    """Return the three scores, and the errors in them as pairs (field, message); with errors, the scores are None.
 
     Args:
         value: scores as written in the data set.
@@ -37,7 +37,7 @@ def parse_scores(value: object, score_format: ScoreFormat | None) -> tuple[Score
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Return advice for an unknown name: the known names, and the one that was probably meant."""
+    """Return advice for an unknown name: a text with the known names and, if one is similar, a suggestion."""
     known = list(known)
     similar = difflib.get_close_matches(name, known, n=1)
     return f"expected one of {', '.join(known)}" + (f"; did you mean '{similar[0]}'?" if similar else "")

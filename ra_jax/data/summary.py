@@ -11,12 +11,15 @@ from ra_jax.data.scores import SCORE_NAMES
 BINS = 10
 
 
-def summary(records: Sequence[Record]) -> str:
-    """Return a table of records, scenes, scenes by number of results, and a histogram of each score in steps of 0.1."""
+def format_summary(records: Sequence[Record]) -> str:
+    """Return a text with the counts of records and scenes, and a histogram of each score in steps of 0.1.
+
+    The scenes are also counted by their number of results.
+    """
     scenes = scene_ids(records)
-    groups = Counter(np.bincount(scenes).tolist()) if len(scenes) else {}
-    rows = [("records", len(records)), ("scenes", sum(groups.values()))]
-    rows += [(f"  of {size} result{'s' * (size > 1)}", count) for size, count in sorted(groups.items())]
+    scenes_by_size = Counter(np.bincount(scenes).tolist()) if len(scenes) else {}
+    rows = [("records", len(records)), ("scenes", sum(scenes_by_size.values()))]
+    rows += [(f"  of {size} result{'s' * (size > 1)}", count) for size, count in sorted(scenes_by_size.items())]
     lines = [f"{name:<16}{count:>8}" for name, count in rows]
     scores = np.array([record.scores for record in records if record.scores is not None])
     if not len(scores):

@@ -1,4 +1,4 @@
-"""`python -m ra_jax.demo`: prepares the data and models in `output/demo` that configs/tiny.toml trains with."""
+"""`python -m ra_jax.demo`: prepares the data and models that configs/tiny.toml uses, in `output/demo`."""
 
 import logging
 import sys
@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def next_command(command: DemoCommand, paths: DemoPaths) -> str:
-    """Return the command that trains on the demo: configs/tiny.toml, with flags for other paths or another size."""
+    """Return the command that trains on the demo with configs/tiny.toml.
+
+    Flags are added if the paths or the size are not the defaults, which configs/tiny.toml has.
+    """
     parts = ["python -m ra_jax.train --config configs/tiny.toml"]
     if command.output_dir != DemoCommand.output_dir:
         parts += [

@@ -1,7 +1,7 @@
-"""Preparation of the demo on disk: scored scenes, and a tiny FLUX-Fill and Redux in diffusers' layout.
+"""Prepare the demo on disk: scored scenes, and a tiny FLUX-Fill and Redux in diffusers' layout.
 
-The base is trained on *all* candidates with equal weight; their scores are not used. It therefore learns to generate
-good and bad results alike, as FLUX.1-Fill does from images of the web. Training with scores can then improve it.
+The base is trained on *all* candidates with equal weight, without their scores. It therefore learns to generate both
+good and bad results, as FLUX.1-Fill does from images of the web. Training with scores can then improve it.
 """
 
 import json
@@ -15,7 +15,7 @@ from flax import nnx
 from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict
 from ra_jax.config.ranges import at_least, out_of_range
-from ra_jax.data.synthetic import DatasetSettings, scenes, stack, write_dataset
+from ra_jax.data.synthetic import DatasetSettings, draw_scenes, stack_scenes, write_dataset
 from ra_jax.demo.tiny_vae import TINY_VAE, VAETraining, train_vae
 from ra_jax.errors import ConfigError, OutputError
 from ra_jax.interop.diffusers import load_flux, save_fill_pipeline_config, save_flux, save_redux, save_vae
@@ -39,7 +39,7 @@ TINY_FLUX = FluxConfig(
 TINY_SIGLIP = SiglipConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14
 )
-FIRST_HELD_OUT_SCENE = 100_000  # number of the scene; the training set starts at scene 0
+FIRST_HELD_OUT_SCENE = 100_000  # number of the first held-out scene; the scenes to train on are numbered from 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Paths of the demo's parts below `root`: two data sets, and the Fill and Redux folders."""
+    """Paths of the parts of the demo, all inside `root`: two data sets, and the Fill and Redux folders."""
 
     root: Path
 
@@ -69,7 +69,7 @@ class DemoPaths:
 
     @property
     def held_out(self) -> Path:
-        """The held-out data set, which no training uses."""
+        """The held-out data set, which is not used for training."""
         return self.root / "data" / "held_out"
 
     @property
@@ -93,12 +93,12 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
         OutputError: `root` holds a demo with other settings, or files that no demo wrote.
     """
     paths = DemoPaths(Path(root))
-    training, held_out = _datasets(settings)
+    train_set, held_out_set = _dataset_settings(settings)
     _check_or_write_settings(paths, settings)
     if not paths.train.exists():
-        write_dataset(paths.train, training)
+        write_dataset(paths.train, train_set)
     if not paths.held_out.exists():
-        write_dataset(paths.held_out, held_out)
+        write_dataset(paths.held_out, held_out_set)
     if not paths.redux.exists():
         with replace_folder(paths.redux) as folder:
             save_redux(_random_redux(settings.seed), folder)
@@ -108,41 +108,41 @@ def prepare(root: str | Path, settings: DemoSettings) -> DemoPaths:
     return paths
 
 
-def _datasets(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]:
-    """Return the settings of the training and the held-out data set; raises ConfigError if `settings` are invalid."""
+def _dataset_settings(settings: DemoSettings) -> tuple[DatasetSettings, DatasetSettings]:
+    """Return the settings of the training set and of the held-out set; raises ConfigError if a setting is invalid."""
     if lines := list(out_of_range(settings)):
         raise ConfigError("\n".join(lines))
     multiple = 2 * TINY_VAE.factor  # One token packs 2 × 2 latent cells of the VAE.
     if settings.size % multiple:
         raise ConfigError(f"size = {settings.size}: expected a multiple of {multiple}, the side of a token in pixels")
     common = {"size": settings.size, "mix": settings.mix, "seed": settings.seed}
-    training = DatasetSettings(scenes=settings.scenes, **common)
-    held_out = DatasetSettings(scenes=settings.held_out_scenes, first_scene=FIRST_HELD_OUT_SCENE, **common)
+    train_set = DatasetSettings(scenes=settings.scenes, **common)
+    held_out_set = DatasetSettings(scenes=settings.held_out_scenes, first_scene=FIRST_HELD_OUT_SCENE, **common)
     try:
-        training.strengths()
+        train_set.strengths()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return training, held_out
+    return train_set, held_out_set
 
 
 def _check_or_write_settings(paths: DemoPaths, settings: DemoSettings) -> None:
-    """Write settings.json to a new or empty folder; in any other folder, compare it with `settings`.
+    """If the demo's folder is new or empty, write settings.json; otherwise compare settings.json with `settings`.
 
     Raises:
-        OutputError: the folder has other settings, or it has files but no settings.json of a demo. It may then be a
-            data set of the user, or a link to one.
+        OutputError: settings.json has other settings, or the folder has files but no settings.json of a demo. Such a
+            folder may be a data set of the user, or a link to one.
     """
     root, settings_file = paths.root, paths.root / "settings.json"
-    advice = "choose another --output_dir, one that is new or empty"
+    advice = "choose a new or empty folder as --output_dir"
     check_outputs(Outputs("--output_dir", root, [settings_file]), {})
     if root.exists() and any(root.iterdir()):
-        earlier = _read_settings(settings_file)
-        if earlier is None:
+        earlier_settings = _read_settings(settings_file)
+        if earlier_settings is None:
             raise OutputError(f"{root}: holds {min(root.iterdir()).name}, but no settings.json of a demo; {advice}")
-        if earlier != asdict(settings):
+        if earlier_settings != asdict(settings):
             raise OutputError(
-                f"{root}: was prepared with other settings (then {earlier}, now {asdict(settings)}); delete it, or "
-                f"{advice}"
+                f"{root}: was prepared with other settings (then {earlier_settings}, now {asdict(settings)}); delete "
+                f"this folder, or {advice}"
             )
         for folder in (paths.train, paths.held_out, paths.redux, paths.fill):
             check_staging(folder)
@@ -152,7 +152,7 @@ def _check_or_write_settings(paths: DemoPaths, settings: DemoSettings) -> None:
 
 
 def _read_settings(file: Path) -> dict | None:
-    """Return the content of a demo's settings.json; None if the file is missing or has another content."""
+    """Return the content of a demo's settings.json, or None if the file is missing or not the file of a demo."""
     if not file.is_file():
         return None
     try:
@@ -163,9 +163,9 @@ def _read_settings(file: Path) -> dict | None:
 
 
 def _random_redux(seed: int) -> Redux:
-    """Return SigLIP and embedder with random weights, which are not trained.
+    """Return SigLIP and embedder with random weights.
 
-    Random features of the reference distinguish the scenes well enough.
+    They are not trained, because random features of the references distinguish the scenes well enough.
     """
     embedder = ReduxConfig(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=TINY_FLUX.joint_attention_dim)
     return Redux(TINY_SIGLIP, embedder, rngs=nnx.Rngs(seed))
@@ -184,8 +184,8 @@ def _train_fill(paths: DemoPaths, folder: Path, settings: DemoSettings) -> None:
 
 
 def _train_vae(settings: DemoSettings):
-    """Train the VAE on source, ground truth and masked source of the scenes, each next to the scene's reference."""
-    batch = stack(scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
+    """Train the VAE on diptychs: source, ground truth and masked source, each next to the reference of its scene."""
+    batch = stack_scenes(draw_scenes(settings.seed, 0, min(settings.scenes, 300), settings.size))
     masked = np.where(batch.mask[..., None], 0.5, batch.source)
     photos = np.concatenate([batch.source, batch.truth, masked]).astype(np.float32)
     references = np.concatenate([batch.reference] * 3).astype(np.float32)
@@ -195,9 +195,9 @@ def _train_vae(settings: DemoSettings):
 
 
 def base_config(paths: DemoPaths, folder: Path, settings: DemoSettings):
-    """Return the training configuration of the tiny base.
+    """Return the configuration for training the tiny base.
 
-    It trains the whole transformer from its initial weights, on all candidates with equal weight.
+    The whole transformer is trained from its initial weights, on all candidates with equal weight.
 
     Args:
         paths: paths of the data set and Redux.

@@ -1,4 +1,4 @@
-"""Training of a small AutoencoderKL from scratch, with whitened latents."""
+"""Train a small AutoencoderKL from scratch, with whitened latents."""
 
 from dataclasses import dataclass, replace
 
@@ -15,21 +15,23 @@ TINY_VAE = VAEConfig(
     block_out_channels=(12, 24, 48),
     layers_per_block=1,
     latent_channels=8,
-    norm_num_groups=1,  # Groups of three channels would remove the image's color, which is part of a group's mean.
+    # Normalization subtracts the mean of each group of channels. With groups of three channels, this would remove the
+    # color of the image.
+    norm_num_groups=1,
     mid_block_add_attention=False,
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
 
 
-MEASURED_DIPTYCHS = 128  # number of diptychs on which mean and covariance of the latents are measured
+MEASURED_DIPTYCHS = 128  # number of diptychs on which the statistics of the latents are measured
 # Initial log-variance of the posterior. With 0, the noise would hide the weak colors of the scenes.
 INITIAL_LOGVAR = -6.0
 
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Settings of the VAE's training: Adam on the loss mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL.
+    """Settings for training the VAE with Adam on the loss mean |x̂ − x| + 2·mean (x̂ − x)² + kl_weight·KL.
 
     Attributes:
         steps: number of training steps.
@@ -51,14 +53,15 @@ class VAETraining:
 
 
 def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, training: VAETraining) -> AutoencoderKL:
-    """Train an autoencoder for diptychs; its scaling and shift factors are measured on them.
+    """Train an autoencoder for diptychs, and measure its scaling and shift factors on diptychs.
 
-    Training uses crops of `VAETraining.crop` pixels from both panels, side by side. Their statistics are those of whole
-    diptychs, at a quarter of the cost.
+    Training uses crops of `VAETraining.crop` pixels from both panels, side by side. With crops of half the image side,
+    a step costs a quarter of a step on whole diptychs. The statistics of crops and of whole diptychs are the same.
 
-    Late in training, the latents are whitened once by a linear map, which is folded into the convolutions before and
-    after them. A diffusion model then learns every channel at the same signal-to-noise ratio. The remaining steps
-    adapt the image borders, because whitening changes the latent value that the decoder's zero padding stands for.
+    Late in training, the latents are whitened once by a linear map. The map is folded into the encoder's last
+    convolution, and its inverse into the decoder's first convolution. A diffusion model then learns every channel at
+    the same signal-to-noise ratio. Whitening also changes which latent the decoder's zero padding represents. The
+    remaining steps adapt the image borders to this change.
 
     Args:
         references: left panels [R, H, W, 3] float32 in [0, 1].
@@ -92,7 +95,7 @@ def train_vae(references: np.ndarray, photos: np.ndarray, config: VAEConfig, tra
     for i in tqdm(range(training.steps), desc="VAE", unit="step"):
         if i == int(training.whiten_at * training.steps):
             weights = _whiten_latents(graph, weights, diptychs)
-            # Resets Adam's moments, but not the scalar step counts.
+            # Adam's moments are reset, but the step counts, which are scalars, are kept.
             opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, opt_state)
         batch = 2.0 * _draw_crops(references, photos, training, rng) - 1.0
         weights, opt_state, _ = step(weights, opt_state, batch, jax.random.fold_in(jax.random.key(training.seed), i))
@@ -128,12 +131,13 @@ def _encode_cells(graph, weights, images: np.ndarray) -> np.ndarray:
 
 
 def _whiten_latents(graph, weights, images: np.ndarray):
-    """Return weights of the same autoencoder, except for padding, whose latents have zero mean and unit covariance.
+    """Return weights whose latents z' have zero mean and unit covariance over `images`.
 
         z' = W(z − μ),  W = Σ^{−1/2}
 
     W and μ are folded into the encoder's last convolution. W⁻¹ and μ are folded into kernel and bias of the decoder's
-    first convolution.
+    first convolution. The autoencoder reconstructs the same images, except where the padding of this convolution has an
+    effect.
     """
     cells = _encode_cells(graph, weights, images)
     eigenvalues, eigenvectors = np.linalg.eigh(np.cov(cells.T))
@@ -143,7 +147,7 @@ def _whiten_latents(graph, weights, images: np.ndarray):
     mean = jnp.asarray(cells.mean(0), jnp.float32)
     vae = nnx.merge(graph, weights)
     conv_out, conv_in, channels = vae.encoder.conv_out, vae.decoder.conv_in, cells.shape[1]
-    log_scale = jnp.log(jnp.diag(whiten))  # Each channel's log-variance grows by twice the log of its scale.
+    log_scale = jnp.log(jnp.diag(whiten))  # scaling a channel by s adds 2·log s to its log-variance
     kernel, bias = conv_out.kernel[...], conv_out.bias[...]
     conv_out.kernel[...] = jnp.concatenate([kernel[..., :channels] @ whiten, kernel[..., channels:]], -1)
     conv_out.bias[...] = jnp.concatenate([(bias[:channels] - mean) @ whiten, bias[channels:] + 2.0 * log_scale])

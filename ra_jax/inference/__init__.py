@@ -1,1 +1,1 @@
-"""Photo editing with the network: crops, sampling, blending, and the candidates written to disk."""
+"""Object removal with the network: crop, sample, blend, and write candidates to disk."""

@@ -1,4 +1,4 @@
-"""Blending of the network's output into the photo: inside the mask and across a soft edge, nowhere else."""
+"""Blend the network's output into the photo. Only pixels inside the mask and its soft edge change."""
 
 import numpy as np
 from PIL import Image
@@ -14,12 +14,12 @@ def blend_weights(mask: np.ndarray, feather: int = FEATHER) -> np.ndarray:
         w(p) = max(0, max_q m(q) − |p − q| / feather)
 
     Here m is the mask, scaled linearly from values 16 … 239 to weights 0 … 1 and clipped. Soft masks stay soft, but
-    the noise that JPEG leaves near 0 and 255 is removed. Outside the mask, weights fall by 1/feather per pixel, so
-    that the edge of the removed object is not blended back in.
+    JPEG noise near 0 and 255 is removed. Outside the mask, the weights fall by 1/feather per pixel. The edge of the
+    removed object is therefore not blended back in.
 
     Args:
         mask: [H, W] uint8.
-        feather: width of the falling edge in pixels; 0 for none.
+        feather: distance in pixels over which the weights fall from 1 to 0; 0 for a hard edge.
     """
     soft = (mask.astype(np.float32) - SOFT_FLOOR) / (255 - 2 * SOFT_FLOOR)
     weights = np.clip(soft, 0.0, 1.0)
@@ -34,16 +34,16 @@ def blend_weights(mask: np.ndarray, feather: int = FEATHER) -> np.ndarray:
 
 
 def paste(photo: np.ndarray, panel: np.ndarray, mask: np.ndarray, crop: Crop, feather: int = FEATHER) -> np.ndarray:
-    """Blend the panel into the crop's window of the photo with `blend_weights`; returns [H, W, 3] uint8.
+    """Blend an edited panel into the photo, with `blend_weights`; returns [H, W, 3] uint8.
 
-    Pixels of weight 0 keep the photo's values, bit for bit. These include all pixels at a distance of `feather` or
-    more from the mask.
+    Pixels of weight 0 keep the photo's values, bit for bit. All pixels at a distance of `feather` or more from the mask
+    have weight 0.
 
     Args:
         photo: [H, W, 3] uint8.
         panel: [h, w, 3], uint8, or float in [0, 1].
         mask: [H, W] uint8.
-        crop: the crop that the panel was edited in.
+        crop: the window of the photo that the panel shows, and the panel's size.
         feather: as in `blend_weights`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Scenes to be edited, and the candidates written for them: images, and records ready to be scored.
+"""Find the scenes to edit, and write candidates for them: one image and one record per candidate.
 
-The records are written to `records.json` in the folder of the images. This file is a data set that training can read
-once scores are added.
+The records are written to `records.json` in the folder of the images. This file is a data set. After scores have been
+added to its records, training can read it.
 """
 
 import json
@@ -28,12 +28,12 @@ RemovalFunction = Callable[[Image.Image, np.ndarray, Image.Image | None, int], I
 
 @dataclass(frozen=True)
 class Candidate:
-    """A removal to be written.
+    """A removal that is to be written.
 
     Attributes:
         scene: record with the photo, mask and reference.
         seed: seed of the sampler's noise.
-        path: image file to be written.
+        path: image file to write.
     """
 
     scene: Record
@@ -47,15 +47,15 @@ def find_scenes(
     """Find the scenes to remove objects from, and check their files; returns one record per scene.
 
     Args:
-        source_image: a photo, a folder of photos, or a data set of any format. A data set is expected if there is no
-            `source_mask`. Each of its scenes (photo and mask) is returned once, however many results it has.
-        source_mask: mask of the photo. For a folder of photos: a folder with a mask for each photo, named as the photo
-            is; the suffix may differ.
-        ref_image: reference for the photo. For a folder of photos: a folder of references, named as the photos are;
-            photos without a reference are allowed.
+        source_image: a photo, a folder of photos, or a data set in any format. It must be a data set if `source_mask`
+            is None. Each scene of a data set (photo and mask) is returned once, even if it has several results.
+        source_mask: mask of the photo. For a folder of photos, a folder with one mask per photo. A mask has the photo's
+            file name, but may have another suffix.
+        ref_image: reference of the photo. For a folder of photos, a folder of references with the photos' file names.
+            Photos without a reference are allowed.
 
     Raises:
-        DataError: scenes that cannot be used. The message lists them.
+        DataError: a scene cannot be used. The message says why.
     """
     source = Path(source_image)
     if source_mask is None:
@@ -69,7 +69,7 @@ def find_scenes(
 def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: str | Path) -> list[Candidate]:
     """Return a candidate for every scene and seed, with the path `output_dir`/<scene name>_<seed>.png.
 
-    Scene names are those of `scene_names`.
+    `scene_names` determines the scene names.
     """
     folder = Path(output_dir)
     named_scenes = zip(scenes, scene_names(scenes), strict=True)
@@ -77,17 +77,18 @@ def plan_candidates(scenes: Sequence[Record], seeds: Sequence[int], output_dir: 
 
 
 def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None:
-    """Check that candidates replace nothing but earlier results, and these only with `overwrite`.
+    """Check that candidates replace no other files than earlier results, and earlier results only with `overwrite`.
 
-    An earlier result is a result in `records.json`. It counts even if its image file is missing, because its record
-    may have scores.
+    A candidate replaces an earlier result if `records.json` has a record with the candidate's id. The image of this
+    record need not exist, because its scores would be lost in any case.
 
     Raises:
-        DataError: one of these holds.
-            - A candidate's file exists, but `records.json` does not name it.
-            - The record with a candidate's id names another image.
-            - A candidate is an earlier result, and `overwrite` is False.
-            - `records.json` is not a list of records with unique ids.
+        DataError: one of the following holds.
+
+            * A candidate's file exists, but `records.json` has no record with the candidate's id.
+            * `records.json` has a record with the candidate's id, but its result is another image.
+            * A candidate replaces an earlier result, and `overwrite` is False.
+            * `records.json` is not a list of records with unique ids.
     """
     folder = candidates[0].path.parent
     records = _read_records(folder / RECORDS_FILE)
@@ -111,10 +112,10 @@ def check_overwrite(candidates: Sequence[Candidate], *, overwrite: bool) -> None
 
 
 def write_candidates(candidates: Sequence[Candidate], remove: RemovalFunction) -> Iterator[Path]:
-    """Compute each candidate; write its image, and its record to `records.json` in the same folder.
+    """Compute each candidate, write its image, and write its record to `records.json` in the same folder.
 
-    Yields the path of each image after image and record are written. A run that is stopped therefore leaves a complete
-    data set of the candidates written so far. Other records that are already in `records.json` are kept.
+    Yields the path of each image after image and record have been written. A run that is stopped therefore leaves a
+    valid data set with all candidates written so far. Other records in `records.json` are kept.
     """
     for _, scene_candidates in groupby(candidates, key=lambda candidate: candidate.scene.index):
         inputs = None
@@ -133,7 +134,7 @@ def write_candidates(candidates: Sequence[Candidate], remove: RemovalFunction) -
 def scene_names(scenes: Sequence[Record]) -> list[str]:
     """Return a unique name for each scene: the photo's file name without suffix.
 
-    If it is already in use, `-2`, `-3`, ... is appended: `street`, `street-2`.
+    If an earlier scene has this name, `-2`, `-3`, ... is appended: `street`, `street-2`.
     """
     names: dict[str, None] = {}
     for scene in scenes:
@@ -163,14 +164,14 @@ def _data_set_scenes(source: Path, ref_image: str | Path | None) -> list[Record]
 
 
 def _photo_entries(source: Path, mask: Path, ref_image: str | Path | None) -> RawData:
-    """Return data-set entries for a single photo, or for every photo in a folder."""
+    """Return entries like those of a data set for a single photo, or for every photo in a folder."""
     reference = None if ref_image is None else Path(ref_image)
     if not source.is_dir():
-        return _entries([_entry_fields(source, mask, reference)])
+        return _raw_data([_entry_fields(source, mask, reference)])
     if not mask.is_dir() or (reference is not None and not reference.is_dir()):
         raise DataError(
-            f"{source} is a folder: expected folders for --source_mask and --ref_image, too, with files named as the "
-            "photos are"
+            f"{source} is a folder: expected folders for --source_mask and --ref_image, too, with the photos' file "
+            "names"
         )
     photos = sorted(path for paths in images_by_stem(source).values() for path in paths)
     masks, references = images_by_stem(mask), {} if reference is None else images_by_stem(reference)
@@ -180,14 +181,14 @@ def _photo_entries(source: Path, mask: Path, ref_image: str | Path | None) -> Ra
         examples = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
             f"{mask}: no mask for {len(missing)} of {len(photos)} photos in {source} ({examples}); "
-            "expected files named as the photos are"
+            "expected masks with the photos' file names"
         )
-    return _entries(
+    return _raw_data(
         [_entry_fields(photo, match_stem(photo.name, masks), match_stem(photo.name, references)) for photo in photos]
     )
 
 
-def _entries(records: Sequence[dict[str, str]]) -> RawData:
+def _raw_data(records: Sequence[dict[str, str]]) -> RawData:
     return RawData(Path(), [Entry(number, fields) for number, fields in enumerate(records)], [])
 
 
@@ -212,10 +213,10 @@ def _candidate_record(candidate: Candidate) -> dict[str, str]:
 
 
 def _read_records(path: Path) -> dict[str, dict]:
-    """Return the records in the file `path` by id; an empty dict if there is no file.
+    """Return the records in the file `path` by id, or an empty dict if the file does not exist.
 
     Raises:
-        DataError: the file is not a list of records with unique ids. Rewriting it could lose records.
+        DataError: the file is not a list of records with unique ids. Rewriting such a file could lose records.
     """
     if not os.path.lexists(path):
         return {}
@@ -228,14 +229,14 @@ def _read_records(path: Path) -> dict[str, dict]:
         isinstance(record, dict) and isinstance(record.get("id"), str) for record in records
     ):
         raise DataError(f"{path}: not a list of records with ids; {advice}")
-    by_id = {record["id"]: record for record in records}
-    if len(by_id) < len(records):
+    records_by_id = {record["id"]: record for record in records}
+    if len(records_by_id) < len(records):
         duplicate = next(name for name, count in Counter(record["id"] for record in records).items() if count > 1)
         raise DataError(f"{path}: several records have the id {duplicate!r}, expected unique ids; {advice}")
-    return by_id
+    return records_by_id
 
 
 def _names_result(record: dict, path: Path) -> bool:
-    """Whether the record names `path` as its result; relative results are relative to the folder of `path`."""
+    """Return whether `path` is the result of a record whose paths are relative to the folder of `path`."""
     result = record.get("result")
     return isinstance(result, str) and os.path.abspath(path.parent / result) == os.path.abspath(path)

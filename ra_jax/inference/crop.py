@@ -2,7 +2,7 @@
 
 Each photo is edited in one panel of bounded area. There are only a few panel sizes, because each size needs its own
 compilation. The window has the aspect ratio of the panel, so that resizing does not distort the photo. If no such
-window fits into the photo, the whole photo is resized to a panel of nearly its own aspect ratio.
+window fits into the photo, the whole photo is resized to a panel of nearly the photo's aspect ratio.
 """
 
 import math
@@ -18,7 +18,7 @@ from ra_jax.data.masks import bounding_box
 from ra_jax.data.panels import resize_mask
 
 ASPECTS = (1 / 2, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 2.0)  # height / width
-# Values of a soft mask up to this one count as 0. JPEG leaves noise of a few levels around a mask.
+# Values of a soft mask up to this value count as 0, because JPEG leaves noise of a few levels around a mask.
 SOFT_FLOOR = 16
 MIN_MARGIN = 16  # smallest margin between mask and window, in pixels of the photo
 
@@ -50,9 +50,9 @@ class Crop:
     def reference(self, reference: np.ndarray | None, photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Compute the reference panel [h, w, 3] uint8, as in training.
 
-        Without a reference, the panel is the masked object of the photo on white. A reference of the photo's size is
-        cropped to the window, so that the object keeps its position. Any other reference is shown as a whole, centered
-        on white.
+        If `reference` is None, the panel is the masked object of the photo on white. A reference of the photo's size is
+        cropped to the window, so that the object keeps its position. A reference of another size is resized as a whole
+        to fit the panel, and centered on white.
 
         Args:
             reference: [H', W', 3] uint8, or None.
@@ -92,19 +92,20 @@ def plan_crop(
 ) -> Crop:
     """Choose the window in which to edit a photo, and the size of its panel.
 
-    The window contains the mask with its soft edge (values > 16) and a margin around it, as far as the photo extends.
-    Among the panel sizes whose window fits into the photo, the one that shows the object largest is chosen. Ties go
-    to the size whose aspect ratio is nearest to that of mask and margin.
+    The window contains the mask with its soft edge (values > 16) and a margin around the mask, as far as the photo
+    extends. Each panel size needs a window of another size. Among the sizes whose window fits into the photo, the one
+    that shows the object largest is chosen. If there is a tie, the aspect ratio nearest to the aspect ratio of mask and
+    margin is chosen.
 
-    If no window fits (large mask, small or elongated photo), the window is the whole photo. Its panel has the photo's
-    aspect ratio, apart from rounding both sides down to multiples of `multiple`. Its area is at most the largest area
-    in `sizes`.
+    If no window fits (large mask, small or elongated photo), the window is the whole photo. The panel then has the
+    photo's aspect ratio, except that both sides are rounded down to multiples of `multiple`. Its area is at most the
+    largest area in `sizes`.
 
     Args:
         mask: [H, W] uint8, > 127 = remove.
         sizes: panel sizes (h, w) to choose from.
         multiple: divisor of both sides of a panel, in pixels.
-        context: width of the margin, as a fraction of the mask's longer side; the margin is at least 16 pixels.
+        context: width of the margin, as a fraction of the mask's longer side. The margin is at least 16 pixels wide.
         max_upscale: largest number of panel pixels per pixel of the photo, along each side.
 
     Raises:
@@ -114,31 +115,31 @@ def plan_crop(
         raise ValueError(
             f"empty mask of {mask.shape[1]} × {mask.shape[0]} pixels: expected at least one pixel > {MASK_THRESHOLD}"
         )
-    photo = mask.shape
+    photo_size = mask.shape
     left, top, right, bottom = bounding_box(mask > SOFT_FLOOR)
     margin = max(MIN_MARGIN, math.ceil(context * max(bottom - top, right - left)))
-    required = min(photo[0], bottom - top + 2 * margin), min(photo[1], right - left + 2 * margin)
+    min_window = min(photo_size[0], bottom - top + 2 * margin), min(photo_size[1], right - left + 2 * margin)
 
     choices = []
     for height, width in sizes:
-        scale = min(max_upscale, height / required[0], width / required[1])
+        scale = min(max_upscale, height / min_window[0], width / min_window[1])
         window = math.ceil(height / scale), math.ceil(width / scale)
-        if window[0] <= photo[0] and window[1] <= photo[1]:
-            aspect_distance = abs(math.log(height / width) - math.log(required[0] / required[1]))
+        if window[0] <= photo_size[0] and window[1] <= photo_size[1]:
+            aspect_distance = abs(math.log(height / width) - math.log(min_window[0] / min_window[1]))
             choices.append((-scale, aspect_distance, window, (height, width)))
     if not choices:
-        return Crop((0, 0, photo[1], photo[0]), _whole_photo_size(photo, sizes, multiple, max_upscale))
+        return Crop((0, 0, photo_size[1], photo_size[0]), _whole_photo_size(photo_size, sizes, multiple, max_upscale))
     _, _, (height, width), size = min(choices)
-    x = min(max((left + right - width) // 2, 0), photo[1] - width)
-    y = min(max((top + bottom - height) // 2, 0), photo[0] - height)
+    x = min(max((left + right - width) // 2, 0), photo_size[1] - width)
+    y = min(max((top + bottom - height) // 2, 0), photo_size[0] - height)
     return Crop((x, y, x + width, y + height), size)
 
 
-def _whole_photo_size(photo: Size, sizes: Sequence[Size], multiple: int, max_upscale: float) -> Size:
+def _whole_photo_size(photo_size: Size, sizes: Sequence[Size], multiple: int, max_upscale: float) -> Size:
     """Return the size of the panel that shows the whole photo."""
     area = max(height * width for height, width in sizes)
-    scale = min(max_upscale, math.sqrt(area / (photo[0] * photo[1])))
-    return _round_down(photo[0] * scale, multiple), _round_down(photo[1] * scale, multiple)
+    scale = min(max_upscale, math.sqrt(area / (photo_size[0] * photo_size[1])))
+    return _round_down(photo_size[0] * scale, multiple), _round_down(photo_size[1] * scale, multiple)
 
 
 def _round_down(length: float, multiple: int) -> int:

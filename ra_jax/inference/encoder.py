@@ -1,4 +1,4 @@
-"""Encoding of panels for packs: the latents and image tokens that a train step would compute from them."""
+"""Encode panels for packs: compute the latents and image tokens that a train step would compute from the panels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from PIL import Image
 from ra_jax.data.batch import Batch
 from ra_jax.data.images import Size
 from ra_jax.data.loader import check_buckets, parse_buckets
-from ra_jax.data.packs import Encoding
+from ra_jax.data.packs import LatentEncoding
 from ra_jax.data.panels import Panels
 from ra_jax.inference.sampling import as_diptych, diptych_mask
 from ra_jax.interop.diffusers import load_encoders
@@ -24,11 +24,11 @@ class PanelEncoder:
         fill: folder or hub id of FLUX.1-Fill.
         redux: folder or hub id of FLUX.1-Redux.
         aspect_ratio_buckets: panel sizes, as in the training flag of this name.
-        mixed_precision: "bf16" computes the image tokens in bfloat16; any other value, in float32.
+        mixed_precision: "bf16" to compute the image tokens in bfloat16; any other value to compute them in float32.
 
     Attributes:
         buckets: the panel sizes (height, width).
-        encoding: description of the encoding, stored in the pack.
+        encoding: models and settings of the encoder, which the pack stores.
 
     Raises:
         WeightError: the weights could not be loaded.
@@ -41,7 +41,7 @@ class PanelEncoder:
         self.buckets = parse_buckets(aspect_ratio_buckets)
         encoders = load_encoders(fill, redux, dtype=jnp.bfloat16 if mixed_precision == "bf16" else jnp.float32)
         check_buckets(self.buckets, 2 * encoders.vae.config.factor)
-        self.encoding = Encoding(encoders.fingerprint, aspect_ratio_buckets, mixed_precision)
+        self.encoding = LatentEncoding(encoders.fingerprint, aspect_ratio_buckets, mixed_precision)
         self._vae, self._redux, self._preprocess = encoders.vae, encoders.redux, encoders.preprocess
 
     def condition(self, panels: Panels) -> dict[str, np.ndarray]:
@@ -68,5 +68,5 @@ def _encode_result(vae: AutoencoderKL, batch: Batch) -> jax.Array:
 
 
 def _single_batch(panels: Panels, *names: str) -> dict[str, jax.Array]:
-    """Return a batch of size 1 with the named panels."""
+    """Return a batch of size 1 with the panels in `names`."""
     return {name: jnp.asarray(getattr(panels, name))[None] for name in names}

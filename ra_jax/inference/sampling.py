@@ -1,4 +1,4 @@
-"""Sampling of removals for a batch of panels: diptych, condition, ODE and decoding in one compiled program."""
+"""Sample removals for a batch of panels: diptych, condition, ODE and decoding in one compiled program."""
 
 from collections.abc import Callable
 
@@ -30,18 +30,18 @@ def diptych_mask(batch: Batch) -> jax.Array:
 def diptych_condition(
     model: FillModel, frozen: Weights, batch: Batch, *, masked_latents: jax.Array | None = None
 ) -> Condition:
-    """Compute the condition for removing the masked object from `source`, given `reference` and its Redux tokens.
+    """Compute the condition for removing the masked object from `source`.
 
-    Values that the batch already has are not computed again: `image_tokens` replace the Redux encoding of
-    `redux_pixels`, and `masked_latents` replace the VAE encoding of the masked diptych.
+    If the batch has `image_tokens`, these replace the Redux encoding of `redux_pixels`. If the batch has
+    `masked_latents`, these replace the VAE encoding of the masked diptych.
 
     Args:
         model: the model.
-        frozen: its frozen weights.
+        frozen: frozen weights of the model.
         batch: uint8 panels `source` and `reference` [B, h, w, 3] and `mask` [B, h, w]; `redux_pixels` if the model has
             Redux.
-        masked_latents: latents [B, N, 4C] of the diptych with the masked pixels gray; they take precedence over those
-            of the batch.
+        masked_latents: latents [B, N, 4C] of the diptych with the masked pixels gray. They replace `masked_latents` of
+            the batch.
     """
     tokens = batch.get("image_tokens")
     if tokens is None and model.redux is not None:
@@ -53,7 +53,7 @@ def diptych_condition(
 
 
 def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) -> jax.Array:
-    """Draw the noise ε [B, N, 4C] for diptychs of panels [height, width]; image i depends on keys[i] only."""
+    """Draw the noise ε [B, N, 4C] for diptychs of panels [height, width]; row i depends only on keys[i]."""
     shape = (2 * height * width // model.multiple**2, model.latent_features)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
@@ -63,7 +63,8 @@ def make_remover(
 ) -> Callable[[Weights, Weights, Batch, jax.Array], tuple[jax.Array, jax.Array | None]]:
     """Return a jitted function `remove(trainable, frozen, batch, noise) -> (images, gates)`.
 
-    Its parameters and results are:
+    The parameters and results of `remove` are:
+        trainable, frozen: weights of the model.
         batch: uint8 panels `source` and `reference` [B, h, w, 3] and `mask` [B, h, w]; `redux_pixels` if the model has
             Redux.
         noise: [B, N, 4C] for the N tokens of the diptych (`initial_noise`).

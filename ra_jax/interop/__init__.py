@@ -1,1 +1,1 @@
-"""Loading and saving of weights in the file formats of diffusers and transformers."""
+"""Load and save weights in the file formats of diffusers and transformers."""

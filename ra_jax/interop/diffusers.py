@@ -1,7 +1,7 @@
 """Load and save models in diffusers' folder layout: a whole Fill model with new experts, or single modules.
 
-Each folder holds a whole pipeline: FLUX.1-Fill (`transformer/`, `vae/`, `scheduler/`) or FLUX.1-Redux
-(`image_encoder/`, `image_embedder/`, `feature_extractor/`). It is on disk or on the Hugging Face hub.
+A folder holds a whole pipeline: FLUX.1-Fill (`transformer/`, `vae/`, `scheduler/`) or FLUX.1-Redux (`image_encoder/`,
+`image_embedder/`, `feature_extractor/`). The folder is on disk, or on the Hugging Face hub.
 """
 
 import json
@@ -24,7 +24,7 @@ from ra_jax.interop.hub import fingerprint, resolve_folder
 from ra_jax.interop.transfer import PutParameter, load_parameters, save_parameters
 from ra_jax.models.attention import implementation_for
 from ra_jax.models.fill_model import FillModel, Weights, assemble_model
-from ra_jax.models.flux import FLOAT32, Flux, FluxConfig, FluxOptions
+from ra_jax.models.flux import DEFAULT_OPTIONS, Flux, FluxConfig, FluxOptions
 from ra_jax.models.lora import LoRAConfig, attach_experts
 from ra_jax.models.options import ModelOptions
 from ra_jax.models.router import Router
@@ -36,7 +36,7 @@ from ra_jax.parallel.partitioning import Placement
 log = logging.getLogger(__name__)
 
 FILL_SUBFOLDERS = ("transformer", "vae", "scheduler")
-ENCODER_SUBFOLDERS = ("vae",)
+VAE_SUBFOLDERS = ("vae",)
 REDUX_SUBFOLDERS = ("image_encoder", "image_embedder", "feature_extractor")
 
 FLUX_SCHEDULER = {
@@ -70,14 +70,14 @@ class LoadedModel:
     """A model and its weights.
 
     Attributes:
-        model: static half of the model: graph definitions and sizes.
+        model: the model without its weights: graph definitions and sizes.
         trainable: the weights that training changes.
         frozen: all other weights.
         flux_config: sizes of the transformer.
         folder: the Fill folder on disk.
         preprocess: converts a reference image to the pixels [s, s, 3] that Redux encodes; None without Redux.
         image_tokens: number of Redux tokens per image; 0 without Redux.
-        fingerprint: fingerprint of the Fill weights, followed by that of the Redux weights.
+        fingerprint: fingerprint of the Fill weights. With Redux, the fingerprint of the Redux weights is appended.
     """
 
     model: FillModel
@@ -98,7 +98,7 @@ class LoadedEncoders:
         vae: the autoencoder of FLUX.1-Fill.
         redux: the image encoder and embedder of FLUX.1-Redux.
         preprocess: as in `LoadedModel`.
-        fingerprint: fingerprint of both (`encoders_fingerprint`).
+        fingerprint: fingerprint of the weights of the VAE and Redux (`encoders_fingerprint`).
     """
 
     vae: AutoencoderKL
@@ -108,19 +108,19 @@ class LoadedEncoders:
 
 
 def load_encoders(fill: str, redux: str, *, dtype: DTypeLike) -> LoadedEncoders:
-    """Load the VAE and Redux as `load_fill_model` does, but not the transformer.
+    """Load the VAE and Redux, without the transformer.
 
     Args:
         fill: folder or hub id of FLUX.1-Fill.
         redux: folder or hub id of FLUX.1-Redux.
-        dtype: dtype in which Redux is stored and computed; the VAE is float32.
+        dtype: dtype in which Redux is stored and computed. The VAE is stored and computed in float32.
 
     Raises:
-        WeightError: the weights could not be loaded, or do not fit the model.
+        WeightError: the weights could not be loaded, or do not match the model.
     """
     redux_folder = resolve_folder(redux, REDUX_SUBFOLDERS)
     return LoadedEncoders(
-        vae=load_vae(resolve_folder(fill, ENCODER_SUBFOLDERS)),
+        vae=load_vae(resolve_folder(fill, VAE_SUBFOLDERS)),
         redux=load_redux(redux_folder, dtype=dtype, param_dtype=dtype),
         preprocess=preprocess(redux_folder),
         fingerprint=encoders_fingerprint(fill, redux),
@@ -133,24 +133,24 @@ def encoders_fingerprint(fill: str, redux: str) -> str:
     Raises:
         WeightError: the weights could not be found or downloaded.
     """
-    fill_folder, redux_folder = resolve_folder(fill, ENCODER_SUBFOLDERS), resolve_folder(redux, REDUX_SUBFOLDERS)
-    return fingerprint(fill_folder, ENCODER_SUBFOLDERS) + fingerprint(redux_folder)
+    fill_folder, redux_folder = resolve_folder(fill, VAE_SUBFOLDERS), resolve_folder(redux, REDUX_SUBFOLDERS)
+    return fingerprint(fill_folder, VAE_SUBFOLDERS) + fingerprint(redux_folder)
 
 
 def load_fill_model(
     fill: str, redux: str | None, options: ModelOptions, *, seed: int = 0, placement: Placement | None = None
 ) -> LoadedModel:
-    """Load FLUX.1-Fill and FLUX.1-Redux, and create the experts and the router that `options` asks for.
+    """Load FLUX.1-Fill and FLUX.1-Redux, and create the experts and the router that `options` describes.
 
     Args:
         fill: folder or hub id of FLUX.1-Fill.
         redux: folder or hub id of FLUX.1-Redux; None for a model without image tokens.
-        options: dtypes, experts and router. The VAE is float32 whatever the dtypes are.
-        seed: determines the initial values of experts and router.
+        options: dtypes, experts and router. The VAE is always float32.
+        seed: seed of the initial values of experts and router.
         placement: how all weights are distributed over devices; None for the default device.
 
     Raises:
-        WeightError: the weights could not be loaded, or do not fit the model.
+        WeightError: the weights could not be loaded, or do not match the model.
     """
     folder = resolve_folder(fill, FILL_SUBFOLDERS)
     rngs = nnx.Rngs(seed)
@@ -183,16 +183,16 @@ def load_fill_model(
 
 def load_flux(
     folder: str | Path,
-    options: FluxOptions = FLOAT32,
+    options: FluxOptions = DEFAULT_OPTIONS,
     *,
     attention: str | None = None,
     lora: LoRAConfig | None = None,
     rngs: nnx.Rngs | None = None,
     placement: Placement | None = None,
 ) -> Flux:
-    """Load the transformer in `folder`/transformer, and add new experts if `lora` is given.
+    """Load the transformer in `folder`/transformer; if `lora` is not None, also create experts.
 
-    The files are read one parameter at a time, so that host memory never holds more than one parameter.
+    Parameters are read from the files one at a time, so that host memory holds at most one parameter.
 
     Args:
         folder: folder of the pipeline.
@@ -206,7 +206,7 @@ def load_flux(
     Raises:
         WeightError: the files could not be read, or their tensors and the parameters do not match one to one in name
             and shape. The message lists the mismatches.
-        ValueError: `lora` without `rngs`.
+        ValueError: `lora` is not None, but `rngs` is.
     """
     path, config = _read_config(folder, "transformer", FluxConfig, "FluxTransformer2DModel")
     if attention is None:
@@ -222,11 +222,11 @@ def load_flux(
     if lora is None:
         return flux
     with_experts = nnx.eval_shape(lambda: Flux(config, options, attention=attention, lora=lora, rngs=nnx.Rngs(0)))
-    experts = _initial_experts(base, lora, rngs.params(), placement)
+    experts = _init_experts(base, lora, rngs.params(), placement)
     return nnx.merge(nnx.graphdef(with_experts), experts, nnx.state(flux))
 
 
-def _initial_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
+def _init_experts(base: Flux, lora: LoRAConfig, key: jax.Array, placement: Placement | None) -> nnx.State:
     """Compute the initial values of the experts directly on the devices that `placement` assigns them to.
 
     `base` is abstract (`nnx.eval_shape`).
@@ -253,8 +253,14 @@ def load_vae(
 ) -> AutoencoderKL:
     """Load the autoencoder in `folder`/vae.
 
-    `dtype` is the dtype of the computation, `param_dtype` that of the stored parameters. `placement` and errors are
-    as in `load_flux`.
+    Args:
+        folder: folder of the pipeline.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the stored parameters.
+        placement: as in `load_flux`.
+
+    Raises:
+        WeightError: as in `load_flux`.
     """
     path, config = _read_config(folder, "vae", VAEConfig, "AutoencoderKL")
     options = {"dtype": dtype, "param_dtype": param_dtype}
@@ -271,7 +277,8 @@ def load_redux(
 ) -> Redux:
     """Load SigLIP from `folder`/image_encoder and the embedder from `folder`/image_embedder.
 
-    Arguments and errors are as in `load_vae`. In addition, raises WeightError if the two have different widths.
+    Arguments and errors are as in `load_vae`. WeightError is also raised if SigLIP and the embedder have different
+    widths.
     """
     vision_path, vision = _read_config(folder, "image_encoder", SiglipConfig, *SIGLIP_TYPES)
     embedder_path, embedder = _read_config(folder, "image_embedder", ReduxConfig, "ReduxImageEncoder")
@@ -287,9 +294,9 @@ def load_redux(
 
 
 def _put_function(part: str, placement: Placement | None) -> PutParameter | None:
-    """Return a function that puts parameters of this part of the frozen weights on their devices.
+    """Return a function that puts parameters on the devices that `placement` assigns them to; None without a placement.
 
-    Without a placement, the result is None, which stands for the default device.
+    `part` is the path of the module in the frozen weights, such as "redux/vision".
     """
     return None if placement is None else lambda name, value: placement.put(f"{part}/{name}", value)
 
@@ -301,10 +308,10 @@ def read_configs(
 
     Args:
         fill: folder of FLUX.1-Fill.
-        redux: folder of FLUX.1-Redux; None returns None for SigLIP and the embedder.
+        redux: folder of FLUX.1-Redux. If it is None, the results for SigLIP and the embedder are None.
 
     Raises:
-        WeightError: a config.json is missing, or describes another kind of model.
+        WeightError: a config.json is missing or invalid, or describes another kind of model.
     """
     _, flux = _read_config(fill, "transformer", FluxConfig, "FluxTransformer2DModel")
     _, vae = _read_config(fill, "vae", VAEConfig, "AutoencoderKL")
@@ -331,8 +338,8 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
 def save_redux(redux: Redux, folder: str | Path) -> None:
     """Write a FluxPriorReduxPipeline without text encoders to `folder`.
 
-    The folder gets image_encoder/, image_embedder/, feature_extractor/ and model_index.json. The preprocessing in
-    feature_extractor/ is FLUX.1-Redux's, with the image size of this model.
+    The folder gets image_encoder/, image_embedder/, feature_extractor/ and model_index.json. feature_extractor/ has the
+    preprocessing settings of FLUX.1-Redux, but the image size of `redux`.
     """
     folder = Path(folder)
     size = redux.vision.config.image_size
@@ -358,10 +365,10 @@ def save_fill_pipeline_config(folder: str | Path, scheduler: Mapping[str, Any] |
 
     Args:
         folder: folder of the pipeline.
-        scheduler: values that differ from those of FLUX.1-Fill-dev (`FLUX_SCHEDULER`).
+        scheduler: settings that replace settings of FLUX.1-Fill-dev (`FLUX_SCHEDULER`).
 
     Raises:
-        ValueError: a key of `scheduler` that `FLUX_SCHEDULER` does not have.
+        ValueError: `scheduler` has a key that `FLUX_SCHEDULER` does not have.
     """
     scheduler = dict(scheduler or {})
     if unknown := sorted(set(scheduler) - set(FLUX_SCHEDULER)):
@@ -391,8 +398,8 @@ def _read_config(folder: str | Path, component: str, config_type: Any, *model_ty
     """Return the folder of a component, and its config.json as a `config_type`.
 
     Raises:
-        WeightError: the file is missing, is not JSON, has values that `config_type` does not accept, or its
-            `_class_name` (without one, its `model_type`) is not one of `model_types`.
+        WeightError: the file is missing, is not JSON, has values that `config_type` does not accept, or describes a
+            model that is not one of `model_types`. `_class_name` names the model or, if it is missing, `model_type`.
     """
     path = Path(folder) / component
     file = path / "config.json"

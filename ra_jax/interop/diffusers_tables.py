@@ -1,8 +1,8 @@
 """Tables that map a module's parameters to the tensors in diffusers' and transformers' files.
 
 Each rule maps a pattern for parameter paths to a tensor name and an order of axes. The pattern has to match the whole
-path, and the first matching rule applies. Because the tables start from the parameters, one table serves three
-purposes: loading, saving, and the check that every tensor is used exactly once.
+path, and the first matching rule applies. Rules map parameters to tensors, not tensors to parameters. One table can
+therefore be used to load, to save, and to check that every tensor is used exactly once.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ class Rule:
         pattern: regular expression for paths such as "transformer_blocks.attn.to_q.kernel".
         tensor: name of the tensor, with \1 for the first group of the pattern. If the name contains `{block}`, the
             parameter stacks one tensor per block along axis 0.
-        axes: permutation from the axes of the tensor in the file to those of the parameter (of one block, if
-            stacked); `SAME_AXES` for the same order.
+        axes: permutation such that `tensor.transpose(axes)` is the parameter or, if the parameter is stacked, one block
+            of it; `SAME_AXES` if the order of axes is the same.
     """
 
     pattern: str
@@ -36,9 +36,9 @@ class Table:
 
     Attributes:
         rules: the rules, tried in this order.
-        prefix: prefix of all tensor names. Saving writes it; files without it can be loaded, too.
-        unused: regular expression for tensor names (without the prefix) that loading skips, because the model has no
-            such part.
+        prefix: prefix of all tensor names in saved files. Files without this prefix can be loaded, too.
+        unused: regular expression for the names, without prefix, of tensors that loading skips, because they belong to
+            parts that the model does not have.
     """
 
     rules: tuple[Rule, ...]
@@ -46,10 +46,10 @@ class Table:
     unused: str | None = None
 
     def find_tensor(self, path: str) -> tuple[str, tuple[int, ...]]:
-        """Return tensor name (possibly with `{block}`) and axes for the parameter at `path`.
+        """Return `tensor` and `axes` of the first rule that matches the parameter at `path`.
 
         Raises:
-            KeyError: no rule matches. This is an error in the table, not in the file.
+            KeyError: no rule matches. The error is then in the table, not in the file.
         """
         for rule in self.rules:
             if match := re.fullmatch(rule.pattern, path):
@@ -57,7 +57,7 @@ class Table:
         raise KeyError(f"no rule matches the parameter {path}: add one in ra_jax/interop/diffusers_tables.py.")
 
     def is_unused(self, tensor: str) -> bool:
-        """Whether loading skips this tensor of the file."""
+        """Return whether loading skips this tensor of the file."""
         return self.unused is not None and re.fullmatch(self.unused, tensor) is not None
 
 
@@ -94,8 +94,8 @@ SIGLIP_TABLE = Table(
         Rule(r"post_layernorm\.bias", r"post_layernorm.bias"),
     ),
     prefix="vision_model.",
-    # Redux uses the last hidden state, which comes before the pooling head. Files of a complete SigLIP model also
-    # hold its text model.
+    # Redux uses the last hidden state, which is computed before the pooling head. Files of a complete SigLIP model also
+    # contain a text model.
     unused=r"head\..+|embeddings\.position_ids|text_model\..+|logit_(scale|bias)",
 )
 

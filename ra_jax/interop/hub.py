@@ -1,4 +1,4 @@
-"""Folders of weights: local or downloaded from the Hugging Face hub, and fingerprints of their content."""
+"""Find folders of weights on disk or download them from the Hugging Face hub, and compute fingerprints of weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from ra_jax.errors import WeightError
 
-# Subfolders whose weights determine the output of a base model. Its fingerprint covers only these.
+# Subfolders whose weights determine the output of a base model. The fingerprint of a base covers only these.
 WEIGHT_SUBFOLDERS = ("transformer", "vae", "image_encoder", "image_embedder")
 
 
@@ -16,11 +16,12 @@ CHUNKS, CHUNK_BYTES = 256, 1024  # number and size of the evenly spaced chunks t
 
 
 def resolve_folder(name_or_path: str | Path, subfolders: Sequence[str]) -> Path:
-    """Return the local folder of a pipeline; download it first if `name_or_path` is a hub id.
+    """Return the folder of a pipeline on disk; a folder on the hub is downloaded first.
 
     Args:
         name_or_path: folder in diffusers' layout, or hub id such as "black-forest-labs/FLUX.1-Fill-dev".
-        subfolders: required subfolders, such as ("transformer", "vae", "scheduler"); only these are downloaded.
+        subfolders: subfolders that the folder must have, such as ("transformer", "vae", "scheduler"). Only these are
+            downloaded.
 
     Raises:
         WeightError: a subfolder is missing, or the download failed. The message explains how to get access.
@@ -55,7 +56,7 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
             f"Expected a folder in diffusers' layout with {'/, '.join(subfolders)}/; `python -m ra_jax.demo` creates "
             "the folders that configs/tiny.toml names."
         ) from None
-    # The advice is the same for gated and missing repositories, without a network and with a full disk.
+    # The same advice fits a gated repository, a missing repository, a missing network and a full disk.
     except (HfHubHTTPError, OSError) as error:
         raise WeightError(
             f"pretrained model {repo_id!r} could not be loaded: this folder does not exist, and the download from the "
@@ -69,11 +70,11 @@ def _download(repo_id: str, subfolders: Sequence[str]) -> Path:
 
 
 def fingerprint(folder: str | Path, components: Sequence[str] = WEIGHT_SUBFOLDERS) -> str:
-    """Compute a fingerprint of the weights in `folder`, 16 hexadecimal digits; it changes when the weights change.
+    """Compute a fingerprint of the weights in `folder`: 16 hexadecimal digits that change when the weights change.
 
-    The hash covers the config.json of each component. For each safetensors file it covers name, length, header and
-    256 evenly spaced chunks of 1 KiB, so that 24 GB take only a moment. A change that lies entirely between the
-    chunks does not change the fingerprint.
+    The hash covers the config.json of each component. For each safetensors file, it covers name, length, header and
+    256 evenly spaced chunks of 1 KiB, so that 24 GB take only a moment. The fingerprint does not notice a change that
+    lies entirely between the chunks.
 
     Args:
         folder: folder of a pipeline.

@@ -1,4 +1,4 @@
-"""Reading and writing of safetensors folders in the layout of diffusers: one file, or shards and an index."""
+"""Read and write folders of safetensors files in diffusers' layout: a single file, or shards and an index."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from ra_jax.errors import WeightError
 from ra_jax.outputs import replace_file
 
-STEMS = ("diffusion_pytorch_model", "model")  # file names without suffix in diffusers and in transformers
+STEMS = ("diffusion_pytorch_model", "model")  # names of weight files without suffix, in diffusers and in transformers
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 5 * 10**9  # also the host memory needed for writing, because a shard is written in one piece
 
@@ -37,21 +37,22 @@ class StoredTensor:
     dtype_name: str
 
     def read(self) -> np.ndarray:
-        """Read the values, in the dtype of the file, which must be one of `FLOAT_DTYPES`."""
-        # Opens the file for this tensor only. If it stayed mapped, every page read so far would count as used memory.
+        """Return the tensor in its dtype in the file, which must be one of `FLOAT_DTYPES`."""
+        # The file is opened for this tensor only. If it stayed mapped, all pages read so far would count as memory use.
         with safe_open(self.file, framework="np") as tensors:
             return tensors.get_tensor(self.name)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """List the tensors in a folder's safetensors files by name; reads headers only.
+    """Return all tensors in a folder's safetensors files by name, without reading their values.
 
     Args:
-        folder: holds `diffusion_pytorch_model.safetensors`, `model.safetensors`, or the shards of either and their
-            `….safetensors.index.json`.
+        folder: contains `diffusion_pytorch_model.safetensors` or `model.safetensors`. Instead of this file, it may
+            contain shards and an index, `diffusion_pytorch_model.safetensors.index.json` or
+            `model.safetensors.index.json`.
 
     Raises:
-        WeightError: there is no such file, a file is missing or damaged, or two shards hold the same tensor.
+        WeightError: there is no such file, a shard is missing, a file is damaged, or two shards have the same tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _tensor_files(folder):
@@ -92,16 +93,16 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Callable[[str], np.ndarray]) -> None:
-    """Write tensors to `stem`.safetensors, or to shards of at most `SHARD_BYTES` each and an index.
+    """Write tensors to `stem`.safetensors or, if they exceed `SHARD_BYTES` in total, to shards and an index.
 
-    Files that an earlier call wrote with the same stem are replaced. A tensor larger than `SHARD_BYTES` becomes a
-    shard of its own.
+    A shard has at most `SHARD_BYTES`, unless a single tensor is larger. Files that an earlier call wrote with the same
+    stem are replaced or deleted.
 
     Args:
-        folder: created if it does not exist.
+        folder: folder to write to. It is created if it does not exist.
         stem: one of `STEMS`.
         sizes: size in bytes of each tensor, by name.
-        read: returns a tensor by name. It is called once per tensor; the tensors of one shard are in memory together.
+        read: returns a tensor by name. It is called once per tensor. All tensors of a shard are in memory together.
     """
     shards: list[list[str]] = [[]]
     shard_bytes = 0
@@ -118,8 +119,8 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
     else:
         files = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     folder.mkdir(parents=True, exist_ok=True)
-    # At the end of this block the drafts are renamed in reverse order. The index, which is entered first, appears last,
-    # when all of its shards exist.
+    # At the end of this block, the drafts are renamed in reverse order. The index is entered first, so it is renamed
+    # last, when all shards exist.
     with ExitStack() as drafts:
         if len(files) > 1:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -130,13 +131,13 @@ def write_tensors(folder: Path, stem: str, sizes: Mapping[str, int], read: Calla
             # transformers rejects files whose metadata does not name a framework.
             save_file({name: read(name) for name in names}, draft, metadata={"format": "pt"})
     written = {*files, index} if len(files) > 1 else set(files)
-    # Delete an old index before its shards, so that it never names files that do not exist.
+    # An old index is deleted before the old shards, so that it never names shards that do not exist.
     stale = [file for file in (index, *_existing_files(folder, stem)) if file not in written]
     for file in stale:
         (folder / file).unlink(missing_ok=True)
 
 
 def _existing_files(folder: Path, stem: str) -> list[str]:
-    """Names of the single file and the shards with this stem that exist in the folder."""
+    """Return the names of all files in the folder that are a single file or a shard with this stem."""
     name = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     return [path.name for path in folder.iterdir() if name.fullmatch(path.name)]

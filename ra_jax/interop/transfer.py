@@ -1,6 +1,6 @@
-"""Copying between a module's parameters and the tensors in a folder, one parameter at a time.
+"""Copy the parameters of a module from and to safetensors files, one parameter at a time.
 
-A table of `diffusers_tables` maps parameters to tensors.
+A `diffusers_tables.Table` maps parameters to tensors in the files.
 """
 
 import json
@@ -25,25 +25,26 @@ from ra_jax.parallel.partitioning import parameter_name
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-# Puts a parameter on its devices, given its name (such as "transformer_blocks/attn/to_q/kernel") and value.
+# Function of a parameter's name (such as "transformer_blocks/attn/to_q/kernel") and value. It puts the value on the
+# parameter's devices.
 PutParameter = Callable[[str, np.ndarray], jax.Array]
 
-SCALE_NAME = "kernel_scale"  # name of the variable beside an int8 kernel that holds its scale
-REPORT_LINES = 20  # lines shown for each kind of problem; the report only counts the rest
-STRIP_ROWS = 32  # rows copied at a time
+SCALE_NAME = "kernel_scale"  # name of the variable with the scale of an int8 kernel; it is beside the kernel
+REPORT_LINES = 20  # tensors that an error message lists for each kind of problem; it counts the others
+STRIP_ROWS = 32  # number of rows that are copied at a time
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter and the tensors that its values are stored in.
+    """A parameter, and the tensors in the files that contain its values.
 
     Attributes:
         path: path of the parameter in the module's state.
         variable: the parameter.
-        tensors: names of the tensors: one, or one per block.
+        tensors: names of the tensors: one name, or one per block if `stacked`.
         stacked: whether the parameter stacks one tensor per block along axis 0.
         axes: as in `Rule`.
-        scale: for an int8 kernel, the variable with its scale, which is computed from the same tensors; else None.
+        scale: the variable with the scale of an int8 kernel, computed from the same tensors; None for other parameters.
     """
 
     path: tuple
@@ -54,9 +55,9 @@ class Parameter:
     scale: nnx.Variable | None = None
 
     def variables(self) -> list[tuple[tuple, nnx.Variable]]:
-        """Path and variable of the parameter and, for an int8 kernel, of its scale."""
-        own = [(self.path, self.variable)]
-        return own if self.scale is None else [*own, ((*self.path[:-1], SCALE_NAME), self.scale)]
+        """Return (path, variable) of the parameter and, for an int8 kernel, (path, variable) of its scale."""
+        variables = [(self.path, self.variable)]
+        return variables if self.scale is None else [*variables, ((*self.path[:-1], SCALE_NAME), self.scale)]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -65,12 +66,15 @@ class Parameter:
         return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else shape
 
     def to_file_axes(self, block: np.ndarray) -> np.ndarray:
-        """Return a view of `block`, the parameter's values for one tensor, with the axes in the file's order."""
+        """Return a view of `block` with its axes in the order of the file.
+
+        `block` is the part of the parameter's value that one tensor contains.
+        """
         return block.transpose(np.argsort(self.axes)) if self.axes else block
 
 
 def load_parameters(module: Module, folder: Path, table: Table, put: PutParameter | None = None) -> Module:
-    """Return `module` with the weights in `folder`, cast to the dtypes of its parameters.
+    """Return `module` with the weights in `folder`, cast to the dtypes of the module's parameters.
 
     Kernels whose dtype is int8 are quantized. Host memory holds one parameter at a time.
 
@@ -78,7 +82,7 @@ def load_parameters(module: Module, folder: Path, table: Table, put: PutParamete
         module: abstract module (`nnx.eval_shape`), so that no initial values are computed.
         folder: folder of safetensors files.
         table: rules for this kind of module.
-        put: puts each parameter on its devices; None for the default device.
+        put: puts each parameter on its devices. If it is None, parameters are put on the default device.
 
     Raises:
         WeightError: the files could not be read, or tensors and parameters do not match one to one in name and shape.
@@ -99,7 +103,7 @@ def load_parameters(module: Module, folder: Path, table: Table, put: PutParamete
 
 
 def _read_values(parameter: Parameter, stored: Mapping[str, StoredTensor]) -> list[np.ndarray]:
-    """Read the values of `parameter.variables()` from the files, in the same order."""
+    """Read the value of each variable in `parameter.variables()` from the files."""
     values = [np.empty(variable.shape, variable.dtype) for _, variable in parameter.variables()]
     for block, tensor in enumerate(parameter.tensors):
         outputs = [value[block] if parameter.stacked else value for value in values]
@@ -113,12 +117,12 @@ def _read_values(parameter: Parameter, stored: Mapping[str, StoredTensor]) -> li
 
 
 def save_parameters(module: nnx.Module, config: Mapping[str, Any], folder: Path, stem: str, table: Table) -> None:
-    """Write all parameters except experts to `folder`, in their own dtypes, and `config` to `folder`/config.json.
+    """Write all parameters except experts to `folder`, without changing dtypes, and `config` to `folder`/config.json.
 
     Args:
         module: module with weights.
         config: content of config.json.
-        folder: created if it does not exist.
+        folder: folder to write to. It is created if it does not exist.
         stem: as in `safetensors_io.write_tensors`.
         table: rules for this kind of module.
     """
@@ -159,8 +163,8 @@ def _list_parameters(state: nnx.State, table: Table, prefix: str) -> list[Parame
 
 
 def _copy_strips(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy `values` to `out` and cast them; either may be a transposed view."""
-    # A strip of rows fits into the cache. This is three times faster than transposing a large matrix in one piece.
+    """Copy `values` to `out` and cast them to the dtype of `out`. Either array may be a transposed view."""
+    # A strip of rows fits into the cache. Copying strips is three times faster than transposing a large matrix at once.
     for start in range(0, values.shape[0], STRIP_ROWS):
         out[start : start + STRIP_ROWS] = values[start : start + STRIP_ROWS]
 
@@ -168,7 +172,7 @@ def _copy_strips(values: np.ndarray, out: np.ndarray) -> None:
 def _check_match(
     folder: Path, parameters: Sequence[Parameter], stored: Mapping[str, StoredTensor], prefix: str, table: Table
 ) -> None:
-    """Raise WeightError unless parameters and tensors match one to one."""
+    """Raise WeightError unless parameters and tensors match one to one in name and shape."""
     expected = {tensor: parameter.tensor_shape for parameter in parameters for tensor in parameter.tensors}
     uses = Counter(tensor for parameter in parameters for tensor in parameter.tensors)
     problems = {
@@ -194,7 +198,7 @@ def _check_match(
     }
     if not any(problems.values()):
         return
-    report = [f"the tensors in {folder} do not match its config.json:"]
+    report = [f"the tensors in {folder} do not match the config.json there:"]
     for problem, lines in problems.items():
         if lines:
             report.append(f"{len(lines)} {problem}:")

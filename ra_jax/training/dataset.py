@@ -167,7 +167,7 @@ def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
 
 
 def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Compute the values that a step needs for each record besides its images: the arrays [R, ...] of `batch.VALUES`.
+    """Compute what a step needs for each record besides its images: the arrays [R, ...] of `batch.COMPUTED_FIELDS`.
 
     Raises DataError if the base loss would give every record weight 0.
     """

@@ -23,7 +23,7 @@ from PIL import Image
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
-from ra_jax.data.packs import Encoding
+from ra_jax.data.packs import LatentEncoding
 from ra_jax.data.panels import Panels
 from ra_jax.data.records import Record, load_records
 
@@ -48,7 +48,7 @@ class RandomEncoder:
 
     def __init__(self, bucket: Size):
         self.buckets = (bucket,)
-        self.encoding = Encoding("random", f"{bucket[0]},{bucket[1]}", "bf16")
+        self.encoding = LatentEncoding("random", f"{bucket[0]},{bucket[1]}", "bf16")
         self._tokens = 2 * bucket[0] * bucket[1] // MULTIPLE**2
         self._rng = np.random.default_rng(0)
 

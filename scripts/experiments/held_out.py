@@ -18,8 +18,7 @@ from PIL import Image
 
 from ra_jax.checkpoints import find_checkpoint, restore
 from ra_jax.config.parse import from_flat_dict, load_toml
-from ra_jax.data.synthetic import Scene, measure_defects, quantize, rule_scores, stack
-from ra_jax.data.synthetic import scenes as draw_scenes
+from ra_jax.data.synthetic import Scene, draw_scenes, measure_defects, quantize, rule_scores, stack_scenes
 from ra_jax.demo.prepare import DemoSettings
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import initial_noise, make_remover
@@ -36,7 +35,7 @@ SMALLEST_ERROR = 1e-10  # mean squared error; limits PSNR to 100 dB
 def make_scenes(first: int, count: int) -> Scene:
     """Draw the demo's scenes number first … first + count − 1 as one `Scene` of arrays [S, ...]."""
     settings = DemoSettings()
-    return stack(draw_scenes(settings.seed, first, count, settings.size))
+    return stack_scenes(draw_scenes(settings.seed, first, count, settings.size))
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ra_jax.data.batch import FIELDS, LATENTS, LOADED, VALUES, batch_fields, check_schema, has_results
+from ra_jax.data.batch import (
+    COMPUTED_FIELDS,
+    FIELDS,
+    LATENT_KEYS,
+    LOADED_FIELDS,
+    batch_fields,
+    check_schema,
+    has_results,
+)
 
 SIZES = {"B": 2, "h": 4, "w": 6, "s": 3, "N": 5, "C4": 8, "T": 7, "D": 9}
 COMMON_KEYS = {"mask", "group_id", "record_id", "epoch", "condition_weight"}
@@ -13,7 +21,7 @@ COMMON_KEYS = {"mask", "group_id", "record_id", "epoch", "condition_weight"}
 def make_batch(parts, **changes):
     """Return a batch of zeros with these parts. `changes` replace or add keys."""
     fields = batch_fields(parts).items()
-    return {name: np.zeros(field.sized(SIZES), field.dtypes[0]) for name, field in fields} | changes
+    return {name: np.zeros(field.shape_for(SIZES), field.dtypes[0]) for name, field in fields} | changes
 
 
 @pytest.mark.parametrize(
@@ -25,7 +33,7 @@ def make_batch(parts, **changes):
         ({"latents", "results"}, {"masked_latents", "image_tokens", "result_latents"}),
         ({"photos", "latents"}, {"source", "reference", "masked_latents", "image_tokens"}),
         ({"training"}, {"sample_weight"}),
-        ({"training", "rewards"}, set(VALUES)),
+        ({"training", "rewards"}, set(COMPUTED_FIELDS)),
     ],
 )
 def test_parts_decide_the_keys_of_a_batch(parts, keys):
@@ -35,8 +43,8 @@ def test_parts_decide_the_keys_of_a_batch(parts, keys):
 
 
 def test_every_field_is_either_loaded_or_a_value_and_three_fields_are_latents():
-    assert LATENTS == ("masked_latents", "image_tokens", "result_latents")
-    assert not set(LOADED) & set(VALUES) and set(FIELDS) == set(LOADED) | set(VALUES)
+    assert LATENT_KEYS == ("masked_latents", "image_tokens", "result_latents")
+    assert not set(LOADED_FIELDS) & set(COMPUTED_FIELDS) and set(FIELDS) == set(LOADED_FIELDS) | set(COMPUTED_FIELDS)
 
 
 def test_a_batch_has_results_if_it_has_result_images_or_result_latents():

@@ -177,9 +177,9 @@ def test_buckets_are_parsed_and_invalid_ones_refused():
     [
         ({"buckets": ((16, 20),)}, '16,20 has a side that is not a multiple of 8 .* the nearest valid size is "16,16"'),
         ({"batch_size": 0}, "batch_size 0: expected at least 1"),
-        ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected at least one of 0 to 2"),
+        ({"batch_size": 3, "rows": [2, 3]}, r"rows \[2, 3\]: expected at least one row, each from 0 to 2"),
         ({"extras": {"reward": np.zeros(3)}}, "3 values: expected 21, one per record"),
-        ({"extras": {"mask": np.zeros(21)}}, "the loader uses this name"),
+        ({"extras": {"mask": np.zeros(21)}}, "batches already have this key"),
         ({"latents": True}, "latents=True with augment_masks=True: .*; set augment_masks=False"),
         ({"latents": True, "augment_masks": False}, "latents=True: expected records of a pack with latents"),
         ({"photos": False}, "photos=False and latents=False: expected at least one"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, box, square_dilation
+from ra_jax.data.masks import augment_mask, bezier_outline, bounding_box, fill_bounding_box, square_dilation
 
 
 def draw_blobs(seed, size=(48, 64)):
@@ -36,7 +36,7 @@ def test_generators_of_the_same_seed_give_the_same_mask():
 
 def test_forty_percent_of_masks_become_boxes_and_twenty_percent_are_dilated():
     mask = draw_blobs(5)
-    box_mask, dilated_mask = box(mask), square_dilation(mask, 7, 2)
+    box_mask, dilated_mask = fill_bounding_box(mask), square_dilation(mask, 7, 2)
     rng = np.random.default_rng(0)
     augmented_masks = [augment_mask(mask, rng) for _ in range(2000)]
     box_share = np.mean([np.array_equal(augmented, box_mask) for augmented in augmented_masks])
@@ -51,7 +51,7 @@ def test_box_fills_the_bounding_box():
     assert bounding_box(mask) == (2, 1, 6, 5)
     expected = np.zeros((6, 8), bool)
     expected[1:5, 2:6] = True
-    np.testing.assert_array_equal(box(mask), expected)
+    np.testing.assert_array_equal(fill_bounding_box(mask), expected)
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (5, 64), (1, 3)])

@@ -15,7 +15,7 @@ from ra_jax.data.__main__ import main
 from ra_jax.data.batch import check_schema
 from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
-from ra_jax.data.packs import Encoding
+from ra_jax.data.packs import LatentEncoding
 from ra_jax.data.panels import Panels
 from ra_jax.data.records import check_records, load_records, scene_ids
 from ra_jax.errors import DataError
@@ -37,7 +37,7 @@ def data_file(make_data_folder):
 class FakeEncoder:
     """An encoder whose arrays depend on the panels, so that rows can be distinguished."""
 
-    encoding = Encoding("of nothing", "16,16;16,32", "no")
+    encoding = LatentEncoding("of nothing", "16,16;16,32", "no")
     buckets = BUCKETS
 
     def condition(self, panels):
@@ -169,7 +169,7 @@ def test_a_pack_can_be_loaded_by_its_name_in_tensorflow_datasets(pack):
 
 def test_a_large_pack_is_written_in_shards(data_file, tmp_path, monkeypatch):
     monkeypatch.setattr("ra_jax.data.pack_writer.SHARD_BYTES", 1)
-    monkeypatch.setattr("ra_jax.data.pack_writer.ENCODE_BATCH", 2)
+    monkeypatch.setattr("ra_jax.data.pack_writer.EXAMPLES_PER_WRITE", 2)
     write_pack(load_records(data_file), tmp_path / "packed")
     assert len(list((tmp_path / "packed/records").rglob("*array_record*"))) == 15
     from_pack, from_files = (load_batches(load_records(data), 5) for data in (tmp_path / "packed", data_file))

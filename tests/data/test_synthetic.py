@@ -15,12 +15,12 @@ from ra_jax.data.synthetic import (
     apply_defects,
     candidate_strengths,
     defect_basis,
+    draw_scenes,
     make_scene,
     measure_defects,
     quantize,
     rule_scores,
-    scenes,
-    stack,
+    stack_scenes,
     write_dataset,
 )
 from ra_jax.errors import OutputError
@@ -32,7 +32,7 @@ REWARD_WEIGHTS = np.array([0.4, 0.3, 0.3])
 @pytest.fixture(scope="module", params=[32, 64])
 def scene_stack(request):
     """A stack of 60 scenes of 32 or 64 px."""
-    return stack(scenes(seed=5, first=0, count=60, size=request.param))
+    return stack_scenes(draw_scenes(seed=5, first=0, count=60, size=request.param))
 
 
 def single_defect(defect, strength):
@@ -54,9 +54,9 @@ def test_a_scene_looks_the_same_at_any_size():
 
 
 def test_a_scene_depends_on_its_seed_and_number_alone():
-    from_several, alone = scenes(3, 0, 5, 32)[4], scenes(3, 4, 1, 32)[0]
+    from_several, alone = draw_scenes(3, 0, 5, 32)[4], draw_scenes(3, 4, 1, 32)[0]
     assert all(np.array_equal(getattr(from_several, name), getattr(alone, name)) for name in vars(alone))
-    assert not np.array_equal(from_several.truth, scenes(4, 4, 1, 32)[0].truth)
+    assert not np.array_equal(from_several.truth, draw_scenes(4, 4, 1, 32)[0].truth)
 
 
 def test_size_below_16_is_refused():
@@ -65,7 +65,7 @@ def test_size_below_16_is_refused():
 
 
 def test_the_mask_covers_the_object_and_does_not_touch_the_border():
-    scene_stack = stack(scenes(7, 0, 300, 32))
+    scene_stack = stack_scenes(draw_scenes(7, 0, 300, 32))
     area = scene_stack.mask.mean((1, 2))
     assert area.min() > 0.03 and area.max() < 0.30
     assert not (scene_stack.mask[:, [0, -1]].any() or scene_stack.mask[:, :, [0, -1]].any())
@@ -114,7 +114,7 @@ def test_strengths_of_mixed_defects_are_measured_with_their_sign(scene_stack):
 
 
 def test_strengths_can_be_measured_in_8_bit_images():
-    for number, scene in enumerate(scenes(5, 0, 60, 64)):
+    for number, scene in enumerate(draw_scenes(5, 0, 60, 64)):
         strengths = candidate_strengths("no_clean", 5, number)
         image = quantize(apply_defects(scene, strengths)) / 255
         assert np.abs(measure_defects(image, scene) - strengths).max() < 0.03
@@ -130,7 +130,7 @@ def test_noise_changes_the_measured_strengths_only_slightly(scene_stack):
 
 
 def test_an_unknown_defect_is_refused():
-    scene = scenes(0, 0, 1, 32)[0]
+    scene = draw_scenes(0, 0, 1, 32)[0]
     with pytest.raises(ValueError, match=r"unknown defects \['gost'\]"):
         apply_defects(scene, {"gost": 1.0})
 
@@ -193,9 +193,9 @@ def test_another_pattern_inside_the_mask_lowers_the_removal_score(scene_stack):
 
 
 def test_stacked_scenes_give_the_same_values_as_single_scenes():
-    singles = scenes(2, 0, 3, 32)
+    singles = draw_scenes(2, 0, 3, 32)
     images = [apply_defects(scene, dict.fromkeys(DEFECTS, 0.5)) for scene in singles]
-    scene_stack = stack(singles)
+    scene_stack = stack_scenes(singles)
     for function in (rule_scores, measure_defects):
         expected = np.stack([function(image, scene) for image, scene in zip(images, singles, strict=True)])
         np.testing.assert_allclose(function(np.stack(images), scene_stack), expected, atol=1e-5)

@@ -63,7 +63,7 @@ def test_the_report_lists_every_mismatch(copied_folder, change_tensors):
     with pytest.raises(WeightError) as error:
         load_flux(copied_folder)
     report = str(error.value)
-    assert f"the tensors in {copied_folder / 'transformer'} do not match its config.json" in report
+    assert f"the tensors in {copied_folder / 'transformer'} do not match the config.json there" in report
     assert "2 missing (the model needs them):\n  transformer_blocks.1.attn.to_q.weight [16, 16]\n" in report
     assert "  x_embedder.bias [16]\n" in report
     assert "1 unexpected (the model has no parameters for them):\n  controlnet.weight [2, 3]\n" in report

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ra_jax.data.masks import bounding_box
-from ra_jax.data.synthetic import DEFECTS, apply_defects, scenes, stack
+from ra_jax.data.synthetic import DEFECTS, apply_defects, draw_scenes, stack_scenes
 from ra_jax.rewards import removal as rewards
 from ra_jax.rewards.lpips import lpips_network
 from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewards, total_reward
@@ -171,7 +171,7 @@ DEFECTS_OF_SCORE = {"removal": ["ghost"], "background": ["cast"], "smoothness": 
 def scores_by_image(request):
     """Return scores [24, 3] by name of the image: ground truth, five strengths of each defect, and other fillings."""
     size, has_target = request.param
-    views = stack(scenes(5, 0, 24, size))
+    views = stack_scenes(draw_scenes(5, 0, 24, size))
     mask = views.mask.astype(np.float32)
     inside = mask[..., None]
     images = {"truth": views.truth, "source": views.source, "pasted": paste_objects(views)}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ra_jax.aot.abstract_step import batch_shapes, read_geometry
-from ra_jax.data.batch import VALUES, batch_fields, check_schema
+from ra_jax.data.batch import COMPUTED_FIELDS, batch_fields, check_schema
 from ra_jax.data.pack_writer import write_pack
-from ra_jax.data.packs import Encoding
+from ra_jax.data.packs import LatentEncoding
 from ra_jax.data.records import load_records
 from ra_jax.interop.diffusers import encoders_fingerprint
 from ra_jax.training.dataset import batch_parts, load_run_data, single_record_loader, training_loader
@@ -33,7 +33,7 @@ def standard(scored_scenes):
 @pytest.fixture(scope="module")
 def packed(scored_scenes, tiny_fill, tiny_redux, tmp_path_factory):
     """A pack of the triplets whose latents are zeros, with the metadata of training with "32,32" and float32."""
-    encoding = Encoding(encoders_fingerprint(str(tiny_fill), str(tiny_redux)), "32,32", "no")
+    encoding = LatentEncoding(encoders_fingerprint(str(tiny_fill), str(tiny_redux)), "32,32", "no")
     condition = {"masked_latents": np.zeros((32, 16), np.float32), "image_tokens": np.zeros((4, 32), np.float32)}
     encoder = SimpleNamespace(
         encoding=encoding,
@@ -93,10 +93,10 @@ def test_batches_outside_of_steps(make_config):
 def test_values_of_records_are_those_of_the_schema(make_config, flags):
     config = make_config(**flags)
     data, parts = load_run_data(config), batch_parts(config, results=True, latents=False)
-    assert data.values.keys() == batch_fields(parts).keys() & VALUES.keys()
+    assert data.values.keys() == batch_fields(parts).keys() & COMPUTED_FIELDS.keys()
     for name, values in data.values.items():
-        assert str(values.dtype) in VALUES[name].dtypes
-        assert values.shape == VALUES[name].sized({"B": len(data.records)})
+        assert str(values.dtype) in COMPUTED_FIELDS[name].dtypes
+        assert values.shape == COMPUTED_FIELDS[name].shape_for({"B": len(data.records)})
 
 
 def test_batch_shapes_of_ahead_of_time_compilation_are_those_of_the_loader(make_config):
