@@ -27,10 +27,10 @@ echo "3/3 removal"
 
 cat <<END
 
-Done. Look at
-  $run/previews/    source | mask | result | ground truth, at step 0 (the base alone) and as training went on
-  $run/curves.png   losses, ratio, clipping, experts, drift; the numbers are in metrics.jsonl beside it
-  $removals/        the object removed from held-out scenes (originals: $held_out/input, truth: $held_out/gt)
+Done. Results:
+  $run/previews/    source | mask | result | ground truth, at step 0 (the base alone) and later steps
+  $run/curves.png   losses, ratio, clipping, experts, drift; the numbers are in $run/metrics.jsonl
+  $removals/        removals of held-out scenes (sources: $held_out/input, ground truth: $held_out/gt)
 
-Every other command wants the environment active: source $venv/bin/activate
+Before you run other commands, activate the environment: source $venv/bin/activate
 END

@@ -5,25 +5,25 @@
 # 3.13. A version is searched on PATH and then in pyenv's folder, because a shim of pyenv may be on PATH and not run. If
 # $PYTHON is set, only $PYTHON is tried.
 find_python() {
-    local name candidate
+    local name command
     [ -z "${PYTHON:-}" ] || set -- "$PYTHON"
     for name in "$@"; do
-        while read -r candidate; do
-            case $(version_of "$candidate") in
+        while read -r command; do
+            case $(version_of "$command") in
             3.1[1-9] | 3.[2-9][0-9])
-                echo "$candidate"
+                echo "$command"
                 return
                 ;;
             esac
-        done < <(candidates "$name")
+        done < <(list_commands "$name")
     done
     echo "No Python 3.11 or later runs as $(sed 's/ /, /g' <<<"$*"):" \
-        "install one, or name it: PYTHON=/path/to/python bash $0" >&2
+        "install one, or give its path: PYTHON=/path/to/python bash $0" >&2
     return 1
 }
 
-# candidates NAME prints the commands to try for NAME, one per line.
-candidates() {
+# list_commands NAME prints the commands to try for NAME, one per line.
+list_commands() {
     local root
     if [[ ! $1 =~ ^[0-9]+\.[0-9]+$ ]]; then
         echo "$1"
@@ -44,7 +44,7 @@ version_of() {
 # The folder is .venv, or .venv-X.Y if .venv has another version of Python. The function makes the environment if it does
 # not exist. It installs the package unless the same extras and versions are installed already.
 environment() {
-    local python=$1 version extra extras= stamp wanted
+    local python=$1 version extra extras= stamp checksum
     version=$(version_of "$python")
     venv=.venv
     if [ -e .venv ] && [ "$(version_of .venv/bin/python)" != "$version" ]; then
@@ -60,8 +60,8 @@ environment() {
     done
     extras=${extras#,}
     stamp="$venv/installed-${extras:-base}"
-    wanted=$(cat pyproject.toml constraints.txt | cksum)
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    checksum=$(cat pyproject.toml constraints.txt | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$checksum" ]; then
         return
     fi
     if [ ! -x "$venv/bin/pip" ]; then
@@ -69,5 +69,5 @@ environment() {
     fi
     echo "Installing ra_jax${extras:+[$extras]} (the first time takes some minutes)"
     "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
-    echo "$wanted" >"$stamp"
+    echo "$checksum" >"$stamp"
 }

@@ -13,7 +13,7 @@ set -euo pipefail
 photos=${1:?usage: scripts/real_photos.sh PHOTOS [BASE] [OUTPUT] [SIZE] [STEPS]}
 base=${2:-output/demo} output=${3:-output/photos} size=${4:-128} steps=${5:-200}
 for file in "$photos"/{labeled_dict,labeled_tensor,triplets}.json "$base"/tiny_flux_fill; do
-    [ -e "$file" ] || { echo "$file is missing: give a folder of scored photos, and make the base by python -m ra_jax.demo" >&2; exit 1; }
+    [ -e "$file" ] || { echo "$file: not found; PHOTOS needs the scored photos, and python -m ra_jax.demo makes BASE" >&2; exit 1; }
 done
 tiny=(
     --pretrained_model_name_or_path "$base/tiny_flux_fill" --pretrained_redux_model_name_or_path "$base/tiny_redux"

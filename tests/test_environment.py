@@ -83,12 +83,12 @@ class Machine:
             check=False,
         )
 
-    def found(self, *names: str, **environment: str) -> str:
-        done = self.run(f"find_python {' '.join(names)}", **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+    def find(self, *names: str, **environment: str) -> str:
+        result = self.run(f"find_python {' '.join(names)}", **environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
-    def started(self) -> list[str]:
+    def read_log(self) -> list[str]:
         """Return the calls of interpreters, pip and ruff since the last call of this method, one line each."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
@@ -103,54 +103,54 @@ def machine(tmp_path):
 def test_the_first_version_that_runs_is_found(machine):
     machine.python("python3.12", "3.12")
     machine.python("python3.11", "3.11")
-    assert machine.found("3.11", "3.12", "3.13") == "python3.11"
-    assert machine.found("3.13", "3.12", "3.11") == "python3.12"
+    assert machine.find("3.11", "3.12", "3.13") == "python3.11"
+    assert machine.find("3.13", "3.12", "3.11") == "python3.12"
 
 
-def test_behind_a_shim_that_does_not_run_pyenvs_newest_is_found(machine):
+def test_pyenvs_newest_version_is_found_if_its_shim_does_not_run(machine):
     machine.install_pyenv("3.13.0", "3.13.9", "3.13.10", "3.13.11t", "3.12.1")
-    assert machine.found("3.13", "3.12") == str(machine.pyenv / "versions/3.13.10/bin/python")
+    assert machine.find("3.13", "3.12") == str(machine.pyenv / "versions/3.13.10/bin/python")
     machine.python("python3.13", "3.13")
-    assert machine.found("3.13", "3.12") == "python3.13"
+    assert machine.find("3.13", "3.12") == "python3.13"
 
 
-def test_an_older_python_is_passed_over(machine):
+def test_a_python_before_311_is_skipped(machine):
     machine.python("python3", "3.10")
     machine.python("python", "3.14")
-    assert machine.found("3.11", "python3", "python") == "python"
+    assert machine.find("3.11", "python3", "python") == "python"
 
 
-def test_the_users_python_is_taken_or_refused(machine):
+def test_the_users_python_is_used_or_refused(machine):
     machine.python("python3.11", "3.11")
     chosen = machine.python(machine.project / "my pythons" / "python", "3.12")
-    assert machine.found("3.11", PYTHON=str(chosen)) == str(chosen)
-    assert machine.found("3.12", PYTHON="3.11") == "python3.11"
-    done = machine.run("python=$(find_python 3.11); echo not reached", PYTHON="/nowhere/python")
-    assert done.returncode != 0 and done.stdout == ""
-    assert "No Python 3.11 or later runs as /nowhere/python" in done.stderr
+    assert machine.find("3.11", PYTHON=str(chosen)) == str(chosen)
+    assert machine.find("3.12", PYTHON="3.11") == "python3.11"
+    result = machine.run("python=$(find_python 3.11); echo not reached", PYTHON="/nowhere/python")
+    assert result.returncode != 0 and result.stdout == ""
+    assert "No Python 3.11 or later runs as /nowhere/python" in result.stderr
 
 
-def test_where_there_is_none_the_error_says_what_was_looked_for(machine):
+def test_without_a_python_the_error_lists_the_names_that_were_tried(machine):
     machine.python("python3", "3.9")
-    done = machine.run("find_python 3.13 3.12 python3")
-    assert done.returncode != 0 and done.stdout == ""
-    assert "No Python 3.11 or later runs as 3.13, 3.12, python3: install one, or name it: PYTHON=" in done.stderr
+    result = machine.run("find_python 3.13 3.12 python3")
+    assert result.returncode != 0 and result.stdout == ""
+    assert "No Python 3.11 or later runs as 3.13, 3.12, python3: install one, or give its path" in result.stderr
 
 
-def test_the_folder_has_the_version_where_another_has_taken_its_place(machine):
+def test_a_second_version_gets_a_folder_with_the_version_in_its_name(machine):
     for version in ("3.11", "3.13"):
         machine.python(f"python{version}", version)
     expected = [("python3.11", ".venv", "3.11"), ("python3.13", ".venv-3.13", "3.13"), ("python3.11", ".venv", "3.11")]
     for python, folder, version in expected:
-        done = machine.run(f'environment {python} test; echo "venv=$venv"')
-        assert done.returncode == 0, done.stderr
-        assert f"Environment: {folder}, Python {version}\n" in done.stdout
-        assert done.stdout.endswith(f"venv={folder}\n")
+        result = machine.run(f'environment {python} test; echo "venv=$venv"')
+        assert result.returncode == 0, result.stderr
+        assert f"Environment: {folder}, Python {version}\n" in result.stdout
+        assert result.stdout.endswith(f"venv={folder}\n")
         assert (machine.project / folder / "bin" / "python").exists()
-    assert [line.split()[0] for line in machine.started()] == [".venv/bin/pip", ".venv-3.13/bin/pip"]
+    assert [line.split()[0] for line in machine.read_log()] == [".venv/bin/pip", ".venv-3.13/bin/pip"]
 
 
-def test_a_folder_whose_python_does_not_run_stays(machine):
+def test_an_environment_whose_python_does_not_run_is_not_changed(machine):
     machine.python("python3.12", "3.12")
     (machine.project / ".venv").mkdir()
     assert "Environment: .venv-3.12, Python 3.12\n" in machine.run("environment python3.12").stdout
@@ -158,86 +158,86 @@ def test_a_folder_whose_python_does_not_run_stays(machine):
 
 
 @pytest.mark.parametrize(("version", "extras"), [("3.11", "test,torch,packs"), ("3.12", "test,packs")])
-def test_torch_is_installed_on_311_alone_and_again_when_pins_change(machine, version, extras):
+def test_torch_is_installed_on_311_only_and_packages_again_if_pins_change(machine, version, extras):
     machine.python("python", version)
     install = "environment python test torch packs"
     for _ in range(2):
         assert machine.run(install).returncode == 0
-    (line,) = machine.started()
+    (line,) = machine.read_log()
     assert line.endswith(f"-c constraints.txt -e .[{extras}]")
     with (machine.project / "constraints.txt").open("a") as file:
         file.write("another==1.0\n")
     assert machine.run(install).returncode == 0
-    assert machine.started() == [line]
+    assert machine.read_log() == [line]
     assert machine.run("environment python").returncode == 0
-    assert machine.started()[0].endswith("-c constraints.txt -e .")
+    assert machine.read_log()[0].endswith("-c constraints.txt -e .")
 
 
 def test_an_installation_that_failed_is_tried_again(machine):
     machine.python("python", "3.12")
     machine.write(machine.pip, "#!{bash}\nexit 1\n")
-    done = machine.run("environment python; echo not reached")
-    assert done.returncode == 1 and "not reached" not in done.stdout
+    result = machine.run("environment python; echo not reached")
+    assert result.returncode == 1 and "not reached" not in result.stdout
     machine.write(machine.project / ".venv/bin/pip", PIP, log=machine.log)
     assert machine.run("environment python").returncode == 0
-    assert len(machine.started()) == 1
+    assert len(machine.read_log()) == 1
 
 
 def test_the_suite_prefers_311_and_passes_its_arguments_on(machine):
     machine.python("python3.13", "3.13")
     assert machine.start("scripts/test.sh", "tests/data", "-x").returncode == 0
-    pip, *ruff, pytest = machine.started()
+    pip, *ruff, pytest = machine.read_log()
     assert pip.endswith("-e .[test,metrics,packs]")
     assert [line.split()[:2] for line in ruff] == [[".venv/bin/ruff", word] for word in ("check", "format")]
     assert pytest.startswith(".venv/bin/python -m pytest ") and pytest.endswith(" tests/data -x")
     machine.python("python3.11", "3.11")
     assert machine.start("scripts/test.sh").returncode == 0
-    pip, *_, pytest = machine.started()
+    pip, *_, pytest = machine.read_log()
     assert pip.startswith(".venv-3.11/bin/pip ") and pip.endswith("-e .[test,torch,metrics,packs]")
     assert pytest.startswith(".venv-3.11/bin/python -m pytest ")
     assert machine.start("scripts/test.sh", PYTHON="python3.13").returncode == 0
-    assert machine.started()[-1].startswith(".venv/bin/python -m pytest ")
+    assert machine.read_log()[-1].startswith(".venv/bin/python -m pytest ")
 
 
-def test_the_demo_takes_the_newest_python_that_is_pinned(machine):
+def test_the_demo_uses_the_newest_python_that_is_pinned(machine):
     for version in ("3.11", "3.12", "3.14"):
         machine.python(f"python{version}", version)
-    done = machine.start("scripts/demo.sh", "--learning_rate", "1e-3")
-    assert done.returncode == 0, done.stderr
-    assert "Environment: .venv, Python 3.12\n" in done.stdout
-    assert done.stdout.endswith("source .venv/bin/activate\n")
-    _, *programs = machine.started()
+    result = machine.start("scripts/demo.sh", "--learning_rate", "1e-3")
+    assert result.returncode == 0, result.stderr
+    assert "Environment: .venv, Python 3.12\n" in result.stdout
+    assert result.stdout.endswith("source .venv/bin/activate\n")
+    _, *programs = machine.read_log()
     names = ["demo", "train", "infer"]
     assert [line.split()[:3] for line in programs] == [[".venv/bin/python", "-m", f"ra_jax.{name}"] for name in names]
     assert "--learning_rate 1e-3" in programs[1]
 
 
-def suites_of(machine) -> list[str]:
-    return [line.split()[0] for line in machine.started() if " -m pytest " in line]
+def list_suites(machine) -> list[str]:
+    return [line.split()[0] for line in machine.read_log() if " -m pytest " in line]
 
 
 def test_ci_tests_on_311_and_on_the_newest_pinned(machine):
     machine.install_pyenv("3.12.1", "3.13.0")
     machine.python("python3.11", "3.11")
-    done = machine.start(".ci/run", PYTHON="python3.11")
-    assert done.returncode == 0, done.stderr
-    assert suites_of(machine) == [".venv/bin/python", ".venv-3.13/bin/python"]
+    result = machine.start(".ci/run", PYTHON="python3.11")
+    assert result.returncode == 0, result.stderr
+    assert list_suites(machine) == [".venv/bin/python", ".venv-3.13/bin/python"]
 
 
-def test_ci_says_where_no_newer_python_is(machine):
+def test_ci_says_that_no_newer_python_was_found(machine):
     machine.python("python3.11", "3.11")
-    done = machine.start(".ci/run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("Not tested on the newest JAX: no Python 3.13 or 3.12 was found\n")
-    assert suites_of(machine) == [".venv/bin/python"]
+    result = machine.start(".ci/run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("Not tested on the newest JAX: no Python 3.13 or 3.12 was found\n")
+    assert list_suites(machine) == [".venv/bin/python"]
 
 
-def test_ci_needs_311_and_ends_where_a_suite_fails(machine):
+def test_ci_needs_311_and_ends_if_a_suite_fails(machine):
     machine.python("python3.13", "3.13")
-    done = machine.start(".ci/run")
-    assert done.returncode != 0 and "No Python 3.11 or later runs as 3.11" in done.stderr
-    assert suites_of(machine) == []
+    result = machine.start(".ci/run")
+    assert result.returncode != 0 and "No Python 3.11 or later runs as 3.11" in result.stderr
+    assert list_suites(machine) == []
     failing = PYTHON.replace(">>{log} ;;", ">>{log}; exit 1 ;;")
     machine.write(machine.bin / "python3.11", failing, version="3.11", pip=machine.pip, log=machine.log)
     assert machine.start(".ci/run").returncode == 1
-    assert suites_of(machine) == [".venv/bin/python"]
+    assert list_suites(machine) == [".venv/bin/python"]

@@ -21,20 +21,20 @@ CASES = [
 ]
 
 
-def start(script: str, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
+def run_script(script: str, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
     name, *command = script.split()
-    known = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    inherited = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     return subprocess.run(
         ["bash", ROOT / "scripts" / "launch" / name, "--dry_run", *command, *arguments],
-        env=known | environment,
+        env=inherited | environment,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def test_a_dry_run_is_one_wherever_it_stands():
-    done = start("gpu.sh", {"GPUS": "2"}, *FLAGS)
+def test_dry_run_may_be_at_any_position():
+    result = run_script("gpu.sh", {"GPUS": "2"}, *FLAGS)
     last = subprocess.run(
         ["bash", ROOT / "scripts" / "launch" / "gpu.sh", *FLAGS, "--dry_run"],
         env={"PATH": os.environ["PATH"], "GPUS": "2"},
@@ -42,21 +42,21 @@ def test_a_dry_run_is_one_wherever_it_stands():
         text=True,
         check=False,
     )
-    assert last.stdout == done.stdout
-    assert "export CUDA_VISIBLE_DEVICES=2\n" in done.stdout and "export JAX_PLATFORMS=cuda" in done.stdout
+    assert last.stdout == result.stdout
+    assert "export CUDA_VISIBLE_DEVICES=2\n" in result.stdout and "export JAX_PLATFORMS=cuda" in result.stdout
 
 
-def test_flags_of_the_users_own_come_last_and_win():
-    done = start("gpu.sh", {"GPUS": "2", "XLA_FLAGS": "--xla_own=1"}, *FLAGS)
-    (flags,) = [shlex.split(line)[1] for line in done.stdout.splitlines() if line.startswith("export XLA_FLAGS")]
+def test_xla_flags_of_the_user_come_last():
+    result = run_script("gpu.sh", {"GPUS": "2", "XLA_FLAGS": "--xla_own=1"}, *FLAGS)
+    (flags,) = [shlex.split(line)[1] for line in result.stdout.splitlines() if line.startswith("export XLA_FLAGS")]
     assert flags.startswith("XLA_FLAGS=--xla_gpu") and flags.endswith(" --xla_own=1")
 
 
 @pytest.mark.parametrize(("script", "environment", "expected"), CASES, ids=[f"{c[0]}-{len(c[1])}" for c in CASES])
 def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment, expected):
-    done = start(script, environment, *FLAGS)
-    assert done.returncode == 0, done.stderr
-    commands = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("export ")]
+    result = run_script(script, environment, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("export ")]
     if expected is not None:
         assert commands == [expected]
         return
@@ -67,12 +67,12 @@ def test_a_dry_run_prints_the_command_with_its_flags_quoted(script, environment,
 
 
 @pytest.mark.parametrize(("script", "environment"), [(case[0], case[1]) for case in CASES])
-def test_without_flags_a_script_tells_its_usage(script, environment):
-    done = start(script, environment)
-    assert done.returncode == 2 and f"scripts/launch/{script.split()[0]}" in done.stderr
+def test_without_flags_a_script_prints_its_usage(script, environment):
+    result = run_script(script, environment)
+    assert result.returncode == 2 and f"scripts/launch/{script.split()[0]}" in result.stderr
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh train", "tpu_queued.sh", "xpk.sh"])
-def test_what_a_script_needs_is_named(script):
-    done = start(script, {}, *FLAGS)
-    assert done.returncode == 2 and "is not set" in done.stderr
+def test_a_missing_variable_is_named(script):
+    result = run_script(script, {}, *FLAGS)
+    assert result.returncode == 2 and "is not set" in result.stderr

@@ -26,7 +26,7 @@ NO_COMMAND_LINE = ("contenders.py", "held_out.py")
 
 
 @pytest.fixture(autouse=True)
-def own_modules():
+def remove_scripts():
     """Remove imported scripts from sys.modules after each test, so that no test gets a module of another."""
     yield
     for path in PROGRAMS:
@@ -34,8 +34,8 @@ def own_modules():
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """script(folder, name) -> the module of a script."""
+def load_script(monkeypatch):
+    """load_script(folder, name) -> the module of a script."""
 
     def load(folder, name):
         monkeypatch.syspath_prepend(SCRIPTS / folder)
@@ -90,16 +90,16 @@ def test_a_script_imports_no_other_script_but_held_out(path):
     assert imported_names(ast.parse(path.read_text(encoding="utf-8"))) & scripts <= {"held_out"} - {path.stem}
 
 
-def test_the_reward_by_chance_is_found_by_the_name_that_the_experiment_gives_it(script):
-    experiment = script("experiments", "automatic_rewards")
+def test_training_finds_the_chance_reward_by_its_name(load_script):
+    experiment = load_script("experiments", "automatic_rewards")
     (reward,) = parse_rewards(experiment.METHODS["chance"]["reward_functions"], (0.4, 0.3, 0.3), False)
     image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))
     values = reward.function(RewardInputs(image, image, jnp.ones((64, 8, 8))))
     assert values.shape == (64,) and 0 <= values.min() < 0.1 and 0.9 < values.max() < 1
 
 
-def test_another_interpreter_does_not_inherit_xla_flags(script, tmp_path, monkeypatch):
-    against = script("benchmarks", "against_diffusers")
+def test_another_interpreter_does_not_inherit_xla_flags(load_script, tmp_path, monkeypatch):
+    against = load_script("benchmarks", "against_diffusers")
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_another_version=1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
     own = against.child_environment(sys.executable)
@@ -116,19 +116,19 @@ def test_another_interpreter_does_not_inherit_xla_flags(script, tmp_path, monkey
     ("changes", "message"),
     [
         ({"contenders": ("ra_jax", "theirs")}, "--contenders ra_jax theirs: expected some of ra_jax, diffusers"),
-        ({"contenders": ("diffusers + PEFT",)}, "ra_jax among them"),
+        ({"contenders": ("diffusers + PEFT",)}, "including ra_jax"),
         ({"geometries": ("tiny", "huge")}, "--geometries huge: expected some of tiny, small, wide, flux, flux_6"),
         ({"our_python": (sys.executable, "/no/python")}, "--our_python /no/python: no such program"),
     ],
 )
-def test_against_diffusers_names_what_it_does_not_know(script, changes, message):
-    against = script("benchmarks", "against_diffusers")
+def test_against_diffusers_refuses_names_that_it_does_not_know(load_script, changes, message):
+    against = load_script("benchmarks", "against_diffusers")
     with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
         against.check(against.Bench(**changes))
 
 
-def test_contenders_know_the_names_and_sizes_that_against_diffusers_passes(script):
-    against, contenders = (script("benchmarks", name) for name in ("against_diffusers", "contenders"))
+def test_contenders_know_the_names_and_sizes_that_against_diffusers_passes(load_script):
+    against, contenders = (load_script("benchmarks", name) for name in ("against_diffusers", "contenders"))
     assert tuple(contenders.WORKERS) == (against.OURS, against.THEIRS, against.ONE_LORA) == against.CONTENDERS
     for sizes in (against.GEOMETRIES | against.LARGE).values():
         geometry = contenders.parse_geometry(json.dumps(sizes))
@@ -136,17 +136,17 @@ def test_contenders_know_the_names_and_sizes_that_against_diffusers_passes(scrip
 
 
 @pytest.mark.torch
-def test_contenders_train_the_same_number_of_parameters(script):
+def test_contenders_train_the_same_number_of_parameters(load_script):
     import torch
 
-    contenders = script("benchmarks", "contenders")
+    contenders = load_script("benchmarks", "contenders")
     geometry = contenders.Geometry(2, 32, 1, 1, (2, 4), context=8, batch=1, joint_dim=32, pooled_dim=16, rank=4)
-    _, theirs = contenders.their_model(geometry, "cpu", torch.float32)
+    _, theirs = contenders.make_their_model(geometry, "cpu", torch.float32)
     expected = sum(parameter.numel() for parameter in theirs)
     for experts, rank in ((3, 4), (1, 12)):
-        step, arguments = contenders.our_step(geometry, experts, rank, "none")
+        step, arguments = contenders.make_our_step(geometry, experts, rank, "none")
         assert sum(x.size for x in jax.tree.leaves(arguments[0].trainable["flux"])) == expected
         state, metrics = jax.eval_shape(step, *arguments)
         assert metrics["base_loss"].shape == (1,)
         assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
-    assert contenders.our_flops(geometry, arguments[0].trainable["flux"]) > 0
+    assert contenders.count_our_flops(geometry, arguments[0].trainable["flux"]) > 0

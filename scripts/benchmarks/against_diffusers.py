@@ -87,11 +87,11 @@ def is_this_python(python: str) -> bool:
 
 def child_environment(python: str) -> dict[str, str]:
     """Return the environment variables for a contender that `python` runs: those of this process, with exceptions."""
-    dropped = {"JAX_COMPILATION_CACHE_DIR"}  # compile times are measured, so nothing may be cached
+    removed = {"JAX_COMPILATION_CACHE_DIR"}  # compile times are measured, so nothing may be cached
     if not is_this_python(python):
-        dropped.add("XLA_FLAGS")  # another JAX version aborts at a flag that it does not know
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # contenders may share a GPU
+        removed.add("XLA_FLAGS")  # another JAX version aborts at a flag that it does not know
+    variables = {name: value for name, value in os.environ.items() if name not in removed}
+    return variables | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # contenders may share a GPU
 
 
 class Contender:
@@ -118,7 +118,8 @@ class Contender:
 
     def _answer(self) -> dict:
         if not (line := self._process.stdout.readline()):
-            sys.exit(f"{self._process.args[2]} by {self._process.args[0]} came to an end: its error stands above")
+            python, _, name, *_ = self._process.args
+            sys.exit(f"contender {name}, run by {python}, ended; its error is printed above")
         return json.loads(line)
 
     def step(self) -> dict[str, float]:
@@ -142,57 +143,60 @@ def measure(bench: Bench, geometry: Sizes, *, together: bool) -> dict[str, dict]
     Returns:
         for each contender, by name and versions: median `seconds` of a step, `peak` memory in bytes, and its facts.
     """
-    everyone = [
-        (who, python)
-        for who in bench.contenders
-        for python in ((sys.executable,) if who == THEIRS else bench.our_python)
+    programs = [
+        (name, python)
+        for name in bench.contenders
+        for python in ((sys.executable,) if name == THEIRS else bench.our_python)
     ]
-    found = {}
-    for at_once in [everyone] if together else [[one] for one in everyone]:
-        contenders = [Contender(who, python, geometry, bench) for who, python in at_once]
+    results = {}
+    for simultaneous in [programs] if together else [[program] for program in programs]:
+        contenders = [Contender(name, python, geometry, bench) for name, python in simultaneous]
         rounds = [[contender.step() for contender in contenders] for _ in range(bench.rounds)]
         for contender, steps in zip(contenders, zip(*rounds, strict=True), strict=True):
             contender.close()
             seconds = float(np.median([step["seconds"] for step in steps]))
             figures = {"seconds": seconds, "peak": max(step["peak"] for step in steps), **contender.facts}
             name = f"{figures['contender']} ({figures['versions']})"
-            if name in found:
-                sys.exit(f"--our_python names {figures['versions']} twice: give interpreters that differ")
-            found[name] = figures
-    return found
+            if name in results:
+                sys.exit(
+                    f"--our_python: two interpreters have {figures['versions']}; give interpreters that differ in the "
+                    "version of Python or JAX"
+                )
+            results[name] = figures
+    return results
 
 
 def compare(bench: Bench, name: str) -> dict[str, dict]:
     """Run `measure` on a geometry, print a row for each contender, and return the figures."""
-    found = measure(bench, (GEOMETRIES | LARGE)[name], together=name not in LARGE)
-    if len({figures["trained"] for figures in found.values()}) > 1:
-        sys.exit(f"{name}: the contenders train different numbers of parameters: {found}")
-    mine = next(figures for figures in found.values() if figures["contender"] == OURS)
-    for who, figures in found.items():
-        ratio = figures["seconds"] / mine["seconds"]
+    results = measure(bench, (GEOMETRIES | LARGE)[name], together=name not in LARGE)
+    if len({figures["trained"] for figures in results.values()}) > 1:
+        sys.exit(f"{name}: the contenders train different numbers of parameters: {results}")
+    ours = next(figures for figures in results.values() if figures["contender"] == OURS)
+    for contender, figures in results.items():
+        ratio = figures["seconds"] / ours["seconds"]
         peaks = f"{figures['peak'] / 1e9:.2f} GB", f"{max(figures['peak'], figures['peak_before']) / 1e9:.2f} GB"
-        row = [name, who, f"{figures['seconds']:.3f} s", f"{ratio:.3f}", *peaks]
-        if mine["peak_flops"]:
-            row.append(f"{mine['flops'] / figures['seconds'] / mine['peak_flops']:.1%}")
+        row = [name, contender, f"{figures['seconds']:.3f} s", f"{ratio:.3f}", *peaks]
+        if ours["peak_flops"]:
+            row.append(f"{ours['flops'] / figures['seconds'] / ours['peak_flops']:.1%}")
         if figures.get("recomputes"):
             row[1] += ", recomputing blocks"
         print("| " + " | ".join(row) + " |", flush=True)
-    return found
+    return results
 
 
 def print_ratios(results: dict[str, dict[str, dict]]) -> None:
     """Print the time of diffusers' step divided by that of each ra_jax, for all geometries and as geometric mean."""
     first = next(iter(results.values()))
-    ours_ = [who for who, figures in first.items() if figures["contender"] == OURS]
-    theirs_ = next((who for who, figures in first.items() if figures["contender"] == THEIRS), None)
-    if theirs_ is None:
+    ours = [name for name, figures in first.items() if figures["contender"] == OURS]
+    theirs = next((name for name, figures in first.items() if figures["contender"] == THEIRS), None)
+    if theirs is None:
         return
     print()
-    for who in ours_:
-        ratios = [found[theirs_]["seconds"] / found[who]["seconds"] for found in results.values()]
+    for our_name in ours:
+        ratios = [figures[theirs]["seconds"] / figures[our_name]["seconds"] for figures in results.values()]
         mean = float(np.exp(np.log(ratios).mean()))
-        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in zip(results, ratios, strict=True))
-        print(f"theirs / {who}: {each}; geometric mean {mean:.2f}, least {min(ratios):.2f}")
+        by_geometry = ", ".join(f"{name} {ratio:.2f}" for name, ratio in zip(results, ratios, strict=True))
+        print(f"{THEIRS} / {our_name}: {by_geometry}; geometric mean {mean:.2f}, minimum {min(ratios):.2f}")
 
 
 def compile_seconds(blocks: int, python: str, bench: Bench) -> float:
@@ -210,31 +214,31 @@ def processor() -> str:
     if not (file := Path("/proc/cpuinfo")).exists():
         return platform.processor() or platform.machine()
     lines = (line.partition(":") for line in file.read_text().split("\n\n")[0].splitlines())
-    known = {name.strip(): value.strip() for name, _, value in lines}
-    found = [f"{title}{known[name]}" for name, title in PROCESSOR.items() if name in known]
-    return ", ".join(found) or platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    parts = [f"{title}{fields[name]}" for name, title in PROCESSOR.items() if name in fields]
+    return ", ".join(parts) or platform.machine()
 
 
 def check(bench: Bench) -> None:
     """Exit with a message if a contender, a geometry or an interpreter does not exist."""
     if OURS not in bench.contenders or not set(bench.contenders) <= set(CONTENDERS):
         sys.exit(
-            f"--contenders {' '.join(bench.contenders)}: expected some of {', '.join(CONTENDERS)}, {OURS} among them"
+            f"--contenders {' '.join(bench.contenders)}: expected some of {', '.join(CONTENDERS)}, including {OURS}"
         )
     if unknown := [name for name in bench.geometries if name not in GEOMETRIES | LARGE]:
         sys.exit(f"--geometries {' '.join(unknown)}: expected some of {', '.join(GEOMETRIES | LARGE)}")
     if missing := [python for python in bench.our_python if not shutil.which(python)]:
         sys.exit(f"--our_python {' '.join(missing)}: no such program; give the path of an interpreter that has ra_jax")
-    others = [python for python in bench.our_python if not is_this_python(python)]
-    if others and "XLA_FLAGS" in os.environ:
-        print(f"XLA_FLAGS are left out of the environment of {', '.join(others)}", file=sys.stderr)
+    other_pythons = [python for python in bench.our_python if not is_this_python(python)]
+    if other_pythons and "XLA_FLAGS" in os.environ:
+        print(f"XLA_FLAGS are not passed to {', '.join(other_pythons)}", file=sys.stderr)
 
 
 def main(bench: Bench) -> None:
     """Run the comparison and print its tables."""
     check(bench)
     print(f"{processor()}, {os.cpu_count()} CPUs\n")
-    heads = ["geometry", "contender", "a step", "of ours", "peak of steps", "in all", "MFU, where the peak is known"]
+    heads = ["geometry", "contender", "step", "ratio to ra_jax", "peak of steps", "with compilation", "MFU if known"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     results = {name: compare(bench, name) for name in bench.geometries}
     print_ratios(results)
@@ -243,11 +247,12 @@ def main(bench: Bench) -> None:
         for python in (bench.our_python if bench.compile_blocks else ())
     }
     for python, by_blocks in times.items():
-        shown = ", ".join(f"{blocks} blocks {seconds:.1f} s" for blocks, seconds in by_blocks.items())
-        print(f"compile time by {python}: {shown}; ratio {by_blocks[max(by_blocks)] / by_blocks[min(by_blocks)]:.2f}")
+        listed = ", ".join(f"{blocks} blocks {seconds:.1f} s" for blocks, seconds in by_blocks.items())
+        ratio = by_blocks[max(by_blocks)] / by_blocks[min(by_blocks)]
+        print(f"compile time by {python}: {listed}; ratio {ratio:.2f}")
     if bench.json:
         bench.json.write_text(json.dumps({"results": results, "compile": times}, indent=1))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, use_underscores=True))
+    main(tyro.cli(Bench, description=__doc__, use_underscores=True))

@@ -84,7 +84,7 @@ class Worker:
     peak: Callable[[], int]
 
 
-def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
+def make_our_model(geometry: Geometry, experts: int, rank: int, remat: str):
     """Return model, trainable and frozen weights of ra_jax; all weights are random.
 
     Args:
@@ -126,13 +126,13 @@ def our_model(geometry: Geometry, experts: int, rank: int, remat: str):
     return model, trainable, frozen
 
 
-def our_experience(model, geometry: Geometry):
+def make_our_experience(model, geometry: Geometry):
     """Return the experience of a standard step: one microbatch [1, B, ...] of random latents."""
     import jax
     import jax.numpy as jnp
 
     from ra_jax.models.conditioning import Condition
-    from ra_jax.training.step.encode import Encoded
+    from ra_jax.training.step.encode import EncodedBatch
     from ra_jax.training.step.experience import Experience
 
     rng = np.random.default_rng(0)
@@ -146,13 +146,13 @@ def our_experience(model, geometry: Geometry):
     fill = jnp.concatenate([normal(b, n, 64), jnp.asarray(masked, jnp.float32)], axis=-1)
     condition = Condition(fill, context, normal(b, geometry.pooled_dim), geometry.grid)
     region = jnp.full((b, n, 4), 1 / (4 * n), jnp.float32)
-    encoded = Encoded(condition, normal(b, n, 64), region)
+    encoded = EncodedBatch(condition, normal(b, n, 64), region)
     batch = {"record_id": jnp.arange(b), "mask": jnp.zeros((b, 1, 1), jnp.uint8)}
     batch |= {name: jnp.ones(b) for name in ("sample_weight", "condition_weight")}
     return jax.tree.map(lambda x: x[None], Experience(encoded, model.router_features(condition), batch))
 
 
-def our_flops(geometry: Geometry, trainable: dict) -> float:
+def count_our_flops(geometry: Geometry, trainable: dict) -> float:
     """Compute the FLOPs of the model in a step, without recomputation."""
     from ra_jax.models.flux import FluxConfig
     from ra_jax.parallel.partitioning import named_leaves
@@ -171,7 +171,7 @@ def our_flops(geometry: Geometry, trainable: dict) -> float:
     return step_flops(cost, StepPasses(records=geometry.batch, policy_passes=0))
 
 
-def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
+def make_our_step(geometry: Geometry, experts: int, rank: int, remat: str):
     """Return the step of ra_jax.train and its arguments: state, frozen weights, experience.
 
     Args:
@@ -189,33 +189,33 @@ def our_step(geometry: Geometry, experts: int, rank: int, remat: str):
     from ra_jax.training.build import objective_settings, step_settings
     from ra_jax.training.step.objective import Objective
     from ra_jax.training.step.state import init_state
-    from ra_jax.training.step.train_step import StepProgram, learn
+    from ra_jax.training.step.train_step import StepDefinition, learn
 
-    model, trainable, frozen = our_model(geometry, experts, rank, remat)
+    model, trainable, frozen = make_our_model(geometry, experts, rank, remat)
     config = from_flat_dict({"train_json_path": "none is read", "output_dir": "none is written"})  # a standard step
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    begin = {"seed": 0, "num_experts": experts, "temperature": 0.1, "with_old_params": False, "with_ema": False}
-    state = jax.jit(lambda trainable: init_state(trainable, optimizer, **begin))(trainable)
-    program = StepProgram(objective, optimizer, step_settings(config, ()))
+    options = {"seed": 0, "num_experts": experts, "temperature": 0.1, "with_old_params": False, "with_ema": False}
+    state = jax.jit(lambda trainable: init_state(trainable, optimizer, **options))(trainable)
+    program = StepDefinition(objective, optimizer, step_settings(config, ()))
 
     def learn_step(state, frozen, experience):
         return learn(program, state, frozen, experience, on_policy=jnp.asarray(True))
 
-    return learn_step, (state, frozen, our_experience(model, geometry))
+    return learn_step, (state, frozen, make_our_experience(model, geometry))
 
 
-def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
+def make_our_worker(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
     """Compile the step of ra_jax as ra_jax.train compiles it."""
     import jax
 
     from ra_jax.parallel.compilation import clear_jit_caches, compile_lowered
 
-    learn_step, arguments = our_step(geometry, experts, rank, options["gradient_checkpointing"])
-    since = time.perf_counter()
+    learn_step, arguments = make_our_step(geometry, experts, rank, options["gradient_checkpointing"])
+    start = time.perf_counter()
     lowered = jax.jit(learn_step, donate_argnums=0).lower(*arguments)
     compiled_step = compile_lowered(lowered, jax.default_backend())
-    seconds = time.perf_counter() - since
+    seconds = time.perf_counter() - start
     clear_jit_caches(jax.default_backend())  # as training does
     kind = jax.devices()[0].device_kind
     trainable = arguments[0].trainable["flux"]
@@ -223,15 +223,16 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
         "versions": f"JAX {jax.__version__}",
         "compile": seconds,
         "trained": sum(x.size for x in jax.tree.leaves(trainable)),
-        "flops": our_flops(geometry, trainable),
+        "flops": count_our_flops(geometry, trainable),
         "peak_flops": next((peak for name, peak in PEAKS.items() if name in kind), None),
     }
-    holder, unchanged = list(arguments[:1]), arguments[1:]
+    state, *constants = arguments
     del arguments, trainable  # the step donates its state; another reference would keep a second copy
 
     def step() -> None:
-        holder[0], metrics = compiled_step(holder[0], *unchanged)
-        jax.block_until_ready(holder[0])
+        nonlocal state
+        state, metrics = compiled_step(state, *constants)
+        jax.block_until_ready(state)
         check_finite(float(metrics["base_loss"][-1]))
 
     def device_peak() -> int:
@@ -245,7 +246,7 @@ def ours(geometry: Geometry, experts: int, rank: int, options: dict) -> Worker:
     return Worker(step, facts, device_peak if jax.default_backend() == "gpu" else host_peak)
 
 
-def their_model(geometry: Geometry, device: str, dtype):
+def make_their_model(geometry: Geometry, device: str, dtype):
     """Return diffusers' transformer with an active adapter for each expert, and the adapters' float32 parameters."""
     import torch
     from diffusers import FluxTransformer2DModel
@@ -275,7 +276,7 @@ def their_model(geometry: Geometry, device: str, dtype):
     return model.train(), trained
 
 
-def their_inputs(geometry: Geometry, device: str):
+def make_their_inputs(geometry: Geometry, device: str):
     """Return random latents [B, N, 64], Fill channels [B, N, 320], and the other inputs of the transformer by name."""
     import torch
 
@@ -299,15 +300,15 @@ def their_inputs(geometry: Geometry, device: str):
     return clean, fill, named
 
 
-def theirs(geometry: Geometry, options: dict) -> Worker:
+def make_their_worker(geometry: Geometry, options: dict) -> Worker:
     """Return the step of diffusers and PEFT; on a GPU it is compiled."""
     import torch
 
     device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model, trained = their_model(geometry, device, dtype)
+    model, trained = make_their_model(geometry, device, dtype)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
-    clean, fill, named = their_inputs(geometry, device)
+    clean, fill, named = make_their_inputs(geometry, device)
 
     def step() -> None:
         noise, t = torch.randn_like(clean), torch.rand(len(clean), device=device)
@@ -325,11 +326,11 @@ def theirs(geometry: Geometry, options: dict) -> Worker:
 
     facts = {"versions": f"PyTorch {torch.__version__}", "trained": sum(parameter.numel() for parameter in trained)}
     if on_gpu:
-        facts |= compile_theirs(step, model, optimizer)
+        facts |= compile_their_step(step, model, optimizer)
     return Worker(step, facts, torch.cuda.max_memory_allocated if on_gpu else host_peak)
 
 
-def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
+def compile_their_step(step: Callable[[], None], model, optimizer) -> dict:
     """Take a first step on a GPU, which compiles; if memory runs out, recompute blocks and take it again.
 
     Returns:
@@ -337,7 +338,7 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
     """
     import torch
 
-    since, fits = time.perf_counter(), True
+    start, fits = time.perf_counter(), True
     try:
         step()
     except torch.cuda.OutOfMemoryError:
@@ -347,16 +348,16 @@ def compile_theirs(step: Callable[[], None], model, optimizer) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
         model.enable_gradient_checkpointing()
-        since = time.perf_counter()
+        start = time.perf_counter()
         step()
     torch.cuda.reset_peak_memory_stats()
-    return {"compile": time.perf_counter() - since, "recomputes": model.is_gradient_checkpointing}
+    return {"compile": time.perf_counter() - start, "recomputes": model.is_gradient_checkpointing}
 
 
 def check_finite(loss: float) -> None:
     """Exit if the loss is not finite: products with NaN or infinity take less time, so the step would be too fast."""
     if not math.isfinite(loss):
-        sys.exit(f"the loss is {loss}")
+        sys.exit(f"loss = {loss}: expected a finite number; times with NaN or infinity are too low")
 
 
 def host_peak() -> int:
@@ -365,13 +366,13 @@ def host_peak() -> int:
 
 
 WORKERS = {  # the keys are the names that against_diffusers.py passes
-    "ra_jax": lambda geometry, options: ours(geometry, EXPERTS, geometry.rank, options),
-    "diffusers + PEFT": theirs,
-    "ra_jax, one LoRA": lambda geometry, options: ours(geometry, 1, EXPERTS * geometry.rank, options),
+    "ra_jax": lambda geometry, options: make_our_worker(geometry, EXPERTS, geometry.rank, options),
+    "diffusers + PEFT": make_their_worker,
+    "ra_jax, one LoRA": lambda geometry, options: make_our_worker(geometry, 1, EXPERTS * geometry.rank, options),
 }
 
 
-def work(contender: str, geometry: Geometry, options: dict) -> None:
+def serve_steps(contender: str, geometry: Geometry, options: dict) -> None:
     """Print a contender's facts; then take a step for each line on stdin and print its time and memory."""
     worker = WORKERS[contender](geometry, options)
     for _ in range(2):
@@ -381,9 +382,9 @@ def work(contender: str, geometry: Geometry, options: dict) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        since = time.perf_counter()
+        start = time.perf_counter()
         worker.step()
-        seconds = time.perf_counter() - since
+        seconds = time.perf_counter() - start
         print(json.dumps({"seconds": seconds, "peak": worker.peak()}), flush=True)
 
 
@@ -394,4 +395,4 @@ def parse_geometry(text: str) -> Geometry:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], parse_geometry(sys.argv[2]), json.loads(sys.argv[3]))
+    serve_steps(sys.argv[1], parse_geometry(sys.argv[2]), json.loads(sys.argv[3]))

@@ -32,7 +32,7 @@ class Measurement:
     config: Path = Path("configs/tiny.toml")  # configuration of the training; its paths are replaced
 
 
-def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[float, float, float | None]:
+def run_timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[float, float, float | None]:
     """Run `python -m module` on the CPU.
 
     Returns:
@@ -41,26 +41,26 @@ def timed(module: str, *arguments: str, watched: Path | None = None) -> tuple[fl
     Raises:
         SystemExit: the command failed.
     """
-    since, first = time.monotonic(), None
+    start, seconds_to_file = time.monotonic(), None
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if first is None and watched is not None and watched.exists() and watched.stat().st_size:
-            first = time.monotonic() - since
+        if seconds_to_file is None and watched is not None and watched.exists() and watched.stat().st_size:
+            seconds_to_file = time.monotonic() - start
         if pid:
             break
         time.sleep(0.1)
     if status:
         sys.exit(f"{' '.join(command)} failed with exit status {os.waitstatus_to_exitcode(status)}")
-    return time.monotonic() - since, usage.ru_maxrss * 1024 / 1e9, first
+    return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9, seconds_to_file
 
 
 def main(measurement: Measurement) -> None:
     """Run and measure the three commands, and print the figures."""
     root, run = measurement.root, measurement.root / "run"
     shutil.rmtree(root, ignore_errors=True)
-    prepared, prepare_memory, _ = timed("ra_jax.demo", "--output_dir", str(root))
+    prepare_seconds, prepare_memory, _ = run_timed("ra_jax.demo", "--output_dir", str(root))
     held_out = str(root / "data" / "held_out" / "triplets.json")
     paths = {
         "train_json_path": root / "data" / "train" / Path(load_toml(measurement.config)["train_json_path"]).name,
@@ -70,23 +70,24 @@ def main(measurement: Measurement) -> None:
         "output_dir": run,
     }
     flags = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    trained, train_memory, first = timed(
+    train_seconds, train_memory, seconds_to_row = run_timed(
         "ra_jax.train", "--config", str(measurement.config), *flags, watched=run / METRICS_FILE
     )
     removal = ("--source_image", held_out, "--experts", str(run), "--output_dir", str(root / "removals"))
-    removed, remove_memory, _ = timed("ra_jax.infer", *removal, "--num_inference_steps", "12")
+    remove_seconds, remove_memory, _ = run_timed("ra_jax.infer", *removal, "--num_inference_steps", "12")
 
     rows = read_rows(run / METRICS_FILE)
-    renewal = load_toml(measurement.config)["policy_sync_steps"]
-    clip = [row["clip_fraction_at_sync"] for row in rows if row["step"] % renewal == 0]
-    total = prepared + trained + removed
+    sync_steps = load_toml(measurement.config)["policy_sync_steps"]
+    clip = [row["clip_fraction_at_sync"] for row in rows if row["step"] % sync_steps == 0]
+    total = prepare_seconds + train_seconds + remove_seconds
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
-    print(f"prepare {prepared:.0f} s, train {trained:.0f} s, remove {removed:.0f} s, together {total:.0f} s")
-    print(f"first metric {first:.0f} s after the training's start")
+    print(f"prepare {prepare_seconds:.0f} s, train {train_seconds:.0f} s, remove {remove_seconds:.0f} s")
+    print(f"together {total:.0f} s")
+    print(f"first metric {seconds_to_row:.0f} s after the start of the training")
     print(f"peak memory {max(prepare_memory, train_memory, remove_memory):.2f} GB")
     print(f"mean_ratio {np.mean([row['mean_ratio'] for row in rows[1:]]):.3f}, steps {rows[-1]['step']}")
-    print(f"clip_fraction before a renewal, mean {np.mean(clip):.3f} ({np.round(clip, 2).tolist()})")
+    print(f"clip_fraction before a sync: mean {np.mean(clip):.3f} ({np.round(clip, 2).tolist()})")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Measurement, use_underscores=True))
+    main(tyro.cli(Measurement, description=__doc__, use_underscores=True))

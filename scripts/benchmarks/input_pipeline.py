@@ -71,8 +71,8 @@ def siglip_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(resized, np.float32) / 127.5 - 1.0
 
 
-def endless(records: Sequence[Record], measurement: Measurement, **how: object) -> Iterator:
-    """Return an endless iterator over batches of `BATCH` records. `how` has further fields of `LoaderOptions`."""
+def load_batches(records: Sequence[Record], measurement: Measurement, **more_options: object) -> Iterator:
+    """Return an endless iterator over batches of `BATCH` records. `more_options`: fields of `LoaderOptions`."""
     options = LoaderOptions(
         batch_size=BATCH,
         buckets=(measurement.bucket,),
@@ -80,33 +80,33 @@ def endless(records: Sequence[Record], measurement: Measurement, **how: object) 
         multiple=MULTIPLE,
         preprocess_reference=siglip_pixels,
         cache_bytes=0,
-        **how,
+        **more_options,
     )
     return Loader(records, options).iterate()
 
 
-def rate(batches: Iterator, seconds: float) -> float:
+def measure_rate(batches: Iterator, seconds: float) -> float:
     """Measure the records per second of an iterator over batches. The first batch is not counted."""
     next(batches)
-    since, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - since) < seconds:
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
         next(batches)
         count += BATCH
-    return count / passed
+    return count / elapsed
 
 
-def forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iterator]]:
+def write_forms(measurement: Measurement, folder: Path) -> dict[str, Callable[[], Iterator]]:
     """Write the packs to `folder`; return for each form of the data a function that starts to load it."""
     records = load_records(measurement.data)
     write_pack(records, folder / "pack")
     write_pack(records, folder / "latents", encoder=RandomEncoder(measurement.bucket))
     packed, encoded = load_records(folder / "pack"), load_records(folder / "latents")
-    plain = {"augment_masks": False, "latents": True}
+    with_latents = {"augment_masks": False, "latents": True}
     return {
-        "files": lambda: endless(records, measurement, augment_masks=True),
-        "pack": lambda: endless(packed, measurement, augment_masks=True),
-        "pack with latents, photos too (automatic rewards)": lambda: endless(encoded, measurement, **plain),
-        "pack with latents": lambda: endless(encoded, measurement, **plain, photos=False),
+        "files": lambda: load_batches(records, measurement, augment_masks=True),
+        "pack": lambda: load_batches(packed, measurement, augment_masks=True),
+        "pack with latents, photos too (automatic rewards)": lambda: load_batches(encoded, measurement, **with_latents),
+        "pack with latents": lambda: load_batches(encoded, measurement, **with_latents, photos=False),
     }
 
 
@@ -115,18 +115,18 @@ def main(measurement: Measurement) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
-        choices = forms(measurement, Path(folder))
-        rates = {name: [] for name in choices}
+        forms = write_forms(measurement, Path(folder))
+        rates = {name: [] for name in forms}
         for _ in range(measurement.rounds):
-            for name, batches in choices.items():
-                rates[name].append(rate(batches(), measurement.seconds))
+            for name, load in forms.items():
+                rates[name].append(measure_rate(load(), measurement.seconds))
     height, width = measurement.bucket
-    print(f"records a second on one core, diptychs of {height} x {2 * width}; median (least, most) of the rounds\n")
-    print("| | records/s | times files |\n| --- | --- | --- |")
+    print(f"records per second on one core, diptychs of {height} x {2 * width}; median (min, max) of the rounds\n")
+    print("| | records/s | ratio to files |\n| --- | --- | --- |")
     files = np.median(rates["files"])
-    for name, found in rates.items():
-        middle = np.median(found)
-        print(f"| {name} | {middle:.1f} ({min(found):.1f}, {max(found):.1f}) | {middle / files:.1f} |")
+    for name, values in rates.items():
+        median = np.median(values)
+        print(f"| {name} | {median:.1f} ({min(values):.1f}, {max(values):.1f}) | {median / files:.1f} |")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,16 @@ def load(folder: str, address: str, count: int, number: int) -> None:
 
     partitioner = MeshPartitioner(make_mesh(fsdp=count))
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = held("VmRSS")
+    before = read_memory("VmRSS")
     loaded = load_fill_model(folder, None, ModelOptions("float32", 512), placement=partitioner.placement)
     jax.block_until_ready(loaded.frozen)
-    print(json.dumps({"peak": held("VmHWM") - before, "kept": held("VmRSS") - before}), flush=True)
+    memory = {"peak": read_memory("VmHWM") - before, "after": read_memory("VmRSS") - before}
+    print(json.dumps(memory), flush=True)
     if count > 1:
         jax.distributed.shutdown()
 
 
-def held(name: str) -> int:
+def read_memory(name: str) -> int:
     """Read a field of /proc/self/status in bytes: VmRSS (memory of this process) or VmHWM (its peak)."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
@@ -92,11 +93,11 @@ def main(measurement: Measurement) -> None:
     with tempfile.TemporaryDirectory() as folder:
         total = write_model(Path(folder), measurement.hidden)
         print(f"transformer: {total / 1e9:.2f} GB in float32\n")
-        print("| processes | most that one held | of the weights | kept |\n| --- | --- | --- | --- |")
+        print("| processes | peak of a process | of the weights | after loading |\n| --- | --- | --- | --- |")
         for count in measurement.processes:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{free.getsockname()[1]}"
+            with socket.socket() as free_port:
+                free_port.bind(("127.0.0.1", 0))
+                address = f"127.0.0.1:{free_port.getsockname()[1]}"
             processes = [
                 subprocess.Popen(
                     [sys.executable, __file__, "load", folder, address, str(count), str(number)],
@@ -106,9 +107,9 @@ def main(measurement: Measurement) -> None:
                 )
                 for number in range(count)
             ]
-            found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
-            most, kept = (max(one[name] for one in found) for name in ("peak", "kept"))
-            print(f"| {count} | {most / 1e9:.2f} GB | {most / total:.2f} | {kept / 1e9:.2f} GB |", flush=True)
+            memories = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+            peak, after = (max(memory[name] for memory in memories) for name in ("peak", "after"))
+            print(f"| {count} | {peak / 1e9:.2f} GB | {peak / total:.2f} | {after / 1e9:.2f} GB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def main(check: Check) -> None:
     run, half = check.root / "killed", check.steps // 2
     while not ((run / "checkpoints" / str(half)).exists() and len(read_rows(run / METRICS_FILE)) >= half + 3):
         if killed.poll() is not None:
-            sys.exit("the run that was to be killed ended by itself: give more --steps")
+            sys.exit(f"{run}: the run ended before it could be killed; give more --steps")
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    if (found := find_checkpoint(run).name) != str(half):
-        sys.exit(f"killed too late: the newest checkpoint is {found}, not {half}; give more --steps")
+    if (newest := find_checkpoint(run).name) != str(half):
+        sys.exit(f"{run}: killed too late; the newest checkpoint is {newest}, expected {half}; give more --steps")
     print(f"killed after step {read_rows(run / METRICS_FILE)[-1]['step']}, checkpoint {half}", flush=True)
     subprocess.run(check.command("killed", "--resume_from_checkpoint", "latest"), check=True)
 
@@ -61,16 +61,16 @@ def main(check: Check) -> None:
     for name in ("straight", "killed"):
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             states.append(reader.restore(find_checkpoint(check.root / name) / "state"))
-    ours, theirs = states
-    differing = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    straight, resumed = states
+    differing = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
     rows = [
         [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(check.root / name / METRICS_FILE)]
         for name in ("straight", "killed")
     ]
-    print(f"arrays of the state that differ: {len(differing)} of {len(ours)} {differing[:5]}")
+    print(f"arrays of the state that differ: {len(differing)} of {len(straight)} {differing[:5]}")
     print(f"metric rows equal: {rows[0] == rows[1]} ({len(rows[0])} and {len(rows[1])})")
     sys.exit(bool(differing) or rows[0] != rows[1])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Check, use_underscores=True))
+    main(tyro.cli(Check, description=__doc__, use_underscores=True))

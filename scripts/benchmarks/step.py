@@ -38,13 +38,13 @@ from ra_jax.models.geometry import random_weights
 from ra_jax.parallel.compilation import program_memory
 from ra_jax.training.build import initial_state
 from ra_jax.training.setup import Setup, set_up
-from ra_jax.training.step.encode import Context, encode
+from ra_jax.training.step.encode import LossContext, encode
 from ra_jax.training.step.experience import Experience, collect_experience
 from ra_jax.training.step.generation import decode_panels, generate_samples, reward_inputs, score
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
-from ra_jax.training.step.train_step import StepProgram, learn, make_train_step
+from ra_jax.training.step.train_step import StepDefinition, learn, make_train_step
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,24 @@ class Step:
     batch: Batch
 
     @classmethod
-    def of(cls, setup: Setup) -> "Step":
+    def from_setup(cls, setup: Setup) -> "Step":
         """Return the step of a training that is set up, with its first batch."""
         batch = next(setup.batches())
         return cls(setup.objective, setup.optimizer, setup.step_settings, setup.state, setup.frozen, batch)
 
     @classmethod
-    def random(cls, config: TrainConfig) -> "Step":
+    def from_config(cls, config: TrainConfig) -> "Step":
         """Return the step of a configuration, with random weights and a random batch."""
         abstract_step = build_abstract_step(config, jax.devices()[:1])
         state, frozen, batch = abstract_step.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
-        batch = {name: drawn(name, x) for name, x in batch.items()}
+        batch = {name: draw_field(name, x) for name, x in batch.items()}
         state = jax.jit(partial(initial_state, config, abstract_step.optimizer))(trainable)
         optimizer, settings = abstract_step.optimizer, abstract_step.settings
         return cls(abstract_step.objective, optimizer, settings, state, frozen, batch)
 
 
-def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+def draw_field(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
     """Draw a field of a batch.
 
     Photos are noise, masks cover the upper half, ids are all different, weights are 1.
@@ -102,7 +102,7 @@ def drawn(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.asarray(rng.normal(size=x.shape) if len(x.shape) > 2 else np.ones(x.shape), x.dtype)
 
 
-def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
+def make_config(measurement: Measurement, folder: str, **changes) -> TrainConfig:
     """Return the configuration of the measured run with `changes`; its output folder is `folder`."""
     settings = {"output_dir": folder, "overwrite_output_dir": True, "report_to": ["none"], "validation_steps": 0}
     if measurement.gradient_accumulation_steps:
@@ -112,12 +112,12 @@ def configured(measurement: Measurement, folder: str, **changes) -> TrainConfig:
     return from_flat_dict(load_toml(measurement.config) | settings | changes)
 
 
-def prepared(measurement: Measurement, folder: str, **changes) -> Setup:
-    """Set up a training with the configuration that `configured` returns."""
-    return set_up(configured(measurement, folder, **changes))
+def make_setup(measurement: Measurement, folder: str, **changes) -> Setup:
+    """Set up a training with the configuration that `make_config` returns."""
+    return set_up(make_config(measurement, folder, **changes))
 
 
-def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
+def compile_parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     """Compile the parts of a step.
 
     Returns:
@@ -129,11 +129,11 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     region, on_policy = objective.settings.loss_region, jnp.asarray(True)
     first = jax.tree.map(lambda x: x[0], batch)
 
-    encode_ = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
-    encoded = encode_(frozen, first)
+    encode_batch = jax.jit(lambda frozen, batch: encode(objective.model, frozen, batch, region))
+    encoded = encode_batch(frozen, first)
 
-    def context_of(frozen) -> Context:
-        return Context(frozen, first, encoded, state.seed, state.temperature)
+    def context_of(frozen) -> LossContext:
+        return LossContext(frozen, first, encoded, state.seed, state.temperature)
 
     roll_out = jax.jit(
         lambda state, frozen: generate_samples(objective, replace(rollouts, rewards=()), state, context_of(frozen))[0]
@@ -150,50 +150,50 @@ def parts(step: Step, *, whole: bool) -> dict[str, Callable]:
         lambda inputs, images: jax.lax.map(lambda image: score(rollouts.rewards, replace(inputs, image=image)), images)
     )
 
-    def gather(state, frozen):
+    def collect(state, frozen):
         return collect_experience(objective, replace(settings, drift_interval=0), state, frozen, batch, on_policy)[0]
 
-    # Builds the result of `gather` from its shapes, so that rollouts and decoding are not compiled a second time. The
+    # Builds the result of `collect` from its shapes, so that rollouts and decoding are not compiled a second time. The
     # values of the advantages do not change the time.
-    old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(gather, state, frozen).old)
+    old = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(collect, state, frozen).old_terms)
     advantages = jax.random.normal(jax.random.key(1), clean.shape[:2])
-    of_first = Experience(encoded, objective.features(encoded), samples=samples, advantages=advantages, old=old)
-    experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), of_first)
+    one_microbatch = Experience(encoded, objective.router_features(encoded), None, samples, advantages, old)
+    experience = jax.tree.map(lambda x: jnp.repeat(x[None], len(batch["mask"]), axis=0), one_microbatch)
     experience = replace(experience, batch=batch, rewards_finite=jnp.asarray(True))
     update = jax.jit(
         lambda state, frozen, experience: learn(
-            StepProgram(objective, optimizer, settings), state, frozen, experience, on_policy=on_policy
+            StepDefinition(objective, optimizer, settings), state, frozen, experience, on_policy=on_policy
         )
     )
-    found = {
-        "encode": lambda: encode_(frozen, first),
+    calls = {
+        "encode": lambda: encode_batch(frozen, first),
         "rollout": lambda: roll_out(state, frozen),
         "decode": lambda: decode(frozen, clean),
         "rewards": lambda: score_images(inputs, images),
         "update": lambda: update(state, frozen, experience),
     }
     if whole:  # the state is not donated: every round starts from it
-        all_of_it = jax.jit(make_train_step(objective, optimizer, replace(settings, drift_interval=0)))
-        found["whole step"] = lambda: all_of_it(state, frozen, batch)
-    return found
+        whole_step = jax.jit(make_train_step(objective, optimizer, replace(settings, drift_interval=0)))
+        calls["whole step"] = lambda: whole_step(state, frozen, batch)
+    return calls
 
 
-def tell_times(measurement: Measurement, step: Step) -> None:
+def print_times(measurement: Measurement, step: Step) -> None:
     """Run the parts of a step in turn, and print the median time and the share of each.
 
     Raises:
         SystemExit: a loss is not finite.
     """
-    calls, seconds = parts(step, whole=not measurement.random_weights), {}
+    calls, seconds = compile_parts(step, whole=not measurement.random_weights), {}
     for _ in range(measurement.rounds):
         for name, call in calls.items():
-            since = time.perf_counter()
-            found = jax.block_until_ready(call())
-            seconds.setdefault(name, []).append(time.perf_counter() - since)
+            start = time.perf_counter()
+            result = jax.block_until_ready(call())
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
             if name == "update":
-                loss = found[1]["train_loss"]
+                loss = result[1]["train_loss"]
     if not np.isfinite(loss).all():  # products with NaN or infinity take less time
-        sys.exit(f"the losses of the updates are {loss}")
+        sys.exit(f"losses of the updates = {loss}: expected finite numbers; times with NaN or infinity are too low")
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     whole = medians.pop("whole step", None)
     # All parts but the update process one microbatch of the step.
@@ -208,20 +208,20 @@ def tell_times(measurement: Measurement, step: Step) -> None:
         print(f"| whole step, one program | {whole:.4f} | |")
     print(f"\ndecode and rewards: {(medians['decode'] + medians['rewards']) / total:.1%} of a step")
     if memory := jax.devices()[0].memory_stats():
-        print(f"most memory of the device in use: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
+        print(f"peak memory of the device: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
 
 
-def tell_memory(measurement: Measurement, folder: str) -> None:
+def print_memory(measurement: Measurement, folder: str) -> None:
     """Print the memory of the compiled step for each number of generations."""
     print("\n| generations | temporaries [MB] | needed in all [MB] | latents of the rollouts [MB] |")
     print("| --- " * 4 + "|")
     for generations in measurement.groups:
-        setup = prepared(measurement, folder, num_generations=generations)
+        setup = make_setup(measurement, folder, num_generations=generations)
         batch = next(setup.batches())
         step = make_train_step(setup.objective, setup.optimizer, setup.step_settings)
         program = setup.partitioner.compile(step, setup.state, setup.frozen, batch)
         microbatches, rows, height, width, _ = batch["source"].shape
-        tokens = 2 * height * width // setup.loaded.model.multiple**2
+        tokens = 2 * height * width // setup.loaded.model.size_multiple**2
         latents = 4 * tokens * setup.loaded.model.latent_features * microbatches * rows * generations
         temporary = program.memory_analysis().temp_size_in_bytes
         print(f"| {generations} | {temporary / 1e6:.2f} | {program_memory(program) / 1e6:.2f} | {latents / 1e6:.3f} |")
@@ -229,18 +229,20 @@ def tell_memory(measurement: Measurement, folder: str) -> None:
 
 def main(measurement: Measurement) -> None:
     """Print both tables."""
-    if measurement.rounds < 2 or (measurement.random_weights and measurement.groups):
-        sys.exit("--rounds has to be 2 or more, and --groups empty with --random_weights")
+    if measurement.rounds < 2:
+        sys.exit(f"--rounds {measurement.rounds}: expected at least 2; the first round is not counted")
+    if measurement.random_weights and measurement.groups:
+        sys.exit("--random_weights with --groups: the whole step is not compiled; give --groups without values")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}")
     with tempfile.TemporaryDirectory() as folder:
         if measurement.random_weights:
-            step = Step.random(configured(measurement, folder))
+            step = Step.from_config(make_config(measurement, folder))
         else:
-            step = Step.of(prepared(measurement, folder))
-        tell_times(measurement, step)
+            step = Step.from_setup(make_setup(measurement, folder))
+        print_times(measurement, step)
         if measurement.groups:
-            tell_memory(measurement, folder)
+            print_memory(measurement, folder)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Measurement, use_underscores=True))
+    main(tyro.cli(Measurement, description=__doc__, use_underscores=True))

@@ -39,7 +39,7 @@ class Tables:
     mode: str = "standard"  # mode of `scale`: standard, human or automatic
 
 
-def cell(tables: Tables, mode: str, topology: str, chips: int, fsdp: int) -> dict:
+def read_figures(tables: Tables, mode: str, topology: str, chips: int, fsdp: int) -> dict:
     """Read the figures of one compiled step from its file; compile the step first if the file does not exist.
 
     Args:
@@ -60,25 +60,25 @@ def cell(tables: Tables, mode: str, topology: str, chips: int, fsdp: int) -> dic
         remat = "points" if mode == "automatic" and topology.startswith("v5e") else "full"
         flags |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": remat, "num_generations": 8}
         command = [sys.executable, "-m", "ra_jax.aot", *(f"--{name}={value}" for name, value in flags.items())]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        process = subprocess.run(command, check=False, capture_output=True, text=True)
         if not path.exists():
-            sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+            sys.exit(f"{' '.join(map(str, command))} wrote no {path}\n{process.stdout}\n{process.stderr}")
     return json.loads(path.read_text())
 
 
 HEADS = "arguments [GB] | temporaries [GB] | total | TFLOP | sent by a chip [GB] | roofline [s] | MFU at most"
 
 
-def row(found: dict) -> str:
+def format_row(figures: dict) -> str:
     """Format the figures of a step as the columns of `HEADS`."""
-    if "refusal" in found:
-        return "the compiler found no place for it | | | | | |"
-    giga = {name: found[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
-    sent = sum(found["collective_bytes"].values()) / 1e9
+    if "refusal" in figures:
+        return "does not fit, refused by the compiler | | | | | |"
+    giga = {name: figures[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
+    sent = sum(figures["collective_bytes"].values()) / 1e9
     return (
         f"{giga['argument']:.2f} | {giga['temporary']:.2f} | {giga['total']:.1f} of {giga['chip']:.0f}"
-        f"{'' if found['fits'] else ' (does not fit)'} | {found['flops'] / 1e12:.0f} | {sent:.1f} | "
-        f"{found['seconds']:.2f} | {found['mfu_bound']:.0%}"
+        f"{'' if figures['fits'] else ' (does not fit)'} | {figures['flops'] / 1e12:.0f} | {sent:.1f} | "
+        f"{figures['seconds']:.2f} | {figures['mfu_bound']:.0%}"
     )
 
 
@@ -88,20 +88,22 @@ def modes(tables: Tables) -> None:
     print(heads + "\n" + "| --- " * (heads.count("|") - 1) + "|")
     for mode in CONFIGS:
         for topology, chips in TOPOLOGIES.items():
-            found = cell(tables, mode, topology, chips, fsdp=chips)
-            took = " | "
-            if "refusal" not in found:
-                took = f"{found['compile_seconds']:.0f} | {found['host_peak_bytes'] / 1e9:.1f}"
-            print(f"| {mode} | {topology} | {found['train_batch_size']} | {row(found)} | {took} |", flush=True)
+            figures = read_figures(tables, mode, topology, chips, fsdp=chips)
+            costs = " | "
+            if "refusal" not in figures:
+                costs = f"{figures['compile_seconds']:.0f} | {figures['host_peak_bytes'] / 1e9:.1f}"
+            batch, columns = figures["train_batch_size"], format_row(figures)
+            print(f"| {mode} | {topology} | {batch} | {columns} | {costs} |", flush=True)
 
 
 def scale(tables: Tables) -> None:
     """Print a table of one mode on 8 to 256 chips; fsdp stays 8, the data axis grows, records per chip are fixed."""
     heads = f"| topology | chips | {HEADS} |"
-    print(f"{tables.mode} step, {tables.records} record(s) a chip, fsdp 8\n\n{heads}")
+    print(f"{tables.mode} step, {tables.records} record(s) per chip, fsdp 8\n\n{heads}")
     print("| --- " * (heads.count("|") - 1) + "|")
     for topology, chips in SCALES.items():
-        print(f"| {topology} | {chips} | {row(cell(tables, tables.mode, topology, chips, fsdp=8))} |", flush=True)
+        figures = read_figures(tables, tables.mode, topology, chips, fsdp=8)
+        print(f"| {topology} | {chips} | {format_row(figures)} |", flush=True)
 
 
 if __name__ == "__main__":

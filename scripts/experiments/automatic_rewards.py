@@ -70,7 +70,7 @@ def chance(inputs: RewardInputs) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Automatic:
+class Experiment:
     """Settings of the experiment."""
 
     root: Path = Path("output/automatic")  # folder of all runs, cells and figures
@@ -86,7 +86,7 @@ class Automatic:
     num_inference_steps: int = 12  # Euler steps of a removal
     settings: tuple[str, ...] = ()  # name=value (a TOML value) for all trainings, to tune them
 
-    def cell(self, method: str, seed: int) -> Path:
+    def cell_file(self, method: str, seed: int) -> Path:
         """Return the file with the measurements of one training."""
         return self.root / "cells" / f"{self.pairs}-{method}-{seed}.json"
 
@@ -95,7 +95,7 @@ class Automatic:
         return self.root / "runs" / f"{self.pairs}-{method}-{seed}"
 
 
-def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
+def training_config(experiment: Experiment, paths: DemoPaths, method: str, seed: int, steps: int) -> TrainConfig:
     """Return the configuration of one training: the experiment's file, the flags of the method, and the paths."""
     settings = load_toml(experiment.config) | {
         "val_json_path": str(paths.held_out / "triplets.json"),
@@ -112,8 +112,8 @@ def training_config(experiment: Automatic, paths: DemoPaths, method: str, seed: 
     }
     settings |= PAIRS[experiment.pairs]
     settings["train_json_path"] = str(paths.train / settings["train_json_path"])
-    tuned = tomllib.loads("\n".join(experiment.settings))
-    return from_flat_dict(settings | METHODS[method] | tuned)
+    user_settings = tomllib.loads("\n".join(experiment.settings))
+    return from_flat_dict(settings | METHODS[method] | user_settings)
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ class Evaluation:
         decoded_truth: their ground truth, encoded and decoded by the base's VAE, [S, h, w, 3].
     """
 
-    experiment: Automatic
+    experiment: Experiment
     paths: DemoPaths
     scenes: Scene
     decoded_truth: np.ndarray
 
     @classmethod
-    def prepare(cls, experiment: Automatic) -> "Evaluation":
+    def prepare(cls, experiment: Experiment) -> "Evaluation":
         """Draw the scenes; make the demo's data and base if they do not exist yet."""
         paths = prepare(experiment.demo, DemoSettings())
         scenes = make_scenes(experiment.first_scene, experiment.held_out)
@@ -156,34 +156,34 @@ class Evaluation:
         return {name: values.tolist() for name, values in measured.items()}
 
 
-def evaluations(config: TrainConfig, steps: int) -> float:
+def count_evaluations(config: TrainConfig, steps: int) -> float:
     """Count the network evaluations of single images in `steps` training steps.
 
     A forward pass counts 1; a pass with its gradient counts 3.
     """
-    conditions, set_ = config.run.train_batch_size, config.rollouts
-    base = 3.0 * conditions * config.updates * steps
+    conditions, rollouts = config.run.train_batch_size, config.rollouts
+    base_loss = 3.0 * conditions * config.updates * steps
     if config.mode != "automatic":
-        return base
-    points = set_.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
-    member = set_.rollout_steps + set_.num_iterations * points * (3.0 + (config.grpo.kl_weight > 0))
-    return base + sum(map(set_.due, range(steps))) * conditions * set_.num_generations * member
+        return base_loss
+    timesteps = rollouts.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
+    rollout = rollouts.rollout_steps + rollouts.num_iterations * timesteps * (3.0 + (config.grpo.kl_weight > 0))
+    return base_loss + sum(map(rollouts.due, range(steps))) * conditions * rollouts.num_generations * rollout
 
 
-def run(experiment: Automatic) -> None:
+def run(experiment: Experiment) -> None:
     """Train and measure every cell that does not exist yet.
 
     Standard training comes last, because its number of steps follows from the time that `matching` took.
     """
     jax.config.update("jax_compilation_cache_dir", str((experiment.root / "compiled").resolve()))
     evaluation = Evaluation.prepare(experiment)
-    limits = experiment.cell("limits", 0)
+    limits = experiment.cell_file("limits", 0)
     if not limits.exists():
         images = {"base": evaluation.generate(None), "roundtrip": evaluation.decoded_truth}
-        write(limits, {name: evaluation.measure(x) for name, x in images.items()})
+        write_json(limits, {name: evaluation.measure(x) for name, x in images.items()})
     for seed in experiment.seeds:
         for method in sorted(experiment.methods, key=lambda name: name == "standard"):
-            if not experiment.cell(method, seed).exists():
+            if not experiment.cell_file(method, seed).exists():
                 run_cell(evaluation, method, seed)
 
 
@@ -199,14 +199,16 @@ def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
     experiment, paths = evaluation.experiment, evaluation.paths
     steps = experiment.steps
     if method == "standard":
-        timed = experiment.cell("matching", seed)
-        if not timed.exists():
-            sys.exit(f"standard training takes as long as matching: {timed} is missing, add matching to --methods")
-        grpo = json.loads(timed.read_text())
+        matching_file = experiment.cell_file("matching", seed)
+        if not matching_file.exists():
+            sys.exit(
+                f"{matching_file}: not found; standard training takes as long as matching, so add matching to --methods"
+            )
+        matching = json.loads(matching_file.read_text())
         probe = training_config(experiment, paths, method, seed, PROBE_STEPS)
         probe = replace(probe, run=replace(probe.run, output_dir=f"{probe.run.output_dir}-probe"))
         rows = read_rows(train(probe) / "metrics.jsonl")[1:]
-        steps = round(grpo["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
+        steps = round(matching["points"][-1]["seconds"] / float(np.median([row["step_time"] for row in rows])))
         steps -= steps % (2 * experiment.points)  # The last step has a row of metrics and a checkpoint.
     config = training_config(experiment, paths, method, seed, steps)
     output, points = Path(config.run.output_dir), []
@@ -214,13 +216,13 @@ def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
         train(config)
     rows = read_rows(output / "metrics.jsonl")
     for checkpoint in sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name)):
-        done = int(checkpoint.name)
-        row = [row for row in rows if row["step"] <= done][-1]
+        step = int(checkpoint.name)
+        row = [row for row in rows if row["step"] <= step][-1]
         points.append(
             {
-                "step": done,
-                "seconds": seconds_until(config, done),
-                "evaluations": evaluations(config, done),
+                "step": step,
+                "seconds": seconds_until(config, step),
+                "evaluations": count_evaluations(config, step),
                 "drift": {name: row.get(name) for name in ("velocity_norm_ratio", "kl_to_base", "base_loss")},
                 **evaluation.measure(evaluation.generate(checkpoint)),
             }
@@ -230,13 +232,14 @@ def run_cell(evaluation: Evaluation, method: str, seed: int) -> None:
         for name in ("mean_ratio", "clip_fraction_at_sync")
         if name in rows[-1]
     }
-    write(experiment.cell(method, seed), {"settings": to_flat_dict(config), "points": points, **means})
+    write_json(experiment.cell_file(method, seed), {"settings": to_flat_dict(config), "points": points, **means})
     last = points[-1]
+    rewards = [round(float(total_reward(np.asarray(point["scores"]), WEIGHTS).mean()), 3) for point in points]
+    psnr = [round(float(np.mean(point["psnr"])), 2) for point in points]
     print(
-        f"{method} {seed}: {steps} steps, {last['seconds']:.0f} s, reward "
-        f"{[round(float(total_reward(np.asarray(p['scores']), WEIGHTS).mean()), 3) for p in points]}, psnr "
-        f"{[round(float(np.mean(p['psnr'])), 2) for p in points]}, scores {np.mean(last['scores'], 0).round(3)}, "
-        f"defects {np.mean(last['defects'], 0).round(2)}, {last['drift']}, {means}",
+        f"{method}, seed {seed}: {steps} steps, {last['seconds']:.0f} s, rewards {rewards}, PSNR {psnr}; at the end "
+        f"scores {np.mean(last['scores'], 0).round(3)}, defects {np.mean(last['defects'], 0).round(2)}, "
+        f"{last['drift']}, {means}",
         flush=True,
     )
 
@@ -247,20 +250,20 @@ def seconds_until(config: TrainConfig, step: int) -> float:
     The first row includes compilation. Its steps count with the mean of the other rows.
     """
     rows = [row for row in read_rows(Path(config.run.output_dir) / "metrics.jsonl") if row["step"] <= step]
-    seconds, before = 0.0, rows[0]["step"]
+    seconds, last_step = 0.0, rows[0]["step"]
     for row in rows[1:]:
-        seconds += row["step_time"] * (row["step"] - before)
-        before = row["step"]
-    return seconds * before / (before - rows[0]["step"])
+        seconds += row["step_time"] * (row["step"] - last_step)
+        last_step = row["step"]
+    return seconds * last_step / (last_step - rows[0]["step"])
 
 
-def write(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Write a JSON file; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
-def load_cells(experiment: Automatic) -> dict[str, dict]:
+def load_cells(experiment: Experiment) -> dict[str, dict]:
     """Read the cells, by method.
 
     Returns:
@@ -269,32 +272,32 @@ def load_cells(experiment: Automatic) -> dict[str, dict]:
             scores: [seeds, points, scenes, 3].
             step, seconds, evaluations: [seeds, points], the cost up to each point.
             velocity_norm_ratio, kl_to_base: drift at the last point, mean over the seeds; NaN if not measured.
-            about: the contents of the cells.
+            contents: the contents of the cells' files.
     """
     cells = {}
     for method in METHODS:
-        files = [experiment.cell(method, seed) for seed in experiment.seeds]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
-        if not found:
+        files = [experiment.cell_file(method, seed) for seed in experiment.seeds]
+        contents = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not contents:
             continue
 
-        def gathered(name: str, found=found) -> np.ndarray:
-            return np.asarray([[point[name] for point in cell["points"]] for cell in found])
+        def stack_points(name: str, contents=contents) -> np.ndarray:
+            return np.asarray([[point[name] for point in cell["points"]] for cell in contents])
 
-        cells[method] = {name: gathered(name) for name in ("step", "seconds", "evaluations", "scores", "psnr")}
+        cells[method] = {name: stack_points(name) for name in ("step", "seconds", "evaluations", "scores", "psnr")}
         cells[method]["reward"] = total_reward(cells[method]["scores"], WEIGHTS)
-        drift = [[point["drift"] for point in cell["points"]] for cell in found]
+        drift = [[point["drift"] for point in cell["points"]] for cell in contents]
         for name in ("velocity_norm_ratio", "kl_to_base"):
-            known = [row[-1][name] for row in drift if row[-1][name] is not None]
-            cells[method][name] = float(np.mean(known)) if known else float("nan")
-        cells[method]["about"] = found
+            measured = [row[-1][name] for row in drift if row[-1][name] is not None]
+            cells[method][name] = float(np.mean(measured)) if measured else float("nan")
+        cells[method]["contents"] = contents
     return cells
 
 
-def table(experiment: Automatic) -> None:
+def table(experiment: Experiment) -> None:
     """Print final measurements, paired differences and costs of all trainings, and draw the figure."""
     cells = load_cells(experiment)
-    limits = json.loads(experiment.cell("limits", 0).read_text())
+    limits = json.loads(experiment.cell_file("limits", 0).read_text())
     print(f"{experiment.held_out} held-out scenes\n")
     heads = ["training", "seeds", "steps", "seconds", "reward", *SCORES, "PSNR", "velocity_norm_ratio", "kl_to_base"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
@@ -305,10 +308,10 @@ def table(experiment: Automatic) -> None:
     for method, cell in cells.items():
         scores = cell["scores"][:, -1].mean((0, 1))
         means = " | ".join(f"{value:.3f}" for value in (cell["reward"][:, -1].mean(), *scores))
-        took = " | ".join(f"{cell[name][:, -1].mean():.0f}" for name in ("step", "seconds"))
+        costs = " | ".join(f"{cell[name][:, -1].mean():.0f}" for name in ("step", "seconds"))
         drift = " | ".join(f"{cell[name]:.3f}" for name in ("velocity_norm_ratio", "kl_to_base"))
         psnr = cell["psnr"][:, -1].mean()
-        print(f"| {method} | {len(cell['about'])} | {took} | {means} | {psnr:.2f} | {drift} |")
+        print(f"| {method} | {len(cell['contents'])} | {costs} | {means} | {psnr:.2f} | {drift} |")
     for opponent, title in (("standard", "standard training"), ("chance", "chance")):
         print_differences(cells, opponent, title)
     print_evaluations(cells)
@@ -337,8 +340,8 @@ def print_evaluations(cells: dict[str, dict]) -> None:
     if "sde" not in cells:
         return
     goal = cells["sde"]["reward"][:, -1].mean()
-    whole = {name: cells["sde"][name][:, -1].mean() for name in ("evaluations", "seconds")}
-    print(f"\nTo sde's final reward, {goal:.3f}, and what share of sde's cost that is:\n")
+    sde_costs = {name: cells["sde"][name][:, -1].mean() for name in ("evaluations", "seconds")}
+    print(f"\nCost of reaching sde's final reward, {goal:.3f}, and its share of sde's total cost:\n")
     print("| estimator | evaluations | seconds | share of evaluations | share of seconds |\n" + "| --- " * 5 + "|")
     for method in ("matching", "sde", "nft"):
         if method not in cells:
@@ -348,22 +351,22 @@ def print_evaluations(cells: dict[str, dict]) -> None:
         if not len(reached):
             print(f"| {method} | not reached: {rewards.max():.3f} at most | | | |")
             continue
-        took = {}
-        for name in whole:
-            costs = cells[method][name].mean(0)
-            at, before = reached[0], reached[0] - 1
+        costs = {}
+        for name in sde_costs:
+            at_points = cells[method][name].mean(0)
+            after, before = reached[0], reached[0] - 1
             if before < 0:
-                took[name] = costs[0]
+                costs[name] = at_points[0]
             else:
-                share = (goal - rewards[before]) / (rewards[at] - rewards[before])
-                took[name] = costs[before] + share * (costs[at] - costs[before])
+                share = (goal - rewards[before]) / (rewards[after] - rewards[before])
+                costs[name] = at_points[before] + share * (at_points[after] - at_points[before])
         print(
-            f"| {method} | {took['evaluations']:.0f} | {took['seconds']:.0f} | "
-            f"{took['evaluations'] / whole['evaluations']:.2f} | {took['seconds'] / whole['seconds']:.2f} |"
+            f"| {method} | {costs['evaluations']:.0f} | {costs['seconds']:.0f} | "
+            f"{costs['evaluations'] / sde_costs['evaluations']:.2f} | {costs['seconds'] / sde_costs['seconds']:.2f} |"
         )
 
 
-def draw(experiment: Automatic, cells: dict[str, dict]) -> Path:
+def draw(experiment: Experiment, cells: dict[str, dict]) -> Path:
     """Plot the reward against network evaluations and against time, for each seed and as the mean of the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), sharey=True)
     for axis, name, label in zip(

@@ -125,7 +125,7 @@ def decode_encoded_truth(fill: Path, redux: Path, config: Path, scenes: Scene) -
     model, frozen = loaded.model, loaded.frozen
     diptych = np.concatenate([scenes.reference, scenes.truth], axis=2).astype(np.float32)
     _, height, width, _ = diptych.shape
-    grid = (height // model.multiple, width // model.multiple)
+    grid = (height // model.size_multiple, width // model.size_multiple)
     decoded = jax.jit(lambda frozen, x: model.decode(frozen, model.encode(frozen, x), grid))(frozen, diptych)
     return np.clip(np.asarray(decoded)[:, :, width // 2 :], 0.0, 1.0)
 

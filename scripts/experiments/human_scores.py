@@ -92,7 +92,7 @@ class Experiment:
         """Return the settings of the base that is trained on this mix of candidates."""
         return DemoSettings(mix=mix, vae_steps=self.vae_steps, base_steps=self.base_steps)
 
-    def measured_on(self) -> dict[str, int]:
+    def scene_settings(self) -> dict[str, int]:
         """Return the settings that cells must share to be compared scene by scene."""
         return {name: getattr(self, name) for name in ("first_scene", "held_out", "num_inference_steps")}
 
@@ -100,7 +100,7 @@ class Experiment:
         """Return the output folder of one training."""
         return self.root / "runs" / f"{mix}-{method}-{seed}"
 
-    def cell(self, mix: str, method: str, seed: int) -> Path:
+    def cell_file(self, mix: str, method: str, seed: int) -> Path:
         """Return the file with the measurements of one training."""
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
 
@@ -141,7 +141,7 @@ def run(experiment: Experiment) -> None:
     for mix in experiment.mixes:
         evaluation = Evaluation.prepare(experiment, mix)
         paths = evaluation.paths
-        if not experiment.cell(mix, "base", 0).exists():
+        if not experiment.cell_file(mix, "base", 0).exists():
             measure_limits(evaluation, mix)
         for seed in experiment.seeds:
             for method in (name for name in METHODS if name in experiment.methods):
@@ -150,7 +150,7 @@ def run(experiment: Experiment) -> None:
                     steps = round(steps * wall_time_ratio(experiment, paths, mix))
                 output = experiment.run_dir(mix, method, seed)
                 config = training_config(experiment, paths, method, output, steps=steps, seed=seed)
-                run_cell(config, evaluation, experiment.cell(mix, method, seed))
+                run_cell(config, evaluation, experiment.cell_file(mix, method, seed))
 
 
 def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
@@ -161,22 +161,22 @@ def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
     """
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
-        found = read_cell(evaluation.experiment, cell)["settings"]
-        changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
+        saved = read_cell(evaluation.experiment, cell)["settings"]
+        changed = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
         if changed:
-            raise SystemExit(f"{cell} holds a training with other settings (then, now): {changed}; give another --root")
+            raise SystemExit(f"{cell}: other settings, as name: (in the file, now) {changed}; give another --root")
         return
     output = Path(config.run.output_dir)
     train(config)
     rows = read_rows(output / "metrics.jsonl")
-    about = {
+    metadata = {
         "settings": settings,
         "steps": config.run.max_train_steps,
         "velocity_norm_ratio": rows[-1].get("velocity_norm_ratio"),
         "clip_fraction_at_sync": [row["clip_fraction_at_sync"] for row in rows if "clip_fraction_at_sync" in row],
         "mean_ratio": float(np.mean([row["mean_ratio"] for row in rows[1:]])) if "mean_ratio" in rows[-1] else None,
     }
-    measure_run(evaluation, output, cell, about)
+    measure_run(evaluation, output, cell, metadata)
 
 
 def training_config(
@@ -219,9 +219,9 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
     for _ in range(steps):
         for name, (setup, step, state, batches) in runs.items():
             batch = next(batches)
-            since = time.perf_counter()
+            start = time.perf_counter()
             runs[name][2], _ = jax.block_until_ready(step(state, setup.frozen, batch))
-            seconds[name].append(time.perf_counter() - since)
+            seconds[name].append(time.perf_counter() - start)
     # The first steps include compilation.
     medians = {name: float(np.median(values[2:])) for name, values in seconds.items()}
     file.write_text(json.dumps(medians))
@@ -231,22 +231,22 @@ def wall_time_ratio(experiment: Experiment, paths: DemoPaths, mix: str, steps: i
 def measure_limits(evaluation: Evaluation, mix: str) -> None:
     """Write the cells of the floor (the base alone) and of a ceiling (the ground truth encoded and decoded)."""
     for name, images in {"base": evaluation.generate(None), "roundtrip": evaluation.decode_encoded_truth()}.items():
-        cell = evaluation.experiment.cell(mix, name, 0)
+        cell = evaluation.experiment.cell_file(mix, name, 0)
         write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), {})
 
 
-def measure_run(evaluation: Evaluation, output: Path, cell: Path, about: dict) -> None:
+def measure_run(evaluation: Evaluation, output: Path, cell: Path, metadata: dict) -> None:
     """Generate removals with a run's experts, save the first eight for the contact sheet, and write the cell.
 
     Args:
         evaluation: the scenes and the base.
         output: the run's output folder.
         cell: the file to write.
-        about: JSON values about the training, which the file holds in addition to the measurements.
+        metadata: JSON values about the training, which the file holds in addition to the measurements.
     """
     images = evaluation.generate(output)
     np.savez_compressed(output / "generated.npz", images=quantize(images[:8]))
-    write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), about)
+    write_cell(evaluation.experiment, cell, measure_removals(images, evaluation.scenes), metadata)
 
 
 def measure_again(experiment: Experiment) -> None:
@@ -256,11 +256,11 @@ def measure_again(experiment: Experiment) -> None:
         measure_limits(evaluation, mix)
         for method in METHODS:
             for seed in experiment.seeds:
-                cell = experiment.cell(mix, method, seed)
+                cell = experiment.cell_file(mix, method, seed)
                 if cell.exists():
                     measured = ("scores", "defects", "psnr_inside")
-                    about = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
-                    measure_run(evaluation, experiment.run_dir(mix, method, seed), cell, about)
+                    metadata = {k: v for k, v in json.loads(cell.read_text()).items() if k not in measured}
+                    measure_run(evaluation, experiment.run_dir(mix, method, seed), cell, metadata)
 
 
 def curve(experiment: Experiment) -> None:
@@ -273,14 +273,14 @@ def curve(experiment: Experiment) -> None:
             config = training_config(
                 experiment, evaluation.paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
             )
-            every = max(1, experiment.steps // 10)
-            often = {"checkpointing_steps": every, "checkpoints_total_limit": None, "log_freq": every}
-            train(from_flat_dict(to_flat_dict(config) | often))
+            interval = max(1, experiment.steps // 10)
+            intervals = {"checkpointing_steps": interval, "checkpoints_total_limit": None, "log_freq": interval}
+            train(from_flat_dict(to_flat_dict(config) | intervals))
             print(f"\n{mix}, {TITLES[method]}, {experiment.held_out} held-out scenes\n")
             print("| step | reward | mean \\|defect\\| | PSNR in mask | base loss | gradient norm |")
             print("| --- " * 6 + "|")
             for row in read_rows(output / "metrics.jsonl"):
-                if row["step"] % every == 0:
+                if row["step"] % interval == 0:
                     images = evaluation.generate(output / "checkpoints" / str(row["step"]))
                     measured = measure_removals(images, evaluation.scenes)
                     reward = total_reward(measured["scores"], REWARD_WEIGHTS).mean()
@@ -291,18 +291,18 @@ def curve(experiment: Experiment) -> None:
                     )
 
 
-def write_cell(experiment: Experiment, path: Path, measured: dict, about: dict) -> None:
+def write_cell(experiment: Experiment, path: Path, measured: dict, metadata: dict) -> None:
     """Write a cell's file and print the means. The file appears only when it is complete.
 
     Args:
         experiment: its settings of the scenes are written too.
         path: the cell's file.
         measured: the result of `measure_removals`.
-        about: JSON values about the training.
+        metadata: JSON values about the training.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
-    write_file(path, json.dumps(about | experiment.measured_on() | rounded))
+    write_file(path, json.dumps(metadata | experiment.scene_settings() | rounded))
     print(path.stem, {name: np.round(np.mean(values, 0), 3).tolist() for name, values in measured.items()}, flush=True)
 
 
@@ -312,10 +312,13 @@ def read_cell(experiment: Experiment, path: Path) -> dict:
     Raises:
         SystemExit: it was measured on other scenes than this experiment's.
     """
-    found, expected = json.loads(path.read_text()), experiment.measured_on()
-    if on := {name: found.get(name) for name in expected if found.get(name) != expected[name]}:
-        raise SystemExit(f"{path} was measured on {on}, not {expected}: `measure` does it anew, or give another --root")
-    return found
+    contents, expected = json.loads(path.read_text()), experiment.scene_settings()
+    actual = {name: contents.get(name) for name in expected}
+    if actual != expected:
+        raise SystemExit(
+            f"{path}: measured with {actual}, expected {expected}; run the command `measure`, or give another --root"
+        )
+    return contents
 
 
 def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarray]]:
@@ -325,23 +328,23 @@ def load_cells(experiment: Experiment, mix: str) -> dict[str, dict[str, np.ndarr
         for each method with cells:
             reward, mean_abs, psnr: [seeds, scenes]; mean_abs is the mean of |defect| over the four defects.
             defects: [seeds, scenes, 4].
-            about: the contents of the cells.
+            contents: the contents of the cells' files.
             seeds: the training seeds.
     """
     cells = {}
     for method in TITLES:
-        files = {seed: experiment.cell(mix, method, seed) for seed in experiment.seeds}
+        files = {seed: experiment.cell_file(mix, method, seed) for seed in experiment.seeds}
         seeds = [seed for seed, file in files.items() if file.exists()]
-        found = [read_cell(experiment, files[seed]) for seed in seeds]
-        if not found:
+        contents = [read_cell(experiment, files[seed]) for seed in seeds]
+        if not contents:
             continue
-        defects = np.asarray([cell["defects"] for cell in found])
+        defects = np.asarray([cell["defects"] for cell in contents])
         cells[method] = {
-            "reward": np.asarray([total_reward(np.asarray(cell["scores"]), REWARD_WEIGHTS) for cell in found]),
+            "reward": np.asarray([total_reward(np.asarray(cell["scores"]), REWARD_WEIGHTS) for cell in contents]),
             "defects": defects,
             "mean_abs": np.abs(defects).mean(-1),
-            "psnr": np.asarray([cell["psnr_inside"] for cell in found]),
-            "about": found,
+            "psnr": np.asarray([cell["psnr_inside"] for cell in contents]),
+            "contents": contents,
             "seeds": seeds,
         }
     return cells
@@ -355,11 +358,11 @@ def table(experiment: Experiment) -> None:
         print("| training | seeds | steps | reward | mean \\|defect\\| | " + " | ".join(DEFECTS) + " | PSNR in mask |")
         print("| --- " * (6 + len(DEFECTS)) + "|")
         for method, cell in cells.items():
-            about = cell["about"]
-            steps = f"{np.mean([c['steps'] for c in about]):.0f}" if "steps" in about[0] else ""
+            contents = cell["contents"]
+            steps = f"{np.mean([c['steps'] for c in contents]):.0f}" if "steps" in contents[0] else ""
             signed = " | ".join(f"{value:+.3f}" for value in cell["defects"].mean((0, 1)))
             print(
-                f"| {TITLES[method]} | {len(about)} | {steps} | {cell['reward'].mean():.3f} | "
+                f"| {TITLES[method]} | {len(contents)} | {steps} | {cell['reward'].mean():.3f} | "
                 f"{cell['mean_abs'].mean():.3f} | {signed} | {cell['psnr'].mean():.2f} |"
             )
         if "grpo" in cells:
@@ -382,10 +385,10 @@ def print_differences(cells: dict) -> None:
             columns.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         ratio = grpo["mean_abs"].mean() / other["mean_abs"].mean()
         print(f"| {TITLES[method]} | {columns[0]} | {columns[1]} | {ratio:.2f} |")
-    clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["about"]])
-    ratio = np.mean([cell["mean_ratio"] for cell in grpo["about"]])
+    clip = np.mean([np.mean(cell["clip_fraction_at_sync"]) for cell in grpo["contents"]])
+    ratio = np.mean([cell["mean_ratio"] for cell in grpo["contents"]])
     # Short runs do not measure drift; their ratio is NaN.
-    drift = np.mean(np.asarray([cell["velocity_norm_ratio"] for cell in grpo["about"]], float))
+    drift = np.mean(np.asarray([cell["velocity_norm_ratio"] for cell in grpo["contents"]], float))
     print(f"\nGRPO: clip_fraction before a sync {clip:.3f}, mean_ratio {ratio:.4f}, velocity_norm_ratio {drift:.3f}")
 
 

@@ -43,7 +43,7 @@ def main(
     base = (paths.fill, paths.redux, CONFIG)
     loaded, held_out = load_base(*base), make_scenes(FIRST_HELD_OUT_SCENE + 60_000, scenes)
     model, panels = loaded.model, make_panels(held_out, loaded.preprocess)
-    gates_from_features = jax.jit(
+    compute_gates = jax.jit(
         lambda weights, frozen, panels: model.gates(weights, diptych_condition(model, frozen, panels))[0]
     )
     order = np.argsort(held_out.mask.mean((1, 2)), kind="stable")
@@ -52,7 +52,7 @@ def main(
     print("| run | usage | gates, small masks | gates, large masks | gates, all |\n" + "| --- " * 5 + "|")
     for run in runs:
         weights = load_experts(*base, run)
-        gates = np.asarray(gates_from_features(weights, loaded.frozen, panels))
+        gates = np.asarray(compute_gates(weights, loaded.frozen, panels))
         usage = np.bincount(gates.argmax(1), minlength=gates.shape[1]) / scenes
         differs = np.abs(gates[small].mean(0) - gates[large].mean(0)).max() > LEAST_DIFFERENCE
         columns = (usage, gates[small].mean(0), gates[large].mean(0), gates.mean(0))

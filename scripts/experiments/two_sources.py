@@ -29,7 +29,7 @@ from ra_jax.training.loop import train as train_experts
 CONFIGS = {"human": Path("configs/tiny.toml"), "automatic": Path("configs/tiny_auto.toml")}
 # In triplets.json the results are the ground truth. The default rewards then compare with it.
 DATA = {"human": "labeled_dict.json", "automatic": "triplets.json"}
-HELD_OUT = (FIRST_HELD_OUT_SCENE + 40_000, 64)  # number of the first scene, number of scenes
+SCENES = (FIRST_HELD_OUT_SCENE + 40_000, 64)  # number of the first scene, number of scenes
 NUM_INFERENCE_STEPS = 12
 
 
@@ -56,8 +56,10 @@ def agree(photos: Annotated[Path, tyro.conf.Positional]) -> None:
     print(f"{len(records)} scored results of {scenes.max() + 1} scenes\n")
     print("| score | rank correlation, all results | median within a scene |\n| --- | --- | --- |")
     for i, name in enumerate((*SCORES, "total reward")):
-        within = [spearmanr(human[scenes == s, i], rewards[scenes == s, i]).statistic for s in range(scenes.max() + 1)]
-        print(f"| {name} | {spearmanr(human[:, i], rewards[:, i]).statistic:.2f} | {np.nanmedian(within):.2f} |")
+        by_scene = [
+            spearmanr(human[scenes == s, i], rewards[scenes == s, i]).statistic for s in range(scenes.max() + 1)
+        ]
+        print(f"| {name} | {spearmanr(human[:, i], rewards[:, i]).statistic:.2f} | {np.nanmedian(by_scene):.2f} |")
 
 
 def train(training: Training) -> None:
@@ -77,15 +79,15 @@ def train(training: Training) -> None:
         if training.steps is not None:
             settings |= {"max_train_steps": training.steps}
         runs[name] = train_experts(from_flat_dict(settings))
-    base, scenes = (paths.fill, paths.redux, CONFIGS["automatic"]), make_scenes(*HELD_OUT)
+    base, scenes = (paths.fill, paths.redux, CONFIGS["automatic"]), make_scenes(*SCENES)
     decoded_truth = decode_encoded_truth(*base, scenes)
     print("\n| experts | reward | " + " | ".join(SCORES) + " | PSNR |\n" + "| --- " * 6 + "|")
     for name, run in {"none: the base": None, **runs}.items():
         images = generate_removals(*base, scenes, run, num_inference_steps=NUM_INFERENCE_STEPS)
-        found = measure_rewards(images, scenes, decoded_truth)
-        scores = found["scores"]
+        measured = measure_rewards(images, scenes, decoded_truth)
+        scores = measured["scores"]
         means = " | ".join(f"{value:.3f}" for value in scores.mean(0))
-        print(f"| {name} | {total_reward(scores, WEIGHTS).mean():.3f} | {means} | {np.mean(found['psnr']):.2f} |")
+        print(f"| {name} | {total_reward(scores, WEIGHTS).mean():.3f} | {means} | {np.mean(measured['psnr']):.2f} |")
 
 
 def main() -> None:

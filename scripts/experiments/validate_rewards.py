@@ -37,9 +37,9 @@ from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs, default_rewar
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 DEFECTS = ("ghost", "cast", "seam", "blur")
 # Reward -> the defects that it should fall with.
-OWN = {"removal": ("ghost",), "background": ("cast",), "smoothness": ("seam", "blur")}
+OWN_DEFECTS = {"removal": ("ghost",), "background": ("cast",), "smoothness": ("seam", "blur")}
 FILLINGS = ("ghost", "source", "flat", "pasted_own", "pasted_other", "blur", "noise")
-TARGETS = {True: "with ground truth", False: "without ground truth"}
+TITLES = {True: "with ground truth", False: "without ground truth"}
 
 CORRELATION, RANKED_FIRST = 0.9, 0.95  # required |median rank correlation|; required fraction of the photos
 CAST = np.array([0.1, 0.0, -0.1], np.float32)  # added to red, green and blue at strength 1
@@ -73,7 +73,7 @@ class Photo:
     mask: np.ndarray
 
 
-def read(settings: Settings) -> list[Photo]:
+def read_photos(settings: Settings) -> list[Photo]:
     """Read the photos of the folder, in the order of its records."""
     photos = []
     for record in load_records(settings.folder):
@@ -88,7 +88,7 @@ def read(settings: Settings) -> list[Photo]:
     return photos
 
 
-def defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
+def add_defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
     """Add one of `DEFECTS` to the truth, with a strength in [0, 1]; return [h, w, 3] in [0, 1].
 
     ghost   the object in the mask, with `strength` as opacity
@@ -105,11 +105,11 @@ def defect(photo: Photo, kind: str, strength: float) -> np.ndarray:
         depth = sum(np.asarray(erode(photo.mask[None], pixels))[0] for pixels in range(SEAM_WIDTH))
         change = inside * SEAM * (1 - (depth[..., None] - 1) / SEAM_WIDTH)
     else:
-        change = inside * (blurred(photo.truth) - photo.truth)
+        change = inside * (blur(photo.truth) - photo.truth)
     return np.clip(photo.truth + strength * change, 0, 1)
 
 
-def blurred(image: np.ndarray) -> np.ndarray:
+def blur(image: np.ndarray) -> np.ndarray:
     """Blur an image with a Gaussian of σ = `BLUR`."""
     return np.asarray(gaussian_blur(image[None], BLUR))[0]
 
@@ -120,21 +120,21 @@ def paste(photo: Photo, other: Photo, *, flip: bool) -> np.ndarray:
     With `flip` the object is mirrored and its color channels are exchanged.
     """
     left, top, right, bottom = bounding_box(other.mask != 0)
-    cut = np.concatenate([other.source, other.mask[..., None]], -1)[top:bottom, left:right]
+    patch = np.concatenate([other.source, other.mask[..., None]], -1)[top:bottom, left:right]
     if flip:
-        cut = cut[:, ::-1, [1, 2, 0, 3]]
+        patch = patch[:, ::-1, [1, 2, 0, 3]]
     left, top, right, bottom = bounding_box(photo.mask != 0)
-    rows = np.arange(bottom - top) * len(cut) // (bottom - top)
-    columns = np.arange(right - left) * cut.shape[1] // (right - left)
-    cut = cut[rows][:, columns]
+    rows = np.arange(bottom - top) * len(patch) // (bottom - top)
+    columns = np.arange(right - left) * patch.shape[1] // (right - left)
+    patch = patch[rows][:, columns]
     image = photo.truth.copy()
     image[top:bottom, left:right] = np.where(
-        cut[..., 3:] * photo.mask[top:bottom, left:right, None] > 0, cut[..., :3], image[top:bottom, left:right]
+        patch[..., 3:] * photo.mask[top:bottom, left:right, None] > 0, patch[..., :3], image[top:bottom, left:right]
     )
     return image
 
 
-def filling(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> np.ndarray:
+def fill_hole(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Fill the hole with one of `FILLINGS` instead of the truth; return [h, w, 3] in [0, 1].
 
     ghost          the object at half opacity
@@ -147,7 +147,7 @@ def filling(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> 
     """
     inside = photo.mask[..., None]
     if kind in ("ghost", "blur"):
-        return defect(photo, kind, {"ghost": 0.5, "blur": 1.0}[kind])
+        return add_defect(photo, kind, {"ghost": 0.5, "blur": 1.0}[kind])
     if kind == "source":
         return photo.source
     if kind == "flat":
@@ -159,17 +159,17 @@ def filling(photo: Photo, other: Photo, kind: str, rng: np.random.Generator) -> 
 
 
 @jax.jit
-def scores(images: jax.Array, source: jax.Array, truth: jax.Array, mask: jax.Array) -> dict[bool, jax.Array]:
+def compute_scores(images: jax.Array, source: jax.Array, truth: jax.Array, mask: jax.Array) -> dict[bool, jax.Array]:
     """Compute removal, background and smoothness of images [N, h, w, 3]: [N, 3] with and without ground truth."""
 
-    def one(image):
+    def score_image(image):
         rows = {}
-        for has_target in TARGETS:
+        for has_target in TITLES:
             inputs = RewardInputs(image[None], source[None], mask[None], truth[None] if has_target else None)
             rows[has_target] = jnp.stack([REWARDS[name].function(inputs)[0] for name in default_rewards(has_target)])
         return rows
 
-    return jax.lax.map(one, images)
+    return jax.lax.map(score_image, images)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
@@ -183,7 +183,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PhotoScores:
     """Scores (removal, background, smoothness) for one photo, with or without ground truth.
 
     Attributes:
@@ -197,67 +197,67 @@ class Measured:
     fillings: Mapping[str, np.ndarray]
 
 
-def measure(photo: Photo, other: Photo) -> dict[bool, Measured]:
+def measure_photo(photo: Photo, other: Photo) -> dict[bool, PhotoScores]:
     """Score the truth, the truth with defects, and the fillings, with and without ground truth."""
     rng = np.random.default_rng(0)
-    spoilt = {kind: [defect(photo, kind, strength) for strength in STRENGTHS] for kind in DEFECTS}
-    filled = [filling(photo, other, kind, rng) for kind in FILLINGS]
-    images = np.stack([photo.truth, *filled, *chain(*spoilt.values())])
-    found = {}
-    for has_target, rows in scores(images, photo.source, photo.truth, photo.mask).items():
+    defective = {kind: [add_defect(photo, kind, strength) for strength in STRENGTHS] for kind in DEFECTS}
+    filled = [fill_hole(photo, other, kind, rng) for kind in FILLINGS]
+    images = np.stack([photo.truth, *filled, *chain(*defective.values())])
+    results = {}
+    for has_target, rows in compute_scores(images, photo.source, photo.truth, photo.mask).items():
         truth, rest = np.asarray(rows[0]), np.asarray(rows[1:])
         by_filling = dict(zip(FILLINGS, rest[: len(FILLINGS)], strict=True))
         by_defect = dict(zip(DEFECTS, rest[len(FILLINGS) :].reshape(len(DEFECTS), len(STRENGTHS), 3), strict=True))
-        found[has_target] = Measured(by_defect, truth, by_filling)
-    return found
+        results[has_target] = PhotoScores(by_defect, truth, by_filling)
+    return results
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format rows as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def report(measured: Sequence[Measured], title: str) -> dict[str, bool]:
+def print_report(measured: Sequence[PhotoScores], title: str) -> dict[str, bool]:
     """Print the tables of the scores with or without ground truth; return for each claim whether it holds."""
     claims, rows = {}, []
     for column, reward in enumerate(SCORES):
         correlation = {
-            kind: np.median([spearman(STRENGTHS, one.strengths[kind][:, column]) for one in measured])
-            for kind in OWN[reward]
+            kind: np.median([spearman(STRENGTHS, scores.strengths[kind][:, column]) for scores in measured])
+            for kind in OWN_DEFECTS[reward]
         }
         drops = {
-            kind: np.median([one.truth[column] - one.strengths[kind][-1, column] for one in measured])
+            kind: np.median([scores.truth[column] - scores.strengths[kind][-1, column] for scores in measured])
             for kind in DEFECTS
         }
         for kind, value in correlation.items():
             claim = f"{title}: {reward} falls with {kind}, median rank correlation {value:.2f}"
             claims[f"{claim} <= -{CORRELATION}"] = value <= -CORRELATION
         largest = max(drops, key=drops.get)
-        claims[f"{title}: {reward} loses most by {largest}, expected {' or '.join(OWN[reward])}"] = (
-            largest in OWN[reward]
+        claims[f"{title}: {reward} loses most by {largest}, expected {' or '.join(OWN_DEFECTS[reward])}"] = (
+            largest in OWN_DEFECTS[reward]
         )
-        truth = np.median([one.truth[column] for one in measured])
+        truth = np.median([scores.truth[column] for scores in measured])
         own = ", ".join(f"{kind} {value:.2f}" for kind, value in correlation.items())
         rows.append([reward, f"{truth:.2f}", own, *(f"{drops[kind]:.2f}" for kind in DEFECTS)])
     print(f"\n### {title}, {len(measured)} photos (medians)\n")
-    print(table(["reward", "truth scores", "rank correlation", *(f"lost by {kind}" for kind in DEFECTS)], rows))
+    print(format_table(["reward", "truth scores", "rank correlation", *(f"lost by {kind}" for kind in DEFECTS)], rows))
 
     margins = np.array(
         [
-            [total_reward(one.truth, WEIGHTS) - total_reward(one.fillings[kind], WEIGHTS) for kind in FILLINGS]
-            for one in measured
+            [total_reward(scores.truth, WEIGHTS) - total_reward(scores.fillings[kind], WEIGHTS) for kind in FILLINGS]
+            for scores in measured
         ]
     )
     margins = np.concatenate([margins, margins.min(1, keepdims=True)], axis=1)
-    above = (margins > 0).mean(0)
+    ranked_first = (margins > 0).mean(0)
     rows = [
-        ["photos with the truth above", *(f"{value:.0%}" for value in above)],
-        ["by, median", *(f"{value:.2f}" for value in np.median(margins, axis=0))],
-        ["by, least", *(f"{value:.2f}" for value in margins.min(0))],
+        ["photos with the truth above", *(f"{value:.0%}" for value in ranked_first)],
+        ["median margin", *(f"{value:.2f}" for value in np.median(margins, axis=0))],
+        ["smallest margin", *(f"{value:.2f}" for value in margins.min(0))],
     ]
-    print(table(["total reward", *FILLINGS, "all of them"], rows))
-    for kind, value in zip(FILLINGS, above, strict=False):
+    print(format_table(["total reward", *FILLINGS, "all of them"], rows))
+    for kind, value in zip(FILLINGS, ranked_first, strict=False):
         claim = f"{title}: truth above {kind} in {value:.0%} of photos, expected {RANKED_FIRST:.0%} or more"
         claims[claim] = value >= RANKED_FIRST
     return claims
@@ -265,11 +265,11 @@ def report(measured: Sequence[Measured], title: str) -> dict[str, bool]:
 
 def main(settings: Settings) -> int:
     """Measure all photos, print tables and claims; return 1 if a claim fails, else 0."""
-    photos = read(settings)
-    measured = [measure(photo, photos[i - 1]) for i, photo in enumerate(photos)]
+    photos = read_photos(settings)
+    measured = [measure_photo(photo, photos[i - 1]) for i, photo in enumerate(photos)]
     claims = {}
-    for has_target, title in TARGETS.items():
-        claims |= report([one[has_target] for one in measured], title)
+    for has_target, title in TITLES.items():
+        claims |= print_report([by_target[has_target] for by_target in measured], title)
     for claim, holds in claims.items():
         print(f"{'ok  ' if holds else 'FAIL'} {claim}")
     return int(not all(claims.values()))

@@ -43,9 +43,9 @@ use_environment() {
     done
 }
 
-# need NAME... exits with the usage if one of these environment variables is not set.
-need() {
+# require_variables NAME... exits with the usage if one of these environment variables is not set.
+require_variables() {
     for name in "$@"; do
-        [ -n "${!name:-}" ] || { printf '%s is not set\n\n' "$name" >&2 && usage >&2 && exit 2; }
+        [ -n "${!name:-}" ] || { printf '%s is not set: set this environment variable\n\n' "$name" >&2 && usage >&2 && exit 2; }
     done
 }

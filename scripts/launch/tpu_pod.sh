@@ -15,19 +15,19 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
 read_options "$@" && set -- "${rest[@]}"
-need TPU ZONE
-where=("$TPU" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+require_variables TPU ZONE
+location=("$TPU" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 case ${1:-} in
     setup)
         run git archive --format tar.gz --output /tmp/ra_jax.tar.gz HEAD
-        run gcloud compute tpus tpu-vm scp /tmp/ra_jax.tar.gz "$TPU:" --worker=all "${where[@]:1}"
-        run gcloud compute tpus tpu-vm ssh "${where[@]}" --worker=all --command \
+        run gcloud compute tpus tpu-vm scp /tmp/ra_jax.tar.gz "$TPU:" --worker=all "${location[@]:1}"
+        run gcloud compute tpus tpu-vm ssh "${location[@]}" --worker=all --command \
             "mkdir -p ra_jax && tar -xzf ra_jax.tar.gz -C ra_jax && cd ra_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,packs]'"
         ;;
     train)
         shift
         [ $# -gt 0 ] || { usage >&2 && exit 2; }
-        run gcloud compute tpus tpu-vm ssh "${where[@]}" --worker=all --command \
+        run gcloud compute tpus tpu-vm ssh "${location[@]}" --worker=all --command \
             "cd ra_jax && set -a && source scripts/launch/tpu.env && set +a && .venv/bin/python -m ra_jax.train$(printf ' %q' "$@")"
         ;;
     *) usage >&2 && exit 2 ;;

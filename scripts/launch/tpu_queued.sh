@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
 read_options "$@" && set -- "${rest[@]}"
-need TPU ZONE TYPE
+require_variables TPU ZONE TYPE
 [ $# -gt 0 ] || { usage >&2 && exit 2; }
 case $TYPE in
     v5lite*) image=v2-alpha-tpuv5-lite ;;
@@ -23,19 +23,19 @@ case $TYPE in
     v6e*) image=v2-alpha-tpuv6e ;;
     *) image=tpu-ubuntu2204-base ;;
 esac
-where=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+location=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 options=()
 [ -z "$dry_run" ] || options=(--dry_run)
 run gcloud compute tpus queued-resources create "$TPU-queue" --node-id "$TPU" --accelerator-type "$TYPE" \
-    --runtime-version "${RUNTIME:-$image}" "${where[@]}" ${SPOT:+--spot}
+    --runtime-version "${RUNTIME:-$image}" "${location[@]}" ${SPOT:+--spot}
 if [ -z "$dry_run" ]; then
-    trap 'gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${where[@]}"' EXIT
-    until state=$(gcloud compute tpus queued-resources describe "$TPU-queue" "${where[@]}" --format='value(state.state)') &&
+    trap 'gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${location[@]}"' EXIT
+    until state=$(gcloud compute tpus queued-resources describe "$TPU-queue" "${location[@]}" --format='value(state.state)') &&
         [ "$state" = ACTIVE ]; do
-        [[ $state != FAILED && $state != SUSPEND* ]] || { echo "the queued resource is $state" >&2 && exit 1; }
+        [[ $state != FAILED && $state != SUSPEND* ]] || { echo "$TPU-queue: the queued resource is $state" >&2 && exit 1; }
         sleep 30
     done
 fi
 scripts/launch/tpu_pod.sh "${options[@]}" setup
 scripts/launch/tpu_pod.sh "${options[@]}" train "$@"
-[ -z "$dry_run" ] || run gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${where[@]}"
+[ -z "$dry_run" ] || run gcloud compute tpus queued-resources delete "$TPU-queue" --force --quiet "${location[@]}"

@@ -17,7 +17,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
 read_options "$@" && set -- "${rest[@]}"
-need CLUSTER ZONE TPU_TYPE IMAGE
+require_variables CLUSTER ZONE TPU_TYPE IMAGE
 [ $# -gt 0 ] || { usage >&2 && exit 2; }
 run docker build --file scripts/launch/Dockerfile --tag "$IMAGE" .
 run docker push "$IMAGE"

@@ -65,14 +65,14 @@ def make_demo(tiny_fill, tiny_redux, scored_scenes):
 
 
 @pytest.fixture
-def own_cache():
+def restore_cache():
     """Restore the folder of JAX's compilation cache, which the experiments change."""
     folder = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def test_human_scores(load_experiment, configs, make_demo, own_cache, tmp_path, capsys):
+def test_human_scores(load_experiment, configs, make_demo, restore_cache, tmp_path, capsys):
     module = load_experiment("human_scores")
     experiment = module.Experiment(
         root=tmp_path,
@@ -88,19 +88,19 @@ def test_human_scores(load_experiment, configs, make_demo, own_cache, tmp_path, 
     module.run(experiment)
     names = {path.stem for path in (tmp_path / "cells").iterdir()}
     assert names == {f"no_clean-{name}-0" for name in ("base", "roundtrip", "grpo")}
-    before = json.loads(experiment.cell("no_clean", "grpo", 0).read_text())
+    before = json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text())
     assert before["steps"] == 2 and np.shape(before["defects"]) == (8, 4)
     module.measure_again(experiment)
-    assert json.loads(experiment.cell("no_clean", "grpo", 0).read_text()) == before
+    assert json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text()) == before
     capsys.readouterr()
     module.table(experiment)
     printed = capsys.readouterr().out
     assert "| human-scored GRPO | 1 | 2 |" in printed and (tmp_path / "no_clean.png").exists()
 
 
-def test_automatic_rewards(load_experiment, configs, make_demo, own_cache, tmp_path, capsys):
+def test_automatic_rewards(load_experiment, configs, make_demo, restore_cache, tmp_path, capsys):
     module = load_experiment("automatic_rewards")
-    experiment = module.Automatic(
+    experiment = module.Experiment(
         root=tmp_path / "output",
         demo=tmp_path / "demo",
         config=configs["automatic"],
@@ -113,7 +113,7 @@ def test_automatic_rewards(load_experiment, configs, make_demo, own_cache, tmp_p
     )
     make_demo(experiment.demo)
     module.run(experiment)
-    points = json.loads(experiment.cell("chance", 0).read_text())["points"]
+    points = json.loads(experiment.cell_file("chance", 0).read_text())["points"]
     assert [point["step"] for point in points] == [2, 4]
     assert np.shape(points[0]["scores"]) == (4, 3) and np.shape(points[0]["defects"]) == (4, 4)
     capsys.readouterr()
@@ -124,7 +124,7 @@ def test_automatic_rewards(load_experiment, configs, make_demo, own_cache, tmp_p
 def test_two_sources(load_experiment, configs, make_demo, scored_scenes, tmp_path, monkeypatch, capsys):
     module = load_experiment("two_sources")
     monkeypatch.setattr(module, "CONFIGS", configs)
-    monkeypatch.setattr(module, "HELD_OUT", (100_000, 4))
+    monkeypatch.setattr(module, "SCENES", (100_000, 4))
     monkeypatch.setattr(module, "NUM_INFERENCE_STEPS", 1)
     make_demo(tmp_path / "demo")
     module.train(module.Training(root=tmp_path / "output", demo=tmp_path / "demo", steps=1))
