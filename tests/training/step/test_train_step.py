@@ -85,7 +85,7 @@ def test_ratio_is_one_after_a_sync_and_differs_from_one_at_other_steps(human_run
 
 
 def test_the_policy_has_a_gradient_at_a_ratio_of_one(make_config):
-    """In a step that syncs, ρ is 1 for any parameters; its gradient is that of log ρ. The other losses have weight 0."""
+    """In a step that syncs, ρ is 1 for any parameters, but log ρ has a gradient. The other losses have weight 0."""
     (first,) = run_config(make_config(base_loss_weight=0.0, diversity_loss_weight=0.0), 1).metrics
     assert first["mean_ratio"] == 1.0 and first["approx_kl"] == 0.0
     assert first["grad_norm"] > 0.0
