@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: the train state, the data position, the configuration and the base's fingerprint.
 
-A checkpoint `checkpoints/<step>` has two items. `state` has one array per leaf, named by the leaf's path in the train
-state, and never contains the frozen base. `about` is JSON (`CheckpointMetadata`). Saving is asynchronous: a folder
-gets its final name only when it is complete.
+A checkpoint is a folder `checkpoints/<step>` with two items. `state` has one array for each leaf of the train state,
+and each array has the path of its leaf as its name. The frozen base is never saved. `about` is JSON
+(`CheckpointMetadata`). Saving is asynchronous: a folder gets its final name only when it is complete.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from ra_jax.parallel.partitioning import named_leaves
 CHECKPOINT_DIR = "checkpoints"
 BEST_DIR = "best"  # holds the best checkpoint of a run with `--max_drift`, in the same format
 
-# Parts of a state whose name on disk differs from their name in code. The names on disk stay the same in all releases,
-# so that each release can read the checkpoints of the others.
+# Parts of a state: name in code -> name on disk, if the two differ. The names on disk are the same in all releases, so
+# that each release can read the checkpoints of all other releases.
 NAMES_ON_DISK = {"old_params": "snapshot"}
 
 
@@ -44,7 +44,8 @@ class CheckpointMetadata:
 def leaves_on_disk(tree: Any, prefix: str = "") -> dict[str, jax.Array]:
     """Return the leaves of a state by name on disk, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
 
-    `prefix` is the part of the state that `tree` is, such as "trainable" or "ema/flux"; "" for the whole state.
+    `prefix` is the name of the part of the state that `tree` is, such as "trainable" or "ema/flux"; "" for the whole
+    state.
     """
     part = prefix and prefix + "/"
     return {name_on_disk(part + name): leaf for name, leaf in named_leaves(tree).items()}
@@ -57,12 +58,12 @@ def name_on_disk(name: str) -> str:
 
 
 def geometry(leaves: Mapping[str, Any]) -> dict[str, list]:
-    """Return the shape and dtype of every leaf, as values for JSON."""
+    """Return the shape and dtype of every leaf, in a form that JSON can store."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. The newest `limit` checkpoints are kept (None: all)."""
+    """The checkpoints in one folder of a run. Only the newest `limit` checkpoints are kept; all of them for None."""
 
     def __init__(self, output_dir: str | Path, *, folder: str = CHECKPOINT_DIR, limit: int | None = None):
         self.folder = Path(output_dir).resolve() / folder
@@ -73,9 +74,9 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, *, position: int, config: dict, base: str) -> None:
-        """Start to save the state after `step` steps; return once the arrays are copied off the device.
+        """Start to save the state after `step` steps, and return when the arrays have been copied from the device.
 
-        Does nothing if this step has already been saved.
+        If this step is already saved, do nothing.
 
         Args:
             step: number of steps done.
@@ -96,13 +97,13 @@ class Checkpoints:
         )
 
     def latest(self) -> Path | None:
-        """Wait for saves in progress and return the folder of the newest checkpoint; None if there is none."""
+        """Wait for saves in progress, and return the folder of the newest checkpoint; None if there is none."""
         self._manager.wait_until_finished()
         step = self._manager.latest_step()
         return None if step is None else self.folder / str(step)
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints after `step`: a run that resumes from `step` saves these steps again."""
+        """Delete the checkpoints after `step`, because a run that resumes from `step` saves these steps again."""
         for later_step in [saved_step for saved_step in self._manager.all_steps() if saved_step > step]:
             self._manager.delete(later_step)
 
@@ -118,18 +119,18 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(where: str | Path) -> Path:
-    """Find the checkpoint in the folder `where`, and return its resolved path.
+    """Find a checkpoint, and return its resolved path.
 
-    `where` is a checkpoint, a run's output folder, or the folder `checkpoints` or `best` in it. If there are several
-    checkpoints, the latest is returned. In an output folder, `best` is used only if `checkpoints` is empty. Links are
-    followed.
+    `where` is the checkpoint itself, the output folder of a run, or the folder `checkpoints` or `best` in an output
+    folder. If there are several checkpoints, the latest is returned. In an output folder, `best` is used only if
+    `checkpoints` is empty. Links are followed.
 
     Raises CheckpointError if there is no checkpoint.
     """
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
-    # A link or its target may have the name of a folder of checkpoints.
+    # `where` is a folder of checkpoints if it has the name of one, or if it is a link to a folder with such a name.
     holds_steps = bool({path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR})
     parents = [path] if holds_steps else [path / CHECKPOINT_DIR, path / BEST_DIR]
     candidates = [
@@ -150,7 +151,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def enclosing_checkpoint(path: Path) -> Path | None:
-    """Return the checkpoint, or the folder of checkpoints, that `path` is or lies in; None if there is none."""
+    """Return the checkpoint, or the folder of checkpoints, that `path` is or is inside; None if there is none."""
     for folder in (path.resolve(), *path.resolve().parents):
         if is_checkpoint(folder) or (
             folder.name in (CHECKPOINT_DIR, BEST_DIR) and any(map(is_checkpoint, folder.glob("*")))
@@ -181,10 +182,10 @@ def check_base(checkpoint: Path, metadata: CheckpointMetadata, fingerprint: str)
 def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     """Restore a checkpoint's arrays with the structure, shapes, dtypes and shardings of `like`.
 
-    `like` is a pytree of arrays or ShapeDtypeStructs, such as a run's state. With `prefix` it is that part of the
-    state, such as "trainable".
+    `like` is a pytree of arrays or ShapeDtypeStructs: the state of a run, or the part of the state that `prefix` names,
+    such as "trainable".
 
-    Raises CheckpointError if the checkpoint has another geometry. The message lists the leaves that differ.
+    Raises CheckpointError if the checkpoint has other leaves, shapes or dtypes. The message lists the differences.
     """
     on_disk = leaves_on_disk(like, prefix)
     expected, part = geometry(on_disk), prefix and name_on_disk(prefix) + "/"
@@ -221,5 +222,5 @@ def _describe_difference(checkpoint: Path, expected: dict, saved: dict, limit: i
     more = f"\n  and {len(lines) - limit} more" if len(lines) > limit else ""
     return (
         f"checkpoint {checkpoint} has another geometry ({len(lines)} arrays differ):\n  {shown}{more}\n"
-        "Use the model, --num_experts, --lora_rank, --target_modules, --optimizer and mode that it was trained with."
+        "Use the model, --num_experts, --lora_rank, --target_modules, --optimizer and mode of the run that wrote it."
     )

@@ -39,10 +39,10 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """A data set that cannot be read or used, or invalid settings for one.
+    """A data set that cannot be read or used, or invalid settings for a data set.
 
     Attributes:
-        errors: all errors that were found in the records; empty if the error is not in the records.
+        errors: all errors in the records; empty if the error is not in the records.
     """
 
     def __init__(self, message: str, errors: Sequence[RecordError] = ()):
@@ -69,7 +69,7 @@ class WeightError(UserError):
 
 
 class TargetError(UserError):
-    """`target_modules` matches no layer of the model."""
+    """A setting `target_modules` that matches no layer of the model."""
 
 
 class RewardError(UserError):
@@ -81,8 +81,8 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """An output path that a command must not write.
+    """An output path that a command cannot use.
 
-    The path is an input of the command, contains one or is inside one; or it has files that no earlier run of the
-    command wrote; or it is not writable.
+    The path is an input, contains an input or is inside an input. Or the command would replace files there that no
+    earlier run of the command wrote. Or the path is not writable.
     """

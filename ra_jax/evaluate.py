@@ -1,4 +1,4 @@
-"""`python -m ra_jax.evaluate`: metrics of removals against ground truth, per image and in total."""
+"""`python -m ra_jax.evaluate`: measures removals against their ground truth, per image and in total."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ class EvaluateConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and runs the evaluation; a `UserError` is printed and ends it with exit status 1."""
+    """Parse the command line and run the evaluation. On a `UserError`, print it and exit with status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     config = tyro.cli(EvaluateConfig, args=argv, prog="python -m ra_jax.evaluate", use_underscores=True)
     try:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Measures the results and writes the files; all settings and files are checked before anything is computed."""
+    """Measure the results and write the files. All settings and files are checked before anything is computed."""
     _check_ranges(config)
     output = _check_output_folder(config)
     pairs = find_pairs(config.results, config.truth, config.only)
@@ -96,7 +96,7 @@ def run(config: EvaluateConfig) -> None:
         "metrics": summarize(rows),
         "fid": None if fid is None else dataclasses.asdict(fid),
         "not_computed": not_computed,
-        "warnings": _warnings(fid),
+        "warnings": _fid_warnings(fid),
     }
     output.mkdir(parents=True, exist_ok=True)
     # The summary is written first. It shows that the files are from an evaluation, even if the program is killed before
@@ -108,7 +108,7 @@ def run(config: EvaluateConfig) -> None:
         with replace_file(output / SHEET_FILE) as draft:
             sheet.save(draft, "PNG")
     else:
-        (output / SHEET_FILE).unlink(missing_ok=True)  # one of an earlier evaluation would not match the new rows
+        (output / SHEET_FILE).unlink(missing_ok=True)  # an earlier evaluation's sheet would not match the new rows
     for warning in summary["warnings"]:
         logging.warning(warning)
     _print_summary(summary["metrics"], fid, not_computed, len(pairs), has_truth)
@@ -118,7 +118,7 @@ def run(config: EvaluateConfig) -> None:
 
 
 def load_networks(config: EvaluateConfig) -> Networks:
-    """Loads the networks that the flags name.
+    """Load the networks that the flags name.
 
     Raises:
         DataError: an extra is not installed, or weights do not exist or are of another kind.
@@ -136,7 +136,7 @@ def load_networks(config: EvaluateConfig) -> Networks:
 
 
 def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfig) -> Image.Image:
-    """Draws the worst `sheet_rows` results, one in each row: main metrics | source | mask | result | truth."""
+    """Draw the worst `sheet_rows` results, with one row for each: main metrics | source | mask | result | truth."""
     worst_indices = worst_first(rows, config.sort_by)[: config.sheet_rows]
     titles = ("source", "mask", "result", *(("truth",) if pairs[0].truth is not None else ()))
 
@@ -151,8 +151,8 @@ def draw_sheet(pairs: Sequence[Pair], rows: Sequence[Row], config: EvaluateConfi
 
 
 def _format_caption(row: Row, names: Sequence[str]) -> list[str]:
-    identity = str(row["id"])
-    lines = [identity[start : start + MAX_ID_LINE] for start in range(0, len(identity), MAX_ID_LINE)]
+    record_id = str(row["id"])
+    lines = [record_id[start : start + MAX_ID_LINE] for start in range(0, len(record_id), MAX_ID_LINE)]
     values = [(COLUMN_BY_NAME[name], row[name]) for name in names if row.get(name) is not None]
     return lines + [f"{column.name} {value:.{column.digits}f} {column.unit}".rstrip() for column, value in values]
 
@@ -163,11 +163,11 @@ def _check_ranges(config: EvaluateConfig) -> None:
 
 
 def _check_output_folder(config: EvaluateConfig) -> Path:
-    """Returns the output folder, if its three files can be written or --overwrite may replace them.
+    """Return the output folder, if its three files do not exist or --overwrite may replace them.
 
     Raises:
-        OutputError: an output file or folder is an input, contains one or lies in one.
-        DataError: one of the files already exists, and --overwrite is not given or no evaluation wrote the file.
+        OutputError: an output file or folder is an input, contains an input or lies in an input.
+        DataError: one of the files already exists, and either --overwrite is not given or no evaluation wrote the file.
     """
     output = Path(config.output_dir)
     files = [output / name for name in (METRICS_FILE, SUMMARY_FILE, SHEET_FILE)]
@@ -194,7 +194,7 @@ def _check_output_folder(config: EvaluateConfig) -> Path:
 
 
 def _is_summary(file: Path) -> bool:
-    """Returns whether an evaluation wrote the file, that is, whether it is a JSON object with settings and metrics."""
+    """Return whether an evaluation wrote the file: whether the file is a JSON object with settings and metrics."""
     if not file.is_file():
         return False
     try:
@@ -205,7 +205,7 @@ def _is_summary(file: Path) -> bool:
 
 
 def _find_not_computed(config: EvaluateConfig, has_truth: bool) -> dict[str, str]:
-    """Returns the metrics that will not be computed, each with the reason."""
+    """Return the metrics that will not be computed, each with the reason."""
     if not has_truth:
         computed = (*ALWAYS_COMPUTED, *REWARDS_WITHOUT_TRUTH)
         names = [*(column.name for column in COLUMNS if column.name not in computed), "fid"]
@@ -228,21 +228,21 @@ def _check_sort_by(name: str, has_truth: bool, not_computed: Mapping[str, str]) 
 
 
 def _count_missing(rows: Sequence[Row]) -> dict[str, str]:
-    """Returns, for each metric that some results lack, how many of them lack it and why."""
+    """Return a message for each metric that some results lack: how many results lack it, and why."""
     reasons = {}
     for column in COLUMNS:
         count = sum(column.name in row and row[column.name] is None for row in rows)
         if count:
-            why = column.why_missing or "the value is not finite"
-            reasons[column.name] = f"{count} of {len(rows)} results have no value: {why}"
+            reason = column.why_missing or "the value is not finite"
+            reasons[column.name] = f"{count} of {len(rows)} results have no value: {reason}"
     return reasons
 
 
-def _warnings(fid: Fid | None) -> list[str]:
+def _fid_warnings(fid: Fid | None) -> list[str]:
     if fid is None or min(fid.results, fid.truths) > fid.dimensions:
         return []
     return [
-        f"fid: the FID is biased, since {fid.results} results and {fid.truths} ground truths are too few for "
+        f"fid: the FID is biased, because {fid.results} results and {fid.truths} ground truths are too few for "
         f"{fid.dimensions} feature dimensions; compare it only with an FID of equally many images"
     ]
 

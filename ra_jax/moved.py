@@ -1,8 +1,8 @@
 """Old import paths of modules that have moved. They work until version `REMOVAL_VERSION`, with a warning.
 
 `install_old_paths` appends one finder to `sys.meta_path`. The finder handles only the old paths of `MOVED`, and only if
-no module has that name. A module at an old path is empty and looks up its names in the new modules. It imports these
-when the first name is accessed. Thus classes and registries are the same objects at both paths.
+no module has that name. A module at an old path is empty. It looks up its names in the new modules, and imports them
+when the first name is accessed. Therefore classes and registries are the same objects at both paths.
 """
 
 import importlib
@@ -56,7 +56,7 @@ MOVED = {
     "ra_jax.training.state": ("ra_jax.training.step.state",),
 }
 
-# Names that have changed as well: name at the old path -> name in the new modules.
+# Names that have changed, too: name at the old path -> name in the new modules.
 RENAMED = {
     "About": "CheckpointMetadata",
     "BEST": "BEST_DIR",
@@ -64,6 +64,7 @@ RENAMED = {
     "claim_output_dir": "prepare_output_dir",
     "collect": "collect_experience",
     "compiled": "compile_lowered",
+    "Encoded": "EncodedBatch",
     "Fault": "RecordError",
     "FILE": "METRICS_FILE",
     "fill": "load_parameters",
@@ -71,6 +72,7 @@ RENAMED = {
     "recorded_panels": "recorded_charts",
     "first_state": "initial_state",
     "first_weights": "initial_params",
+    "flops_of_step": "flops_from_config",
     "FLUX": "FLUX_TABLE",
     "FOLDER": "CHECKPOINT_DIR",
     "forget_traces": "clear_jit_caches",
@@ -105,6 +107,7 @@ RENAMED = {
     "summarise": "summarize",
     "trace": "build_abstract_step",
     "TracedStep": "AbstractStep",
+    "typed": "convert_setting",
     "VAE": "VAE_TABLE",
     "wait_for_all": "barrier",
 }

@@ -18,15 +18,15 @@ from pathlib import Path
 
 from ra_jax.errors import OutputError
 
-# The inputs of a command: flag -> files and folders that it names. A folder stands for everything in it. Paths that do
-# not exist are ignored.
+# The inputs of a command: flag -> files and folders that the flag names. A folder stands for everything in it. Paths
+# that do not exist are ignored.
 Inputs = Mapping[str, Iterable[Path]]
 
 UNFINISHED = ".unfinished"  # marks a folder that is being written; the file contains UNFINISHED_NOTE
 UNFINISHED_NOTE = "ra_jax is writing this folder. If no run is at work on it, it was left by one that was stopped.\n"
 MAX_NAME_BYTES = 255  # limit of common file systems for the name of a file or folder
-# The name of a draft repeats this many characters of its target, so that it stays below MAX_NAME_BYTES.
-NAME_LENGTH = 40
+# A draft's name starts with this many characters of its target's name, so that it stays shorter than MAX_NAME_BYTES.
+DRAFT_NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None
     Args:
         outputs: the paths that the command writes.
         inputs: the paths that the command reads.
-        nested: inputs that may be inside `outputs.folder`, but not inside a folder of `outputs.owned`. An example is a
-            run's checkpoint, because other results may be written to the run's folder too.
+        nested: inputs that may be inside `outputs.folder`, but not inside a folder of `outputs.owned`. An example is
+            the checkpoint of a run, because other commands may write their results to the run's folder, too.
 
     Raises:
         OutputError: one of the following holds. If an input is involved, the message names both paths and the input's
@@ -88,26 +88,26 @@ def check_outputs(outputs: Outputs, inputs: Inputs, nested: Inputs | None = None
 
 
 class _Comparison:
-    """Compares inputs with the outputs. A cache makes sure that each folder is resolved only once."""
+    """Compares the inputs with the outputs. Caches ensure that each folder is resolved only once."""
 
     def __init__(self, outputs: Outputs):
         self.flag = outputs.flag
-        self.ancestor_marks = lru_cache(maxsize=None)(_ancestor_marks)
+        self.ancestor_ids = lru_cache(maxsize=None)(_ancestor_ids)
         self.resolve = lru_cache(maxsize=None)(Path.resolve)
-        self.files = {mark: file for file in outputs.files for mark in self.marks(file)}
+        self.files = {path_id: file for file in outputs.files for path_id in self.path_ids(file)}
         folders = [] if outputs.folder is None else [outputs.folder]
-        self.folders = {folder: _marks(folder) for folder in folders}
-        self.owned = {folder: _marks(folder) for folder in outputs.owned}
-        # Folder that is written to -> the output that a message about it names.
+        self.folders = {folder: _path_ids(folder) for folder in folders}
+        self.owned = {folder: _path_ids(folder) for folder in outputs.owned}
+        # Folder that the command writes to -> the output that messages about this folder name.
         self.output_in = {folder: folder for folder in (*folders, *outputs.owned)}
         for file in outputs.files:
             self.output_in.setdefault(file.parent, file)
 
-    def marks(self, path: Path) -> set:
-        """Return the same as `_marks`, but resolve a folder only once for all files in it."""
+    def path_ids(self, path: Path) -> set:
+        """Return the same as `_path_ids`, but resolve a folder only once for all files in it."""
         if path.name in ("", "..") or path.is_symlink():
-            return _marks(path)
-        return _identity(self.resolve(path.parent) / path.name)
+            return _path_ids(path)
+        return _resolved_path_ids(self.resolve(path.parent) / path.name)
 
     def check(self, flag: str, path: Path, *, is_nested: bool) -> None:
         """Raise OutputError if an output overlaps the input `path` of `flag`.
@@ -116,26 +116,26 @@ class _Comparison:
         """
         if not path.exists():
             return
-        marks = self.marks(path)
-        ancestors = marks | self.ancestor_marks(path.parent)
+        path_ids = self.path_ids(path)
+        ancestor_ids = path_ids | self.ancestor_ids(path.parent)
         if path.is_symlink():
-            ancestors |= self.ancestor_marks(path)
-        for file in (self.files[mark] for mark in marks if mark in self.files):
+            ancestor_ids |= self.ancestor_ids(path)
+        for file in (self.files[path_id] for path_id in path_ids if path_id in self.files):
             self._raise_overlap(file, "is the same file as", flag, path)
         if path.is_dir():
-            self._check_folder(flag, path, marks, set() if is_nested else ancestors)
-        for folder, folder_marks in self.owned.items():
-            if ancestors & folder_marks:
+            self._check_folder(flag, path, path_ids, set() if is_nested else ancestor_ids)
+        for folder, folder_ids in self.owned.items():
+            if ancestor_ids & folder_ids:
                 self._raise_overlap(folder, "contains", flag, path)
 
-    def _check_folder(self, flag: str, path: Path, marks: set, ancestors: set) -> None:
-        for folder, folder_marks in self.folders.items():
-            if marks & folder_marks:
+    def _check_folder(self, flag: str, path: Path, path_ids: set, ancestor_ids: set) -> None:
+        for folder, folder_ids in self.folders.items():
+            if path_ids & folder_ids:
                 self._raise_overlap(folder, "is the same folder as", flag, path)
-            if ancestors & folder_marks:
+            if ancestor_ids & folder_ids:
                 self._raise_overlap(folder, "contains", flag, path)
         for folder, output in self.output_in.items():
-            if marks & self.ancestor_marks(folder):
+            if path_ids & self.ancestor_ids(folder):
                 self._raise_overlap(output, "is inside", flag, path)
 
     def _raise_overlap(self, output: Path, relation: str, flag: str, path: Path) -> None:
@@ -160,7 +160,10 @@ def _check_names(outputs: Outputs) -> None:
 
 
 def _check_kinds(outputs: Outputs) -> None:
-    """Raise OutputError if a file or broken link is in the place of a folder, or an output file is no regular file."""
+    """Raise OutputError if a path has the wrong kind.
+
+    A file or a broken link must not be in the place of a folder. An existing output file must be a regular file.
+    """
     advice = f"choose another {outputs.flag}"
     for folder in _folders(outputs):
         path = _nearest_existing(folder)
@@ -175,7 +178,7 @@ def _check_kinds(outputs: Outputs) -> None:
 
 
 def _check_writable(outputs: Outputs) -> None:
-    """Raise OutputError if no file can be created in an output folder. The test leaves the folders unchanged."""
+    """Raise OutputError if no file can be created in an output folder. The check leaves the folders unchanged."""
     for folder in dict.fromkeys(map(_nearest_existing, _folders(outputs))):
         before = folder.stat()
         probe = folder / f".{secrets.token_hex(8)}.tmp"
@@ -191,22 +194,22 @@ def _check_writable(outputs: Outputs) -> None:
 
 
 def _folders(outputs: Outputs) -> list[Path]:
-    """Return the folders that the command writes to or replaces, and their parent folders, without duplicates."""
+    """Return the output folder, the owned folders, and the parent folders of files and owned folders, each once."""
     folders = [*([] if outputs.folder is None else [outputs.folder]), *outputs.owned]
     return list(dict.fromkeys([*folders, *(path.parent for path in (*outputs.files, *outputs.owned))]))
 
 
 def _nearest_existing(path: Path) -> Path:
-    """Return the path, or its nearest parent folder, that exists. A broken symbolic link counts as existing."""
+    """Return the path if it exists, else its nearest parent folder that exists. A broken symbolic link exists here."""
     return next(candidate for candidate in (path, *path.parents, Path()) if os.path.lexists(candidate))
 
 
-def _marks(path: Path) -> set:
-    """Return the marks that identify a path: its resolved path and, if it exists, (device, inode)."""
-    return _identity(path.resolve())
+def _path_ids(path: Path) -> set:
+    """Return everything that identifies a path: the resolved path and, if it exists, (device, inode)."""
+    return _resolved_path_ids(path.resolve())
 
 
-def _identity(resolved: Path) -> set:
+def _resolved_path_ids(resolved: Path) -> set:
     try:
         status = resolved.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -214,17 +217,17 @@ def _identity(resolved: Path) -> set:
     return {resolved, (status.st_dev, status.st_ino)}
 
 
-def _ancestor_marks(path: Path) -> set:
-    """Return the marks of a path, of its parent folders, and of the parent folders of symbolic links in it."""
+def _ancestor_ids(path: Path) -> set:
+    """Return `_path_ids` of a path, of its parent folders, and of the parent folders of symbolic links in the path."""
     path = path.absolute()
     links = [part.parent.resolve() / part.name for part in (path, *path.parents) if part.is_symlink()]
     link_parents = {folder for link in links for folder in link.parents}
     resolved = path.resolve()
-    return set().union(*(_marks(folder) for folder in {resolved, *resolved.parents, *link_parents}))
+    return set().union(*(_path_ids(folder) for folder in {resolved, *resolved.parents, *link_parents}))
 
 
 def _hidden_relation(output: Path, path: Path) -> str:
-    """Return " (through a link)" or the like, or "" if the spelling of the two paths shows how they are related."""
+    """Return " (through a link)" or similar for a message; "" if the two paths themselves show how they are related."""
 
     def overlap(first: Path, second: Path) -> bool:
         return first == second or first in second.parents or second in first.parents
@@ -243,10 +246,10 @@ def replace_file(path: Path) -> Iterator[Path]:
     If the block raises, the draft is deleted and `path` stays unchanged. A symbolic link at `path` is replaced, not
     followed. The file keeps the permissions of the file that it replaces; a new file gets the default permissions.
 
-    The draft has a random name that ends in `.tmp`. Libraries that derive the file format from the name's ending must
-    be given the format.
+    The draft has a random name that ends in `.tmp`. A library that derives the file format from the suffix of the name
+    needs the format as an argument.
     """
-    draft = path.with_name(f".{path.name[:NAME_LENGTH]}.{secrets.token_hex(8)}.tmp")
+    draft = path.with_name(f".{path.name[:DRAFT_NAME_LENGTH]}.{secrets.token_hex(8)}.tmp")
     draft.open("xb").close()
     mode = (path if path.is_file() and not path.is_symlink() else draft).stat().st_mode
     try:
@@ -260,7 +263,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, to `path` by `replace_file`."""
+    """Write bytes or text (as UTF-8) to `path`, by `replace_file`."""
     with replace_file(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -286,7 +289,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield staging
         (staging / UNFINISHED).unlink()
         if folder.exists():
-            old = folder.rename(folder.with_name(f".{folder.name[:NAME_LENGTH]}.{secrets.token_hex(8)}.old"))
+            old = folder.rename(folder.with_name(f".{folder.name[:DRAFT_NAME_LENGTH]}.{secrets.token_hex(8)}.old"))
         staging.rename(folder)
     except BaseException:
         if old is not None and not folder.exists():

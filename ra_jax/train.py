@@ -1,4 +1,4 @@
-"""`python -m ra_jax.train`: trains experts or the whole transformer, on results, human scores or automatic rewards."""
+"""`python -m ra_jax.train`: trains experts or the whole transformer from results, human scores or automatic rewards."""
 
 import logging
 import re
@@ -31,17 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         initialize(config.parallel)
         from ra_jax.training.loop import train
-        from ra_jax.training.resume import check_config_kept
+        from ra_jax.training.resume import check_config_not_replaced
 
         if file is not None:
-            check_config_kept(config, file)
+            check_config_not_replaced(config, file)
         output = train(config)
     except REPORTED_ERRORS as error:
         sys.exit(f"error: {error}")
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             sys.exit(f"error: out of memory: {OUT_OF_MEMORY}\n{error}")
-        # A Python reward function that the compiled step called has raised this error.
+        # The compiled step calls Python reward functions. JAX reports their errors as JaxRuntimeError.
         if reward_error := re.search(r"RewardError: (.*)", str(error)):
             sys.exit(f"error: {reward_error[1]}")
         raise

@@ -30,11 +30,11 @@ DESCRIPTION = (
     "Compiles the train step of a configuration for a TPU topology, without TPU hardware. Prints the memory that the "
     "step needs per chip, and a lower bound of its time. All flags of python -m ra_jax.train are accepted as well."
 )
-# By --effort: `jax_exec_time_optimization_effort`, the option of JAX up to 0.11.0.
+# --effort -> value of `jax_exec_time_optimization_effort`, an option of JAX up to 0.11.0.
 EXEC_TIME_EFFORTS = {"quick": -1.0, "full": 0.0}
-# By --effort: `jax_optimization_level`, the option of JAX from 0.11.1 on; UNKNOWN is its default.
+# --effort -> value of `jax_optimization_level`, which replaces this option from JAX 0.11.1 on. UNKNOWN is the default.
 OPTIMIZATION_LEVELS = {"quick": "O1", "full": "UNKNOWN"}
-PATH_FLAGS = ("--train_json_path", "--val_json_path", "--output_dir")  # required by training, not read here
+PATH_FLAGS = ("--train_json_path", "--val_json_path", "--output_dir")  # flags of training whose paths are not read here
 UNUSED_PATH = "unused"  # value of these flags if the user does not give them
 
 
@@ -51,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="quick",
         help="full: compile as in training; quick: skip the search for the fastest program (a fifth of the time)",
     )
-    parser.add_argument("--json", type=Path, help="file to which the figures are also written, as JSON")
+    parser.add_argument("--json", type=Path, help="file to which the printed numbers are also written, as JSON")
     options, train_flags = parser.parse_known_args(argv)
     missing = [flag for flag in PATH_FLAGS if not any(token.startswith(flag) for token in train_flags)]
     try:
         config = parse([*(token for flag in missing for token in (flag, UNUSED_PATH)), *train_flags])
         if options.json:
             check_json(options.json, config, config_file(train_flags))
-        figures = report(options.topology, config, options.effort)
+        results = report(options.topology, config, options.effort)
     except UserError as error:
         sys.exit(f"error: {error}")
     if options.json:
-        write_file(options.json, json.dumps(figures, indent=1) + "\n")
-    if not figures["fits"]:
+        write_file(options.json, json.dumps(results, indent=1) + "\n")
+    if not results["fits"]:
         sys.exit(1)
 
 
@@ -71,8 +71,8 @@ def check_json(file: Path, config: TrainConfig, config_path: Path | None) -> Non
     """Check that `file` is a new file or an earlier report, and that its folder exists.
 
     Raises:
-        OutputError: `file` fails this check, or it is an input of this command or of the training, or it is inside an
-            input folder.
+        OutputError: `file` fails this check, is an input of this command or of the training, or is inside an input
+            folder.
     """
     from ra_jax.checkpoints import BEST_DIR, CHECKPOINT_DIR  # imported here, after parsing, because it is slow
 
@@ -102,16 +102,17 @@ def _is_report(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        figures = json.loads(file.read_bytes())
+        results = json.loads(file.read_bytes())
     except ValueError:  # not JSON or not UTF-8
         return False
-    return isinstance(figures, dict) and {"topology", "fits"} <= figures.keys()
+    return isinstance(results, dict) and {"topology", "fits"} <= results.keys()
 
 
 def set_effort(effort: str) -> None:
     """Set how long XLA searches for a fast program.
 
-    With O1, compilation takes as long as with an effort of -1, and the programs need as much memory.
+    The optimization level O1 corresponds to the effort -1: compilation takes as long, and the programs need as much
+    memory.
     """
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", EXEC_TIME_EFFORTS[effort])
@@ -120,10 +121,10 @@ def set_effort(effort: str) -> None:
 
 
 def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
-    """Compile the step, print the table, and return its figures.
+    """Compile the step, print the table, and return the numbers of the table by name.
 
-    If the step does not fit, compile smaller configurations until one fits. The returned dictionary then names the
-    flags of that configuration under `proposal`.
+    If the step does not fit, compile smaller configurations until one fits. The key `proposal` of the result then has
+    the flags of this configuration.
     """
     jax.config.update("jax_platforms", "cpu")
     set_effort(effort)
@@ -132,25 +133,25 @@ def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
     from ra_jax.aot.topology import topology_devices
 
     devices, chip = topology_devices(topology)
-    figures = {"effort": effort} | compile_and_measure(topology, config, devices, chip)
-    print_figures(figures)
-    if figures["fits"]:
-        return figures
+    results = {"effort": effort} | compile_and_measure(topology, config, devices, chip)
+    print_results(results)
+    if results["fits"]:
+        return results
     for smaller in smaller_configs(config, len(devices)):
         flags = flag_diff(config, smaller)
         print(f"\ntrying {flags} …", flush=True)
-        smaller_figures = {"effort": effort} | compile_and_measure(topology, smaller, devices, chip)
-        if smaller_figures["fits"]:
-            print_figures(smaller_figures)
+        smaller_results = {"effort": effort} | compile_and_measure(topology, smaller, devices, chip)
+        if smaller_results["fits"]:
+            print_results(smaller_results)
             print(f"\nthe step fits with {flags}")
-            return figures | {"proposal": flags}
+            return results | {"proposal": flags}
     advice = ", ".join(["more chips", *memory_advice(config)])
     print(f"\nnone of these configurations fits; use {advice} or smaller --aspect_ratio_buckets")
-    return figures
+    return results
 
 
 def memory_advice(config: TrainConfig) -> list[str]:
-    """Return flags that reduce memory but change the result of the training."""
+    """Return changes of flags that reduce memory, but also change what the training learns."""
     advice = []
     if config.model.base_precision != "int8" and config.experts.use_lora:
         advice.append("--base_precision int8")
@@ -164,12 +165,12 @@ def memory_advice(config: TrainConfig) -> list[str]:
 
 
 def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip) -> dict:
-    """Compile the step and return its figures, which the table and the JSON file show."""
+    """Compile the step, and return the numbers for the table and the JSON file by name."""
     from ra_jax.aot.abstract_step import build_abstract_step
     from ra_jax.aot.roofline import Footprint, Roofline
 
     step = build_abstract_step(config, devices)
-    figures = {
+    results = {
         "topology": topology,
         "chips": len(devices),
         "mode": config.mode,
@@ -185,10 +186,10 @@ def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return figures | {"fits": False, "refusal": str(error).splitlines()[0]}
-    figures["compile_seconds"] = time.perf_counter() - start
-    footprint, roofline = Footprint.of(program, chip), Roofline.of(program, step, chip)
-    figures |= {
+        return results | {"fits": False, "refusal": str(error).splitlines()[0]}
+    results["compile_seconds"] = time.perf_counter() - start
+    footprint, roofline = Footprint.from_program(program, chip), Roofline.from_program(program, step, chip)
+    results |= {
         "argument_bytes": footprint.arguments,
         "temporary_bytes": footprint.temporaries,
         "total_bytes": footprint.total,
@@ -197,37 +198,37 @@ def compile_and_measure(topology: str, config: TrainConfig, devices: list, chip)
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "fits": footprint.fits,
     }
-    return figures | roofline.to_dict()
+    return results | roofline.to_dict()
 
 
-def print_figures(figures: dict) -> None:
-    """Print the figures as a table."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
-    print(f"{figures['mode']} step on {figures['topology']}, {figures['chips']} chips, mesh {mesh}")
+def print_results(results: dict) -> None:
+    """Print the result of `compile_and_measure` as a table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in results["mesh"].items())
+    print(f"{results['mode']} step on {results['topology']}, {results['chips']} chips, mesh {mesh}")
     settings = ("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-    print("panels of {} x {} pixels, ".format(*figures["bucket"]), end="")
-    print(", ".join(f"{name} {figures[name]}" for name in settings), end="\n\n")
-    if "refusal" in figures:
-        print(f"the step does not fit: compilation needs more memory than the chip has\n  {figures['refusal']}")
+    print("panels of {} x {} pixels, ".format(*results["bucket"]), end="")
+    print(", ".join(f"{name} {results[name]}" for name in settings), end="\n\n")
+    if "refusal" in results:
+        print(f"the step does not fit: compilation needs more memory than the chip has\n  {results['refusal']}")
         return
-    gigabytes = {name: figures[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
+    gigabytes = {name: results[f"{name}_bytes"] / 1e9 for name in ("argument", "temporary", "total", "chip")}
     rows = [
         ("arguments per chip", f"{gigabytes['argument']:.2f} GB"),
         ("temporaries per chip", f"{gigabytes['temporary']:.2f} GB"),
         ("total per chip", f"{gigabytes['total']:.2f} of {gigabytes['chip']:.0f} GB"),
-        ("model FLOPs per step", f"{figures['flops'] / 1e12:.1f} TFLOP"),
-        ("compute time at peak rate", f"{figures['compute_seconds']:.3f} s"),
-        *((f"{kind}, sent per chip", f"{sent / 1e9:.2f} GB") for kind, sent in figures["collective_bytes"].items()),
-        ("communication time at full bandwidth", f"{figures['collective_seconds']:.3f} s"),
-        ("lower bound of the step time (roofline)", f"{figures['seconds']:.3f} s"),
-        ("upper bound of the MFU", f"{figures['mfu_bound']:.0%}"),
-        (f"compile time, {figures['effort']} effort", f"{figures['compile_seconds']:.0f} s"),
-        ("peak host memory", f"{figures['host_peak_bytes'] / 1e9:.1f} GB"),
+        ("model FLOPs per step", f"{results['flops'] / 1e12:.1f} TFLOP"),
+        ("compute time at peak rate", f"{results['compute_seconds']:.3f} s"),
+        *((f"{kind}, sent per chip", f"{sent / 1e9:.2f} GB") for kind, sent in results["collective_bytes"].items()),
+        ("communication time at full bandwidth", f"{results['collective_seconds']:.3f} s"),
+        ("lower bound of the step time (roofline)", f"{results['seconds']:.3f} s"),
+        ("upper bound of the MFU", f"{results['mfu_bound']:.0%}"),
+        (f"compile time, {results['effort']} effort", f"{results['compile_seconds']:.0f} s"),
+        ("peak host memory", f"{results['host_peak_bytes'] / 1e9:.1f} GB"),
     ]
     print("| | |\n| --- | --- |")
     for name, value in rows:
         print(f"| {name} | {value} |")
-    print("\nthe step fits" if figures["fits"] else "\nthe step does not fit")
+    print("\nthe step fits" if results["fits"] else "\nthe step does not fit")
 
 
 def flag_diff(config: TrainConfig, other: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""The train step of a configuration as abstract arrays on a mesh: shapes, dtypes and shardings, but no data."""
+"""Builds the train step of a configuration for a mesh, with abstract arguments: shapes, dtypes and shardings only."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,13 +26,13 @@ from ra_jax.parallel.partitioning import BATCH
 from ra_jax.rewards.custom import parse_rewards
 from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import batch_parts
-from ra_jax.training.flops import ModelSizes, flops_of_step
+from ra_jax.training.flops import ModelSizes, flops_from_config
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.train_step import make_train_step
 
-# By the flag that names it: the hub model whose sizes `FLUX_FILL_DEV` holds.
+# Flag -> the only hub model that the flag may name here. `FLUX_FILL_DEV` has the sizes of both models.
 KNOWN_MODELS = {
     "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Fill-dev",
     "pretrained_redux_model_name_or_path": "black-forest-labs/FLUX.1-Redux-dev",
@@ -70,7 +70,8 @@ class AbstractStep:
 def read_geometry(config: TrainConfig) -> FillGeometry:
     """Return the sizes of the models that the configuration names.
 
-    A local folder is read. The sizes of FLUX.1-Fill-dev and FLUX.1-Redux-dev are built in.
+    For a local folder, the sizes are read from its configs. The sizes of FLUX.1-Fill-dev and FLUX.1-Redux-dev are built
+    in.
 
     Raises:
         ConfigError: a model is neither a local folder nor one of these two.
@@ -98,7 +99,7 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
     Raises:
         ConfigError: mesh, batch size and number of devices do not fit together, parallelism is not "mesh", or the
             sizes of a model are not known.
-        DataError: `aspect_ratio_buckets` is malformed, or the model cannot process one of its sizes.
+        DataError: `aspect_ratio_buckets` is malformed, or one of its panel sizes does not fit the model.
     """
     if config.parallel.parallelism != "mesh":
         raise ConfigError("--parallelism pmap: python -m ra_jax.aot compiles only for a mesh; remove this flag")
@@ -114,7 +115,7 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
         platform, dtype=options.dtype, head_dim=geometry.flux.attention_head_dim, devices=len(devices)
     )
     model, trainable, frozen = abstract_fill_model(geometry, options, attention=attention)
-    check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.multiple)
+    check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.size_multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
     state = jax.eval_shape(partial(initial_state, config, optimizer), trainable)
     rewards = ()
@@ -132,7 +133,7 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
         )
 
     batch_sharding = NamedSharding(partitioner.mesh, P(None, BATCH))
-    sizes = ModelSizes(geometry.flux, trainable["flux"], model.multiple, geometry.image_tokens)
+    sizes = ModelSizes(geometry.flux, trainable["flux"], model.size_multiple, geometry.image_tokens)
     return AbstractStep(
         partitioner,
         objective,
@@ -143,7 +144,7 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
             with_shardings(frozen),
             {name: x.update(sharding=batch_sharding) for name, x in batch.items()},
         ),
-        flops=flops_of_step(config, sizes, batch, step=0),
+        flops=flops_from_config(config, sizes, batch, step=0),
         base_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["flux"])),
     )
 
@@ -159,7 +160,7 @@ def needs_result(config: TrainConfig) -> bool:
 
 
 def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shape and dtype of each array of a step's batch, in the largest bucket.
+    """Return the shape and the dtype of each array of a step's batch, in the largest bucket.
 
     Shapes are [A, B, ...], with A = `gradient_accumulation_steps` and B = `train_batch_size`.
     """
@@ -176,21 +177,25 @@ def batch_shapes(config: TrainConfig, geometry: FillGeometry) -> dict[str, jax.S
     }
 
 
-def smaller_configs(config: TrainConfig, devices: int) -> list[TrainConfig]:
-    """Return up to four configurations that need less memory per chip, for when `config` does not fit.
+def smaller_configs(config: TrainConfig, num_devices: int) -> list[TrainConfig]:
+    """Return up to four configurations that need less and less memory per chip, for when `config` does not fit.
 
-    Each one keeps the changes of those before it: weights sharded over all chips, more activations recomputed, then
-    smaller microbatches with more accumulation.
+    Each configuration adds one change to the one before it. The changes are, in this order:
+
+    1. The weights are sharded over all chips.
+    2. All activations of a block are recomputed (gradient_checkpointing full).
+    3. With a policy loss, its timesteps are also processed one after another (gradient_checkpointing points).
+    4. Microbatches become smaller, and there are more of them.
     """
     parallel, run, configs = config.parallel, config.run, []
-    if parallel.mesh_fsdp * parallel.mesh_tensor < devices:
-        config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=devices // parallel.mesh_tensor))
+    if parallel.mesh_fsdp * parallel.mesh_tensor < num_devices:
+        config = replace(config, parallel=replace(parallel, mesh_data=1, mesh_fsdp=num_devices // parallel.mesh_tensor))
         configs.append(config)
     for remat in ("full", "points") if config.uses_policy else ("full",):
         if config.model.gradient_checkpointing not in (remat, "points"):
             config = replace(config, model=replace(config.model, gradient_checkpointing=remat))
             configs.append(config)
-    shards = devices // parallel.mesh_tensor
+    shards = num_devices // parallel.mesh_tensor
     if run.train_batch_size > shards:
         accumulation = run.gradient_accumulation_steps * (run.train_batch_size // shards)
         run = replace(run, train_batch_size=shards, gradient_accumulation_steps=accumulation)

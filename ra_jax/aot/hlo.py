@@ -49,7 +49,7 @@ class Instruction:
     def result_bytes(self) -> float:
         """Bytes of the result.
 
-        The result of an asynchronous start also lists the operands. Their bytes do not count.
+        The result of the start of an asynchronous collective also lists the operands. Their bytes do not count.
         """
         result = self.text[: self.text.index(f" {self.opcode}(")]
         sizes = [
@@ -57,7 +57,7 @@ class Instruction:
             for kind, dims in _SHAPE.findall(result)
             if kind in DTYPE_BITS
         ]
-        # A start returns (operands, results, …), but the start of an all-reduce returns only the results.
+        # A start returns (operands, results, …). Only the start of an all-reduce returns just the results.
         if self.opcode.endswith("-start") and self.opcode != "all-reduce-start":
             sizes = [size for size in sizes if size > 4] or sizes  # drops the 4-byte synchronization words
             sizes = sizes[len(sizes) // 2 :]
@@ -114,7 +114,7 @@ class Program:
     def _collectives(self, name: str, cache: dict) -> list[tuple[str, float, str]]:
         """Return (kind, bytes, channel) of every collective in one run of the computation `name`.
 
-        cache: results of earlier calls, by computation.
+        cache: the results of earlier calls, by the name of the computation.
         """
         if name in cache:
             return cache[name]
@@ -133,7 +133,8 @@ class Program:
                 branches = [self._collectives(branch, cache) for branch in instruction.called]
                 nested += max(branches, key=lambda branch: sum(sent_bytes for _, sent_bytes, _ in branch), default=[])
             elif not instruction.opcode.endswith(("-done", "-update")):
-                # Start and done of an asynchronous collective both contain it. Its channel makes it count once.
+                # The start and the done of an asynchronous collective call the same computation. `by_channel` counts a
+                # collective of the same channel only once.
                 for called in instruction.called:
                     by_channel |= {collective[2]: collective for collective in self._collectives(called, cache)}
         cache[name] = [*by_channel.values(), *nested]
@@ -165,7 +166,8 @@ def group_size(text: str) -> int:
     """
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}", text):
         sizes: Mapping[str, int] = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        # Each entry is a whole axis, 'axis', or a part of one, 'axis':(size of the parts before it)size of this part.
+        # The entry 'axis' names a whole axis. The entry 'axis':(m)n names a part of size n of an axis. The parts of the
+        # axis before this one have the size m.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
         return prod(int(part) if part else sizes[axis] for axis, part in axes)
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
@@ -174,4 +176,4 @@ def group_size(text: str) -> int:
         return listed[1].count(",") + 1
     if "source_target_pairs" in text:
         return 2
-    raise ValueError(f"collective without replica_groups of a known form or source_target_pairs: {text[:200]}")
+    raise ValueError(f"collective: expected replica_groups in a known form or source_target_pairs, got {text[:200]}")

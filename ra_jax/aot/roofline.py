@@ -15,7 +15,7 @@ class Footprint:
 
     Attributes:
         arguments: train state, weights and batch.
-        temporaries: everything else in memory at the peak, with the program's code.
+        temporaries: everything else in memory at the peak, including the program's code.
         available: memory of the chip.
     """
 
@@ -24,8 +24,8 @@ class Footprint:
     available: int
 
     @classmethod
-    def of(cls, program: jax.stages.Compiled, chip: Chip) -> "Footprint":
-        """Read the memory that `program` needs per chip from the compiler's memory analysis."""
+    def from_program(cls, program: jax.stages.Compiled, chip: Chip) -> "Footprint":
+        """Read from the compiler's memory analysis how much memory `program` needs per chip."""
         memory = program.memory_analysis()
         # Aliased outputs are the new train state, which reuses the memory of the donated one.
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -60,8 +60,8 @@ class Roofline:
     collective_seconds: float
 
     @classmethod
-    def of(cls, program: jax.stages.Compiled, step: AbstractStep, chip: Chip) -> "Roofline":
-        """Compute the bounds of the compiled `program` of `step` on chips of the kind `chip`."""
+    def from_program(cls, program: jax.stages.Compiled, step: AbstractStep, chip: Chip) -> "Roofline":
+        """Compute the bounds for `program`, which is `step` compiled for chips of the kind `chip`."""
         chips = step.partitioner.mesh.size
         sent_bytes = Program(program.as_text()).collective_bytes
         return cls(
@@ -73,7 +73,10 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of the step time [s]: the larger of compute and communication, as if they overlapped fully."""
+        """Lower bound of the step time [s]: the larger of compute and communication time.
+
+        It assumes that compute and communication overlap fully.
+        """
         return max(self.compute_seconds, self.collective_seconds)
 
     @property
@@ -82,5 +85,5 @@ class Roofline:
         return self.compute_seconds / self.seconds
 
     def to_dict(self) -> dict:
-        """Return fields, seconds and mfu_bound by name, for JSON."""
+        """Return the fields, `seconds` and `mfu_bound` by name, for JSON."""
         return asdict(self) | {"seconds": self.seconds, "mfu_bound": self.mfu_bound}

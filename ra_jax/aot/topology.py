@@ -1,4 +1,4 @@
-"""Devices of TPU topologies that are not present, for compilation, and the published figures of their chips."""
+"""TPU topologies: devices to compile for without TPU hardware, and the published specifications of the chips."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from ra_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Chip:
-    """Figures of a TPU chip, from Google's "TPU system architecture" pages.
+    """Specifications of a TPU chip, from Google's "TPU system architecture" pages.
 
     Attributes:
         peak_flops: peak rate of dense bf16 matrix products [FLOP/s].
         memory: memory of the chip [bytes].
-        link_bandwidth: bandwidth of all links to other chips together, in one direction [bytes/s].
+        link_bandwidth: total bandwidth of all links to other chips, in one direction [bytes/s].
         dimensions: number of dimensions of the grid of chips.
     """
 
@@ -36,7 +36,7 @@ EXAMPLES = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x
 
 
 def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
-    """Return the devices of a topology such as "v5e:4x4", and the figures of its chips.
+    """Return the devices of a topology such as "v5e:4x4", and the specifications of its chips.
 
     This needs the package libtpu, but no TPU.
 
@@ -57,7 +57,7 @@ def topology_devices(name: str) -> tuple[list[jax.Device], Chip]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-1")
     from jax.experimental import topologies
 
-    # By default libtpu assumes hosts of 2 x 2 chips, which a topology of a single chip does not have.
+    # By default libtpu assumes that a host has 2 x 2 chips. A topology of a single chip has no such host.
     single_chip = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **single_chip)

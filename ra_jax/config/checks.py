@@ -15,7 +15,11 @@ from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, Parall
 
 
 def find_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield a line for each setting out of range, or if there are none, for each contradiction between settings."""
+    """Yield one line for each problem.
+
+    The problems are the settings that are out of range. If there are none, they are the contradictions between
+    settings.
+    """
     if lines := list(out_of_range(config)):
         yield from lines
         return  # the checks for contradictions assume that every setting is in its range
@@ -27,7 +31,7 @@ def find_problems(config: TrainConfig) -> Iterator[str]:
     yield from _expert_problems(config.experts)
     if config.grpo.kl_weight and not config.experts.use_lora:
         yield (
-            f"kl_weight = {config.grpo.kl_weight} without use_lora: it weighs the distance to the frozen base, but "
+            f"kl_weight = {config.grpo.kl_weight} without use_lora: it penalizes the distance to the frozen base, but "
             "without --use_lora the base itself is trained; add --use_lora, or remove --kl_weight"
         )
     yield from _schedule_problems(config)
@@ -40,7 +44,7 @@ def find_problems(config: TrainConfig) -> Iterator[str]:
         )
     trackers = config.logging.report_to
     if "none" in trackers and len(trackers) > 1:
-        yield f"report_to = {' '.join(trackers)}: expected either none alone, or trackers without none"
+        yield f"report_to = {' '.join(trackers)}: none cannot be combined with trackers; use either none or trackers"
     if "wandb" in trackers and find_spec("wandb") is None:
         yield "report_to = wandb: the package wandb is not installed; run `pip install wandb`, or use tensorboard"
 
@@ -74,7 +78,7 @@ def _mode_problems(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple
         )
     if grpo.kl_weight and not (grpo.use_grpo and grpo.enable_grpo_rewards and grpo.enable_grpo_loss):
         yield (
-            f"kl_weight = {grpo.kl_weight} without a policy loss: it limits the distance of the policy from the base; "
+            f"kl_weight = {grpo.kl_weight} without a policy loss: it keeps the policy close to the base; "
             "add --use_grpo --enable_grpo_rewards --enable_grpo_loss, or remove --kl_weight"
         )
     if not any(grpo.reward_weights) and not reward_functions:
@@ -136,8 +140,8 @@ def _rollout_problems(config: TrainConfig) -> Iterator[str]:
     if config.rollouts.reward_functions and not automatic:
         listed = " ".join(config.rollouts.reward_functions)
         yield (
-            f"reward_functions = {listed} without generated images, which they score: use --use_grpo "
-            "--enable_grpo_rewards without --use_human_scores, or remove --reward_functions"
+            f"reward_functions = {listed} without generated images: reward functions score generated images; use "
+            "--use_grpo --enable_grpo_rewards without --use_human_scores, or remove --reward_functions"
         )
     if automatic and config.losses.base_loss_weight == 0 and config.rollouts.reward_interval > 1:
         yield (
@@ -188,13 +192,13 @@ def _gate_problems(experts: ExpertsConfig) -> Iterator[str]:
         yield f"fixed_expert_weights = {listed}: their sum is {sum(experts.weights):g}; expected 1"
     if count * floor >= 1:
         yield (
-            f"router_floor = {floor}: {count} experts with a gate of at least {floor} each leave the router no choice; "
-            f"expected less than 1/{count}"
+            f"router_floor = {floor}: {count} experts cannot all have a gate greater than {floor}, because the sum of "
+            f"the gates is 1; expected less than 1/{count}"
         )
     elif experts.routing in ("soft", "topk", "sample") and min(experts.weights) <= floor:
         yield (
-            f"fixed_expert_weights = {listed}: {experts.routing} routing starts with these gates, and keeps all gates "
-            f"above router_floor = {floor}; raise the smallest weight, or lower --router_floor"
+            f"fixed_expert_weights = {listed}: {experts.routing} routing starts with these gates, and all gates must "
+            f"be greater than router_floor = {floor}; raise the smallest weight, or lower --router_floor"
         )
 
 

@@ -33,8 +33,10 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Parse a command line into a configuration.
 
-    argv: the arguments; by default those of this process. `--help`, and a flag whose value cannot be parsed, print
-    their text and exit.
+    `--help` prints the help text and exits. A flag whose value cannot be parsed prints a message and exits.
+
+    Args:
+        argv: the arguments of the command; None for the arguments of this process.
 
     Raises:
         ConfigError: a flag or TOML key is unknown, a TOML value has the wrong type, a setting is out of range, or
@@ -52,9 +54,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def config_file(argv: Sequence[str] | None = None) -> Path | None:
-    """Return the file of `--config FILE` in a command line, or None without the flag.
+    """Return the file of `--config FILE` in a command line; None if the flag is not given.
 
-    argv: the arguments; by default those of this process.
+    argv: the arguments of the command; None for the arguments of this process.
     """
     _, file = _split_config_file(_normalize_flags(sys.argv[1:] if argv is None else argv))
     return None if file is None else Path(file)
@@ -93,9 +95,9 @@ def from_flat_dict(flat: Mapping[str, Any]) -> TrainConfig:
 
 
 def from_checkpoint(flat: Mapping[str, Any]) -> TrainConfig:
-    """Build the configuration of a run from the settings in its checkpoint, without the checks of a new run.
+    """Build the configuration of an earlier run from the settings in its checkpoint, without the checks of a new run.
 
-    Those checks could fail here: the trackers of that run, such as wandb, need not be installed on this machine.
+    The checks could fail here, because the trackers of that run, such as wandb, need not be installed on this machine.
 
     Raises:
         ConfigError: a name is unknown, or a value has the wrong type.
@@ -122,7 +124,7 @@ def to_toml(config: TrainConfig) -> str:
     return "\n".join(sections)
 
 
-def typed(name: str, value: Any, hint: Any) -> Any:
+def convert_setting(name: str, value: Any, hint: Any) -> Any:
     """Convert `value` to the type `hint` of the setting `name`: 3 to 3.0 for a float, a list to a tuple.
 
     Raises:
@@ -191,7 +193,7 @@ def _split_config_file(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _build(settings: Mapping[str, Any]) -> TrainConfig:
-    """Build a TrainConfig from typed settings. A required setting without a value becomes `tyro.MISSING`."""
+    """Build a TrainConfig from settings of the right types. An absent required setting becomes `tyro.MISSING`."""
     groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     for group, kind in _GROUPS.items():
         for field in dataclasses.fields(kind):
@@ -228,7 +230,7 @@ def _convert_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"table [{name}]: settings are not in tables; write them without [{name}]")
             raise _unknown_name_error(name, f"key {name}")
     try:
-        return {name: typed(name, value, _TYPES[name]) for name, value in flat.items()}
+        return {name: convert_setting(name, value, _TYPES[name]) for name, value in flat.items()}
     except TypeError as error:
         raise ConfigError(str(error)) from None
 

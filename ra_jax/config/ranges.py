@@ -8,7 +8,7 @@
     list(out_of_range(Settings(rate=0.0)))  # ["rate = 0.0: expected a value greater than 0"]
 
 A range applies to the number in its field, or to each number of a tuple. None and text such as "auto" are not checked.
-The command line (tyro) and the TOML parser read only the annotated type and ignore the range.
+The parsers of the command line (tyro) and of TOML use only the annotated type and ignore the range.
 """
 
 import math
@@ -38,7 +38,7 @@ class Range:
     includes_high: bool = True
     or_exactly: float | None = None
 
-    def holds(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Return whether `value` is in the range. NaN and the infinities are in no range."""
         if value == self.or_exactly:
             return True
@@ -75,12 +75,12 @@ def above_and_at_most(low: float, high: float) -> Range:
 
 def between(low: float, high: float) -> Range:
     """Return the range low < x < high."""
-    words = f"a value between {low} and {high}, both excluded"
-    return Range(words, low, high, includes_low=False, includes_high=False)
+    expected = f"a value between {low} and {high}, both excluded"
+    return Range(expected, low, high, includes_low=False, includes_high=False)
 
 
 def field_ranges(kind: type) -> dict[str, Range]:
-    """Return the ranges of a settings dataclass by field name, without the fields that have no range."""
+    """Return the ranges of a settings dataclass by field name. Fields without a range are left out."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
         field.name: extra
@@ -103,5 +103,5 @@ def out_of_range(settings: Any) -> Iterator[str]:
             yield from out_of_range(value)
         elif limit is not None:
             for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, int | float) and not limit.holds(item):
+                if isinstance(item, int | float) and not limit.contains(item):
                     yield f"{field.name} = {item}: expected {limit.expected}"

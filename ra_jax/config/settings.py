@@ -54,7 +54,7 @@ class ModelConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     # Activations of each block that are kept for the backward pass, in addition to the block's input; the others are
     # recomputed. none: keep all (no recomputation); products: keep matrix products and attention outputs; blocks: keep
-    # attention outputs; full: keep nothing; points: as full, and the policy loss processes its timesteps one after
+    # attention outputs; full: keep nothing; points: like full, but the policy loss processes its timesteps one after
     # another.
     gradient_checkpointing: Literal["none", "products", "blocks", "full", "points"] = "blocks"
     # Number of prompt tokens, all zeros, in front of the tokens of the reference image (at least 0).
@@ -134,8 +134,9 @@ class GRPOConfig:
     # flow-matching error of a result; sde: by the probability of the noisy sampling steps (automatic rewards only);
     # nft: by the velocity, without a ratio.
     policy_estimator: Literal["matching", "sde", "nft"] = "matching"
-    # Clip range of the estimator matching. The policy ratio, the probability of a result under the trained weights
-    # divided by that under the old policy, is clipped to 1 ± this value (between 0 and 1, both excluded).
+    # Clip range of the estimator matching: the policy ratio is clipped to 1 ± this value (between 0 and 1, both
+    # excluded). The ratio is the probability of a result under the trained weights divided by its probability under
+    # the old policy.
     clip_range: Annotated[float, between(0, 1)] = 0.2
     # Clip range of the estimator sde, in place of clip_range (between 0 and 1, both excluded).
     sde_clip_range: Annotated[float, between(0, 1)] = 0.02
@@ -144,12 +145,12 @@ class GRPOConfig:
     # Temperature of the estimator matching: log-probability = -(flow-matching error) / temperature (greater than 0).
     # auto: starts at 0.1 and adapts so that about 15 % of the ratios are clipped.
     policy_temperature: Annotated[float | Literal["auto"], above(0)] = 0.1
-    # Interval between copies of the trained weights to the old policy, in steps (at least 1). It applies to human mode.
+    # Interval between copies of the trained weights to the old policy, in steps (at least 1). Only human mode uses it.
     policy_sync_steps: Annotated[int, at_least(1)] = 8
     # Number of (time, noise) pairs at which the estimators matching and nft evaluate each result (at least 1).
     num_policy_timesteps: Annotated[int, at_least(1)] = 4
-    # Part of the noise schedule, from its noisy end, that the times of num_policy_timesteps are drawn from (greater
-    # than 0 and at most 1).
+    # Fraction of the noise schedule, counted from its noisy end, from which the times of num_policy_timesteps are drawn
+    # (greater than 0 and at most 1).
     policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
     # Weight of the squared distance between the velocities of the trained model and of the base (at least 0). 0: off.
     kl_weight: Annotated[float, at_least(0)] = 0.0
@@ -175,8 +176,8 @@ class RolloutConfig:
     """Automatic rewards (--use_grpo --enable_grpo_rewards without --use_human_scores): each step generates images,
     called rollouts, and scores them."""
 
-    # Rollouts per condition (photo, mask and reference) in a step, whose rewards are compared (at least 1; with
-    # automatic rewards at least 2).
+    # Number of rollouts per condition (photo, mask and reference) in a step (at least 1; with automatic rewards at
+    # least 2). The policy loss compares their rewards with each other.
     num_generations: Annotated[int, at_least(1)] = 8
     # Sampling steps of a rollout (at least 1).
     rollout_steps: Annotated[int, at_least(1)] = 8
@@ -185,8 +186,8 @@ class RolloutConfig:
     # Rewards: NAME, NAME=WEIGHT, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHT, separated by spaces. Not given: removal,
     # background and smoothness, weighted by --removal_reward_weight and so on.
     reward_functions: tuple[str, ...] = ()
-    # How the policy loss uses rollouts that are worse than the mean of their group. keep: as the others; drop: not at
-    # all; auto: drop for the estimator matching, keep for sde and nft.
+    # Whether the policy loss uses rollouts that are worse than the mean of their group (negative advantages). keep: it
+    # uses them; drop: it leaves them out; auto: drop for the estimator matching, keep for sde and nft.
     negative_advantages: Literal["auto", "keep", "drop"] = "auto"
     # Interval between steps with rollouts and rewards, in steps (at least 1). The steps in between have no policy loss.
     reward_interval: Annotated[int, at_least(1)] = 1
@@ -198,7 +199,7 @@ class RolloutConfig:
     sde_noise_level: Annotated[float, above(0)] = 0.7
 
     def drops_negative(self, estimator: str) -> bool:
-        """Return whether the policy loss of `estimator` leaves out rollouts that are worse than their group's mean."""
+        """Return whether the policy loss of `estimator` leaves out rollouts with negative advantages."""
         return self.negative_advantages == "drop" or (self.negative_advantages == "auto" and estimator == "matching")
 
     def due(self, step: int) -> bool:
@@ -217,8 +218,8 @@ class LossConfig:
     policy_loss_weight: Annotated[float, at_least(0)] = 0.1
     # Weight of the diversity loss, which keeps all experts in use (at least 0).
     diversity_loss_weight: Annotated[float, at_least(0)] = 0.05
-    # Region that losses average over. balanced: half the weight on the mask, half on the rest of the photo; panel: the
-    # photo; mask: the mask; all: photo and reference. The mask is first dilated by 2 latent cells.
+    # Region that losses average over. balanced: mask and rest of the photo, half the weight on each; panel: the photo;
+    # mask: the mask; all: photo and reference. The mask is first dilated by 2 latent cells.
     loss_region: Literal["balanced", "panel", "mask", "all"] = "balanced"
     # Weight of a record in the base loss. none: 1; score: its reward, mapped to [0, 1]; softmax: softmax of the rewards
     # in its scene; best: only the best record of each scene counts; auto: score in human mode, else none.
@@ -287,12 +288,12 @@ class RunConfig:
     init_experts_from: str | None = None
     # Delete the run that output_dir already holds, and start a new one.
     overwrite_output_dir: bool = False
-    # Stop the run when the flow loss or the velocity's norm, measured on val_json_path, exceeds that of the base by
-    # more than this fraction (greater than 0). None: never.
+    # Stop the run when the flow loss or the velocity norm on val_json_path is greater than the base's by more than this
+    # fraction (greater than 0). None: never.
     max_drift: Annotated[float | None, above(0)] = None
     # Interval between measurements for max_drift, in steps (at least 1).
     drift_steps: Annotated[int, at_least(1)] = 10
-    # Folder that keeps compiled programs for later runs. auto: $JAX_COMPILATION_CACHE_DIR,
+    # Folder that stores compiled programs for later runs. auto: $JAX_COMPILATION_CACHE_DIR,
     # else ~/.cache/ra_jax/compiled; none: keep no programs.
     jax_compilation_cache_dir: str = "auto"
 
@@ -304,8 +305,8 @@ class ParallelConfig:
     # mesh: jax.jit over a mesh of devices, which can shard the weights; pmap: jax.pmap with a copy of all weights on
     # each device.
     parallelism: Literal["mesh", "pmap"] = "mesh"
-    # Devices along the mesh axis data, which shards the batch and replicates the weights (-1 or at least 1). -1: all
-    # devices that mesh_fsdp and mesh_tensor leave.
+    # Devices along the mesh axis data, which shards the batch and replicates the weights (-1 or at least 1). -1: number
+    # of devices / (mesh_fsdp * mesh_tensor).
     mesh_data: Annotated[int, at_least(1, or_exactly=-1)] = -1
     # Devices along the mesh axis fsdp, which shards the batch and the weights (at least 1).
     mesh_fsdp: Annotated[int, at_least(1)] = 1

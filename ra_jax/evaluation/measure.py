@@ -1,8 +1,8 @@
-"""The metrics of every pair: rewards, PSNR, SSIM, and metrics by networks.
+"""The metrics of every pair: rewards, PSNR, SSIM, and metrics that networks compute.
 
-A metric that cannot be computed is None or missing in the row. Each photo is measured at its own
-size, since padding or resizing would change gradients, SSIM windows and texture. JAX compiles one program for each
-size, so images of the same size are measured one after the other.
+A metric that cannot be computed is None or missing in the row. Each photo is measured at its own size, because padding
+or resizing would change gradients, SSIM windows and texture. JAX compiles one program for each size. Therefore images
+of the same size are measured one after the other.
 """
 
 import math
@@ -25,10 +25,10 @@ from ra_jax.rewards.image_metrics import psnr, seam_band
 from ra_jax.rewards.registry import REWARDS, RewardInputs, default_rewards, total_reward
 
 SEAM_WIDTH = 4  # pixels: the seam is the band of this width on each side of the mask's edge
-# Suffix of a column -> region.
+# Suffix of a column -> the region that the column is computed in.
 REGION_BY_SUFFIX = {"": "image", "_mask": "mask", "_outside": "outside", "_seam": "seam"}
-# Image sizes whose compiled programs stay in memory, about 10 MB each. Images are measured in order of size, so no
-# program is needed again after its size.
+# Number of image sizes whose compiled programs stay in memory, about 10 MB each. Images are measured in order of size,
+# so that the programs of earlier sizes are not needed again.
 MAX_COMPILED_SIZES = 16
 
 
@@ -78,19 +78,20 @@ class Evaluation:
     def __init__(self, pairs: Sequence[Pair], weights: Sequence[float], networks: Networks):
         self._pairs, self._weights, self._networks = pairs, weights, networks
         self._rows: dict[int, Row] = {}
-        self._features: list[np.ndarray] = []  # Inception features of the results
-        # (network, ground truth) -> features. The results of a scene share a ground truth, so this saves time.
+        self._result_features: list[np.ndarray] = []  # Inception features of the results
+        # (network, ground truth) -> features. All results of a scene have the same ground truth, so the features are
+        # computed only once.
         self._truth_features: dict[tuple[str, Path], np.ndarray] = {}
 
     def measure(self) -> Iterator[Pair]:
-        """Measures all pairs in order of image size, and yields each pair after its measurement."""
-        sizes: set = set()
+        """Measure all pairs in order of image size, and yield each pair after its measurement."""
+        compiled_sizes: set = set()
         for i in sorted(range(len(self._pairs)), key=lambda i: (self._pairs[i].size, self._pairs[i].truth or Path())):
             pair = self._pairs[i]
-            sizes.add(pair.size)
-            if len(sizes) > MAX_COMPILED_SIZES:
+            compiled_sizes.add(pair.size)
+            if len(compiled_sizes) > MAX_COMPILED_SIZES:
                 jax.clear_caches()
-                sizes = {pair.size}
+                compiled_sizes = {pair.size}
             self._rows[i] = self._measure_pair(pair)
             yield pair
 
@@ -98,45 +99,45 @@ class Evaluation:
     def rows(self) -> list[Row]:
         """One row for each pair, in the order of the pairs, with the columns of `table`.
 
-        `measure` has to be finished before.
+        The rows are complete only after the iterator of `measure` has ended.
         """
         return [self._rows[i] for i in range(len(self._pairs))]
 
     def fid(self) -> Fid | None:
-        """Computes the FID; None without an Inception network, or with fewer than two results or ground truths."""
+        """Compute the FID; None if there is no Inception network, or fewer than two results or ground truths."""
         truths = [features for (network, _), features in self._truth_features.items() if network == "inception"]
-        if min(len(self._features), len(truths)) < 2:
+        if min(len(self._result_features), len(truths)) < 2:
             return None
-        results = np.stack(self._features)
+        results = np.stack(self._result_features)
         return Fid(frechet_distance(results, np.stack(truths)), len(results), len(truths), results.shape[1])
 
     def _measure_pair(self, pair: Pair) -> Row:
         photos = {name: read_photo(path) for name, path in (("src", pair.src), ("result", pair.result))}
         if pair.truth is not None:
             photos["truth"] = read_photo(pair.truth)
-        values = measure_arrays(
+        metrics = measure_arrays(
             *(as_floats(photos[name]) for name in ("result", "src")),
             read_mask(pair.mask),
             as_floats(photos["truth"]) if pair.truth is not None else None,
             self._weights,
         )
         if pair.truth is not None:
-            values |= self._measure_by_networks(pair, photos["result"], photos["truth"])
+            metrics |= self._measure_by_networks(pair, photos["result"], photos["truth"])
         info = {"id": pair.id, "result": str(pair.result), "truth": None if pair.truth is None else str(pair.truth)}
         info |= {"height": pair.size[0], "width": pair.size[1]}
-        return info | {name: _finite_or_none(value) for name, value in values.items()}
+        return info | {name: _finite_or_none(value) for name, value in metrics.items()}
 
     def _measure_by_networks(self, pair: Pair, result: Image.Image, truth: Image.Image) -> dict[str, float | None]:
-        networks, values = self._networks, {}
+        networks, metrics = self._networks, {}
         if networks.lpips is not None:
-            values["lpips"] = networks.lpips(as_floats(result), as_floats(truth))
+            metrics["lpips"] = networks.lpips(as_floats(result), as_floats(truth))
         for name, embed in (("clip_similarity", networks.clip), ("dino_similarity", networks.dino)):
             if embed is not None:
-                values[name] = cosine_similarity(embed(result), self._embed_truth(name, embed, pair, truth))
+                metrics[name] = cosine_similarity(embed(result), self._embed_truth(name, embed, pair, truth))
         if networks.inception is not None:
-            self._features.append(networks.inception(result))
+            self._result_features.append(networks.inception(result))
             self._embed_truth("inception", networks.inception, pair, truth)
-        return values
+        return metrics
 
     def _embed_truth(self, network: str, embed: Embed, pair: Pair, truth: Image.Image) -> np.ndarray:
         key = (network, pair.truth.resolve())
@@ -148,10 +149,10 @@ class Evaluation:
 def measure_arrays(
     result: np.ndarray, source: np.ndarray, mask: np.ndarray, truth: np.ndarray | None, weights: Sequence[float]
 ) -> dict[str, float | None]:
-    """Computes the metrics of one result that need no network, by the names of `table.COLUMNS`.
+    """Compute the metrics of one result that need no network, by their names in `table.COLUMNS`.
 
-    PSNR is at most 100 dB, the value for equal images. PSNR of an empty region is None. SSIM of a region is None if no
-    window is centered in it.
+    PSNR is at most 100 dB, which is the PSNR of equal images. PSNR in an empty region is None. SSIM in a region is None
+    if no window is centered in the region.
 
     Args:
         result: [h, w, 3] float32 in [0, 1].
@@ -165,32 +166,32 @@ def measure_arrays(
     scores, psnr_values, regions = jax.device_get(_scores_and_psnr(RewardInputs(*batch), names=names))
     regions = {name: region[0] > 0 for name, region in regions.items()}
     has_outside = regions["outside"].any()
-    values = {
+    metrics = {
         "total_reward": float(total_reward(np.array([scores[name][0] for name in names]), weights)),
         **{name: float(scores[name][0]) for name in names},
         "mask_area": float(mask.mean()),
         "psnr_source_outside": float(psnr_values["source"][0]) if has_outside else None,
     }
     if truth is None:
-        return values
+        return metrics
     ssim_values = ssim_map(result, truth)
     for suffix, name in REGION_BY_SUFFIX.items():
-        values[f"psnr{suffix}"] = float(psnr_values[name][0]) if regions[name].any() else None
-        values[f"ssim{suffix}"] = mean_ssim(ssim_values, regions[name])
-    return values
+        metrics[f"psnr{suffix}"] = float(psnr_values[name][0]) if regions[name].any() else None
+        metrics[f"ssim{suffix}"] = mean_ssim(ssim_values, regions[name])
+    return metrics
 
 
 def as_floats(photo: Image.Image) -> np.ndarray:
-    """Converts a photo to [h, w, 3] float32 in [0, 1]."""
+    """Convert a photo to [h, w, 3] float32 in [0, 1]."""
     return np.asarray(photo, np.float32) / np.float32(255.0)
 
 
 @partial(jax.jit, static_argnames="names")
 def _scores_and_psnr(inputs: RewardInputs, names: tuple[str, ...]):
-    """Computes rewards by name [1], PSNR by region [1], and the regions themselves [1, h, w] float32.
+    """Compute the rewards by name [1], PSNR by region [1], and the regions [1, h, w] float32.
 
-    PSNR compares the result with the ground truth, if there is one. The PSNR "source" compares it with the photo
-    outside the mask.
+    If there is a ground truth, PSNR compares the result with it in each region. The PSNR named "source" compares the
+    result with the photo outside the mask.
     """
     regions = {
         "image": jnp.ones_like(inputs.mask),

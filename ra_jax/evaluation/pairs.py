@@ -1,7 +1,7 @@
-"""Pairs of a result and its ground truth, which is found by scene or by name.
+"""Pairs each result with its ground truth, which is found by scene or by the photo's name.
 
-All files are checked here, before anything is computed: whether they can be read, whether sizes agree, and whether
-every result has a ground truth.
+All files are checked here, before anything is computed. Every file must be readable, every result must have a ground
+truth, and both must have the same size.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ class Pair:
         mask: the mask that the result was made with.
         result: the result.
         truth: the ground truth; None if there is none.
-        size: (height, width) of the upright photo in pixels.
+        size: (height, width) of the photo in pixels, after EXIF rotation.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Pair:
 
 
 def find_pairs(results: str | Path, truth: str | Path | None = None, only: str | None = None) -> list[Pair]:
-    """Returns every result to measure, with its ground truth.
+    """Return every result to measure, with its ground truth.
 
     Args:
         results: one of
@@ -52,8 +52,9 @@ def find_pairs(results: str | Path, truth: str | Path | None = None, only: str |
             - a plain folder of images with the names of the photos in `truth`, which must be a data set then.
             Records of source `gt` are not measured. If `truth` is None, they are the ground truth of their scenes.
         truth: one of
-            - a data set in any form except a pack. Each scene has one result, or one of source `gt` among several.
-              It is matched by scene (the same photo and mask files), else by the photo's name if the masks agree.
+            - a data set in any form except a pack. Each of its scenes must have one result, or one result of source
+              `gt` among several. The ground truth of a result comes from the scene with the same photo and mask files.
+              If there is none, it comes from the scene whose photo has the same name and whose mask agrees.
             - a plain folder of images with the names of the photos.
             - None. If no record of `results` has source `gt` either, the pairs have no ground truth.
         only: a glob; only results whose file name matches it are returned. None for all results.
@@ -66,27 +67,29 @@ def find_pairs(results: str | Path, truth: str | Path | None = None, only: str |
     results = Path(results)
     truths = None if truth_path is None else _read_truths(truth_path)
     records = _read_results(results, truths, only)
-    measured = [record for record in records if record.source != "gt"]
-    if not measured:
+    result_records = [record for record in records if record.source != "gt"]
+    if not result_records:
         raise DataError(f"{results}: every record is of source gt; expected results to compare with the ground truth")
-    selected = set(_match_names([record.result for record in measured], only))
-    measured = [record for record in measured if record.result in selected]
+    selected = set(_match_names([record.result for record in result_records], only))
+    result_records = [record for record in result_records if record.result in selected]
     if truths is None:
         gt_records = [record for record in records if record.source == "gt"]
         truths = _DataSetTruths(results, gt_records) if gt_records else None
     if truths is None:
-        return [_make_pair(record, None) for record in measured]
-    paths = [truths.find(record) for record in measured]
-    errors = [f"{record.result}: {path}" for record, path in zip(measured, paths, strict=True) if isinstance(path, str)]
+        return [_make_pair(record, None) for record in result_records]
+    paths = [truths.find(record) for record in result_records]
+    errors = [
+        f"{record.result}: {path}" for record, path in zip(result_records, paths, strict=True) if isinstance(path, str)
+    ]
     if errors:
-        title = f"{truths.path}: no ground truth for {len(errors)} of {len(measured)} results"
+        title = f"{truths.path}: no ground truth for {len(errors)} of {len(result_records)} results"
         raise DataError(_format_errors(title, errors))
-    _check_sizes(measured, paths)
-    return [_make_pair(record, path) for record, path in zip(measured, paths, strict=True)]
+    _check_sizes(result_records, paths)
+    return [_make_pair(record, path) for record, path in zip(result_records, paths, strict=True)]
 
 
 class _DataSetTruths:
-    """The ground truth of a data set, by scene and by the photo's name."""
+    """The ground truth in a data set, by scene and by the photo's name."""
 
     def __init__(self, path: Path, records: Sequence[Record]):
         self.path = path
@@ -95,7 +98,7 @@ class _DataSetTruths:
         self._by_name = _group_by(records, lambda record: record.src.stem)
 
     def find(self, record: Record) -> Path | str:
-        """Returns the ground truth of a result, or a message that says why there is none."""
+        """Return the ground truth of a result, or a message that says why there is none."""
         matches = self._by_scene.get(_scene_key(record), [])
         matched_by_name = not matches
         if matched_by_name:
@@ -116,14 +119,14 @@ class _DataSetTruths:
 
 
 class _FolderTruths:
-    """The ground truth of a plain folder of images, by the photo's name."""
+    """The ground truth in a plain folder of images, by the photo's name."""
 
     def __init__(self, path: Path, images: dict[str, list[Path]]):
         self.path = path
         self._images = images
 
     def find(self, record: Record) -> Path | str:
-        """Returns the ground truth of a result, or a message that says why there is none."""
+        """Return the ground truth of a result, or a message that says why there is none."""
         stem = record.src.stem
         matches = self._images.get(stem, [])
         if not matches:
@@ -165,7 +168,10 @@ def _read_results(path: Path, truths: _DataSetTruths | _FolderTruths | None, onl
 
 
 def _make_records(folder: Path, files: Sequence[Path], truths: _DataSetTruths) -> list[Record]:
-    """Makes a record for each image of a plain folder, with photo and mask of the scene whose photo has its name."""
+    """Make a record for each image of a plain folder.
+
+    Its photo and mask are from the scene whose photo has the same name as the image.
+    """
     records_by_name = _group_by(truths.records, lambda record: record.src.stem)
     stem_counts = Counter(file.stem for file in files)
     entries, errors = [], []
@@ -187,7 +193,7 @@ def _make_records(folder: Path, files: Sequence[Path], truths: _DataSetTruths) -
 
 
 def _match_names(results: Sequence[Path], only: str | None) -> Sequence[Path]:
-    """Returns the results whose file name, with or without its ending, matches the glob `only`."""
+    """Return the results whose file name, with or without its suffix, matches the glob `only`."""
     if only is None:
         return results
     selected = [path for path in results if fnmatch(path.name, only) or fnmatch(path.stem, only)]

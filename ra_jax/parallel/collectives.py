@@ -1,7 +1,8 @@
 """Means and sums over the global batch, with the same result under `jax.jit` and under `jax.pmap`.
 
-Under `jax.jit` the batch of a step is the global batch, and `all_mean` is a plain reduction. Under a mapped axis it
-also reduces over the replicas. Losses and metrics compute all of their means with these functions.
+Under `jax.jit` the batch of a step is the global batch, and `all_mean` reduces over its first axis. Under `jax.pmap` a
+replica has a part of the global batch, and `all_mean` also reduces over the mapped axis of replicas. All means in
+losses and metrics are computed by these functions.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,9 @@ def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, s
     size = max(n for n in range(1, min(size, rows) + 1) if rows % n == 0)
     if size == rows:
         return function(x)
-    # [B] = [shards, turns, size] -> [turns, shards, size]: every turn processes rows of every shard.
-    turns = shard_batch(x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1), axis=1)
-    out = jax.lax.map(lambda rows: function(rows.reshape(-1, *x.shape[1:])), turns)
+    # [B] = [shards, microbatches, size] -> [microbatches, shards, size]: every microbatch has rows of every shard.
+    microbatches = shard_batch(x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1), axis=1)
+    out = jax.lax.map(lambda rows: function(rows.reshape(-1, *x.shape[1:])), microbatches)
     out = out.reshape(-1, shards, size, *out.shape[2:]).swapaxes(0, 1)
     return shard_batch(out.reshape(-1, *out.shape[3:]))
 
@@ -45,9 +46,9 @@ def all_mean(x: jax.Array, axis_name: str | None = None, weights: jax.Array | No
 
 
 def mean_gradients(gradient: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Compute the gradient of a loss that consists of `all_mean`s from the gradients of the replicas.
+    """Compute the gradient of a loss of `all_mean` terms: the mean of the replicas' gradients.
 
-    This is their mean and not their sum. The transpose of `psum` is `psum`, so each replica's gradient is already that
-    of the sum of all replicas' losses, which are equal.
+    It is the mean and not the sum, because the transpose of `psum` is `psum`. Each replica has already computed the
+    gradient of the sum of all replicas' losses, and these losses are equal.
     """
     return gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)

@@ -1,4 +1,4 @@
-"""Compilation: the cache of programs between runs, and the memory that programs and the compiler need."""
+"""Compilation: JAX's persistent compilation cache, and the memory of programs, devices and JAX's caches."""
 
 import ctypes
 import os
@@ -20,11 +20,10 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Co
 
 
 def clear_jit_caches(platform: str) -> None:
-    """Clear JAX's caches if the platform is the CPU.
+    """Clear JAX's caches if the platform is the CPU, where steps and caches share the host's memory.
 
-    On the CPU the caches take host memory that steps need: a tenth of what a small step needs.
-
-    Compiled steps stay compiled. Any other function is traced and compiled again at its next call.
+    The caches take about a tenth as much memory as a small step. The programs of steps are not in these caches and stay
+    compiled. Any other function is traced and compiled again at its next call.
     """
     if platform == "cpu":
         jax.clear_caches()
@@ -38,9 +37,9 @@ def trim_host_memory() -> None:
 
 
 def enable_compilation_cache(folder: str) -> None:
-    """Set the folder in which JAX keeps compiled programs between runs.
+    """Set the folder in which JAX stores compiled programs for later runs.
 
-    `folder` is a path, "auto" or "none", as for `--jax_compilation_cache_dir`.
+    `folder` is the value of `--jax_compilation_cache_dir`: a path, "auto" or "none".
     """
     if folder == "auto" and jax.config.jax_compilation_cache_dir:
         return
@@ -65,9 +64,10 @@ def program_memory(program: jax.stages.Compiled) -> int:
 
 
 def device_memory() -> int:
-    """Return the bytes that a program may use: the device's limit, or the host's memory if it has none (CPU).
+    """Return the number of bytes that a program may use: the memory limit that the device reports.
 
-    With several processes this is the minimum over all of them, because all must compile the same program.
+    A CPU device reports no limit. Then this is the physical memory of the host. With several processes this is the
+    minimum over all of them, because all must compile the same program.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if limit is None else limit

@@ -19,8 +19,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
     `data` = -1 stands for (number of devices) / (fsdp · tensor).
 
-    Raises ConfigError if the product of the sizes is not the number of devices, or if the axis data cannot join the
-    slices of a TPU.
+    Raises ConfigError if the product of the sizes is not the number of devices, or if there are several TPU slices
+    and the size of the axis data is not a multiple of their number.
     """
     devices = jax.devices() if devices is None else devices
     flags = f"--mesh_data {data} --mesh_fsdp {fsdp} --mesh_tensor {tensor}"
@@ -41,32 +41,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         grid = mesh_utils.create_hybrid_device_mesh(
             slice_shape, (slices, 1, 1), devices, allow_split_physical_axes=True
         )
-    elif slices == 1 or devices[0].platform != "tpu":  # JAX calls nodes of GPUs slices, and any axis may join them
+    elif slices == 1 or devices[0].platform != "tpu":  # a slice of GPUs is a node, and any axis may span nodes
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        chips = len(devices) // slices
-        tensor = math.gcd(tensor, chips)
+        slice_chips = len(devices) // slices
+        tensor = math.gcd(tensor, slice_chips)
         raise ConfigError(
-            f"{flags}: --mesh_data joins the {slices} slices of {chips} chips and must be a multiple of {slices}, "
-            f"but it is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {chips // tensor} --mesh_tensor {tensor}"
+            f"{flags}: --mesh_data spans the {slices} slices of {slice_chips} chips and must be a multiple of "
+            f"{slices}, but it is {shape[0]}; give --mesh_data {slices} --mesh_fsdp {slice_chips // tensor} "
+            f"--mesh_tensor {tensor}"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Return the indices of the rows of a global batch that the devices of this process hold, in order."""
-    check_batch(mesh, batch)
-    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
+    check_batch(mesh, batch_size)
+    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
 
 
-def check_batch(mesh: Mesh, batch: int) -> None:
-    """Raise ConfigError if the global batch is not a multiple of data · fsdp."""
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raise ConfigError if the size of the global batch is not a multiple of data · fsdp."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    if batch % shards:
+    if batch_size % shards:
         raise ConfigError(
-            f"train_batch_size = {batch} cannot be divided evenly over data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch // shards) * shards}, or "
+            f"train_batch_size = {batch_size} cannot be divided evenly over data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards} devices; give --train_batch_size {-(-batch_size // shards) * shards}, or "
             f"another multiple of {shards}"
         )
 
@@ -82,7 +83,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 
 
 def check_width(mesh: Mesh, width: int) -> None:
-    """Raise ConfigError if the fsdp axis does not divide the transformer's width; its weights would not be sharded."""
+    """Raise ConfigError if the fsdp axis does not divide the transformer's width: weights would not be sharded."""
     fsdp = mesh.shape["fsdp"]
     if width % fsdp:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Partitioners run a step on several devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas.
 
-Both give the same results. A partitioner places state, weights and batches on devices and compiles a step for
-them. Code outside of steps works on one copy of the state: checkpoints save the copy of `unshard`; previews and drift
-use the copy of `addressable`.
+Both give the same results. A partitioner places the state, the weights and the batches on devices, and compiles steps
+for these devices. Code outside of steps needs one copy of the state: checkpoints save the copy that `unshard` returns,
+and previews and drift measurements use the copy that `addressable` returns.
 """
 
 from collections.abc import Callable
@@ -40,34 +40,34 @@ class Partitioner(Protocol):
     shards: int
 
     def check(self, *, heads: int, width: int) -> None:
-        """Raise ConfigError if a transformer with these numbers of attention heads and features cannot be sharded."""
+        """Raise ConfigError if a transformer with this number of attention heads and this width cannot be sharded."""
 
-    def rows(self, batch: int) -> np.ndarray:
-        """Return the rows of a global microbatch that this process loads.
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Return the indices of the rows of a global microbatch that this process loads.
 
         Raises ConfigError if the devices do not divide the microbatch evenly.
         """
 
     def scope(self) -> AbstractContextManager:
-        """Context manager that sets the mesh for functions compiled outside of steps (previews, drift)."""
+        """Context manager that sets the mesh for functions that are compiled outside of steps (previews, drift)."""
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """Compute `function(*weights)` as one copy, on the devices where it stays. The weights may be donated."""
+        """Compute `function(*weights)` as one copy, which `shard` accepts. The weights may be donated."""
 
     def shard(self, tree: Any) -> Any:
-        """Place state or weights, of which there is one copy, in the layout that steps use."""
+        """Convert state or weights from one copy to the layout that steps use."""
 
     def unshard(self, tree: Any) -> Any:
         """Convert state or weights from the layout of steps to one copy over all devices, which checkpoints save."""
 
     def addressable(self, tree: Any) -> Any:
-        """Convert weights from the layout of steps to the one for computations of this process within `scope`."""
+        """Convert weights from the layout of steps to one copy that this process can compute with inside `scope`."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
         """Place this process's rows [A·B_local, ...], ordered by microbatch, as the step's global batch [A, B, ...]."""
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
-        """Compile the step with its state donated. Only shapes, dtypes and shardings of the arguments are read."""
+        """Compile the step. The state is donated. Only shapes, dtypes and shardings of the arguments are used."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class MeshPartitioner:
         check_heads(self.mesh, heads)
         check_width(self.mesh, width)
 
-    def rows(self, batch: int) -> np.ndarray:
-        """Return the rows of a global microbatch that this process's devices hold."""
-        return process_rows(self.mesh, batch)
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Return the indices of the rows of a global microbatch that this process's devices hold."""
+        return process_rows(self.mesh, batch_size)
 
     def scope(self) -> AbstractContextManager:
         """Context manager that sets the mesh."""
@@ -113,7 +113,7 @@ class MeshPartitioner:
         return tree
 
     def addressable(self, tree: Any) -> Any:
-        """Return the weights unchanged: programs outside of steps run on the mesh, too."""
+        """Return the weights unchanged: programs outside of steps also run on the mesh."""
         return tree
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
@@ -126,7 +126,7 @@ class MeshPartitioner:
         return jax.tree.map(put, batch)
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
-        """Compile the step by `jax.jit`: the state is donated and sharded by `RULES`, metrics are replicated."""
+        """Compile the step by `jax.jit`. The state is donated and sharded by `RULES`; the metrics are replicated."""
         arguments = abstract((state, frozen, batch))
         out_shardings = (self.placement.shardings(state), NamedSharding(self.mesh, P()))
         with self.scope():
@@ -142,7 +142,7 @@ class PmapPartitioner:
 
     Attributes:
         mesh: the devices, with the single axis `replica`.
-        placement: None: weights are loaded onto the default device.
+        placement: always None, because weights are loaded onto the default device.
     """
 
     mesh: Mesh
@@ -156,21 +156,22 @@ class PmapPartitioner:
     def check(self, *, heads: int, width: int) -> None:
         """Do nothing: every device has all heads and features."""
 
-    def rows(self, batch: int) -> np.ndarray:
-        """Return this process's rows of a global microbatch; every process has the same number of rows.
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Return the indices of this process's rows of a global microbatch. All processes have equally many rows.
 
         Raises ConfigError if the replicas do not divide the microbatch evenly.
         """
-        if batch % self.shards:
+        if batch_size % self.shards:
+            next_size = -(-batch_size // self.shards) * self.shards
             raise ConfigError(
-                f"train_batch_size = {batch} cannot be divided evenly over {self.shards} replicas; give "
-                f"--train_batch_size {-(-batch // self.shards) * self.shards}, or another multiple of {self.shards}"
+                f"train_batch_size = {batch_size} cannot be divided evenly over {self.shards} replicas; give "
+                f"--train_batch_size {next_size}, or another multiple of {self.shards}"
             )
-        rows = batch // jax.process_count()
-        return np.arange(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        count = batch_size // jax.process_count()
+        return np.arange(jax.process_index() * count, (jax.process_index() + 1) * count)
 
     def scope(self) -> AbstractContextManager:
-        """Context manager that does nothing: outside of steps a single device computes."""
+        """Context manager that does nothing: programs outside of steps run on a single device."""
         return nullcontext()
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
@@ -200,7 +201,7 @@ class PmapPartitioner:
 
     def addressable(self, tree: Any) -> Any:
         """Return this process's first copy, on one device: [replicas, ...] -> [...]."""
-        # On one device, because the compiler can neither shard nor replicate a Pallas kernel over several.
+        # The copy is on one device, because the compiler can neither shard nor replicate a Pallas kernel.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
@@ -245,5 +246,5 @@ def scalars(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """Return an array's values on the host, even if other processes hold parts of it. All processes must call this."""
+    """Copy an array to the host, even if other processes hold parts of it. All processes must call this function."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

@@ -5,8 +5,9 @@
              (ZeRO-3, Rajbhandari et al. 1910.02054)
     tensor   shards attention heads and MLP features (Megatron-LM, Shoeybi et al. 1909.08053)
 
-The table `RULES` applies to all parameters, and to all arrays with their names: gradients, optimizer state, averages.
-The functions that shard or gather arrays do nothing without such a mesh (`jax.set_mesh`): on one device and under pmap.
+The table `RULES` applies to all parameters, and to all arrays with a parameter's name: gradients, optimizer state and
+averaged weights. If no such mesh is set (`jax.set_mesh`), as on one device and under pmap, the functions that shard or
+gather arrays return them unchanged.
 """
 
 import re
@@ -23,9 +24,9 @@ AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 
 # Maps the end of a parameter's name to the axes that shard its last dimensions. The leading dimension of stacked blocks
-# is not sharded. `tensor` shards the side of a layer that has heads or MLP features, so attention and the MLP between
-# two layers need no communication. The exception is proj_out of a single block: its input is the concatenation of
-# both, which is resharded before it.
+# is not sharded. `tensor` shards the outputs of layers that compute heads or MLP features, and the inputs of layers
+# that read them. Attention and the MLP in between need no communication. The exception is proj_out of a single block:
+# its input concatenates heads and MLP features, and is resharded first.
 _FEATURE_OUTPUTS = r"(to_[qkv]|add_[qkv]_proj|net/0/proj|proj_mlp)"
 _FEATURE_INPUTS = r"(to_out/0|to_add_out|net/2|proj_out)"
 RULES: tuple[tuple[str, P], ...] = (
@@ -38,7 +39,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"/lora_b$", P(None, FSDP)),
 )
 STACKED = r"(transformer_blocks|vision/layers)/"
-REPLICATED = r"(^|/)(vae|router)/"  # replicated: they are small, and kernels of convolutions are not matrices
+REPLICATED = r"(^|/)(vae|router)/"  # these weights are small, and kernels of convolutions are not matrices
 
 
 def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
@@ -57,32 +58,35 @@ def partition_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
     if rule is None or len(shape) < len(rule):
         return P()
     spec = (None,) * (len(shape) - len(rule)) + tuple(rule)
-    return P(*(_usable_axes(axes, side, sizes) for axes, side in zip(spec, shape, strict=True)))
+    return P(*(_usable_axes(axes, length, sizes) for axes, length in zip(spec, shape, strict=True)))
 
 
 def _usable_axes(
-    axes: str | tuple[str, ...] | None, side: int, sizes: Mapping[str, int]
+    axes: str | tuple[str, ...] | None, length: int, sizes: Mapping[str, int]
 ) -> str | tuple[str, ...] | None:
-    """Return those of `axes` that have more than one device and together divide `side` evenly; None without any."""
+    """Return the axes that can shard a dimension of this length; None if there are none.
+
+    These are the axes of `axes` that have more than one device and together divide the length evenly.
+    """
     usable, shards = [], 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
-        if sizes[axis] > 1 and side % (shards * sizes[axis]) == 0:
+        if sizes[axis] > 1 and length % (shards * sizes[axis]) == 0:
             usable.append(axis)
             shards *= sizes[axis]
     return tuple(usable) if len(usable) > 1 else next(iter(usable), None)
 
 
 def parameter_name(path: tuple, separator: str = "/") -> str:
-    """Return a leaf's name, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a", from its path.
+    """Return the name of the leaf at `path`, such as "trainable/flux/transformer_blocks/attn/to_q/lora_a".
 
-    `path` is the path in a pytree, or in a flat `nnx.State`, whose paths consist of plain keys.
+    `path` is a path in a pytree, or in a flat `nnx.State`, where a path is a tuple of plain keys.
     """
-    # Flax appends an attribute of its own, `value`, to the path of a variable in a pytree.
+    # In a pytree, the path of a Flax variable ends in the attribute `value`.
     return jax.tree_util.keystr(path, simple=True, separator=separator).removesuffix(f"{separator}value")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by `parameter_name`."""
+    """Return the leaves of a pytree by name (`parameter_name`)."""
     return {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -97,7 +101,7 @@ class Placement:
         return NamedSharding(self.mesh, partition_spec(name, shape, self.mesh.shape))
 
     def shardings(self, tree: Any) -> Any:
-        """Return the shardings of all leaves of a state or of weights, as a pytree. Only shapes are read."""
+        """Return the shardings of all leaves of a state or of weights, as a pytree. Only shapes are used."""
         return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding(parameter_name(path), x.shape), tree)
 
     def put(self, name: str, value: np.ndarray) -> jax.Array:
@@ -106,7 +110,7 @@ class Placement:
 
 
 def axis_sizes() -> Mapping[str, int]:
-    """Return the axis sizes of the current mesh; empty without a mesh of these axes, or if it has one device."""
+    """Return the axis sizes of the current mesh; empty if there is no mesh with these axes or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape) if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else {}
 
@@ -140,8 +144,9 @@ def batch_axes(records: int) -> tuple[str, ...] | None:
 def gather_params(params: Any) -> Any:
     """Gather parameters over `fsdp` before they are used; they stay sharded over `tensor`.
 
-    Stacked blocks are not gathered here: the loop over the blocks gathers one block at a time, under its own names. The
-    gradients of gathered parameters are summed over the axes that shard the batch.
+    Stacked blocks stay sharded here. The loop over the blocks calls this function for one block at a time, and the
+    names in a single block lack the prefix `STACKED`. The gradients of gathered parameters are summed over the axes
+    that shard the batch.
     """
     sizes = axis_sizes()
     if not sizes:

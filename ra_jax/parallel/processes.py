@@ -28,12 +28,12 @@ def initialize(config: ParallelConfig) -> None:
     This must precede any other use of JAX. Slurm, Open MPI and TPU machines (Cloud TPU VMs, GKE) are detected;
     elsewhere the flags `--coordinator_address --num_processes --process_id` are needed.
 
-    Raises ConfigError for an unresolvable host, for a port of this machine that is in use, and for an Open MPI that
-    does not set the variable in which JAX looks for the first process's address.
+    Raises ConfigError for an unresolvable host, for a port of this machine that is in use, and for versions of Open MPI
+    that do not set the variable from which JAX reads the address of process 0.
     """
     gpus = local_gpu_ids(os.environ, Path("/dev"))
     if config.coordinator_address is not None:
-        check_address(config.coordinator_address, serves=config.process_id == 0)
+        check_address(config.coordinator_address, is_coordinator=config.process_id == 0)
         log.info("waiting for %d processes at %s", config.num_processes, config.coordinator_address)
         jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id, gpus)
     elif launcher := detect_launcher(os.environ, Path("/").joinpath):
@@ -53,7 +53,10 @@ def initialize(config: ParallelConfig) -> None:
 
 
 def detect_launcher(environment: dict[str, str], device_path: Callable[[str], Path]) -> str | None:
-    """Return the launcher of a run of several processes, or None. `device_path` maps a device file to its Path."""
+    """Return the launcher of a run of several processes; None if the environment shows none.
+
+    `device_path` maps the name of a device file to its Path.
+    """
     for variable, launcher in LAUNCHERS.items():
         if int(environment.get(variable, "1")) > 1:
             return launcher
@@ -62,11 +65,15 @@ def detect_launcher(environment: dict[str, str], device_path: Callable[[str], Pa
     return "a TPU machine" if may_use_tpu and has_tpu else None
 
 
-def check_address(address: str, *, serves: bool) -> None:
-    """Raise ConfigError if the host of HOST:PORT is unknown, or if this process `serves` the port and it is in use.
+def check_address(address: str, *, is_coordinator: bool) -> None:
+    """Raise ConfigError if the host of HOST:PORT cannot be resolved, or if the port is in use on the coordinator.
 
-    Without this check JAX would wait five minutes for an unknown host, and in both cases gRPC would end the process
+    Without this check JAX would wait five minutes for an unresolvable host. In both cases gRPC would end the process
     without naming the host or the port.
+
+    Args:
+        address: HOST:PORT.
+        is_coordinator: whether this process listens on the port.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -75,7 +82,7 @@ def check_address(address: str, *, serves: bool) -> None:
         raise ConfigError(
             f"coordinator_address = {address}: the host cannot be resolved here ({error}); give the host of process 0"
         ) from error
-    if serves:
+    if is_coordinator:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
@@ -86,11 +93,11 @@ def check_address(address: str, *, serves: bool) -> None:
 
 
 def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | None:
-    """Return which of its visible GPUs a process started by Slurm or Open MPI uses.
+    """Return the indices of the visible GPUs that this process uses in a run that Slurm or Open MPI started.
 
-    If the processes of a machine see the same GPUs, each uses an equal part of them. If the launcher has given each
-    process GPUs of its own, the process uses all of them. None if there are no GPUs, or if no launcher specifies how
-    many processes share them.
+    If the processes of a machine see the same GPUs, each process uses an equal part of them. If each process sees only
+    its own GPUs, it uses all of them. Returns None if there are no GPUs, or if neither Slurm nor Open MPI specifies how
+    many processes this machine has.
 
     Args:
         environment: the environment variables.
@@ -109,7 +116,7 @@ def local_gpu_ids(environment: Mapping[str, str], devices: Path) -> list[int] | 
         return None
     if not count:
         return None
-    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # each process has GPUs of its own
+    if count < processes or "SLURM_GPUS_PER_TASK" in environment:  # each process sees only its own GPUs
         return list(range(count))
     gpus = count // processes
     return list(range(rank * gpus, (rank + 1) * gpus))
@@ -133,9 +140,9 @@ def barrier(name: str) -> None:
 
 
 def should_stop(received_sigterm: bool, step: int) -> bool:
-    """Return whether the run ends after `step`, because of SIGTERM.
+    """Return whether SIGTERM ends the run after `step`.
 
-    With one process, the run ends if this process has received SIGTERM. With several processes, SIGTERM to any of them
-    ends the run, at a step on which JAX has made all of them agree.
+    With one process, the run ends if this process has received SIGTERM. With several processes, the run ends if any of
+    them has. JAX then chooses the step, the same for all processes.
     """
     return received_sigterm if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

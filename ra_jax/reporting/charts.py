@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 344, 10, 166  # edges of the plot area in the vie
 NUM_COLORS = 6  # CSS classes s0 to s5; the seventh series uses s0 again
 MAX_MARKED_POINTS = 20  # a line with at most this many points shows each point as a circle
 MAX_THICK_LINE_ROWS = 150  # a chart with more rows than this has thinner lines
-MAX_POINTS = 500  # a chart with more rows than this shows only some of them, see `thin_rows`
+MAX_POINTS = 500  # a chart with more rows than this shows only some of the rows (`thin_rows`)
 NUM_TICKS = 4  # approximate number of ticks on an axis
 
 Rows = Sequence[Mapping[str, float]]
@@ -42,7 +42,7 @@ class Chart:
 
     Attributes:
         svg: the `<svg>` element.
-        data: `chart_data`'s result; an area chart also has `stacked` = True.
+        data: the result of `chart_data`; an area chart also has `stacked` = True.
     """
 
     svg: str
@@ -50,7 +50,7 @@ class Chart:
 
 
 def format_number(value: float) -> str:
-    """Formats `value` with four significant digits for readers, such as −0.0123 or 1.5e−5."""
+    """Format `value` with four significant digits for readers, such as −0.0123 or 1.5e−5."""
     text = f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3e}"
     mantissa, _, exponent = text.partition("e")
     if exponent:
@@ -59,12 +59,12 @@ def format_number(value: float) -> str:
 
 
 def color_class(i: int) -> str:
-    """Returns the CSS class of series `i`."""
+    """Return the CSS class of series `i`."""
     return f"s{i % NUM_COLORS}"
 
 
 def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, reference: float | None = None) -> Chart:
-    """Draws one line for each metric over the steps.
+    """Draw one line for each metric over the steps.
 
     Args:
         rows: rows of metrics.jsonl; a row need not have every metric.
@@ -95,7 +95,7 @@ def line_chart(rows: Rows, names: Mapping[str, str], *, log: bool = False, refer
 
 
 def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
-    """Draws metrics that are shares of a whole as stacked areas, the first of `names` at the bottom.
+    """Draw metrics that are shares of a whole as stacked areas, the first of `names` at the bottom.
 
     Rows that lack any of the metrics are left out.
     """
@@ -117,10 +117,11 @@ def area_chart(rows: Rows, names: Mapping[str, str]) -> Chart:
 
 
 def thin_rows(rows: Rows, names: Iterable[str]) -> Rows:
-    """Returns the rows that have any metric of `names`, reduced to about `MAX_POINTS` rows if there are more.
+    """Return the rows that have any metric of `names`, reduced to about `MAX_POINTS` rows if there are more.
 
-    To reduce them, the rows are split into equal stretches. Each stretch keeps the rows with the smallest and the
-    largest value of each metric, so that peaks stay visible. The first and the last row are always kept.
+    The reduction splits the rows into stretches of equal length. From each stretch it selects the rows with the
+    smallest and the largest value of each metric, so that peaks stay visible. It always selects the first and the last
+    row.
     """
     names = list(names)
     rows = [row for row in rows if any(name in row for name in names)]
@@ -137,13 +138,13 @@ def thin_rows(rows: Rows, names: Iterable[str]) -> Rows:
 
 
 def step_axis(rows: Rows) -> Axis:
-    """Returns the horizontal axis over the rows' steps; a single step gets a margin of one step on each side."""
+    """Return the horizontal axis for the rows' steps. For a single step, the axis extends one step to each side."""
     low, high = rows[0]["step"], rows[-1]["step"]
     return Axis(low, high, LEFT, RIGHT) if high > low else Axis(low - 1, high + 1, LEFT, RIGHT)
 
 
 def value_axis(low: float, high: float, log: bool) -> Axis:
-    """Returns the vertical axis for values from `low` to `high`, with a margin at both ends.
+    """Return the vertical axis for values from `low` to `high`, with a margin at both ends.
 
     The margin is 6 % of the range. For a constant value it is 10 % of the value, or 1 if the value is 0. If
     `low` is at least 0, the axis does not extend below 0. A logarithmic axis has a margin of a factor of 1.2 instead.
@@ -156,10 +157,10 @@ def value_axis(low: float, high: float, log: bool) -> Axis:
 
 
 def ticks(axis: Axis, *, whole: bool = False) -> list[float]:
-    """Returns about `NUM_TICKS` round values within the axis; integers only if `whole`.
+    """Return about `NUM_TICKS` round values within the axis; integers only if `whole`.
 
-    A logarithmic axis gets powers of ten, and also 2 and 5 times these powers if it spans few of them. It has at most
-    3 · `NUM_TICKS` ticks.
+    The ticks of a logarithmic axis are powers of ten. If the axis spans only few powers, 2 and 5 times these powers are
+    added. A logarithmic axis has at most 3 · `NUM_TICKS` ticks.
     """
     if axis.log:
         powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
@@ -178,7 +179,7 @@ def ticks(axis: Axis, *, whole: bool = False) -> list[float]:
 
 
 def render_axes(x: Axis, y: Axis) -> list[str]:
-    """Returns the SVG elements of both axes: grid lines, tick marks and numbers."""
+    """Return the SVG elements of both axes: grid lines, tick marks and numbers."""
     parts = []
     for value in ticks(y):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
@@ -192,12 +193,12 @@ def render_axes(x: Axis, y: Axis) -> list[str]:
 
 
 def format_points(points: Iterable[tuple[float, float]]) -> str:
-    """Formats points for the SVG attribute `points`: "x,y x,y"."""
+    """Format points for the SVG attribute `points`: "x,y x,y"."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def describe_series(labels: Iterable[str], values: Sequence[Sequence[float | None]]) -> str:
-    """Describes the chart in words for screen readers: the first and the last value of each series."""
+    """Describe the chart in words for screen readers: the first and the last value of each series."""
     recorded = ([value for value in series if value is not None] for series in values)
     return "; ".join(
         f"{label} from {format_number(series[0])} to {format_number(series[-1])}"
@@ -207,7 +208,7 @@ def describe_series(labels: Iterable[str], values: Sequence[Sequence[float | Non
 
 
 def render_svg(parts: Iterable[str], description: str) -> str:
-    """Returns the `<svg>` element with these parts, a description, and the cursor line that the page's script moves."""
+    """Return the `<svg>` element with these parts, a description, and the cursor line that the page's script moves."""
     cursor = f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>'
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(description)}">'
@@ -216,7 +217,7 @@ def render_svg(parts: Iterable[str], description: str) -> str:
 
 
 def chart_data(rows: Rows, values: Sequence[Sequence[float | None]], x: Axis, y: Axis) -> dict[str, Any]:
-    """Returns the data of a chart for the page's script.
+    """Return the data of a chart for the page's script.
 
     Returns:
         steps: the rows' steps [P].

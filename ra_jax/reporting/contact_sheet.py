@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 4  # pixels between images
-VISIBLE_SIDE = 96  # pixels: smaller images are enlarged by a whole factor, so that their longer side is about this long
+VISIBLE_SIDE = 96  # pixels: smaller images are enlarged by an integer factor to a longer side of about this length
 LINE_HEIGHT = 14  # pixels from one line of a caption to the next
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Draws rows of images [h, w, 3] uint8 on white; their sizes may differ.
+    """Draw rows of images [h, w, 3] uint8 on a white sheet. The images may have different sizes.
 
     Small images are enlarged by repeating their pixels.
     """
@@ -33,7 +33,7 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
 def captioned_sheet(
     captions: Sequence[Sequence[str]], rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]
 ) -> Image.Image:
-    """Draws a contact sheet with a caption before each row and a title above each column.
+    """Draw a contact sheet with a caption before each row and a title above each column.
 
     Args:
         captions: for each row, the lines of its caption.
@@ -53,7 +53,7 @@ def captioned_sheet(
 
 
 def thumbnail(image: Image.Image, side: int) -> np.ndarray:
-    """Returns the image as [h, w, 3] uint8, scaled down if its height or width exceeds `side` pixels."""
+    """Return the image as [h, w, 3] uint8, scaled down if its height or width exceeds `side` pixels."""
     scaled = image.convert("RGB")
     scaled.thumbnail((side, side))
     return np.asarray(scaled)

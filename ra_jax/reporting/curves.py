@@ -13,7 +13,7 @@ from ra_jax.outputs import replace_file
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 DRIFT_TITLE, USAGE_TITLE, GATES_TITLE = "Held-out drift", "Expert usage", "Expert weight"
-# Title of a chart -> names or patterns of the metrics in it. Charts without any recorded metric are left out.
+# Title of a chart -> names or patterns of its metrics. A chart is left out if none of its metrics is recorded.
 # `recorded_charts` adds the charts of the experts.
 CHARTS = {
     "Loss": ("train_loss", "base_loss"),
@@ -39,10 +39,10 @@ NUM_COLUMNS = 3
 
 
 def recorded_charts(rows: Sequence[Mapping[str, float]], expert_names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """Returns the charts that a run's rows have metrics for, as {title: {metric: label}}.
+    """Return the charts for which the rows of a run have metrics, as {title: {metric: label}}.
 
-    The charts of `CHARTS` come first, then those of the experts' usage and gates, in which `expert_names` are the
-    labels of experts 0, 1, ...
+    The charts of `CHARTS` come first. The charts of the experts' usage and gates follow; in them, `expert_names` are
+    the labels of experts 0, 1, ...
     """
     recorded = sorted(set().union(*rows))
     charts = {
@@ -56,7 +56,7 @@ def recorded_charts(rows: Sequence[Mapping[str, float]], expert_names: Sequence[
 
 
 def plot_curves(output_dir: Path, expert_names: Sequence[str] = ()) -> Path:
-    """Draws the metrics.jsonl of the run in `output_dir` as `curves.png` in the same folder; returns the new path."""
+    """Draw the metrics of the run in `output_dir` as `curves.png` in this folder, and return the path of the figure."""
     rows = read_rows(output_dir / METRICS_FILE)
     charts = recorded_charts(rows, expert_names)
     num_rows = max(1, -(-len(charts) // NUM_COLUMNS))

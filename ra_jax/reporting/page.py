@@ -19,7 +19,7 @@ from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
 
 REPORT_FILE = "report.html"
-MAX_PAGE_BYTES = 8_000_000  # largest size of the page; the previews may use what its other parts leave
+MAX_PAGE_BYTES = 8_000_000  # maximum size of the page; the previews get what the other parts of the page leave
 RESERVED_BYTES = 10_000  # for the parts of the page that `write_report` does not count, such as the <head>
 ASSETS_DIR = Path(__file__).parent  # with report.css and report.js
 MODE_DESCRIPTIONS = {
@@ -61,7 +61,7 @@ LOG_CHARTS = ("Gradient norm", "Seconds per step")
 def write_report(
     output_dir: Path, config: TrainConfig | Mapping[str, Any], expert_names: Sequence[str], ending: str
 ) -> Path:
-    """Writes `report.html` into a run's folder; returns its path.
+    """Write `report.html` into a run's folder, and return the path of the page.
 
     Args:
         output_dir: the run's folder with metrics.jsonl, previews/step_<n>.png and config.toml; each may be missing.
@@ -103,7 +103,7 @@ def write_report(
 
 
 def render_facts(rows: Rows, config: TrainConfig) -> str:
-    """Returns a list of mode, recorded steps and time in steps; the time is left out if it is not known."""
+    """Return the HTML list of mode, recorded steps and time in steps. The time is left out if it is not known."""
     facts = {"Mode": MODE_DESCRIPTIONS.get(config.mode, config.mode)}
     last_step = rows[-1]["step"] if rows else 0
     total = config.run.max_train_steps
@@ -117,10 +117,10 @@ def render_facts(rows: Rows, config: TrainConfig) -> str:
 
 
 def time_in_steps(rows: Rows) -> float | None:
-    """Returns the total duration of the steps [s]; None if there are no rows or a row has no `step_time`.
+    """Return the total duration of the steps [s]; None if there are no rows or a row has no `step_time`.
 
-    The `step_time` of a row is the mean over the steps since the row before. The first row is that of a single step,
-    the first of the run.
+    The `step_time` of a row is the mean over the steps since the previous row. The first row covers a single step, the
+    first step of the run.
     """
     if not rows or any("step_time" not in row for row in rows):
         return None
@@ -129,7 +129,7 @@ def time_in_steps(rows: Rows) -> float | None:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration in two units, such as 3 h 20 min or 11 min 40 s; below a minute as 4.2 s."""
+    """Format a duration in two units, such as 3 h 20 min or 11 min 40 s; below a minute as 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -137,7 +137,7 @@ def format_duration(seconds: float) -> str:
 
 
 def render_key_figures(rows: Rows) -> str:
-    """Returns the section with the last and the first value of each metric in `KEY_FIGURES`."""
+    """Return the section with the last and the first value of each metric in `KEY_FIGURES`."""
     tiles = []
     for name, label in KEY_FIGURES.items():
         recorded = [row for row in rows if name in row]
@@ -161,7 +161,7 @@ def render_key_figures(rows: Rows) -> str:
 
 
 def render_curves(rows: Rows, expert_names: Sequence[str], config: TrainConfig) -> tuple[list[Chart], str]:
-    """Returns all charts of the run, and the section that shows them in the same order."""
+    """Return all charts of the run, and the section of the page that shows them in the same order."""
     charts, figures = [], []
     references = REFERENCE_VALUES | {DRIFT_TITLE: config.run.max_drift}
     for title, labels in recorded_charts(rows, expert_names).items():
@@ -190,9 +190,9 @@ def render_curves(rows: Rows, expert_names: Sequence[str], config: TrainConfig) 
 
 
 def render_chart(title: str, note: str, labels: Sequence[str], chart: Chart) -> str:
-    """Returns a chart with its title, note and legend.
+    """Return a chart with its title, note and legend.
 
-    The legend shows the last values. The page's script replaces them by the values at the pointer.
+    The legend shows the last value of each metric. The page's script replaces it by the value at the pointer.
     """
     entries = []
     for i, (label, values) in enumerate(zip(labels, chart.data["values"], strict=True)):
@@ -207,7 +207,7 @@ def render_chart(title: str, note: str, labels: Sequence[str], chart: Chart) -> 
 
 
 def render_settings(config: TrainConfig) -> str:
-    """Returns the section with all settings by group; those that differ from their defaults are marked."""
+    """Return the section with all settings by group; those that differ from their defaults are marked."""
     values, defaults = to_flat_dict(config), default_settings()
     changed = [name for name in defaults if values[name] != defaults[name]]
     bodies = []
@@ -232,7 +232,7 @@ def render_settings(config: TrainConfig) -> str:
 
 
 def default_settings() -> dict[str, Any]:
-    """Returns the default of every setting that has one, by the names of `to_flat_dict`."""
+    """Return the default of every setting that has one, by flat name (`to_flat_dict`)."""
     groups = TrainConfig.__dataclass_fields__.values()
     fields = (field for group in groups for field in dataclasses.fields(group.type))
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -240,7 +240,7 @@ def default_settings() -> dict[str, Any]:
 
 
 def format_setting(value: Any) -> str:
-    """Formats a setting's value as HTML: "on", "off", "not set", or the value itself."""
+    """Format a setting's value as HTML: "on", "off", "not set", or the value itself."""
     if value is None or value == []:
         return "<i>not set</i>"
     if isinstance(value, bool):
@@ -249,7 +249,7 @@ def format_setting(value: Any) -> str:
 
 
 def render_command(output_dir: Path, config: TrainConfig) -> str:
-    """Returns the section with the command that repeats the run, if the folder has the run's config.toml."""
+    """Return the section with the command that repeats the run, if the folder has the run's config.toml."""
     title = "Repeat this run"
     config_file = output_dir / "config.toml"
     if not config_file.exists():
@@ -266,16 +266,16 @@ def render_command(output_dir: Path, config: TrainConfig) -> str:
 
 
 def render_section(title: str, content: str) -> str:
-    """Returns a section of the page; `content` is HTML."""
+    """Return a section of the page; `content` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def render_value(value: float) -> str:
-    """Returns `value` as a `<data>` element: rounded for readers, exact in the attribute `value` for programs."""
+    """Return a `<data>` element: its text is the rounded value, and its attribute `value` has the exact value."""
     return f'<data value="{value!r}">{format_number(value)}</data>'
 
 
 def render_footer() -> str:
-    """Returns the footer with the time of writing and the version of ra_jax."""
+    """Return the footer with the time of writing and the version of ra_jax."""
     time = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return f"<footer>Written on {time} by ra_jax {escape(__version__)}</footer>"

@@ -23,9 +23,9 @@ JPEG_QUALITY = 88
 
 
 def preview_strip(folder: Path, budget: int) -> str:
-    """Returns the HTML of the sheets step_<n>.png in `folder`, with notes on what is left out.
+    """Return the sheets step_<n>.png in `folder` as an HTML table, with notes on the steps that are left out.
 
-    The table has at most `budget` bytes: images become smaller and steps fewer until it fits.
+    The table has at most `budget` bytes. Until it fits, the images become smaller and the steps fewer.
     """
     paths, unreadable = find_sheets(folder)
     notes = [f"{name} could not be read." for name in unreadable]
@@ -50,11 +50,11 @@ def preview_strip(folder: Path, budget: int) -> str:
 
 
 def find_sheets(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """Finds the sheets step_<n>.png in `folder`.
+    """Find the sheets step_<n>.png in `folder`.
 
     Returns:
-        The paths of the readable sheets as {step: path}, sorted by step; the names of the files that cannot be read,
-        such as an incomplete file that a killed run left.
+        The paths of the readable sheets as {step: path}, sorted by step.
+        The names of the files that cannot be read, such as an incomplete file that a killed run left.
     """
     paths, unreadable = {}, []
     for path in sorted(folder.glob("step_*.png")):
@@ -70,13 +70,13 @@ def find_sheets(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def select_steps(steps: Sequence[int], count: int) -> list[int]:
-    """Returns at most `count` of the steps, evenly spread, including the first and the last."""
+    """Return at most `count` of the steps, evenly spread, including the first and the last."""
     indices = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
     return [steps[i] for i in indices]
 
 
 def split_columns(sheets: dict[int, Image.Image]) -> dict[str, list[Image.Image]] | None:
-    """Cuts the sheets {step: sheet} into columns of images, {caption: [one image for each scene]}.
+    """Cut the sheets {step: sheet} into columns of images, {caption: [one image for each scene]}.
 
     Returns None if the sheets differ in size, or are not contact sheets with the columns of `COLUMNS`.
     """
@@ -97,14 +97,14 @@ def split_columns(sheets: dict[int, Image.Image]) -> dict[str, list[Image.Image]
 
 
 def find_image_boxes(sheets: Sequence[np.ndarray]) -> list[list[tuple[int, int, int, int]]] | None:
-    """Finds the images in sheets [h, w, 3] uint8 by the white margins between them.
+    """Find the images in sheets [h, w, 3] uint8 by the white margins between them.
 
     All columns are as wide as the widest scene, so their positions follow from the sheet's width. Rows are separated
-    by margins that are white over the whole width in every sheet. The images of a narrower scene end where all of
-    them are white up to the end of their columns.
+    by margins that are white over the whole width in every sheet. If a scene is narrower than the columns, its images
+    end at the last column of pixels in which any of them is not white.
 
     Returns:
-        [scene][column] (left, top, right, bottom) in pixels; None if the margins are not those of this layout.
+        [scene][column] (left, top, right, bottom) in pixels; None if the sheets do not have these margins.
     """
     height, total_width, _ = sheets[0].shape
     not_white = np.any([(sheet < 255).any(-1) for sheet in sheets], axis=0)  # [height, total_width]
@@ -129,7 +129,7 @@ def find_image_boxes(sheets: Sequence[np.ndarray]) -> list[list[tuple[int, int, 
 
 
 def encode_image(image: Image.Image, side: int) -> str:
-    """Encodes `image` as a data URI, scaled down if its longer side exceeds `side` pixels.
+    """Encode `image` as a data URI, scaled down if its longer side exceeds `side` pixels.
 
     The format is PNG if that takes at most `MAX_PNG_BYTES`, else JPEG.
     """
@@ -144,7 +144,7 @@ def encode_image(image: Image.Image, side: int) -> str:
 
 
 def render_table(columns: dict[str, list[str]]) -> str:
-    """Returns a table of images in a box that scrolls sideways, one row for each scene.
+    """Return an HTML table of images with one row for each scene, in a box that scrolls sideways.
 
     columns: {caption: [data URI of one image for each scene]}.
     """
@@ -165,5 +165,5 @@ def render_table(columns: dict[str, list[str]]) -> str:
 
 
 def render_notes(notes: Sequence[str]) -> str:
-    """Returns the notes as one HTML paragraph; an empty string if there are none."""
+    """Return the notes as one HTML paragraph; an empty string if there are none."""
     return f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""

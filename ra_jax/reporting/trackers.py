@@ -14,7 +14,7 @@ from ra_jax.outputs import write_file
 METRICS_FILE = "metrics.jsonl"
 # `summarize` reports the latest value of these metrics, and the mean over the steps of all others.
 LATEST_METRICS = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
-# `summarize` keeps the NaN and infinite values of these metrics, which every step has.
+# Every step measures these metrics. `summarize` does not leave out their values that are NaN or infinite.
 ALWAYS_MEASURED = ("train_loss", "grad_norm")
 
 
@@ -22,40 +22,41 @@ class Tracker(Protocol):
     """Interface of a destination for rows of scalar metrics."""
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Records a row of metrics at this step."""
+        """Record a row of metrics at this step."""
 
     def close(self) -> None:
-        """Writes all buffered rows and closes the files."""
+        """Write all buffered rows and close the files."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one flat JSON object with `step` for each row.
+    """`metrics.jsonl`: one flat JSON object for each row, with its `step`.
 
-    If a run resumes, rows after `first_step` are removed from the file. A run that starts at step 0 replaces the file.
+    If a run resumes, the rows after `first_step` are removed from the file. A run that starts at step 0 replaces the
+    file.
     """
 
     def __init__(self, output_dir: Path, first_step: int):
         path = output_dir / METRICS_FILE
         rows = read_rows(path) if path.exists() and first_step > 0 else []
         earlier_rows = [row for row in rows if row["step"] <= first_step]
-        # write_file replaces the old file only when the new one is complete: a run that is killed here keeps its rows.
+        # write_file replaces the old file only when the new one is complete, so that a run killed here keeps its rows.
         write_file(path, "".join(json.dumps(row) + "\n" for row in earlier_rows))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Appends the row, without values that are not finite, and flushes the file."""
+        """Append the row without the values that are not finite, and flush the file."""
         # JSON has no NaN and no infinity.
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 class TensorBoard:
-    """TensorBoard's event files in `tensorboard/`; if a run resumes, points after `first_step` are purged."""
+    """TensorBoard's event files in `tensorboard/`. If a run resumes, the points after `first_step` are purged."""
 
     def __init__(self, output_dir: Path, first_step: int):
         from tensorboardX import SummaryWriter
@@ -63,12 +64,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Adds one scalar for each metric."""
+        """Add one scalar for each metric."""
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
@@ -90,11 +91,11 @@ class WeightsAndBiases:
         self._run = wandb.init(project="ra_jax", dir=str(output_dir), name=output_dir.name, resume="allow")
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Logs the row at this step."""
+        """Log the row at this step."""
         self._run.log(row, step=step)
 
     def close(self) -> None:
-        """Finishes the run."""
+        """Finish the run."""
         self._run.finish()
 
 
@@ -102,16 +103,16 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -> list[Tracker]:
-    """Opens the tracker of metrics.jsonl and the trackers that `--report_to` names."""
+    """Open the tracker of metrics.jsonl and the trackers that `--report_to` names."""
     trackers = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
     return [JsonLines(output_dir, first_step), *trackers]
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """Reads the rows of a metrics.jsonl; ignores an incomplete last line, which a killed run can leave.
+    """Read the rows of a metrics.jsonl. An incomplete last line, which a killed run can leave, is ignored.
 
     Raises:
-        OutputError: a line is not a JSON object with an integer `step`, so the file is not from a run.
+        OutputError: a line is not a JSON object with an integer `step`. Then no run wrote the file.
     """
     rows = []
     for line_number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
@@ -131,11 +132,11 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def summarize(steps: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Reduces the metrics of several steps to one row.
+    """Reduce the metrics of several steps to one row.
 
-    A metric becomes its mean over the steps that measured it, or its latest value if it is in `LATEST_METRICS`.
-    A value that is not finite counts as not measured. Metrics in `ALWAYS_MEASURED` are the exception: if one of their
-    values is not finite, neither is their mean.
+    The row has the latest value of the metrics in `LATEST_METRICS`, and the mean of every other metric over the steps
+    that measured it. A value that is not finite counts as not measured. Metrics in `ALWAYS_MEASURED` are the
+    exception: if one value is not finite, the mean is not finite either.
     """
     row = {}
     for name in dict.fromkeys(name for step in steps for name in step):

@@ -35,7 +35,7 @@ def run_signature(
 ) -> dict[str, object]:
     """Collect everything that determines the rows and the program of a step, and when checkpoints and previews are due.
 
-    Processes that differ in any of it would wait for each other in different steps.
+    If the processes differed in any of this, they would wait for each other in different steps.
 
     Args:
         config: the run's configuration.

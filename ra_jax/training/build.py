@@ -36,8 +36,8 @@ def policy_settings(config: TrainConfig) -> PolicySettings:
     return PolicySettings(
         estimator=grpo.policy_estimator,
         clip_range=grpo.clip_range,
-        pairs=grpo.num_policy_timesteps,
-        fraction=grpo.policy_timestep_fraction,
+        num_pairs=grpo.num_policy_timesteps,
+        time_fraction=grpo.policy_timestep_fraction,
         noise_level=config.rollouts.sde_noise_level,
         sde_clip_range=grpo.sde_clip_range,
         nft_beta=grpo.nft_beta,
@@ -51,10 +51,10 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
     rollouts = config.rollouts
     return RolloutSettings(
         rewards=rewards,
-        generations=rollouts.num_generations,
-        steps=rollouts.rollout_steps,
+        num_generations=rollouts.num_generations,
+        num_steps=rollouts.rollout_steps,
         decode_batch_size=rollouts.decode_batch_size,
-        noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
+        num_noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
         noise_level=rollouts.sde_noise_level,
         drop_negative=rollouts.drops_negative(config.grpo.policy_estimator),
         sample_experts=config.experts.routing == "sample",
@@ -69,7 +69,7 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSetti
         rewards: the rewards of automatic mode; empty in the other modes.
     """
     return StepSettings(
-        updates=config.updates,
+        num_updates=config.updates,
         sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
         adapt_temperature=config.grpo.policy_temperature == "auto",
         ema_decay=config.optimization.ema_decay,
@@ -79,7 +79,7 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSetti
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
-    """Build the train state before step 0, in which `trainable` are the weights to train."""
+    """Build the train state before step 0 for the trainable weights `trainable`."""
     temperature = config.grpo.policy_temperature
     return init_state(
         trainable,

@@ -1,4 +1,4 @@
-"""The data of a run: its records, the values that a step needs for each, and the rows that a process loads."""
+"""The data of a run: its records, the weights and rewards of the records, and the rows that each process loads."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class RunData:
 
     Attributes:
         records: the records to train on.
-        values: arrays [R, ...] of the values that a step needs for each record besides its images (`record_values`).
+        values: arrays [R, ...] by batch key: what a step needs for each record besides its images (`record_values`).
         held_out: the records from which previews are drawn and on which drift is measured.
         buckets: panel sizes (height, width) in pixels.
         latents: whether the records come from a pack with latents.
@@ -70,7 +70,7 @@ def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, row
         batch_size=config.run.train_batch_size * config.run.gradient_accumulation_steps,
         buckets=data.buckets,
         seed=config.run.seed,
-        multiple=loaded.model.multiple,
+        multiple=loaded.model.size_multiple,
         augment_masks=config.data.mask_augmentation,
         preprocess_reference=loaded.preprocess,
         rows=rows,
@@ -101,18 +101,20 @@ def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozens
 def step_rows(config: TrainConfig, partitioner: Partitioner) -> np.ndarray:
     """Return the indices of the rows that this process loads, out of the A·B rows of a step.
 
-    The rows of a step are those of its A microbatches of B rows, one microbatch after another.
+    A step has A microbatches of B rows each. Its rows are ordered by microbatch.
     """
-    batch = config.run.train_batch_size
-    rows = partitioner.rows(batch)
-    return np.concatenate([rows + number * batch for number in range(config.run.gradient_accumulation_steps)])
+    microbatch_size = config.run.train_batch_size
+    rows = partitioner.rows(microbatch_size)
+    return np.concatenate(
+        [rows + microbatch * microbatch_size for microbatch in range(config.run.gradient_accumulation_steps)]
+    )
 
 
 def load_training_records(config: TrainConfig) -> list[Record]:
     """Load the records of --train_json_path.
 
-    Every record must have a result, unless the mode is automatic and the base loss has weight 0: the base loss trains
-    on results, and human scores rate them. In automatic mode a scene with several records causes a warning.
+    Every record must have a result, because the base loss trains on results and human scores rate them. Automatic mode
+    with a base loss of weight 0 is the exception. In automatic mode a scene with several records causes a warning.
     """
     automatic = config.mode == "automatic"
     records = load_records(
@@ -136,8 +138,8 @@ def load_training_records(config: TrainConfig) -> list[Record]:
 def has_latents(config: TrainConfig, records: Sequence[Record]) -> bool:
     """Return whether the records come from a pack with latents.
 
-    Raises ConfigError if training would compute other latents: because of other buckets, another dtype, augmented
-    masks, or another VAE or Redux.
+    Raises ConfigError if training would compute other latents than the pack has. That is the case with other buckets,
+    with another dtype, with augmented masks, and with another VAE or Redux.
     """
     encoding = pack_encoding(records)
     if encoding is None:
@@ -189,12 +191,12 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
         raise DataError(f"{config.data.train_json_path}: {error}") from None
     values = {"sample_weight": sample_weight}
     if config.grpo.enable_grpo_rewards:
-        spread = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
+        group_std = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
         values |= {
             "scores": scores,
             "reward": rewards,
             "advantage": human_advantages(scores, scenes, weights),
-            "group_reward_std": spread.astype(np.float32),
+            "group_reward_std": group_std.astype(np.float32),
             "zero_std_group": zero_std_groups(rewards, scenes).astype(np.float32),
         }
     return values
@@ -206,7 +208,7 @@ def single_record_loader(config: TrainConfig, records: Sequence[Record], loaded:
         batch_size=1,
         buckets=parse_buckets(config.data.aspect_ratio_buckets),
         seed=config.run.seed,
-        multiple=loaded.model.multiple,
+        multiple=loaded.model.size_multiple,
         preprocess_reference=loaded.preprocess,
     )
     return Loader(records, options)

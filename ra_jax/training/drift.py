@@ -1,8 +1,8 @@
 """Drift guard (`--max_drift`): stops a run whose model no longer fits clean photos, and keeps its best checkpoint.
 
 In long training a reward keeps rising after it has stopped measuring what people want. The rewards themselves do not
-show this. The guard therefore measures on held-out clean results, for which no rewards are computed. It compares the
-flow loss and the velocity norm with those of the base.
+show this. Therefore the guard measures the flow loss and the velocity norm on held-out clean results, for which no
+rewards are computed, and compares both with the base's.
 """
 
 import logging
@@ -59,7 +59,7 @@ class DriftGuard:
     Args:
         objective: provides the model and the loss region.
         loader: yields every held-out record once per epoch, with its `result`.
-        limit: value of `--max_drift`.
+        limit: the largest allowed increase over the base, as a fraction (`--max_drift`).
         seed: seed for drawing (t, ε).
     """
 
@@ -78,11 +78,12 @@ class DriftGuard:
         )
         return Drift(flow_loss, flow_loss / base_flow_loss - 1.0, velocity_norm_ratio)
 
-    def is_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
-        """Return whether these weights are within the limit and score best so far; if so, keep their score.
+    def update_best(self, drift: Drift, row: Mapping[str, float], mode: str) -> bool:
+        """Return whether the measured weights are the best so far. If they are, store their score.
 
-        The score is `mean_reward` of the metrics `row` in automatic mode, and −flow_loss in the other modes. In
-        automatic mode a row without `mean_reward` is never the best.
+        They are the best if their drift is within the limit and their score is the highest so far. In automatic mode
+        the score is `mean_reward` of the metrics `row`; a row without `mean_reward` is never the best. In the other
+        modes the score is −flow_loss.
         """
         score = row.get("mean_reward", -np.inf) if mode == "automatic" else -drift.flow_loss
         if drift.excess(self.limit) or not score > self.best_score:
@@ -95,7 +96,7 @@ class DriftGuard:
         for row in rows:
             if "held_out_flow_loss" in row:
                 measurements = {name: row.get(f"held_out_{name}", np.nan) for name in Drift.__annotations__}
-                self.is_best(Drift(**measurements), row, mode)
+                self.update_best(Drift(**measurements), row, mode)
 
 
 def _flow_losses_and_norm_ratio(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
@@ -108,6 +109,6 @@ def _flow_losses_and_norm_ratio(objective: Objective, trainable, frozen, batch, 
     condition, gates, region = jax.tree.map(
         lambda leaf: repeat_rows(leaf, NUM_TIMES), (encoded.condition, gates, encoded.region)
     )
-    policy, base = objective.policy_and_base_velocity(trainable, frozen, *cache.rows(), condition, gates)
+    policy, base = objective.policy_and_base_velocity(trainable, frozen, *cache.points(), condition, gates)
     ratio = norm_ratio(policy, base, region).reshape(-1, NUM_TIMES).mean(1)
     return cache.errors(policy).mean(1), cache.errors(base).mean(1), ratio

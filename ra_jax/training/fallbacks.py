@@ -9,44 +9,53 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 FALLBACK = "Failed to compute GRPO rewards, falling back to simple loss"
-LIMIT = 10  # steps in a row
+MAX_FAILURES_IN_A_ROW = 10  # steps in a row without rewards after which the run stops
 
 
 class RewardFallbacks:
-    """Counter of the steps in which rewards were due but not available; `total` is their number in the run so far."""
+    """Counter of the steps in which rewards were due but not available.
+
+    Attributes:
+        total: number of these steps in the run so far.
+    """
 
     def __init__(self, total: float = 0.0):
-        self.total, self._streak = total, 0
+        self.total, self._failures_in_a_row = total, 0
 
-    def count(self, steps: Sequence[Mapping[str, np.ndarray]], done: int) -> float:
-        """Count the steps without rewards among `steps`, whose last one is step number `done`; return the new total.
+    def count(self, metrics_by_step: Sequence[Mapping[str, np.ndarray]], steps_done: int) -> float:
+        """Count the steps without rewards, and return the new total.
 
-        Steps for which no rewards were due are skipped: they neither count nor end a series.
+        Steps in which no rewards were due are skipped. They do not end a row of failures.
 
-        Raises FloatingPointError after ten steps in a row without rewards.
+        Args:
+            metrics_by_step: the metrics of each of the last steps.
+            steps_done: number of steps that the run has done, including these.
+
+        Raises:
+            FloatingPointError: rewards failed in ten steps in a row.
         """
-        for number, step in enumerate(steps, done - len(steps) + 1):
-            if "reward_fallbacks" not in step:  # no rewards were due
+        for step, metrics in enumerate(metrics_by_step, steps_done - len(metrics_by_step) + 1):
+            if "reward_fallbacks" not in metrics:  # no rewards were due
                 continue
-            failed = float(step["reward_fallbacks"])
+            failed = float(metrics["reward_fallbacks"])
             self.total += failed
-            self._streak = self._streak + 1 if failed else 0
-            if failed and "mean_reward" in step:
-                log.warning("%s at step %d: %s", FALLBACK, number, _describe_cause(step))
-            if self._streak == LIMIT:
+            self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+            if failed and "mean_reward" in metrics:
+                log.warning("%s at step %d: %s", FALLBACK, step, _describe_cause(metrics))
+            if self._failures_in_a_row == MAX_FAILURES_IN_A_ROW:
                 raise FloatingPointError(
-                    f"{FALLBACK}: at step {number} for the {LIMIT}th time in a row; {_describe_cause(step)}; the last "
-                    "checkpoint is unchanged"
+                    f"{FALLBACK}: at step {step} for the {MAX_FAILURES_IN_A_ROW}th time in a row; "
+                    f"{_describe_cause(metrics)}; the last checkpoint is unchanged"
                 )
         return self.total
 
 
-def _describe_cause(step: Mapping[str, np.ndarray]) -> str:
-    scores = {name: float(value) for name, value in step.items() if name.endswith("_score")}
+def _describe_cause(metrics: Mapping[str, np.ndarray]) -> str:
+    scores = {name: float(value) for name, value in metrics.items() if name.endswith("_score")}
     not_finite = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
     if not not_finite:
         return "a step with rewards does not fit the device; lower --train_batch_size or use smaller buckets"
     return (
         f"{', '.join(not_finite)}, expected finite numbers; look at the newest preview: if it is broken, lower "
-        "--learning_rate or use --mixed_precision no; if it is not, fix that reward function"
+        "--learning_rate or use --mixed_precision no; if it is not, fix this reward function"
     )

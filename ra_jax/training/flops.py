@@ -14,30 +14,33 @@ from ra_jax.parallel.partitioning import named_leaves
 
 
 def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of the attention products q·kᵀ and weights·v in one forward pass of one image: 4·S²·D per block."""
+    """Compute the FLOPs of the attention products q·kᵀ and weights·v in a forward pass of one image.
+
+    These are 4·S²·D per block, for S tokens and the width D.
+    """
     blocks = config.num_layers + config.num_single_layers
     return 4.0 * (image_tokens + context_tokens) ** 2 * config.inner_dim * blocks
 
 
 def forward_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of the transformer's matmuls in one forward pass of one image; a multiply-add counts as 2.
+    """Compute the FLOPs of the transformer's matrix products in a forward pass of one image.
 
-    Per token, a double block takes 2·(4 + 8)·D² (4D² attention, 8D² MLP) and a single block 2·12·D². The input and
-    output layers and `attention_flops` are added.
+    A multiply-add counts as 2. Per token, a double block takes 2·(4 + 8)·D² (4D² attention, 8D² MLP) and a single
+    block 2·12·D². The input and output layers and `attention_flops` are added.
     """
     d, s = config.inner_dim, image_tokens + context_tokens
     blocks = config.num_layers + config.num_single_layers
-    in_and_out = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
+    input_and_output = image_tokens * d * (config.in_channels + config.out_channels) + context_tokens * d * (
         config.joint_attention_dim
     )
-    return 2.0 * (12.0 * d * d * s * blocks + in_and_out) + attention_flops(config, image_tokens, context_tokens)
+    return 2.0 * (12.0 * d * d * s * blocks + input_and_output) + attention_flops(config, image_tokens, context_tokens)
 
 
 def expert_flops(experts: Mapping[str, Sequence[int]], image_tokens: int, context_tokens: int) -> float:
-    """FLOPs of the experts' products in one forward pass of one image: 2 · tokens · in · out per matrix.
+    """Compute the FLOPs of the experts' products in a forward pass of one image: 2 · tokens · in · out per matrix.
 
-    `experts` has the shape [L, in, out] of each of their parameters by its name, such as
-    "transformer_blocks/attn/to_q/lora_a". It is empty without experts.
+    `experts` maps the name of each expert parameter, such as "transformer_blocks/attn/to_q/lora_a", to the parameter's
+    shape [L, in, out]. It is empty if the model has no experts.
     """
     total = 0.0
     for name, shape in experts.items():
@@ -57,9 +60,9 @@ class ForwardCost:
 
     Attributes:
         base: FLOPs of the base (`forward_flops`).
-        attention: the part of `base` that attention takes (`attention_flops`).
+        attention: the part of `base` for the attention products (`attention_flops`).
         experts: FLOPs of the experts' products (`expert_flops`).
-        full_fine_tuning: whether the whole transformer is trained; there are no experts then.
+        full_fine_tuning: whether the whole transformer is trained. Then there are no experts.
     """
 
     base: float
@@ -73,11 +76,11 @@ class ForwardCost:
         return self.base + self.experts
 
     @property
-    def trained(self) -> float:
+    def forward_and_backward(self) -> float:
         """FLOPs of a forward pass and its backward pass.
 
-        The gradient with respect to activations costs as much as the forward pass. Both factors of the attention
-        products are activations, so their gradient costs `attention` once more. The gradient with respect to the
+        The gradient with respect to activations costs `total`, as much as the forward pass. The attention products
+        cost `attention` once more, because both of their factors are activations. The gradient with respect to the
         trained weights costs `experts`, or `base` − `attention` if the whole transformer is trained.
         """
         return (
@@ -87,21 +90,21 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class StepPasses:
-    """Numbers of forward passes, and of trained passes (forward and backward), in a step.
+    """The forward and backward passes in a step. A policy pass is a forward and a backward pass for the policy loss.
 
     Attributes:
-        records: records in the step's batch.
-        policy_points: trained passes for the policy loss, per sample and update.
-        kl: whether each of these passes needs a forward pass of the base, for the KL loss.
-        old_policy_share: the share of steps in which each of these passes needs a forward pass of the old policy.
-        updates: updates of the weights.
-        samples: samples per condition.
-        rollout_steps: forward passes per sample in its rollout.
-        base_loss: whether the base loss takes one trained pass per record and update.
+        records: number of records in the step's batch.
+        policy_passes: number of policy passes per sample and update.
+        kl: whether each policy pass also needs a forward pass of the base, for the KL loss.
+        old_policy_share: fraction of steps in which each policy pass also needs a forward pass of the old policy.
+        updates: number of updates of the weights.
+        samples: number of samples per condition.
+        rollout_steps: number of forward passes in the rollout of a sample.
+        base_loss: whether the base loss takes a forward and a backward pass per record and update.
     """
 
     records: int
-    policy_points: int
+    policy_passes: int
     kl: bool = False
     old_policy_share: float = 0.0
     updates: int = 1
@@ -111,10 +114,13 @@ class StepPasses:
 
 
 def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
-    """Model FLOPs of a training step, without rematerialization and without gradients of frozen weights."""
-    policy_point = cost.trained + passes.kl * cost.base + passes.old_policy_share * cost.total
-    policy = policy_point * passes.policy_points * passes.samples
-    update = cost.trained * passes.base_loss + policy
+    """Compute the model FLOPs of a training step.
+
+    Recomputation of activations and gradients of frozen weights do not count.
+    """
+    policy_pass = cost.forward_and_backward + passes.kl * cost.base + passes.old_policy_share * cost.total
+    policy = policy_pass * passes.policy_passes * passes.samples
+    update = cost.forward_and_backward * passes.base_loss + policy
     return passes.records * (passes.updates * update + passes.rollout_steps * passes.samples * cost.total)
 
 
@@ -124,33 +130,33 @@ class ModelSizes:
 
     Attributes:
         flux: configuration of the transformer.
-        trainable: the transformer's trained parameters, or their shapes.
-        multiple: side of a token in pixels.
+        trainable: trained parameters of the transformer, or their shapes.
+        token_side: side of a token in pixels.
         image_tokens: number of tokens of the reference image.
     """
 
     flux: FluxConfig
     trainable: Any
-    multiple: int
+    token_side: int
     image_tokens: int
 
 
-def flops_of_step(
+def flops_from_config(
     config: TrainConfig, sizes: ModelSizes, batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array], step: int
 ) -> float:
-    """Compute `step_flops` of step number `step` (from 0), summed over all devices.
+    """Compute `step_flops` for a step of a run, summed over all devices.
 
     Args:
         config: the run's configuration.
         sizes: the sizes of the model.
         batch: the global batch, or its shapes. Only the keys and the shape of `mask` [..., h, w] are read.
-        step: number of the step.
+        step: number of the step, from 0.
     """
     height, width = batch["mask"].shape[-2:]
     automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
-    points = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
+    policy_passes = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
     has_policy_loss = config.uses_policy and (not automatic or config.rollouts.due(step))
-    tokens = 2 * height * width // sizes.multiple**2, config.model.max_sequence_length + sizes.image_tokens
+    tokens = 2 * height * width // sizes.token_side**2, config.model.max_sequence_length + sizes.image_tokens
     experts = {name: x.shape for name, x in named_leaves(sizes.trainable).items() if config.experts.use_lora}
     cost = ForwardCost(
         base=forward_flops(sizes.flux, *tokens),
@@ -160,7 +166,7 @@ def flops_of_step(
     )
     passes = StepPasses(
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
-        policy_points=points if has_policy_loss else 0,
+        policy_passes=policy_passes if has_policy_loss else 0,
         kl=config.grpo.kl_weight > 0.0,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
         updates=config.updates,

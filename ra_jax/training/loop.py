@@ -22,7 +22,7 @@ from ra_jax.reporting.curves import plot_curves
 from ra_jax.reporting.page import write_report
 from ra_jax.reporting.trackers import METRICS_FILE, open_trackers, read_rows, summarize
 from ra_jax.training.fallbacks import RewardFallbacks
-from ra_jax.training.flops import ModelSizes, flops_of_step
+from ra_jax.training.flops import ModelSizes, flops_from_config
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.state import TrainState
 
@@ -32,14 +32,14 @@ PROGRESS_METRICS = ("train_loss", "mean_reward", "mean_ratio", "clip_fraction", 
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says and return the output folder.
+    """Run the training that `config` describes, and return the output folder.
 
     The output folder contains checkpoints, metrics.jsonl, previews, curves.png and report.html. SIGTERM ends the run
     after the step in progress, with a checkpoint and exit status 143. With `--max_drift`, a run that drifts too far
-    ends early; its best checkpoint is in `best/`.
+    ends early, and the folder `best/` has the run's best checkpoint.
 
     Raises:
-        UserError: any error of `set_up`.
+        UserError: `set_up` raises it.
         FloatingPointError: the loss or the gradient is not finite, or rewards failed in ten steps in a row. No
             checkpoint is written after that.
     """
@@ -67,43 +67,44 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
 
     Returns a description of how the run ended, for the report.
     """
-    state, train_step, total = setup.state, setup.compiled_steps(), setup.total_steps
-    unshard, interval = setup.partitioner.unshard, config.run.checkpointing_steps or total
-    if setup.first_step >= total:
+    state, train_step, total_steps = setup.state, setup.compiled_steps(), setup.total_steps
+    unshard, checkpoint_interval = setup.partitioner.unshard, config.run.checkpointing_steps or total_steps
+    if setup.first_step >= total_steps:
         return "completed"
     batches = setup.batches()
     first_batch = next(batches)
-    for number in setup.first_step_per_program():
-        train_step.prepare(state, setup.frozen, first_batch, number)
+    for step in setup.first_step_per_program():
+        train_step.prepare(state, setup.frozen, first_batch, step)
     if setup.first_step == 0:
         with recorder.paused():
             draw_preview(setup, state, 0)
     batches = recorder.time_waits(chain([first_batch], batches))
-    with catch_sigterm() as stop:
-        for done, batch in zip(range(setup.first_step + 1, total + 1), batches, strict=False):
-            state, metrics = train_step(state, setup.frozen, batch, done - 1)
-            recorder.add(done, metrics, batch)
+    with catch_sigterm() as stop_flag:
+        for steps_done, batch in zip(range(setup.first_step + 1, total_steps + 1), batches, strict=False):
+            state, metrics = train_step(state, setup.frozen, batch, steps_done - 1)
+            recorder.add(steps_done, metrics, batch)
             train_step.clear_jit_caches()
-            stopping = should_stop(stop.is_set, done)  # read once: a later SIGTERM ends the run after the next step
-            last = done == total or stopping
-            if setup.guard is not None and (last or due(done, config.run.drift_steps)):
+            # The flag is read only once per step: a SIGTERM that arrives later ends the run after the next step.
+            stopping = should_stop(stop_flag.is_set, steps_done)
+            is_last = steps_done == total_steps or stopping
+            if setup.guard is not None and (is_last or ends_interval(steps_done, config.run.drift_steps)):
                 with recorder.paused(), setup.partitioner.scope():
                     drift = setup.guard.measure(*setup.partitioner.addressable((state.trainable, setup.frozen)))
-                row = recorder.flush(done, drift.metrics())
+                row = recorder.flush(steps_done, drift.metrics())
                 if (excess := drift.excess(setup.guard.limit)) and not stopping:
                     limit, best = setup.guard.limit, checkpoints.describe_best()
-                    return f"stopped at step {done} by max_drift = {limit:g}: {excess}; {best}"
-                if setup.guard.is_best(drift, row, config.mode):
-                    checkpoints.save_best(done, unshard(state))
-            elif last or done % interval == 0 or recorder.due(done):
-                recorder.flush(done)
-            if last or done % interval == 0:
-                checkpoints.save(done, unshard(state))
+                    return f"stopped at step {steps_done} by max_drift = {limit:g}: {excess}; {best}"
+                if setup.guard.update_best(drift, row, config.mode):
+                    checkpoints.save_best(steps_done, unshard(state))
+            elif is_last or steps_done % checkpoint_interval == 0 or recorder.is_row_due(steps_done):
+                recorder.flush(steps_done)
+            if is_last or steps_done % checkpoint_interval == 0:
+                checkpoints.save(steps_done, unshard(state))
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
-            if last or due(done, config.logging.validation_steps):
+            if is_last or ends_interval(steps_done, config.logging.validation_steps):
                 with recorder.paused():
-                    draw_preview(setup, state, done)
+                    draw_preview(setup, state, steps_done)
     return "completed"
 
 
@@ -117,16 +118,16 @@ class RunCheckpoints:
         if self._best is not None:
             self._best.delete_after(setup.first_step)
 
-    def save(self, done: int, state: TrainState) -> None:
-        """Start saving a regular checkpoint of the state after `done` steps."""
-        self._regular.save(done, state, position=done, **self._metadata)
+    def save(self, steps_done: int, state: TrainState) -> None:
+        """Start to save a regular checkpoint of the state after `steps_done` steps."""
+        self._regular.save(steps_done, state, position=steps_done, **self._metadata)
 
-    def save_best(self, done: int, state: TrainState) -> None:
-        """Start saving the state after `done` steps as the best so far."""
-        self._best.save(done, state, position=done, **self._metadata)
+    def save_best(self, steps_done: int, state: TrainState) -> None:
+        """Start to save the state after `steps_done` steps as the run's best checkpoint."""
+        self._best.save(steps_done, state, position=steps_done, **self._metadata)
 
     def describe_best(self) -> str:
-        """Describe where the best checkpoint is, for the message of a run that drifted too far."""
+        """Return a phrase that names the best checkpoint, for the message of a run that drifted too far."""
         best = self._best.latest()
         return "no checkpoint is within the limit" if best is None else f"the best checkpoint is {best}"
 
@@ -137,13 +138,13 @@ class RunCheckpoints:
                 checkpoints.close()
 
 
-def due(done: int, interval: int) -> bool:
-    """Return whether step number `done` ends an interval; False if the interval is 0."""
-    return interval > 0 and done % interval == 0
+def ends_interval(steps_done: int, interval: int) -> bool:
+    """Return whether `steps_done` is a multiple of the interval; False if the interval is 0."""
+    return interval > 0 and steps_done % interval == 0
 
 
 def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
-    """Draw a preview with the averaged weights, or with the current weights without `--ema_decay`."""
+    """Draw a preview with the averaged weights if the state has them (`--ema_decay`), else with the current weights."""
     if setup.previews is not None:
         weights = state.trainable if state.ema is None else state.ema
         with setup.partitioner.scope():
@@ -174,7 +175,7 @@ class Recorder:
     def paused(self):
         """Context manager that excludes the time of its block from the measured step time.
 
-        It first waits for the steps in progress, whose time still counts.
+        It first waits for the steps in progress. The time of these steps still counts.
         """
         jax.block_until_ready(self._pending_metrics)
         pause_start = time.perf_counter()
@@ -191,45 +192,50 @@ class Recorder:
                 return
             yield batch
 
-    def add(self, done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
-        """Store a step's metrics, which stay on the device, and count its images and FLOPs."""
+    def add(self, steps_done: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
+        """Store a step's metrics without copying them from the device, and count the step's images and FLOPs."""
         self._pending_metrics.append(metrics)
         run, loaded = self._config.run, self._setup.loaded
         self._images += run.train_batch_size * run.gradient_accumulation_steps
-        sizes = ModelSizes(loaded.flux_config, loaded.trainable["flux"], loaded.model.multiple, loaded.image_tokens)
-        self._tflops += 1e-12 * flops_of_step(self._config, sizes, batch, done - 1)
+        sizes = ModelSizes(
+            loaded.flux_config, loaded.trainable["flux"], loaded.model.size_multiple, loaded.image_tokens
+        )
+        self._tflops += 1e-12 * flops_from_config(self._config, sizes, batch, steps_done - 1)
 
-    def due(self, done: int) -> bool:
-        """Return whether a row is due: every `--log_freq` steps, and after the first one to show that the run works."""
-        return done == self._setup.first_step + 1 or done % self._config.logging.log_freq == 0
+    def is_row_due(self, steps_done: int) -> bool:
+        """Return whether to write a row: after every `--log_freq` steps, and after the first step of this start.
 
-    def flush(self, done: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Write and return one row for all steps since the last row, with the additional metrics `more`.
+        The row of the first step shows early that the run works.
+        """
+        return steps_done == self._setup.first_step + 1 or steps_done % self._config.logging.log_freq == 0
+
+    def flush(self, steps_done: int, extra_metrics: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Write and return one row for all steps since the last row. The row also gets `extra_metrics`.
 
         Raises FloatingPointError if the loss or the gradient is not finite, or rewards failed in ten steps in a row.
         """
         steps = jax.device_get(self._pending_metrics)
-        row = summarize(steps) | dict(more or {})
+        row = summarize(steps) | dict(extra_metrics or {})
         if self._setup.step_settings.rollouts is not None:
-            row["reward_fallbacks"] = self._fallbacks.count(steps, done)
+            row["reward_fallbacks"] = self._fallbacks.count(steps, steps_done)
         seconds = time.perf_counter() - self._start
         row |= {
-            "lr": float(self._setup.learning_rate(done - 1)),
+            "lr": float(self._setup.learning_rate(steps_done - 1)),
             "step_time": seconds / len(steps),
             "data_wait": self._data_wait / len(steps),
             "images_per_second": self._images / seconds,
             "tflops_per_second_per_device": self._tflops / seconds / jax.device_count(),
         }
         for tracker in self._trackers:
-            tracker.write(done, row)
+            tracker.write(steps_done, row)
         self._bar.set_postfix({name: f"{row[name]:.4g}" for name in PROGRESS_METRICS if name in row}, refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(steps_done - self._bar.n)
         self._pending_metrics, self._images, self._tflops, self._data_wait = [], 0.0, 0.0, 0.0
         self._start = time.perf_counter()
-        # The loss comes from the weights before the update. The gradient shows whether the new weights are finite.
+        # The loss is computed with the weights before the update. The gradient shows whether the new ones are finite.
         for name in (name for name in ("train_loss", "grad_norm") if not math.isfinite(row[name])):
             raise FloatingPointError(
-                f"{name} is {row[name]} at step {done}: lower --learning_rate or --policy_loss_weight, "
+                f"{name} is {row[name]} at step {steps_done}: lower --learning_rate or --policy_loss_weight, "
                 "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is unchanged"
             )
         return row
@@ -249,18 +255,18 @@ class _StopFlag:
 def catch_sigterm():
     """Context manager in which SIGTERM sets `is_set` of the yielded object, so that the step in progress can finish.
 
-    With several processes it does nothing: JAX then handles SIGTERM for all of them (`processes.should_stop`).
+    With several processes, JAX handles SIGTERM for all of them (`processes.should_stop`), and `is_set` stays False.
     """
-    stop = _StopFlag()
+    stop_flag = _StopFlag()
     if jax.process_count() > 1:
-        yield stop
+        yield stop_flag
         return
 
     def set_flag(*_):
-        stop.is_set = True
+        stop_flag.is_set = True
 
     previous_handler = signal.signal(signal.SIGTERM, set_flag)
     try:
-        yield stop
+        yield stop_flag
     finally:
         signal.signal(signal.SIGTERM, previous_handler)

@@ -1,4 +1,4 @@
-"""Optax optimizers and learning-rate schedules by name. Schedules count steps; a step makes one or more updates."""
+"""Optax optimizers and learning-rate schedules by name. A schedule counts steps; a step makes one or more updates."""
 
 import jax
 import optax
@@ -9,8 +9,8 @@ from ra_jax.config.settings import OptimizationConfig
 MATRICES = ("kernel", "lora_a", "lora_b")
 
 
-def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> optax.Schedule:
-    """Build the schedule of the learning rate by step.
+def learning_rate_schedule(config: OptimizationConfig, peak: float, total_steps: int) -> optax.Schedule:
+    """Build the learning-rate schedule: step number (from 0) -> learning rate.
 
     Every schedule but `constant` starts with a linear warm-up to `peak`. Then `constant_with_warmup` stays at `peak`;
     `linear`, `cosine` and `polynomial` decay to 0 at `total_steps`.
@@ -24,13 +24,13 @@ def learning_rate(config: OptimizationConfig, peak: float, total_steps: int) -> 
         "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
         "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.lr_power, decay_steps),
     }[config.lr_scheduler]()
-    # Starts at peak/(warmup_steps + 1) and not at 0, so that the first step changes the weights.
+    # The warm-up starts at peak/(warmup_steps + 1) and not at 0, so that the first step changes the weights.
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
 
 
 def _leaf_names(params):
-    """Replace every leaf by its own name (kernel, bias, lora_a, …)."""
+    """Replace every leaf by its name (kernel, bias, lora_a, …)."""
 
     def name(path, _):
         keys = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
@@ -40,15 +40,15 @@ def _leaf_names(params):
 
 
 def weight_decay_mask(params):
-    """Return True for every leaf that weight decay applies to: matrices, but not biases, norms or scales."""
+    """Replace every leaf by whether weight decay applies to it: to matrices, but not to biases, norms and scales."""
     return jax.tree.map(lambda name: name in MATRICES, _leaf_names(params))
 
 
 def muon_dimensions(params):
-    """Return the matrix axes of every leaf that Muon orthogonalizes; None for the leaves that Adam updates.
+    """Replace every leaf that Muon updates by its matrix axes, and every leaf that Adam updates by None.
 
-    Muon orthogonalizes every matrix, including matrices that are stacked on leading axes. By default, Optax would give
-    stacked matrices [L, in, out] to Adam and treat stacked biases [L, out] as matrices.
+    Muon orthogonalizes every matrix, including matrices that are stacked on leading axes. Without these axes, Optax
+    would give stacked matrices [L, in, out] to Adam and treat stacked biases [L, out] as matrices.
     """
 
     def dimensions(name, leaf):
@@ -65,8 +65,8 @@ def _make_optimizer(config: OptimizationConfig, schedule: optax.Schedule) -> opt
         case "adamw":
             return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=weight_decay_mask)
         case "adafactor":
-            # Optax's adafactor does not multiply weight decay by the learning rate. Adding the decay before the
-            # schedule does, so that the setting means the same as for AdamW.
+            # Optax's adafactor does not multiply weight decay by the learning rate. Here the decay is added before
+            # the schedule, which multiplies it, so that the setting means the same as for AdamW.
             return optax.chain(
                 optax.adafactor(None, multiply_by_parameter_scale=False),
                 # Without a learning rate adafactor returns negated gradients, so the decay is negated as well.
@@ -96,16 +96,16 @@ def build_optimizer(
     """Build the optimizer of a {"flux": …, "router": …} tree, and the learning-rate schedule that metrics report.
 
     Gradients are first scaled down to a global norm of at most `max_grad_norm`. The router may have its own learning
-    rate. Optax counts updates, and a step makes `updates` of them; the schedules count steps.
+    rate. The schedules count steps, but Optax counts updates. A step makes `updates` updates.
     """
 
-    def count_updates(schedule: optax.Schedule) -> optax.Schedule:
+    def by_update(schedule: optax.Schedule) -> optax.Schedule:
         return lambda count: schedule(count // updates)
 
-    schedule = learning_rate(config, config.learning_rate, total_steps)
-    optimizer = _make_optimizer(config, count_updates(schedule))
+    schedule = learning_rate_schedule(config, config.learning_rate, total_steps)
+    optimizer = _make_optimizer(config, by_update(schedule))
     if config.router_learning_rate is not None:
-        router_schedule = learning_rate(config, config.router_learning_rate, total_steps)
-        optimizers = {"flux": optimizer, "router": _make_optimizer(config, count_updates(router_schedule))}
+        router_schedule = learning_rate_schedule(config, config.router_learning_rate, total_steps)
+        optimizers = {"flux": optimizer, "router": _make_optimizer(config, by_update(router_schedule))}
         optimizer = optax.partition(optimizers, lambda params: {name: name for name in params})
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer), schedule

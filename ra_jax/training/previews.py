@@ -1,6 +1,6 @@
-"""Previews: sheets with one row per scene, source | mask | result | ground truth.
+"""Previews: sheets with one row per scene and the columns source, mask, result and ground truth.
 
-Scenes and noise stay the same during the whole run.
+The scenes and their noise stay the same during the whole run.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ from ra_jax.training.step.state import example_keys, stream_key
 
 
 def preview_records(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
-    """Choose `count` scenes spread over the data, and of each the record with the highest reward.
+    """Choose at most `count` scenes, evenly spread over the data, and return the best record of each.
 
-    The result of that record is shown as the ground truth.
+    The best record has the highest reward. Its result is shown as the ground truth.
     """
     scenes = scene_ids(records)
     distinct = np.unique(scenes)
@@ -32,8 +32,8 @@ def preview_records(records: Sequence[Record], reward_weights, count: int) -> li
     def reward(i: int) -> float:
         return 0.0 if records[i].scores is None else float(total_reward(np.asarray(records[i].scores), reward_weights))
 
-    chosen = distinct[np.linspace(0, len(distinct) - 1, min(count, len(distinct))).astype(int)]
-    return [records[max(np.flatnonzero(scenes == scene), key=reward)] for scene in chosen]
+    chosen_scenes = distinct[np.linspace(0, len(distinct) - 1, min(count, len(distinct))).astype(int)]
+    return [records[max(np.flatnonzero(scenes == scene), key=reward)] for scene in chosen_scenes]
 
 
 class Previews:
@@ -53,7 +53,10 @@ class Previews:
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
 
     def draw(self, step: int, trainable, frozen) -> Path:
-        """Sample every preview scene with these weights; process 0 writes the sheet. Returns its path."""
+        """Generate a removal for each preview scene with these weights, and return the path of the sheet.
+
+        All processes take part, and process 0 writes the sheet.
+        """
         rows = []
         for batch in self._batches:
             panels = {name: batch[name] for name in ("source", "reference", "mask", "redux_pixels") if name in batch}
@@ -62,7 +65,7 @@ class Previews:
             images, _ = self._remove(trainable, frozen, panels, noise)
             images = np.asarray(fetch(images) * 255.0 + 0.5, np.uint8)
             masks = np.repeat(batch["mask"][..., None] * np.uint8(255), 3, -1)
-            truth = batch.get("result", np.full_like(batch["source"], 255))  # white without a result
+            truth = batch.get("result", np.full_like(batch["source"], 255))  # white if there is no result
             rows += zip(batch["source"], masks, images, truth, strict=True)
         path = self.folder / f"step_{step:06d}.png"
         if is_main_process():

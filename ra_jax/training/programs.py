@@ -23,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class CompiledSteps:
-    """Compiled programs of `train_step`, with the state donated; `len()` is the number of programs so far.
+    """The train step as compiled programs, to which the state is donated. `len()` is the number of programs so far.
 
-    `prepare` starts to compile for a batch's shapes in a thread and returns at once, so that the first preview can be
-    drawn meanwhile: compilation keeps one core busy for a minute or more. A call waits for the program it needs.
+    `prepare` compiles for a batch's shapes in a background thread and returns at once. Compilation keeps one core busy
+    for a minute or more, and the first preview can be drawn at the same time. A call waits for its program.
 
-    If a program with rewards does not fit the device, it is compiled again with smaller decode microbatches. If even
-    one image at a time is too much, training continues without rewards, which the next step's metrics report
-    (reward_fallbacks).
+    If a program with rewards does not fit the device, it is compiled again with a smaller decode batch. If it does not
+    fit even with one image decoded at a time, a program without rewards takes its place, and the metrics of the next
+    step report it (reward_fallbacks). If the records have no results either, the call raises ConfigError.
 
     Args:
         make_step: builds the train step from its settings.
         settings: settings of the steps.
         partitioner: compiles the step for its devices.
-        conditions: number of conditions in a microbatch on one device.
-        computes_rewards: whether rewards are due in step number `step` (from 0).
+        conditions_per_device: number of conditions of a microbatch that one device has.
+        computes_rewards: step number (from 0) -> whether the step computes rewards.
     """
 
     def __init__(
@@ -45,20 +45,20 @@ class CompiledSteps:
         make_step: Callable[[StepSettings], Step],
         settings: StepSettings,
         partitioner: Partitioner,
-        conditions: int,
+        conditions_per_device: int,
         computes_rewards: Callable[[int], bool] = lambda step: True,
     ):
         self._make_step, self._settings, self._partitioner = make_step, settings, partitioner
-        self._conditions, self._rewards_due = conditions, computes_rewards
+        self._conditions_per_device, self._rewards_due = conditions_per_device, computes_rewards
         self._programs: dict[Any, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._unreported_fallbacks = 0  # fallbacks that no step's metrics have reported yet
-        self._has_new_program = False  # since the last `clear_jit_caches`
+        self._has_new_program = False  # whether there is a new program since the last call of `clear_jit_caches`
 
     def prepare(self, state: TrainState, frozen: Weights, batch: Batch, step: int = 0) -> None:
-        """Start to compile the program for batches of these shapes, unless it already exists.
+        """Start to compile the program for the shapes of this batch, unless it already exists.
 
-        Only shapes, dtypes and shardings of the arguments are read.
+        Only the shapes, dtypes and shardings of the arguments are used.
         """
         key = self._key(batch, step)
         if key not in self._programs:
@@ -84,7 +84,7 @@ class CompiledSteps:
         return state, metrics
 
     def clear_jit_caches(self) -> None:
-        """Call `compilation.clear_jit_caches` if a program is new since the last call and none is being compiled."""
+        """Call `compilation.clear_jit_caches` if there is a new program since the last call, and all are compiled."""
         if self._has_new_program and all(compiling.done() for compiling in self._programs.values()):
             clear_jit_caches(jax.default_backend())
             self._has_new_program = False
@@ -107,7 +107,7 @@ class CompiledSteps:
 
     def _compile_with_rewards(self, arguments, available: int):
         rollouts = self._settings.rollouts
-        decode_batch_size = min(rollouts.decode_batch_size, self._conditions)
+        decode_batch_size = min(rollouts.decode_batch_size, self._conditions_per_device)
         while True:
             settings = replace(self._settings, rollouts=replace(rollouts, decode_batch_size=decode_batch_size))
             program, required = self._compile_measured(settings, arguments)
@@ -117,15 +117,15 @@ class CompiledSteps:
                 break
             decode_batch_size //= 2
             log.warning(
-                "a step with rollouts needs %s, the device has %.1f GB: trying again with decode_batch_size %d",
+                "a step with rollouts needs %s, but the device has %.1f GB: trying again with decode_batch_size %d",
                 _format_bytes(required),
                 available / 1e9,
                 decode_batch_size,
             )
         cause = (
-            f"a step with rollouts needs {_format_bytes(required)} with one image decoded at a time, the device has "
-            f"{available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use smaller "
-            "--aspect_ratio_buckets, or use --gradient_checkpointing full (points needs even less memory)"
+            f"a step with rollouts needs {_format_bytes(required)} with one image decoded at a time, but the device "
+            f"has {available / 1e9:.1f} GB; lower --train_batch_size, --num_policy_timesteps or --lora_rank, use "
+            "smaller --aspect_ratio_buckets, or use --gradient_checkpointing full (points needs even less memory)"
         )
         if not has_results(arguments[2]):
             raise ConfigError(f"{cause} (the records have no results, so there is no simple loss to fall back to)")
@@ -134,7 +134,10 @@ class CompiledSteps:
         return self._compile_plain(arguments)
 
     def _compile_measured(self, settings: StepSettings, arguments) -> tuple[jax.stages.Compiled | None, float]:
-        """Compile a program; return it and the bytes it needs, or (None, inf) if it is too large for the compiler."""
+        """Compile a program, and return it with the bytes that it needs.
+
+        Returns (None, inf) if the compiler runs out of memory.
+        """
         try:
             program = self._compile(settings, arguments)
         except jax.errors.JaxRuntimeError as error:

@@ -38,7 +38,7 @@ RUN_FOLDERS = (CHECKPOINT_DIR, BEST_DIR, "previews", "tensorboard", "wandb")
 RUN_FILES = (METRICS_FILE, "curves.png", "report.html")
 
 # Settings that a resumed run may change, each with the consequence that a warning names.
-OTHER_BATCHES = "its batches are not those of the uninterrupted run"
+OTHER_BATCHES = "its batches differ from the batches of an uninterrupted run"
 OTHER_ROUNDING = "its base is computed with different rounding"
 RESUME_WARNINGS = {
     "train_batch_size": OTHER_BATCHES,
@@ -57,8 +57,8 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
         ConfigError: the folder already holds a run, which is neither resumed nor overwritten; or the checkpoint to
             resume from is not the latest of the run in the folder.
         CheckpointError: `--resume_from_checkpoint` names a folder without a checkpoint.
-        OutputError: the folder is or lies in a folder of checkpoints; no run wrote its config.toml; or a file lies
-            where a folder is expected, or the reverse.
+        OutputError: the folder is a folder of checkpoints or lies in one; no run wrote the folder's config.toml; or
+            the folder has a file where the run needs a folder, or a folder where the run needs a file.
     """
     requested = config.run.resume_from_checkpoint
     check_outputs(run_outputs(output), {})  # no inputs: only checks that folders are folders and files are files
@@ -94,9 +94,9 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
 
 
 def is_run_folder(output: Path) -> bool:
-    """Return whether the folder holds a run, which means a config.toml or a checkpoint.
+    """Return whether the folder holds a run, that is, a config.toml or a checkpoint.
 
-    Checkpoints in another folder, to which a link in this folder leads, do not count.
+    A checkpoint in another folder does not count, even if a link in this folder leads to it.
     """
     if (output / CONFIG_FILE).is_file():
         return True
@@ -109,11 +109,11 @@ def is_run_folder(output: Path) -> bool:
 def check_config_unedited(file: Path) -> None:
     """Check that a run wrote the existing config.toml, and that nobody added comments to it.
 
-    The only comments that a run writes are the names of the groups of settings. Edited values are not detected, but
+    The only comments that a run writes are the names of the groups of settings. Edited settings are not detected, but
     `prepare_output_dir` keeps a copy of them.
 
     Raises:
-        OutputError: the file has other comments, or none. It was written or edited by hand.
+        OutputError: the file has other comments or none, so somebody wrote or edited it.
     """
     without_strings = re.sub(r'"(\\.|[^"\\])*"', '""', file.read_text(encoding="utf-8", errors="replace"))
     comments = re.findall("#.*", without_strings)
@@ -136,8 +136,8 @@ def check_run_folder(output: Path) -> None:
     """Check that the run does not replace files that no run wrote.
 
     Raises:
-        OutputError: a file or non-empty folder exists where the run writes, and neither a config.toml nor a
-            checkpoint shows that a run wrote it.
+        OutputError: a file or a non-empty folder already exists where the run writes, and the output folder has
+            neither a config.toml nor a checkpoint, which would show that a run wrote it.
     """
     if is_run_folder(output):
         return
@@ -156,8 +156,8 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
     in the run's own folder, because the run only adds checkpoints beside it.
 
     Raises:
-        OutputError: the run would write over or into its data, its models or another run's checkpoint; it would
-            replace files that no run wrote; or no run wrote the metrics.jsonl that a resumed run extends.
+        OutputError: the run would write over or into its data, its models or another run's checkpoint; the run would
+            replace files that no run wrote; or the metrics.jsonl that a resumed run extends is not from a run.
         CheckpointError: `--init_experts_from` names a folder without a checkpoint.
     """
     inputs, nested = flag_inputs(
@@ -180,17 +180,20 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
 
 
 def reward_module_paths(specs: Sequence[str]) -> list[Path]:
-    """List where the modules of rewards `MODULE:FUNCTION=WEIGHT` may lie: in the working folder or on Python's path."""
+    """List the files that may define the rewards `MODULE:FUNCTION=WEIGHT`.
+
+    A module may lie in the working folder or in any folder of Python's path.
+    """
     modules = [spec.partition(":")[0].strip().replace(".", "/") for spec in specs if ":" in spec]
     names = [name for module in modules for name in (f"{module}.py", f"{module}/__init__.py")]
     return [Path(folder, name) for folder in ("", *sys.path) for name in names]
 
 
-def check_config_kept(config: TrainConfig, file: Path) -> None:
+def check_config_not_replaced(config: TrainConfig, file: Path) -> None:
     """Check that the run neither replaces nor deletes the file of `--config`.
 
-    The run's own config.toml is an exception, so that `--config` with this file can resume the run. The run writes it
-    again with the settings that it read from it. `check_config_unedited` protects any other config.toml.
+    The config.toml of the run itself is an exception, so that `--config` with this file can resume the run: the run
+    reads its settings and writes them back. `check_config_unedited` protects any other config.toml.
 
     Raises:
         OutputError: the run would replace or delete the file.
@@ -199,7 +202,7 @@ def check_config_kept(config: TrainConfig, file: Path) -> None:
 
 
 def run_outputs(output: Path, files: Sequence[str] = (*RUN_FILES, CONFIG_FILE, PREVIOUS_CONFIG)) -> Outputs:
-    """List everything that a run writes into its folder `output`: these files, and its folders."""
+    """List everything that a run writes into its folder `output`: the files named `files`, and `RUN_FOLDERS`."""
     return Outputs("--output_dir", output, [output / name for name in files], [output / name for name in RUN_FOLDERS])
 
 
@@ -217,12 +220,12 @@ def check_seed(checkpoint: Path, seed: int) -> None:
 def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None:
     """Create the output folder and write the configuration with all defaults to its config.toml.
 
-    With --overwrite_output_dir, the files of an earlier run are deleted first, unless `keep` is set. config.toml is
-    replaced and not deleted, so that the folder still holds a run if the process is killed in between. If config.toml
-    has other settings, from an earlier run or edited by hand, they are copied to config.toml.before.
+    With --overwrite_output_dir, the files of an earlier run are deleted first, unless `keep` is True. config.toml is
+    replaced and not deleted, so that the folder still counts as a run if the process is killed in between. If an
+    existing config.toml has other settings, it is first copied to config.toml.before.
 
-    The settings for how the run starts (overwrite, resume, initial experts) are not written, so that `--config` with
-    the file can resume the run.
+    The settings for the start of the run (overwrite, resume, initial experts) are not written, so that `--config` with
+    this file can resume the run.
     """
     if not keep and config.run.overwrite_output_dir and is_run_folder(output):
         for path in (output / name for name in (*RUN_FOLDERS, *RUN_FILES)):
@@ -241,9 +244,10 @@ def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None
 
 
 def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
-    """Return the initial trainable weights: those of the loaded model, or another run's experts and router.
+    """Return the initial trainable weights.
 
-    The other run's averaged weights are used if it has any.
+    With `--init_experts_from` they are the experts and the router of another run, averaged if that run has averaged
+    weights. Otherwise they are the trainable weights of the loaded model.
     """
     if config.run.init_experts_from is None:
         return loaded.trainable
@@ -254,23 +258,30 @@ def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
     return restore(checkpoint, loaded.trainable, prefix="ema" if metadata.config["ema_decay"] else "trainable")
 
 
-def restore_state(checkpoint: Path, state: TrainState, base: str, config: TrainConfig) -> tuple[TrainState, int]:
-    """Restore the train state from a checkpoint; return it with the number of steps it has taken.
+def restore_state(checkpoint: Path, state: TrainState, fingerprint: str, config: TrainConfig) -> tuple[TrainState, int]:
+    """Restore the train state from a checkpoint, and return it with the number of steps done.
 
-    A --policy_temperature other than the checkpoint's takes effect. Another batch size or precision is allowed, with a
-    warning that the numbers will differ.
+    If --policy_temperature is a number and differs from the checkpoint's setting, the number becomes the temperature.
+    Another batch size or precision is allowed, with a warning that the numbers will differ.
 
-    Raises CheckpointError if the base or the geometry differs from the checkpoint's.
+    Args:
+        checkpoint: the checkpoint.
+        state: the train state before step 0, with the shapes and shardings to restore.
+        fingerprint: fingerprint of the frozen base.
+        config: the run's configuration.
+
+    Raises:
+        CheckpointError: the base or the geometry differs from the checkpoint's.
     """
     metadata = read_metadata(checkpoint)
-    check_base(checkpoint, metadata, base)
+    check_base(checkpoint, metadata, fingerprint)
     settings = to_flat_dict(config)
     for name, consequence in RESUME_WARNINGS.items():
         value = settings[name]
         previous = metadata.config.get(name, value)  # older checkpoints lack newer flags
         if value != previous:
             log.warning(
-                "%s is %s, the checkpoint's was %s: the run continues, but %s", name, value, previous, consequence
+                "%s is %s, and was %s in the checkpoint: the run continues, but %s", name, value, previous, consequence
             )
     log.info("resuming from %s", checkpoint)
     state = restore(checkpoint, state)

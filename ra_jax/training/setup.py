@@ -1,4 +1,7 @@
-"""Builds everything that a run needs from its configuration. The cheapest checks come first."""
+"""Sets up a run: checks the configuration, the output folder and the data, and builds what the training loop needs.
+
+The cheapest checks come first.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +64,7 @@ from ra_jax.training.step.train_step import make_train_step
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_RECORDS = 32  # drift is measured on at most this many records, each from a different scene
+MAX_HELD_OUT_RECORDS = 32  # drift is measured on at most this many records, each from a different scene
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,18 @@ class Setup:
         frozen: the frozen weights, placed by the partitioner.
         loader: yields this process's rows of each batch.
         parts: the parts of the schema (`data.batch`) that the loader's batches have.
-        microbatches: number of microbatches in a step.
-        conditions: number of conditions in a microbatch on one device.
+        num_microbatches: number of microbatches in a step.
+        conditions_per_device: number of conditions of a microbatch that one device has.
         objective: the loss.
         optimizer: the optimizer.
-        learning_rate: learning rate by step.
-        step_settings: settings of a step besides its loss.
-        computes_rewards: whether rewards are due in step number `step` (from 0).
+        learning_rate: step number (from 0) -> learning rate.
+        step_settings: settings of everything that a step does besides its loss.
+        computes_rewards: step number (from 0) -> whether the step computes rewards.
         state: the train state, placed by the partitioner.
-        first_step: number of steps done before this start; > 0 if the run was resumed.
+        first_step: number of steps that were done before this start; greater than 0 only in a resumed run.
         total_steps: number of steps of the whole run.
-        previews: draws the previews; None without previews.
-        guard: the drift guard; None without `--max_drift`.
+        previews: draws the previews; None if the run has none (`--validation_steps 0`).
+        guard: the drift guard; None if `--max_drift` is not given.
     """
 
     output: Path
@@ -95,8 +98,8 @@ class Setup:
     frozen: Weights
     loader: Loader
     parts: frozenset[Part]
-    microbatches: int
-    conditions: int
+    num_microbatches: int
+    conditions_per_device: int
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -109,27 +112,32 @@ class Setup:
     guard: DriftGuard | None
 
     def compiled_steps(self) -> CompiledSteps:
-        """Return `train_step` as compiled programs: one per bucket, plus one per bucket for steps without rewards."""
+        """Return the train step as compiled programs: one per bucket, and another one for steps without rewards."""
 
         def make_step(settings: StepSettings):
-            return make_train_step(self.objective_of(settings), self.optimizer, settings)
+            return make_train_step(self.objective_for(settings), self.optimizer, settings)
 
-        return CompiledSteps(make_step, self.step_settings, self.partitioner, self.conditions, self.computes_rewards)
+        return CompiledSteps(
+            make_step, self.step_settings, self.partitioner, self.conditions_per_device, self.computes_rewards
+        )
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of this run's steps, placed by the partitioner.
 
-        Steps run asynchronously: the next batch is loaded and transferred while the device computes a step. The first
-        batch is compared with the schema (`data.batch`).
+        Steps run asynchronously: while the device computes a step, the host loads and transfers the next batch. The
+        first batch is compared with the schema (`data.batch`).
         """
         batches = self.loader.iterate(self.first_step)
         first_batch = next(batches)
         check_schema(first_batch, self.parts)
         for batch in chain([first_batch], batches):
-            yield self.partitioner.put_batch(batch, self.microbatches)
+            yield self.partitioner.put_batch(batch, self.num_microbatches)
 
     def first_step_per_program(self) -> list[int]:
-        """Return the first step of this run with rewards and the first one without: they need different programs."""
+        """Return the first step with rewards and the first step without, because each kind needs its own program.
+
+        Only steps from `first_step` on count. The list has one element if all of them are of the same kind.
+        """
         first_steps = {}
         for step in range(self.first_step, self.total_steps):
             first_steps.setdefault(self.computes_rewards(step), step)
@@ -137,10 +145,11 @@ class Setup:
                 break
         return list(first_steps.values())
 
-    def objective_of(self, settings: StepSettings) -> Objective:
+    def objective_for(self, settings: StepSettings) -> Objective:
         """Return the objective of a step with these settings.
 
-        If the run has rollouts and this step has none, the policy has nothing to learn from, and its term is left out.
+        If the run has rollouts but this step has none, the objective has no policy loss, because there are no samples
+        to learn from.
         """
         if self.step_settings.rollouts is None or settings.rollouts is not None:
             return self.objective
@@ -188,8 +197,8 @@ def set_up(config: TrainConfig) -> Setup:
         frozen=partitioner.shard(prepare_frozen(loaded.frozen)),
         loader=loader,
         parts=batch_parts(config, results=data.has_target, latents=data.latents),
-        microbatches=config.run.gradient_accumulation_steps,
-        conditions=config.run.train_batch_size // partitioner.shards,
+        num_microbatches=config.run.gradient_accumulation_steps,
+        conditions_per_device=config.run.train_batch_size // partitioner.shards,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -205,21 +214,25 @@ def set_up(config: TrainConfig) -> Setup:
 
 def prepare_output_dir_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
     """Let process 0 run `prepare_output_dir` after all processes have passed their checks."""
-    barrier("checked")  # a check after the write would mistake the new config.toml for another run's
+    barrier("checks passed")  # a check after the write would take the new config.toml for another run's
     if is_main_process():
         prepare_output_dir(config, output, keep=keep)
-    barrier("claimed")
+    barrier("output folder prepared")
 
 
 def prepare_frozen(frozen: Weights) -> Weights:
-    """Return the frozen weights as steps take them: on a single CPU device, one array per block (`unstack_blocks`)."""
+    """Return the frozen weights in the form that steps use.
+
+    On a single CPU device, the stacked arrays of the transformer are split into one array per block
+    (`unstack_blocks`). On all other devices the weights stay unchanged.
+    """
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
         return frozen | {"flux": unstack_blocks(frozen["flux"])}
     return frozen
 
 
 def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
-    """Raise ConfigError if one device cannot hold all weights; under pmap every device has a copy of them."""
+    """Raise ConfigError if all weights do not fit one device. Under pmap every device has a copy of all weights."""
     _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
     required, available = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
     if required > available:
@@ -250,7 +263,7 @@ def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
 
 
 def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
-    """Build the rewards of automatic mode and check each on the shapes of every bucket; empty in the other modes.
+    """Build the rewards of automatic mode, and check each with the shapes of every bucket; empty in the other modes.
 
     Raises RewardError for a reward that is unknown, raises an exception, or does not return numbers [B].
     """
@@ -272,7 +285,7 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
         return
     steps, window = config.rollouts.rollout_steps, config.rollouts.sde_window
     for height, width in buckets:
-        tokens = 2 * height * width // loaded.model.multiple**2
+        tokens = 2 * height * width // loaded.model.size_multiple**2
         if not len(window_starts(schedule.sampling_times(steps, tokens), window)):
             raise ConfigError(
                 f"rollout_steps = {steps} with sde_window = {window}: with panels of {height},{width} no window of "
@@ -284,11 +297,11 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
 def make_previews(
     config: TrainConfig, output: Path, data: RunData, loaded: LoadedModel, schedule: FlowSchedule
 ) -> Previews | None:
-    """Build the previews of some of the held-out scenes; None with `--validation_steps 0`."""
+    """Build the previews of some held-out scenes; None with `--validation_steps 0`."""
     if not config.logging.validation_steps:
         return None
-    chosen = preview_records(data.held_out, config.grpo.reward_weights, config.logging.num_validation_images)
-    loader = single_record_loader(config, chosen, loaded)
+    records = preview_records(data.held_out, config.grpo.reward_weights, config.logging.num_validation_images)
+    loader = single_record_loader(config, records, loaded)
     remove = make_remover(
         loaded.model,
         schedule,
@@ -299,16 +312,16 @@ def make_previews(
 
 
 def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objective: Objective) -> DriftGuard | None:
-    """Build the guard of --max_drift on some of the held-out records; None without --max_drift."""
+    """Build the drift guard, which measures on some held-out records; None if --max_drift is not given."""
     if config.run.max_drift is None:
         return None
-    chosen = preview_records(data.held_out, config.grpo.reward_weights, HELD_OUT_RECORDS)
-    loader = single_record_loader(config, chosen, loaded)
+    records = preview_records(data.held_out, config.grpo.reward_weights, MAX_HELD_OUT_RECORDS)
+    loader = single_record_loader(config, records, loaded)
     return DriftGuard(objective, loader, limit=config.run.max_drift, seed=config.run.seed)
 
 
 def restore_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
-    """Restore the best score of a resumed run's guard from the metrics of the checkpoint that `best/` holds."""
+    """In a resumed run, restore the guard's best score from the metrics of the step whose checkpoint is in `best/`."""
     best_steps = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
     rows = (row for row in read_rows(output / METRICS_FILE) if row["step"] <= first_step)
     guard.restore_best_score((row for row in rows if row["step"] in best_steps), mode)

@@ -79,7 +79,7 @@ def test_a_loop_without_a_known_trip_count_is_an_error():
 
 
 def test_a_collective_without_groups_is_an_error():
-    with pytest.raises(ValueError, match="collective without replica_groups of a known form"):
+    with pytest.raises(ValueError, match="collective: expected replica_groups in a known form"):
         group_size("f32[8] all-reduce(%p), to_apply=%add")
 
 

@@ -67,7 +67,7 @@ CONTRADICTIONS = [
     ),
     (["--init_experts_from", "run"], "init_experts_from without use_lora"),
     (["--base_precision", "int8"], "base_precision = int8 without use_lora"),
-    (["--report_to", "none", "tensorboard"], "expected either none alone"),
+    (["--report_to", "none", "tensorboard"], "none cannot be combined with trackers"),
     (["--kl_weight", "0.5"], "kl_weight = 0.5 without a policy loss"),
     ([*GRPO, "--kl_weight", "0.5"], "kl_weight = 0.5 without use_lora"),
     (["--num_processes", "2"], "num_processes without coordinator_address and process_id: give --coordinator_address"),

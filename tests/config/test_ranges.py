@@ -80,8 +80,8 @@ def config() -> TrainConfig:
 def test_edges(limit, words):
     inside, outside = NUMBERS[words]
     assert limit.expected == words
-    assert [value for value in inside if not limit.holds(value)] == []
-    assert [value for value in outside if limit.holds(value)] == []
+    assert [value for value in inside if not limit.contains(value)] == []
+    assert [value for value in outside if limit.contains(value)] == []
 
 
 def test_out_of_range_names_field_value_and_range():

@@ -91,13 +91,13 @@ def test_an_open_mpi_that_jax_does_not_recognize_is_an_error(monkeypatch):
 
 def test_an_unusable_coordinator_address_is_refused():
     with pytest.raises(ConfigError, match=r"nobody.invalid:1234: the host cannot be resolved here"):
-        check_address("nobody.invalid:1234", serves=False)
+        check_address("nobody.invalid:1234", is_coordinator=False)
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
-        check_address(address, serves=False)
+        check_address(address, is_coordinator=False)
         with pytest.raises(ConfigError, match=r"process 0 cannot listen on port \d+ of this machine"):
-            check_address(address, serves=True)
-    check_address(address, serves=True)
+            check_address(address, is_coordinator=True)
+    check_address(address, is_coordinator=True)
 
 
 @pytest.mark.slow

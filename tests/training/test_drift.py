@@ -48,7 +48,7 @@ def test_the_limit_applies_to_both_measurements_and_nan_exceeds_it():
 
 def test_the_best_has_the_highest_reward_within_the_limit(bare_guard):
     def best(reward, drift=WITHIN):
-        return bare_guard.is_best(drift, {} if reward is None else {"mean_reward": reward}, "automatic")
+        return bare_guard.update_best(drift, {} if reward is None else {"mean_reward": reward}, "automatic")
 
     assert [best(None), best(-0.4), best(-0.5), best(-0.35), best(None), best(0.9, Drift(0.3, 0.2, 1.0))] == [
         *(False, True, False, True, False, False)
@@ -56,7 +56,7 @@ def test_the_best_has_the_highest_reward_within_the_limit(bare_guard):
 
 
 def test_without_generated_images_the_best_has_the_lowest_flow_loss(bare_guard):
-    results = [bare_guard.is_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
+    results = [bare_guard.update_best(Drift(loss, 0.0, 1.0), {"mean_reward": 0.5}, "human") for loss in (0.3, 0.4, 0.2)]
     assert results == [True, False, True]
 
 

@@ -19,7 +19,7 @@ NOT_FINITE = {
 def test_counts_and_names_what_is_broken(caplog):
     fallbacks = RewardFallbacks(3.0)
     with caplog.at_level(logging.WARNING):
-        assert fallbacks.count([FINITE, NOT_FINITE, {"base_loss": np.float32(1)}, NOT_FINITE], done=20) == 5.0
+        assert fallbacks.count([FINITE, NOT_FINITE, {"base_loss": np.float32(1)}, NOT_FINITE], steps_done=20) == 5.0
     assert [record.message.split(": ")[0] for record in caplog.records] == [
         f"{FALLBACK} at step 18",
         f"{FALLBACK} at step 20",
@@ -29,20 +29,20 @@ def test_counts_and_names_what_is_broken(caplog):
 
 def test_ten_in_a_row_over_rows_and_steps_without_rewards():
     fallbacks = RewardFallbacks()
-    fallbacks.count([NOT_FINITE] * 9 + [FINITE], done=10)
-    fallbacks.count([NOT_FINITE, {}] * 9, done=28)
+    fallbacks.count([NOT_FINITE] * 9 + [FINITE], steps_done=10)
+    fallbacks.count([NOT_FINITE, {}] * 9, steps_done=28)
     with pytest.raises(FloatingPointError, match=r"at step 29 for the 10th time in a row; my_score is inf"):
-        fallbacks.count([NOT_FINITE], done=29)
+        fallbacks.count([NOT_FINITE], steps_done=29)
 
 
 def test_the_cause_of_a_series_that_ends_in_a_step_that_did_not_fit():
     fallbacks = RewardFallbacks()
-    fallbacks.count([NOT_FINITE] * 9, done=9)
+    fallbacks.count([NOT_FINITE] * 9, steps_done=9)
     with pytest.raises(FloatingPointError, match=r"10th time in a row; a step with rewards does not fit the device"):
-        fallbacks.count([{"reward_fallbacks": np.float32(1)}], done=10)
+        fallbacks.count([{"reward_fallbacks": np.float32(1)}], steps_done=10)
 
 
 def test_a_step_that_did_not_fit_is_counted_but_not_logged_again(caplog):
     with caplog.at_level(logging.WARNING):
-        assert RewardFallbacks().count([{"reward_fallbacks": np.float32(1)}], done=1) == 1.0
+        assert RewardFallbacks().count([{"reward_fallbacks": np.float32(1)}], steps_done=1) == 1.0
     assert not caplog.records

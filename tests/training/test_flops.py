@@ -10,10 +10,10 @@ def test_human_scored_step():
     In 7 of 8 steps it also takes 4 forward passes of the old policy.
     """
     cost = ForwardCost(base=10.0, attention=0.0)
-    passes = StepPasses(records=3, policy_points=4, kl=True, old_policy_share=7 / 8)
+    passes = StepPasses(records=3, policy_passes=4, kl=True, old_policy_share=7 / 8)
     assert step_flops(cost, passes) == 30 * (5 * 2 + 3.5 + 4)
     whole = ForwardCost(base=10.0, attention=0.0, full_fine_tuning=True)
-    assert step_flops(whole, StepPasses(records=3, policy_points=0)) == 30 * 3
+    assert step_flops(whole, StepPasses(records=3, policy_passes=0)) == 30 * 3
 
 
 def test_automatic_step():
@@ -22,7 +22,7 @@ def test_automatic_step():
     Each of the 2 updates takes one trained pass for the base loss and 4 trained passes per rollout.
     """
     cost = ForwardCost(base=10.0, attention=0.0)
-    count = {"records": 3, "samples": 8, "rollout_steps": 6, "updates": 2, "policy_points": 4}
+    count = {"records": 3, "samples": 8, "rollout_steps": 6, "updates": 2, "policy_passes": 4}
     assert step_flops(cost, StepPasses(**count)) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
     assert step_flops(cost, StepPasses(**count, kl=True, base_loss=False)) == 30 * (8 * 6 + 2 * 8 * 4 * 3)
 
@@ -34,7 +34,7 @@ def test_attention():
     )
     attention = attention_flops(config, image_tokens=10, context_tokens=7)
     assert attention == 5 * 4 * (2 * 17 * 17 * 16 + 2 * 17 * 17 * 16)
-    human = StepPasses(records=3, policy_points=4)
+    human = StepPasses(records=3, policy_passes=4)
     assert step_flops(ForwardCost(base=10.0, attention=4.0), human) == 3 * 5 * (10 + 10 + 4)
     whole = ForwardCost(base=10.0, attention=4.0, full_fine_tuning=True)
     assert step_flops(whole, human) == 3 * 5 * (10 + 10 + 4 + 6)
@@ -43,7 +43,7 @@ def test_attention():
 def test_experts():
     """The experts' products count once per forward pass and twice more in a backward pass, but not in passes for KL."""
     cost = ForwardCost(base=10.0, attention=0.0, experts=1.0)
-    flops = step_flops(cost, StepPasses(records=3, policy_points=4, kl=True, old_policy_share=7 / 8))
+    flops = step_flops(cost, StepPasses(records=3, policy_passes=4, kl=True, old_policy_share=7 / 8))
     assert flops == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
     shapes = {
         "transformer_blocks/attn/to_q/lora_a": (2, 4, 3),

@@ -227,8 +227,8 @@ def test_resuming_applies_another_temperature_and_warns_of_another_batch_and_bas
     settings = RUN | {"policy_temperature": 0.3, "train_batch_size": 2, "base_precision": "int8"}
     setup = set_up(make_config(resume_from_checkpoint=str(straight), **settings))
     np.testing.assert_allclose(setup.state.temperature, 0.3, rtol=1e-6)
-    assert "train_batch_size is 2, the checkpoint's was" in caplog.text
-    assert re.search(r"base_precision is int8, the checkpoint's was \w+: the run continues, but its base", caplog.text)
+    assert "train_batch_size is 2, and was" in caplog.text
+    assert re.search(r"base_precision is int8, and was \w+ in the checkpoint: .*, but its base", caplog.text)
 
 
 def test_the_error_for_a_missing_checkpoint_names_it(make_config, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ra_jax.config.settings import OptimizationConfig
-from ra_jax.training.optimizers import build_optimizer, learning_rate, muon_dimensions, weight_decay_mask
+from ra_jax.training.optimizers import build_optimizer, learning_rate_schedule, muon_dimensions, weight_decay_mask
 
 if find_spec("torch"):
     import torch
@@ -145,7 +145,7 @@ def test_router_has_its_own_learning_rate(params):
 )
 def test_schedules(name, middle, end):
     config = replace(CONFIG, lr_scheduler=name, lr_warmup_steps=10, lr_power=2.0)
-    schedule = learning_rate(config, 1.0, 110)
+    schedule = learning_rate_schedule(config, 1.0, 110)
     if name != "constant":
         np.testing.assert_allclose(schedule(0), 1 / 11, rtol=1e-6)
         assert schedule(0) < schedule(5) < schedule(10)

@@ -67,7 +67,7 @@ def test_a_step_that_never_fits_continues_without_rewards(compile_nothing, caplo
     assert rows == [{"reward_fallbacks": 1.0}, {}]
     assert tried == [4, 2, 1, None]
     assert "Failed to compute GRPO rewards, falling back to simple loss" in caplog.text
-    assert "needs 1.0 GB with one image decoded at a time, the device has 0.1 GB" in caplog.text
+    assert "needs 1.0 GB with one image decoded at a time, but the device has 0.1 GB" in caplog.text
     assert "--gradient_checkpointing full" in caplog.text
 
 
