@@ -38,7 +38,7 @@ NOT_RUN = {
     ".venv/bin/ruff": "scripts/test.sh runs both checks",
     "hf auth login": "needs an account",
     "python -m ra_jax.aot": "needs libtpu; tests/aot/ runs it on CPU devices",
-    "python scripts/experiments/": "minutes to hours; tests/test_scripts.py starts each program",
+    "python scripts/experiments/": "minutes to hours; tests/experiments/ runs them at a small size",
     "python scripts/benchmarks/": "minutes, and for some a GPU or libtpu; tests/test_scripts.py starts each program",
     "XLA_FLAGS=": "needs a GPU",
     "bash scripts/real_photos.sh": "needs photos that are not in the package",

@@ -35,6 +35,7 @@ from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.synthetic import Scene, measure_defects
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
+from ra_jax.outputs import write_file
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
@@ -258,9 +259,9 @@ def seconds_until(config: TrainConfig, step: int) -> float:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file; make its folder."""
+    """Write a JSON file; make its folder. The file appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    write_file(path, json.dumps(content))
 
 
 def load_cells(experiment: Experiment) -> dict[str, dict]:

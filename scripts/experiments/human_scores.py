@@ -393,11 +393,11 @@ def print_differences(cells: dict) -> None:
 
 
 def draw_sheet(experiment: Experiment, mix: str) -> None:
-    """Draw the contact sheet of a mix: a row for each of eight scenes, with source, truth and removals.
+    """Draw the contact sheet of a mix: a row for each of up to eight scenes, with source, truth and removals.
 
     The removals are those of each training with the first of `--seeds`.
     """
-    scenes = make_scenes(experiment.first_scene, 8)
+    scenes = make_scenes(experiment.first_scene, min(8, experiment.held_out))
     columns = [quantize(panel) for panel in (scenes.source, scenes.truth)]
     for method in METHODS:
         file = experiment.run_dir(mix, method, experiment.seeds[0]) / "generated.npz"

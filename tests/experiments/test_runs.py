@@ -81,7 +81,7 @@ def test_human_scores(load_experiment, configs, make_demo, restore_cache, tmp_pa
         methods=("grpo",),
         seeds=(0,),
         steps=2,
-        held_out=8,
+        held_out=3,
         num_inference_steps=1,
     )
     make_demo(tmp_path / "no_clean", experiment.demo_settings("no_clean"))
@@ -89,7 +89,7 @@ def test_human_scores(load_experiment, configs, make_demo, restore_cache, tmp_pa
     names = {path.stem for path in (tmp_path / "cells").iterdir()}
     assert names == {f"no_clean-{name}-0" for name in ("base", "roundtrip", "grpo")}
     before = json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text())
-    assert before["steps"] == 2 and np.shape(before["defects"]) == (8, 4)
+    assert before["steps"] == 2 and np.shape(before["defects"]) == (3, 4)
     module.measure_again(experiment)
     assert json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text()) == before
     capsys.readouterr()
