@@ -151,7 +151,7 @@ class RemovalPipeline:
             )
         if num_images < 1:
             raise ValueError(f"num_images={num_images}: expected at least 1")
-        multiple = self.model.multiple
+        multiple = self.model.size_multiple
         crop = plan_crop(mask_values, panel_sizes(self._panel_area, multiple), multiple=multiple)
         reference = None if ref is None else np.asarray(upright_rgb(ref))
         panels = {
@@ -235,7 +235,7 @@ class RemovalPipeline:
 
     def decode(self, latents: jax.Array, height: int, width: int) -> jax.Array:
         """Decode packed latents [B, N, 4C] to an image [B, height, width, 3] in [0, 1], not clipped."""
-        grid = (height // self.model.multiple, width // self.model.multiple)
+        grid = (height // self.model.size_multiple, width // self.model.size_multiple)
         return self._decode(self._loaded.frozen, latents, grid=grid)
 
     def _compute_velocity(self, weights, frozen, latents, t, cond, *, guidance_scale):

@@ -9,7 +9,7 @@ import jax
 
 
 def _expand(t: jax.Array, x: jax.Array) -> jax.Array:
-    """Add axes to t [B], so that it is broadcast over the trailing axes of x [B, ...]."""
+    """Add axes to t [B], so that it broadcasts over the trailing axes of x [B, ...]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 

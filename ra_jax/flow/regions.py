@@ -1,8 +1,8 @@
-"""Mean of a loss over a region Ω of a diptych, mean_Ω, as weights over packed latents.
+"""The mean of a loss over a region Ω of a diptych, mean_Ω, computed with weights over packed latents.
 
 Ω is usually the right panel, which is the photo. M is the edited region: the photo's mask dilated by 2 latent cells.
-Masks cover 0.4–72 % of a photo. A plain mean over the panel therefore changes a hundred times more for one scene than
-for another. The kind `balanced` gives half of the weight to M and half to the rest of the photo.
+Masks cover 0.4–72 % of a photo. With a plain mean over the panel, the weight of M would therefore differ between scenes
+by a factor of more than a hundred. The kind `balanced` gives half of the weight to M and half to the rest of the photo.
 """
 
 import jax
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from ra_jax.models.conditioning import pack
 
 LOSS_REGIONS = ("balanced", "panel", "mask", "all")
-DILATION = 2  # latent cells
+DILATION_CELLS = 2  # distance by which the mask is dilated, in latent cells
 
 
 def _normalize(region: jax.Array) -> jax.Array:
-    """Compute weights [B, h, w] that are equal inside a region and sum to 1; all are 0 if the region is empty."""
+    """Compute weights [B, h, w] that are equal inside a region and sum to 1. They are all 0 if the region is empty."""
     return region / jnp.maximum(region.sum((1, 2), keepdims=True), 1.0)
 
 
@@ -30,7 +30,7 @@ def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.
         all       mean over the whole diptych
 
     Args:
-        mask: [B, H, W] of the whole diptych in pixels, 1 = edited; 0 on the left panel.
+        mask: [B, H, W], mask of the whole diptych in pixels: 1 = edited, and 0 on the left panel.
         factor: the VAE's f, pixels per latent cell along a side.
         kind: one of `LOSS_REGIONS`.
 
@@ -43,7 +43,7 @@ def region_weights(mask: jax.Array, factor: int, kind: str = "balanced") -> jax.
     """
     b, h, w = mask.shape
     cells = mask.reshape(b, h // factor, factor, w // factor, factor).max((2, 4))
-    size = 2 * DILATION + 1
+    size = 2 * DILATION_CELLS + 1
     edited = jax.lax.reduce_window(cells, -jnp.inf, jax.lax.max, (1, size, size), (1, 1, 1), "SAME")
     panel = jnp.broadcast_to(jnp.arange(w // factor) >= w // factor // 2, cells.shape).astype(jnp.float32)
     edited = (edited > 0) * panel

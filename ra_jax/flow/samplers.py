@@ -1,8 +1,8 @@
 """Samplers that integrate a velocity field from noise to data, as an ODE or as an SDE.
 
-At every t the SDE's samples have the same distribution as the ODE's (Flow-GRPO, Liu et al. 2505.05470, eq. 12): its
-steps add noise, and a drift along the score compensates for it. The SDE's steps are Gaussian, so they have a
-log-probability.
+At every t, samples of the SDE have the same distribution as samples of the ODE (Flow-GRPO, Liu et al. 2505.05470,
+eq. 12). Each step of the SDE adds noise, and a drift along the score compensates for the noise. The steps are Gaussian,
+so each step has a log-probability.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ra_jax.flow.path import noise_from_velocity
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
-MAX_NOISY_TIME = 0.9  # above this t, steps are the ODE's, because g = η·√(t/(1 − t)) is infinite at t = 1
+MAX_NOISY_TIME = 0.9  # above this t, steps add no noise, because g = η·√(t/(1 − t)) is infinite at t = 1
 
 
 def sample_euler(velocity: Velocity, latents: jax.Array, times: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def diffusion_coefficient(t: jax.Array, noise_level: float) -> jax.Array:
 def sde_transition(
     x: jax.Array, velocity: jax.Array, t: jax.Array, t_next: jax.Array, noise_level: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute mean [B, ...] and standard deviation [B] of the SDE's step from t to t' < t, both [B].
+    """Compute mean [B, ...] and standard deviation [B] of the SDE's step from t [B] to t' [B], with t' < t.
 
     μ = x − Δ·[v + g²/(2t)·(x + (1 − t)·v)]        std = g·√Δ        Δ = t − t'
     """
@@ -61,7 +61,7 @@ def sample_sde(
     velocity: Velocity,
     latents: jax.Array,
     times: jax.Array,
-    draw: Callable[[jax.Array], jax.Array],
+    draw_noise: Callable[[jax.Array], jax.Array],
     *,
     noise_level: float,
     first: jax.Array | int = 0,
@@ -69,20 +69,21 @@ def sample_sde(
 ) -> tuple[jax.Array, jax.Array]:
     """Integrate the SDE from times[0] to times[-1] in Euler–Maruyama steps.
 
-    Noise is added in `count` steps, beginning with step `first`. The other steps are the ODE's. By default all steps
-    add noise.
+    `count` steps add noise, beginning with step `first`. The other steps are steps of the ODE. By default all steps add
+    noise.
 
     Args:
         velocity: (x [B, ...], t [B]) -> [B, ...].
         latents: [B, ...] at times[0].
         times: [steps + 1], decreasing.
-        draw: index of a step -> z ~ N(0, I) [B, ...].
+        draw_noise: index of a step -> z ~ N(0, I) [B, ...].
         noise_level: η of `diffusion_coefficient`.
         first: index of the first noisy step.
         count: number of noisy steps; None: all steps.
 
     Returns:
-        the final x [B, ...], and the states [count + 1, B, ...]: x before each noisy step, and x after the last one.
+        the final x [B, ...].
+        the states [count + 1, B, ...]: x before each noisy step, and x after the last noisy step.
     """
     times = jnp.asarray(times, jnp.float32)
     steps = len(times) - 1
@@ -92,7 +93,7 @@ def sample_sde(
         t, t_next = (jnp.full(x.shape[:1], times[index + offset]) for offset in (0, 1))
         level = jnp.where((index >= first) & (index < first + count), noise_level, 0.0)
         mean, std = sde_transition(x, velocity(x, t), t, t_next, level)
-        return mean + std.reshape(std.shape + (1,) * (x.ndim - 1)) * draw(index), x
+        return mean + std.reshape(std.shape + (1,) * (x.ndim - 1)) * draw_noise(index), x
 
     final, states = jax.lax.scan(step, latents.astype(jnp.float32), jnp.arange(steps))
     states = jnp.concatenate([states, final[None]])
@@ -102,8 +103,8 @@ def sample_sde(
 def window_starts(times: np.ndarray, count: int) -> np.ndarray:
     """Return the steps at which a window of `count` noisy steps may begin.
 
-    These steps are in the noisier half of the sampler, after step 0, and have g > 0. There may be none if the sampler
-    has few steps.
+    They are the steps after step 0, in the first (noisier) half of the sampler, at which g > 0. The result may be empty
+    if the sampler has few steps.
 
     Args:
         times: [steps + 1], decreasing.

@@ -10,7 +10,8 @@ import numpy as np
 
 from ra_jax.errors import WeightError
 
-# Diffusers' defaults for values that are absent from scheduler_config.json, if FLUX's values differ from them.
+# Diffusers' defaults for keys that are absent from scheduler_config.json. Only the defaults that differ from FLUX's
+# values are listed.
 DIFFUSERS_DEFAULTS = {"shift": 1.0, "use_dynamic_shifting": False}
 # Settings of diffusers' scheduler that change its times or steps. FLUX uses these values, and no others are supported.
 FIXED_SETTINGS = {
@@ -44,10 +45,10 @@ class FlowSchedule:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "FlowSchedule":
-        """Read `scheduler/scheduler_config.json` in a diffusers folder; without this file, use FLUX's values.
+        """Read `scheduler/scheduler_config.json` in a diffusers folder, or use FLUX's values if there is no such file.
 
         Raises:
-            WeightError: for a kind of schedule that FLUX does not use.
+            WeightError: if the file has a setting that FLUX does not use (`FIXED_SETTINGS`).
         """
         path = Path(folder) / "scheduler" / "scheduler_config.json"
         if not path.exists():
@@ -63,7 +64,7 @@ class FlowSchedule:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return self.base_shift + slope * (tokens - self.base_image_seq_len)
 
-    def warp(self, t, tokens: int):
+    def shift_times(self, t, tokens: int):
         """Shift times in (0, 1] towards noise; t = 1 stays 1. Works for NumPy and JAX arrays."""
         if self.use_dynamic_shifting:
             scale = float(np.exp(self.mu(tokens)))
@@ -78,12 +79,12 @@ class FlowSchedule:
         """
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps}: a sampler needs at least 1 step")
-        times = self.warp(np.linspace(1.0, 1.0 / steps, steps), tokens)
+        times = self.shift_times(np.linspace(1.0, 1.0 / steps, steps), tokens)
         return np.append(times, 0.0).astype(np.float32)
 
-    def training_time(self, key: jax.Array, tokens: int) -> jax.Array:
-        """Draw a logit-normal time with the shift of `warp`: t = warp(σ(n)), n ~ N(0, 1); float32 in (0, 1)."""
-        return self.warp(jax.nn.sigmoid(jax.random.normal(key, (), jnp.float32)), tokens)
+    def draw_training_time(self, key: jax.Array, tokens: int) -> jax.Array:
+        """Draw a shifted logit-normal time: t = shift_times(σ(n)), n ~ N(0, 1); a float32 scalar in (0, 1)."""
+        return self.shift_times(jax.nn.sigmoid(jax.random.normal(key, (), jnp.float32)), tokens)
 
 
 def stratified_times(key: jax.Array, count: int, fraction: float) -> jax.Array:

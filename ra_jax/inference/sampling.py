@@ -54,7 +54,7 @@ def diptych_condition(
 
 def initial_noise(model: FillModel, keys: jax.Array, height: int, width: int) -> jax.Array:
     """Draw the noise ε [B, N, 4C] for diptychs of panels [height, width]; row i depends only on keys[i]."""
-    shape = (2 * height * width // model.multiple**2, model.latent_features)
+    shape = (2 * height * width // model.size_multiple**2, model.latent_features)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 

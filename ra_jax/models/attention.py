@@ -1,4 +1,4 @@
-"""Attention with a choice of kernels for CPUs, GPUs and TPUs, and rotary positions."""
+"""Attention, with kernels for CPUs, GPUs and TPUs, and rotary position embeddings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ ROPE_THETA = 10_000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a sequence or of a part of it.
+    """Rotary position embedding of a sequence, or of part of a sequence.
 
     Attributes:
         cos: cosines of the angles [S, head_dim / 2].
         sin: sines of the angles [S, head_dim / 2].
-        tokens: number of tokens in the whole sequence. They come first. The rest of the sequence is padding, and no
-            token attends to it.
+        tokens: number of tokens in the whole sequence, without padding. The padding is at the end, and no token attends
+            to it.
         in_one_pass: whether `rotate` uses the formulation that is fastest on GPUs.
     """
 
@@ -41,13 +41,13 @@ class Rope:
 # splash   the Pallas kernel for TPUs (head_dim a multiple of 128)
 # by_head  a few heads at a time, so that their scores fit into a CPU's cache
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "by_head")
-HEADS_PER_CALL = 4  # heads that `by_head` computes at a time
+HEADS_PER_ITERATION = 4  # heads that `by_head` computes per iteration of its loop
 LANES = 128  # length of a TPU's vector; `splash` pads sequences to a multiple of it
 LARGEST_BLOCK = 512  # largest block of queries or keys in `splash`
-# A model pads its sequence once to this multiple. Without it, the kernel and the matrix products would pad in every
-# layer: cuDNN's gradient needs even lengths, and tensor cores need multiples of 8.
+# The model pads its sequence once, to a multiple of this length. Otherwise every layer would pad for the kernel and for
+# the matrix products. cuDNN's gradient needs even lengths, and tensor cores need multiples of 8.
 MULTIPLES = {"cudnn": 8, "splash": LANES}
-# `jax.checkpoint` policies save arrays by name. This is the name of the arrays that attention's gradient needs beside
+# `jax.checkpoint` policies save arrays by name. This name marks the arrays that the gradient of attention needs besides
 # q, k and v.
 ATTENTION_RESIDUALS = "attention"
 
@@ -56,7 +56,8 @@ def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: 
     """Return the fastest of `IMPLEMENTATIONS` that supports the platform, dtype and head size.
 
     Args:
-        platform: "cpu", "gpu" ("cuda") or "tpu": where the program will run. It may be compiled on another platform.
+        platform: platform that will run the program: "cpu", "gpu" (or "cuda") or "tpu". The program may be compiled on
+            another platform.
         dtype: of queries, keys and values.
         head_dim: features of a head.
         devices: number of devices in the mesh.
@@ -64,7 +65,7 @@ def implementation_for(platform: str, *, dtype: jax.typing.DTypeLike, head_dim: 
     if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128:
         return "cudnn"
     if platform == "cpu":
-        # On a mesh, devices may share the heads. A loop over heads would then gather all heads on every device.
+        # On a mesh, the heads may be sharded. A loop over heads would then gather all heads on every device.
         return "by_head" if devices == 1 else "xla"
     return "splash" if platform == "tpu" and head_dim % LANES == 0 else "xla"
 
@@ -90,7 +91,7 @@ def attention(
         k: [B, T, H, D] keys.
         v: [B, T, H, D] values.
         implementation: one of `IMPLEMENTATIONS`; "splash" needs T = S.
-        tokens: number of keys to attend to, from the first one on; None: all keys.
+        tokens: only the first `tokens` keys are attended to; None: all keys.
 
     Returns:
         [B, S, H, D] in the dtype of `q`.
@@ -107,7 +108,8 @@ def attention(
     kernel = partial(splash if implementation == "splash" else cudnn, tokens=tokens)
     if not axis_sizes():
         return kernel(q, k, v)
-    # XLA cannot partition a custom kernel. shard_map therefore calls it on each device's own records and heads.
+    # XLA cannot partition a custom kernel. shard_map therefore calls the kernel on each device's shard of records and
+    # heads.
     spec = P(batch_axes(len(q)), None, TENSOR, None)
     return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
@@ -130,9 +132,11 @@ def cudnn(
 def by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Compute `attention` a few heads at a time, so that the scores [S, T] of only these heads are in memory.
 
-    No scores are saved for the gradient. The forward pass saves the logarithm of each row's sum, and the backward pass
-    recomputes the scores from it (FlashAttention, Dao et al. 2205.14135, without its tiles). The backward pass uses
-    the transposed scores [T, S]: XLA's CPU products are slow if their first factor has to be transposed.
+    No scores are saved for the gradient. The forward pass saves the log-sum-exp of each row of scores. The backward
+    pass recomputes the softmax from q, k and the log-sum-exp (FlashAttention, Dao et al. 2205.14135, without tiles).
+
+    The backward pass uses the transposed scores [T, S], because XLA's CPU compiler is slow at matrix products whose
+    first factor has to be transposed.
 
     Four heads are computed side by side, because the small products of one head do not keep all cores busy.
     """
@@ -175,9 +179,9 @@ by_head.defvjp(_by_head_forward, _by_head_backward)
 
 
 def _map_heads(function: Callable[[Any], Any], heads: Any) -> Any:
-    """Apply `function` to each head, like `jax.lax.map`, but with `HEADS_PER_CALL` heads per iteration of the loop."""
+    """Apply `function` to each head, like `jax.lax.map`, but with `HEADS_PER_ITERATION` heads per iteration."""
     count = len(heads[0])
-    return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_PER_CALL, count))[1]
+    return jax.lax.scan(lambda _, head: (None, function(head)), None, heads, unroll=min(HEADS_PER_ITERATION, count))[1]
 
 
 def _split_heads(x: jax.Array) -> jax.Array:
@@ -195,7 +199,7 @@ def splash(
 ) -> jax.Array:
     """Compute `attention` with JAX's TPU kernel on one device (FlashAttention-2, Dao 2307.08691).
 
-    q, k and v are [B, S, H, D]. The sequence is padded to a multiple of 128. The padding is a segment of its own, so
+    q, k and v are [B, S, H, D]. The sequence is padded to a multiple of 128. The padding has a different segment id, so
     that no token attends to it.
     """
     length, heads, dim = q.shape[1:]
@@ -227,8 +231,8 @@ def rope_table(grid: tuple[int, int], context_tokens: int, axes_dims: tuple[int,
     Args:
         grid: rows and columns of image tokens. They come first; the token in row r and column c has position (0, r, c).
         context_tokens: number of context tokens after the image, all at position (0, 0, 0).
-        axes_dims: features of a head that each of the three position axes rotates.
-        multiple: padding at (0, 0, 0) extends the sequence to a multiple of this.
+        axes_dims: number of features of a head that each of the three position axes rotates.
+        multiple: the sequence is padded to a multiple of this length. The padding has position (0, 0, 0).
     """
     rows, cols = grid
     tokens = rows * cols + context_tokens
@@ -243,8 +247,8 @@ def rope_table(grid: tuple[int, int], context_tokens: int, axes_dims: tuple[int,
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate each pair of neighboring features of x [B, S, H, D] by the angle of its position."""
     if rope.in_one_pass:
-        # Reversing each pair gives every feature its partner. On GPUs this is the fastest way. On TPUs it would write
-        # the pairs to memory, each pair in a vector of 128 elements.
+        # Reversing each pair gives every feature its partner. This is fastest on GPUs. It is slow on TPUs, because each
+        # pair would be written to memory in a vector of 128 elements.
         pairs = x.reshape(*x.shape[:-1], -1, 2)
         cos, sin = (table[None, :, None, :, None] for table in (rope.cos, rope.sin))
         signs = jnp.asarray([-1.0, 1.0], jnp.float32)

@@ -1,4 +1,4 @@
-"""Transformer blocks stacked on a leading axis and run by one loop, and the arrays saved for the backward pass."""
+"""Transformer blocks, stacked on a leading axis and run by one loop, and what they save for the backward pass."""
 
 import re
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from ra_jax.parallel.partitioning import STACKED, gather_params, parameter_name,
 
 
 def _save_names(*names: str) -> Callable:
-    """Return a `jax.checkpoint` policy that saves arrays with these names, and what cuDNN's attention returns.
+    """Return a `jax.checkpoint` policy that saves arrays with these names and the outputs of cuDNN's attention.
 
-    cuDNN's attention gives its arrays no names. The policy recognizes it by the name of its primitive.
+    The outputs of cuDNN's attention have no names. The policy recognizes them by the primitive that computes them.
     """
     name_policy = jax.checkpoint_policies.save_only_these_names(*names)
 
@@ -27,7 +27,7 @@ def _save_names(*names: str) -> Callable:
     return policy
 
 
-# Arrays that a block saves for its backward pass, beside its input. None saves everything.
+# Policies that choose which arrays a block saves for its backward pass, besides its input. None saves all arrays.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "products": _save_names(ATTENTION_RESIDUALS, PRODUCT),
@@ -35,9 +35,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# Up to this many blocks are unrolled. CPUs run unrolled blocks 10-30 % faster than a loop, and compiling them takes not
-# much longer.
-UNROLL_UP_TO = 8
+# A loop over at most this many blocks is unrolled. CPUs run the unrolled blocks 10-30 % faster than the loop, and
+# compiling them takes only a little longer.
+MAX_UNROLLED_BLOCKS = 8
 
 
 def stack_blocks(block: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
@@ -59,7 +59,8 @@ def scan_blocks(
     """Apply stacked blocks to `carry` one after another.
 
     Args:
-        blocks: from `stack_blocks`; their parameters may be those of `unstack_blocks`. None returns `carry` unchanged.
+        blocks: blocks from `stack_blocks`. `unstack_blocks` may have split their parameters. None: no blocks, so that
+            `carry` is returned unchanged.
         carry: input of the first block.
         embedding: passed to every block.
         rope: passed to every block.
@@ -81,10 +82,10 @@ def scan_blocks(
         block_adapter = adapter if adapter is None else adapter.fold_in(index)
         return nnx.merge(graphdef, params)(carry, embedding, rope, block_adapter), None
 
-    unroll = count <= UNROLL_UP_TO
+    unroll = count <= MAX_UNROLLED_BLOCKS
     if (policy := REMAT_POLICIES[remat]) is not None:
-        # prevent_cse keeps XLA from merging the recomputation with the forward pass. In a loop XLA cannot merge them
-        # anyway.
+        # prevent_cse keeps XLA from merging the recomputation with the forward pass. XLA cannot merge them in a loop,
+        # so only unrolled blocks need it.
         step = jax.checkpoint(step, policy=policy, prevent_cse=unroll)
     if not any(map(_is_unstacked, leaves)):
         return jax.lax.scan(step, carry, (jnp.arange(count), params), unroll=unroll)[0]
@@ -95,18 +96,18 @@ def scan_blocks(
 
 
 def unstack_blocks(params: Any) -> Any:
-    """Split the parameters of stacked blocks into one array per block, if there are at most `UNROLL_UP_TO` blocks.
+    """Split the parameters of stacks of at most `MAX_UNROLLED_BLOCKS` blocks into one array per block.
 
-    Each stacked parameter becomes a tuple of arrays. XLA's CPU compiler would copy a block's kernel out of the stack in
-    every step. Separate arrays avoid this copy.
+    Each stacked parameter becomes a tuple of arrays. With a stacked parameter, XLA's CPU program would copy each
+    block's kernel out of the stack in every step. Separate arrays avoid this copy.
 
     Args:
-        params: parameters of a transformer, or some of them.
+        params: all parameters of a transformer, or some of them.
     """
 
     def unstack(path: tuple, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
         is_stacked = re.search(STACKED, "/" + parameter_name(path))
-        return tuple(x) if is_stacked and len(x) <= UNROLL_UP_TO else x
+        return tuple(x) if is_stacked and len(x) <= MAX_UNROLLED_BLOCKS else x
 
     return jax.tree_util.tree_map_with_path(unstack, params)
 

@@ -1,6 +1,6 @@
-"""What FLUX.1-Fill is conditioned on (Fill channels and context tokens), and the packing of latents into tokens.
+"""The condition of FLUX.1-Fill (Fill channels and context tokens), and the packing of latents into tokens.
 
-Layouts are those of diffusers' FluxFillPipeline, but with channels last. An image of H×W pixels has latents
+Layouts match diffusers' FluxFillPipeline, but with channels last. An image of H×W pixels has latents
 [B, H/f, W/f, C]. They are packed 2×2 into N = (H/2f)·(W/2f) tokens of 4C features in the order (channel, row, column).
 """
 
@@ -30,7 +30,7 @@ class Condition:
 
 
 def pack(latents: jax.Array) -> jax.Array:
-    """Pack 2×2 latent cells into a token: [B, h, w, C] -> [B, (h/2)(w/2), 4C]; h and w even.
+    """Pack each 2×2 block of latent cells into a token: [B, h, w, C] -> [B, (h/2)(w/2), 4C], for even h and w.
 
     The features of a token are in the order (channel, row, column).
     """
@@ -48,9 +48,9 @@ def unpack(packed: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def pack_mask(mask: jax.Array, factor: int) -> jax.Array:
-    """Pack a mask of pixels into tokens: [B, H, W] -> [B, N, 4f²], with f = `factor`.
+    """Pack a pixel mask into tokens: [B, H, W] -> [B, N, 4f²], with f = `factor`.
 
-    Each patch of f×f pixels becomes f² channels of a latent cell; the cells are packed 2×2.
+    Each patch of f×f pixels becomes the f² channels of a latent cell. `pack` then packs the cells.
     """
     b, h, w = mask.shape
     patches = mask.reshape(b, h // factor, factor, w // factor, factor).transpose(0, 1, 3, 2, 4)
@@ -60,7 +60,7 @@ def pack_mask(mask: jax.Array, factor: int) -> jax.Array:
 def token_mask(fill: jax.Array, latent_features: int) -> jax.Array:
     """Compute the fraction of each token's pixels that is in the mask, [B, N], from the Fill channels.
 
-    `latent_features` is 4C, the number of Fill channels before the mask's.
+    `latent_features` is 4C, the number of Fill channels before the channels of the mask.
     """
     return fill[..., latent_features:].mean(-1)
 
@@ -78,7 +78,7 @@ def context_tokens(
     Args:
         image_tokens: [B, T, joint_dim]; None: text alone.
         batch: B.
-        text_tokens: number of zeros that represent the empty prompt, as in FLUX.1-Redux without text encoders.
+        text_tokens: length of the empty prompt. Its tokens are zeros, as in FLUX.1-Redux without text encoders.
         joint_dim: features of a context token.
         text: prompt embeddings [B, S, joint_dim] in place of the zeros.
     """

@@ -1,6 +1,6 @@
 """FLUX.1-Fill with experts, as pure functions of arrays.
 
-`FillModel` has the static part: graph definitions and sizes. It is hashable, and compiled functions close over it.
+`FillModel` is the static part: graph definitions and sizes. It is hashable, and compiled functions close over it.
 Its methods take the arrays as two pytrees:
 
     trainable  {"flux": LoRA parameters (or the whole transformer), "router": router parameters}
@@ -28,13 +28,13 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class FillModel:
-    """The static part of a FLUX.1-Fill model; its methods compute with the weights that they are given.
+    """The static part of a FLUX.1-Fill model. Its methods take the weights as arguments.
 
     Attributes:
-        flux: transformer.
-        vae: autoencoder.
-        redux: encoder of reference images; None without image tokens.
-        router: router of the experts; None without experts.
+        flux: graph definition of the transformer.
+        vae: graph definition of the autoencoder.
+        redux: graph definition of the encoder of reference images; None without image tokens.
+        router: graph definition of the experts' router; None without experts.
         factor: f, pixels per latent cell along a side.
         latent_features: 4C, features of a packed latent token.
         joint_dim: features of a context token.
@@ -55,12 +55,12 @@ class FillModel:
     num_experts: int
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """2f: both sides of an image, in pixels, must be multiples of this."""
         return 2 * self.factor
 
     def encode(self, frozen: Weights, image: jax.Array) -> jax.Array:
-        """Encode an image [B, H, W, 3] in [0, 1] as the VAE's mean, normalized and packed: [B, N, 4C] float32."""
+        """Encode an image [B, H, W, 3] in [0, 1] to the posterior mean, normalized and packed: [B, N, 4C] float32."""
         return encode_image(nnx.merge(self.vae, frozen["vae"]), image)
 
     def decode(self, frozen: Weights, latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -84,23 +84,23 @@ class FillModel:
     ) -> Condition:
         """Build the condition for filling `mask` in `image`.
 
-        The masked pixels are set to 0 of [−1, 1] (gray) before encoding, as in FluxFillPipeline.
+        The masked pixels are set to gray (0 in [−1, 1]) before encoding, as in FluxFillPipeline.
 
         Args:
             frozen: frozen weights.
-            image: [B, H, W, 3] in [0, 1]; not read, and may be None, if `masked_latents` is given.
+            image: [B, H, W, 3] in [0, 1]. It may be None if `masked_latents` is given, and is then not read.
             mask: [B, H, W], 1 = fill.
             image_tokens: Redux tokens [B, T, joint_dim]; None: no image tokens.
             text: prompt embeddings [B, S, joint_dim] in place of the empty prompt.
             masked_latents: encoding [B, N, 4C] of the masked image, if it has already been computed.
 
         Raises:
-            ValueError: if H or W is not a multiple of `multiple`.
+            ValueError: if H or W is not a multiple of `size_multiple`.
         """
         b, height, width = mask.shape
-        if height % self.multiple or width % self.multiple:
+        if height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
-                f"image of {height}x{width} pixels: both sides must be multiples of {self.multiple} "
+                f"image of {height}x{width} pixels: both sides must be multiples of {self.size_multiple} "
                 "(twice the VAE's factor); resize or pad the image"
             )
         if masked_latents is None:
@@ -110,7 +110,7 @@ class FillModel:
             image_tokens, batch=b, text_tokens=self.text_tokens, joint_dim=self.joint_dim, text=text
         )
         pooled = jnp.zeros((b, self.pooled_dim), jnp.float32)
-        return Condition(fill, context, pooled, (height // self.multiple, width // self.multiple))
+        return Condition(fill, context, pooled, (height // self.size_multiple, width // self.size_multiple))
 
     def gates(
         self, trainable: Weights, condition: Condition, *, panel: slice | None = None
@@ -121,7 +121,7 @@ class FillModel:
 
         Args:
             trainable: trainable weights.
-            condition: of B records.
+            condition: condition of B records.
             panel: token columns that the router reads; None: the right half, which is the photo of a diptych.
         """
         if self.router is None:
@@ -139,7 +139,7 @@ class FillModel:
         )
 
     def gates_from_features(self, trainable: Weights, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Compute `gates` from `router_features` [B, F]."""
+        """Compute the same two arrays as `gates`, but from `router_features` [B, F]."""
         router = nnx.merge(self.router, trainable["router"])
         gates = router(features)
         return gates, router.probabilities(features) if router.config.routing == "topk" else gates
@@ -173,7 +173,7 @@ class FillModel:
 
 
 def encode_image(vae: AutoencoderKL, image: jax.Array) -> jax.Array:
-    """Compute `FillModel.encode` with a VAE alone."""
+    """Encode an image as `FillModel.encode` does, without the rest of the model."""
     mean, _ = vae.encode(2.0 * image - 1.0)
     return pack(vae.normalize(mean).astype(jnp.float32))
 
@@ -197,13 +197,14 @@ def assemble_model(
     Args:
         flux: transformer, with experts unless `train_base`.
         vae: autoencoder.
-        redux: encoder of reference images; None for no image tokens.
-        router: router of the experts; None for no experts.
+        redux: encoder of reference images; None: no image tokens.
+        router: router of the experts; None: no experts.
         text_tokens: length of the empty prompt.
-        train_base: whether the whole transformer is trainable; otherwise only its experts are. The router always is.
+        train_base: whether the whole transformer is trainable. If not, only its experts are. The router is always
+            trainable.
 
     Raises:
-        WeightError: if the transformer's channels do not match the VAE's.
+        WeightError: if the channels of transformer and VAE do not match.
     """
     trainable_type = nnx.Param if train_base else nnx.LoRAParam
     flux_graph, flux_trainable, flux_frozen = nnx.split(flux, trainable_type, ...)

@@ -1,6 +1,6 @@
 """The FLUX.1 transformer: double-stream blocks (separate image and context), then single-stream blocks.
 
-Module and parameter names are those of diffusers' `FluxTransformer2DModel`, without block numbers. Blocks of the same
+Module and parameter names match diffusers' `FluxTransformer2DModel`, without block numbers. Blocks of the same
 kind are stacked on a leading axis and run by one `jax.lax.scan`, so that compile time does not grow with depth.
 """
 
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from ra_jax.models.attention import MULTIPLES, Rope, attention, check_implementation, rope_table, rotate
 from ra_jax.models.blocks import REMAT_POLICIES, scan_blocks, stack_blocks
 from ra_jax.models.conditioning import Condition
-from ra_jax.models.config_json import known_values
+from ra_jax.models.config_json import check_settings
 from ra_jax.models.lora import Adapter, ExpertLinear, LoRAConfig, attach_experts
 
 TIME_SCALE = 1000.0  # t in (0, 1] and guidance are multiplied by it before they are embedded
@@ -33,7 +33,7 @@ class FluxConfig:
     """Sizes of a FLUX transformer, with the keys and defaults of diffusers' `transformer/config.json`.
 
     Raises:
-        ValueError: if `axes_dims_rope` are not three even numbers whose sum is `attention_head_dim`.
+        ValueError: if `axes_dims_rope` is not three even numbers whose sum is `attention_head_dim`.
     """
 
     in_channels: int = 64
@@ -70,7 +70,7 @@ class FluxConfig:
             ValueError: for an unknown key, or a `patch_size` other than 1.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        values = known_values(config_json, [*names, "patch_size"], "transformer")
+        values = check_settings(config_json, [*names, "patch_size"], "transformer")
         if (patch_size := values.pop("patch_size", 1)) != 1:
             raise ValueError(
                 f"transformer config: patch_size is {patch_size}, but only 1 is supported, since latents are packed "
@@ -124,17 +124,17 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class RotaryNorm(nnx.Module):
-    """RMSNorm over the last axis, x / rms(x) · scale, then rotary positions; in float32, returned in x's dtype."""
+    """RMSNorm over the last axis, x / rms(x) · scale, then rotary positions. It computes in float32."""
 
     def __init__(self, dim: int, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
-        """[B, S, H, head_dim] -> the same shape."""
+        """Normalize and rotate x [B, S, H, head_dim]. Returns x's shape and dtype."""
         x32 = x.astype(jnp.float32)
         norm = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + NORM_EPS)
-        # The rotation is linear, and the norm is one number per head, so the norm can be applied last. Then everything
-        # is one pass over x, which is read and written in its own dtype.
+        # The rotation is linear, and the norm is one number per head, so the norm can be applied last. One pass then
+        # reads x and writes the result, both in x's dtype.
         return (rotate(x32 * self.scale[...].astype(jnp.float32), rope) * norm).astype(x.dtype)
 
 
@@ -210,7 +210,7 @@ class GELU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """The MLP of a double-stream block; the keys of `net` are the positions in diffusers' list."""
+    """The MLP of a double-stream block. The keys of `net` are indices of the list in diffusers."""
 
     def __init__(self, dim: int, layers: LayerFactory, rngs: nnx.Rngs):
         self.net = nnx.Dict({"0": GELU(dim, 4 * dim, layers, rngs), "2": layers.linear(4 * dim, dim, rngs)})
@@ -260,7 +260,7 @@ class JointAttention(SelfAttention):
     def __call__(
         self, x: jax.Array, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Image tokens x [B, N, D] and context [B, S, D] -> the same shapes."""
+        """Attend from image x [B, N, D] and context [B, S, D] to both. Returns arrays of the same shapes."""
         length = x.shape[1]
         x_rope = jax.tree.map(lambda table: table[:length], rope)
         context_rope = jax.tree.map(lambda table: table[length:], rope)
@@ -271,7 +271,7 @@ class JointAttention(SelfAttention):
     def added_qkv(
         self, context: jax.Array, rope: Rope, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Compute `qkv` for the context."""
+        """Compute `qkv` of the context, with the context's projections."""
         linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         q, k, v = (self.heads(linear(context, adapter)) for linear in linears)
         return self.norm_added_q(q, rope), self.norm_added_k(k, rope), v
@@ -287,7 +287,7 @@ class DoubleBlock(nnx.Module):
         self.ff, self.ff_context = (FeedForward(dim, layers, rngs) for _ in range(2))
 
     def __call__(self, streams: Streams, embedding: jax.Array, rope: Rope, adapter: Adapter | None) -> Streams:
-        """(image [B, N, D], context [B, S, D]) -> the same shapes."""
+        """Apply the block to (image [B, N, D], context [B, S, D]). Returns arrays of the same shapes."""
         x, context = streams
         shift, scale, gate, *mlp = self.norm1(embedding, adapter)
         context_shift, context_scale, context_gate, *context_mlp = self.norm1_context(embedding, adapter)
@@ -315,7 +315,7 @@ class SingleBlock(nnx.Module):
         self.proj_out = layers.linear(5 * dim, dim, rngs)
 
     def __call__(self, x: jax.Array, embedding: jax.Array, rope: Rope, adapter: Adapter | None) -> jax.Array:
-        """[B, N + S, D] -> the same shape."""
+        """Apply the block to x [B, N + S, D]. Returns an array of the same shape."""
         shift, scale, gate = self.norm(embedding, adapter)
         normed = modulate(x, shift, scale)
         mlp = gelu(self.proj_mlp(normed, adapter))
@@ -328,11 +328,13 @@ class FluxOptions:
     """How a transformer is stored, computed and differentiated. Its sizes are in `FluxConfig`.
 
     Attributes:
-        dtype: of matmuls. Time embeddings, rotary positions, norms and softmax are float32 with any dtype.
-        param_dtype: of the stored base parameters. Experts are float32.
+        dtype: dtype of matmuls. Time embeddings, rotary positions, norms and softmax are always float32.
+        param_dtype: dtype of the stored base parameters. Experts are always float32.
         int8: whether the blocks' kernels are stored in 8 bits (`quantization.quantize`).
-        remat: what is saved for the backward pass. "none": everything; "products": each block's input, its products
-            with kernels and experts, and attention's output; "blocks": each block's input and attention's output;
+        remat: what is saved for the backward pass.
+            "none": everything.
+            "products": each block's input, its products with kernels and experts, and the output of attention.
+            "blocks": each block's input, and the output of attention.
             "full": each block's input.
 
     Raises:
@@ -349,7 +351,7 @@ class FluxOptions:
             raise ValueError(f"remat {self.remat!r} is unknown: expected one of {', '.join(REMAT_POLICIES)}.")
 
 
-FLOAT32 = FluxOptions()  # float32, with everything saved for the backward pass
+DEFAULT_OPTIONS = FluxOptions()  # float32, with everything saved for the backward pass
 
 
 class Flux(nnx.Module):
@@ -360,7 +362,7 @@ class Flux(nnx.Module):
         options: dtypes and what is saved for the backward pass.
         attention: one of `attention.IMPLEMENTATIONS`.
         lora: experts on the linear layers that match its `target_modules`; None: no experts.
-        rngs: initial values. Modulations and `proj_out` are initially zero, so a new model returns zeros.
+        rngs: keys of the initial values. Modulations and `proj_out` are initially zero, so a new model returns zeros.
 
     Raises:
         ValueError: if `attention` is unknown.
@@ -370,7 +372,7 @@ class Flux(nnx.Module):
     def __init__(
         self,
         config: FluxConfig,
-        options: FluxOptions = FLOAT32,
+        options: FluxOptions = DEFAULT_OPTIONS,
         *,
         attention: str = "xla",
         lora: LoRAConfig | None = None,
@@ -379,7 +381,7 @@ class Flux(nnx.Module):
         self.config, self.remat, self.dtype = config, options.remat, jnp.dtype(options.dtype)
         self.sequence_multiple, self.on_gpu = MULTIPLES.get(attention, 1), attention == "cudnn"
         layers = LayerFactory(options.dtype, options.param_dtype, check_implementation(attention))
-        # In float32, since the embedding is cheap to compute and modulates every block.
+        # The embedding is computed in float32, because it is cheap and modulates every block.
         self.time_text_embed = TimeTextEmbed(config, dataclasses.replace(layers, dtype=jnp.float32), rngs)
         self.context_embedder = layers.linear(config.joint_attention_dim, config.inner_dim, rngs)
         self.x_embedder = layers.linear(config.in_channels, config.inner_dim, rngs)
@@ -409,7 +411,7 @@ class Flux(nnx.Module):
             t: [B] in (0, 1], 1 = noise.
             condition: `fill` [B, N, in_channels - C], which is appended to the latents' features, `context`
                 [B, S, joint_attention_dim], `pooled` [B, pooled_projection_dim], `grid` of N tokens.
-            guidance: [B] guidance scale (such as 30). If the model does not embed it, it is not read and may be None.
+            guidance: [B] guidance scale (such as 30). May be None if the model does not embed the guidance scale.
             adapter: gates and dropout of the experts; None switches the experts off.
 
         Returns:
@@ -437,7 +439,7 @@ class Flux(nnx.Module):
     def _check_shapes(self, hidden: jax.Array, condition: Condition) -> None:
         config, batch, grid = self.config, hidden.shape[0], condition.grid
         expected = {
-            "hidden": (hidden, (batch, grid[0] * grid[1], config.in_channels)),
+            "latents with fill": (hidden, (batch, grid[0] * grid[1], config.in_channels)),
             "context": (condition.context, (batch, condition.context.shape[1], config.joint_attention_dim)),
             "pooled": (condition.pooled, (batch, config.pooled_projection_dim)),
         }

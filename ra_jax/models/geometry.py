@@ -1,4 +1,4 @@
-"""Sizes of a Fill model without its weights. They are enough to trace and compile programs."""
+"""Sizes of a Fill model, without weights. The sizes are enough to trace and compile programs."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,14 @@ from ra_jax.models.vae import AutoencoderKL, VAEConfig
 
 @dataclass(frozen=True)
 class FillGeometry:
-    """Sizes of transformer, VAE and Redux; Redux's `vision` and `embedder` are None without image tokens."""
+    """Sizes of the networks of a Fill model.
+
+    Attributes:
+        flux: transformer.
+        vae: autoencoder.
+        vision: SigLIP, the first part of Redux; None without image tokens.
+        embedder: the second part of Redux; None without image tokens.
+    """
 
     flux: FluxConfig
     vae: VAEConfig

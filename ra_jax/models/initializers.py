@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 
 def draw_with_xla(initializer: Callable) -> Callable:
-    """Return the same initializer (key, shape, dtype) -> array, but drawing with XLA's generator."""
+    """Return a version of `initializer`, (key, shape, dtype) -> array, that draws with XLA's generator."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         words = jnp.resize(jax.random.key_data(key), 4)

@@ -24,7 +24,7 @@ from ra_jax.parallel.partitioning import parameter_name
 
 # Matches every linear layer of the blocks: attention, MLPs and modulations.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\."
-# `jax.checkpoint` policies save arrays by name. This is the name of products with kernels and with experts' weights.
+# `jax.checkpoint` policies save arrays by name. This name marks products with kernels and with experts' weights.
 PRODUCT = "product"
 
 
@@ -73,8 +73,8 @@ class Adapter:
 
     Attributes:
         gates: [B, E] float32 weights of the experts, per example; None switches the experts off.
-        dropout_key: typed keys (`jax.random.key`), one per example, [B], so that draws do not depend on how a batch is
-            split. A single key is folded with the row of each example. None: no dropout.
+        dropout_key: typed keys (`jax.random.key`) [B], one per example, so that draws do not depend on how a batch is
+            split. If there is only one key, `per_example` folds the row of each example into it. None: no dropout.
     """
 
     gates: jax.Array | None = None
@@ -118,7 +118,7 @@ class ExpertLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.quantized = jnp.dtype(param_dtype) == jnp.int8
-        if self.quantized:  # placeholders: values of int8 kernels come from files
+        if self.quantized:  # these zeros are placeholders: int8 kernels are loaded from files
             self.kernel = nnx.Param(jnp.zeros((in_features, out_features), jnp.int8))
             self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         else:
@@ -129,11 +129,13 @@ class ExpertLinear(nnx.Module):
         self.stream = 0  # folded into dropout keys, so that each layer draws different values
 
     def add_experts(self, lora: LoRAConfig, key: jax.Array, *, stream: int = 0) -> None:
-        """Add experts with A uniform in ±1/√in (as in PEFT) and B zero, so that they do not change the output at first.
+        """Add experts, in place. They do not change the output at first.
+
+        A is uniform in ±1/√in, as in PEFT. B is zero.
 
         Args:
             lora: number, rank, scale and dropout of the experts.
-            key: draws A.
+            key: key from which A is drawn.
             stream: number of this layer, folded into dropout keys.
         """
         *blocks, in_features, out_features = self.kernel.shape
@@ -173,7 +175,7 @@ class ExpertLinear(nnx.Module):
         weights = jnp.repeat(gates.astype(jnp.float32) * (lora.alpha / lora.rank), lora.rank, axis=-1)
         weights = weights.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         h = checkpoint_name(expert_product(save_for_backward(x), self.lora_a[...]), PRODUCT)
-        # In float32, because the gradient of a gate is a sum over all tokens.
+        # h is scaled in float32, because the gradient of a gate is a sum over all tokens.
         h = (h.astype(jnp.float32) * weights).astype(self.dtype)
         return expert_product(h, self.lora_b[...])
 

@@ -1,4 +1,4 @@
-"""Options with which a model is loaded, and their values for a training configuration."""
+"""Options for loading a model, and the options that a training configuration defines."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from ra_jax.models.router import RouterConfig
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a FLUX.1-Fill model is stored and run, and its experts.
+    """How a FLUX.1-Fill model is stored and computed, and its experts.
 
     Attributes:
-        dtype: of matmuls, and of the stored base if it is frozen. The VAE is float32.
-        text_tokens: length of the empty prompt: zeros before the image tokens.
+        dtype: dtype of matmuls, and of the stored base if the base is frozen. The VAE is float32.
+        text_tokens: length of the empty prompt, which is zeros before the image tokens.
         lora: experts on the transformer's layers; None: no experts.
         router: mixes the experts; None: no experts.
         remat: what is saved for the backward pass, a key of `blocks.REMAT_POLICIES`.
-        train_base: whether the whole transformer is trained; it is then stored in float32.
+        train_base: whether the whole transformer is trained. If so, it is stored in float32.
         int8: whether the kernels of the blocks are stored in 8 bits (`quantization.quantize`).
 
     Raises:
@@ -45,8 +45,8 @@ class ModelOptions:
     @property
     def flux(self) -> FluxOptions:
         """Options of the transformer."""
-        stored = jnp.float32 if self.train_base else self.dtype
-        return FluxOptions(dtype=self.dtype, param_dtype=stored, int8=self.int8, remat=self.remat)
+        param_dtype = jnp.float32 if self.train_base else self.dtype
+        return FluxOptions(dtype=self.dtype, param_dtype=param_dtype, int8=self.int8, remat=self.remat)
 
 
 def expert_configs(experts: ExpertsConfig) -> tuple[LoRAConfig, RouterConfig] | tuple[None, None]:

@@ -3,11 +3,11 @@
 Three tools of JAX are used here. None of them changes what a function computes, up to rounding.
 
 * `jax.lax.optimization_barrier(x)` returns x. XLA does not merge, move or recompute operations across it.
-* `jax.custom_vjp` replaces the gradient that JAX derives by one that is written out.
+* `jax.custom_vjp` replaces JAX's own gradient of a function by a written one.
 * `jax.lax.platform_dependent` uses a different program on each platform, since a barrier that saves time on one
   platform can cost time on another.
 
-Each barrier and each order of factors is here because a program measured without it was slower.
+Each barrier and each order of factors was measured: without it, the program was slower.
 """
 
 from functools import partial
@@ -17,22 +17,23 @@ import jax.numpy as jnp
 
 
 def save_for_backward(x: jax.Array) -> jax.Array:
-    """Return x unchanged, such that the gradient of a weight that multiplies x does not recompute x.
+    """Return x unchanged, and keep XLA from recomputing x in the backward pass.
 
-    The gradient of the weight is a product with x transposed. XLA's CPU compiler recomputes x for that product,
-    starting from the residual stream of the first block. With the barrier it makes a transposed copy of x instead,
-    which takes less time. GPUs read x in place: there the copy would only cost time, so x has no barrier.
+    If x is multiplied by a weight, the gradient of the weight is a product with x transposed. XLA's CPU compiler
+    recomputes x for this product, starting from the residual stream of the first block. With the barrier it makes a
+    transposed copy of x instead, which takes less time. GPUs read x in place. A copy would only cost time there, so
+    x has no barrier on GPUs.
     """
     return jax.lax.platform_dependent(x, cuda=_identity, default=jax.lax.optimization_barrier)
 
 
 def unfused_on_gpu(x: jax.Array) -> jax.Array:
-    """Return x unchanged, such that a GPU program does not merge a product of x with other products of x.
+    """Return x unchanged, and keep XLA's GPU compiler from merging a product of x with other products of x.
 
     XLA's GPU compiler merges products with the same input: the base's x W and the experts' x A become one product
-    x [W A]. A separate product can add the bias or another product's result before it writes its output. The merged
-    product cannot, so adding the bias, and adding the experts' output to the base's, take further passes over memory.
-    With the barrier XLA does not treat the two inputs as the same. Other platforms need no barrier.
+    x [W A]. A separate product can add the bias, or the result of another product, before it writes its output. A
+    merged product cannot: the bias and the experts' output are then added in further passes over memory. With the
+    barrier, XLA treats the two inputs as different arrays. Other platforms need no barrier.
     """
     return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=_identity)
 
@@ -43,10 +44,10 @@ def _identity(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def expert_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Compute x [..., in] @ weight [in, out] in x's dtype, with the weight's gradient summed in float32.
+    """Compute x [..., in] @ weight [in, out] in x's dtype. The gradient of the weight is summed in float32.
 
     The weight's gradient is a sum over all tokens on all devices. JAX's own gradient would round each device's sum to
-    x's dtype and add these sums in it. In bfloat16 a sum loses small terms: a sum of ones stops at 256.
+    x's dtype, and add the rounded sums in that dtype. A bfloat16 sum loses small terms: a sum of ones stops at 256.
     """
     return unfused_on_gpu(x) @ weight.astype(x.dtype)
 
@@ -70,7 +71,7 @@ def sum_over_tokens(x: jax.Array, gradient: jax.Array, *, gradient_is_narrow: bo
 
     This is the product xᵀ gradient. XLA's CPU compiler writes a transposed copy of the first factor to memory, which is
     slow if that factor is the wider one. If `gradient` is narrower than x, the CPU program therefore computes
-    (gradientᵀ x)ᵀ, which copies only `gradient`. The barrier keeps XLA from rewriting this to xᵀ gradient.
+    (gradientᵀ x)ᵀ, which copies only `gradient`. A barrier keeps XLA from rewriting this to xᵀ gradient.
 
     Args:
         x: input of a product, [..., in].

@@ -1,7 +1,7 @@
 """The router, which computes the experts' gates from a condition, and the loss that keeps all experts in use.
 
-The router reads only the condition, not the noise or the time. An image therefore has the same gates at every step, and
-exported experts with these weights reproduce the model.
+The router reads only the condition, not the noise or the time. An image therefore has the same gates at every step of a
+sampler, and experts that are exported with these gates as weights reproduce the model.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class RouterConfig:
 
     Attributes:
         num_experts: E >= 1.
-        floor: f in [0, 1/E), the smallest gate of an expert with soft routing.
-        temperature: > 0; the logits are divided by it.
+        floor: f in [0, 1/E), lower bound of the gates of "soft".
+        temperature: number above 0 by which the logits are divided.
         routing: "uniform", "fixed", "soft", "topk" or "sample".
         fixed_weights: E weights that sum to 1. They are the gates of "fixed" and the initial gates of "soft", "topk"
             and "sample". For these three, each weight must exceed f.
@@ -152,8 +152,8 @@ def router_features(
 
     The features are, in this order:
 
-        mean and standard deviation of each latent feature over a ring, two tokens wide, around the mask
-        the same over the tokens outside the ring and the mask
+        mean and standard deviation of each latent feature over a ring around the mask, two tokens wide
+        mean and standard deviation of each latent feature over the tokens outside the ring and the mask
         √(fraction of the panel that the mask covers)
         complexity of the mask's edge, perimeter / (4·√(tokens in the mask)): 1 for a square of whole tokens
 
@@ -163,7 +163,7 @@ def router_features(
         masked_latents: [B, N, 4C] packed, normalized latents of the masked image.
         token_mask: [B, N] fraction of each token's pixels that is in the mask.
         grid: rows and columns of tokens, rows·columns = N.
-        panel_columns: token columns to read, such as those of a diptych's right panel.
+        panel_columns: token columns to read, such as the right half of a diptych.
 
     Returns:
         [B, feature_count(4C)] float32.
@@ -213,29 +213,32 @@ def diversity_loss(
     specialization: float = 0.5,
     all_sum: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the negative mutual information of conditions and experts, and the new running mean of the gates.
+    """Compute the diversity loss, and the new running mean of the gates.
 
         L = -H(m̂) + λ·mean_b H(w_b)                          in nats; w_b are the gates of row b
         m̂ = sg(β·m + (1 - β)·m_b) + (m_b - sg(m_b))          sg: stop_gradient
 
-    m_b is the mean of the batch's gates, and m is its running mean. m̂ has the value of the new running mean and the
-    full gradient of m_b. A plain mixture β·m + (1 - β)·m_b would scale the gradient of the balance term -H(m̂) by
+    With λ = 1, L estimates the negative mutual information of conditions and experts.
+
+    m_b is the mean of the batch's gates, and m is the running mean of m_b. m̂ has the value of the new running mean and
+    the full gradient of m_b. A plain mixture β·m + (1 - β)·m_b would scale the gradient of the balance term -H(m̂) by
     1 - β, and the router would collapse to one expert.
 
-    Experts with equal gates for every image get equal gradients from this loss. Only the other losses, through the
-    experts' outputs, can make their gates differ.
+    If two experts have equal gates for every image, this loss gives both gates the same gradient. Only the other
+    losses can then make the gates differ, through the experts' outputs.
 
     Args:
         gates: [B, E], rows that sum to 1. For "topk" routing pass `Router.probabilities`, since the entropy of a
             one-hot gate is always 0.
-        weights: [B] >= 0, weight of each row. The samples of one condition together count once.
+        weights: [B] >= 0, weight of each row, such that all rows of one scene together have weight 1.
         running_mean: m, [E].
         decay: β in [0, 1).
         specialization: λ.
-        all_sum: sum over the devices that share the batch (a psum); the identity if the program has the whole batch.
+        all_sum: function that sums over the devices that each have a part of the batch (a psum). By default the
+            identity, for a program that has the whole batch.
 
     Returns:
-        the loss, and β·m + (1 - β)·m_b [E], the running mean for the next step, without gradient.
+        the loss, and the running mean for the next step, β·m + (1 - β)·m_b [E], which has no gradient.
     """
     count = all_sum(weights.sum())
     batch_mean = all_sum(weights @ gates) / count

@@ -1,7 +1,8 @@
 """Image tokens of a reference image: SigLIP's vision transformer, then FLUX.1-Redux's embedder.
 
-SigLIP (arXiv:2303.15343) is transformers' `SiglipVisionModel` up to `last_hidden_state`. Its blocks are stacked on a
-leading axis and run by `jax.lax.scan`. The embedder is diffusers' `ReduxImageEncoder`. Images have channels last.
+SigLIP (arXiv:2303.15343) matches transformers' `SiglipVisionModel` up to `last_hidden_state`. Its blocks are stacked
+on a leading axis and run by `jax.lax.scan`. The embedder matches diffusers' `ReduxImageEncoder`. Images have channels
+last.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from PIL import Image
 
 from ra_jax.errors import WeightError
 from ra_jax.models.attention import attention
-from ra_jax.models.config_json import known_values
+from ra_jax.models.config_json import check_settings
 from ra_jax.models.initializers import draw_with_xla, lecun_normal
 from ra_jax.parallel.partitioning import gather_params, shard_batch
 
@@ -64,14 +65,14 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of patches of an image; pixels at its right and lower edge that fill no patch are ignored."""
+        """Number of patches of an image. Pixels at the right and lower edge that do not fill a patch are ignored."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> "SiglipConfig":
-        """Read transformers' config.json of the vision model, or of a whole SigLIP (key `vision_config`).
+        """Read transformers' config.json of a vision model, or of a whole SigLIP model (key `vision_config`).
 
-        All other keys, such as those of the text model or of training, are ignored.
+        All other keys are ignored, such as the keys for the text model and for training.
         """
         values = config_json.get("vision_config", config_json)
         known = [field.name for field in dataclasses.fields(cls)]
@@ -102,7 +103,7 @@ class ReduxConfig:
         Raises:
             ValueError: for an unknown key.
         """
-        return cls(**known_values(config_json, [field.name for field in dataclasses.fields(cls)], "image_embedder"))
+        return cls(**check_settings(config_json, [field.name for field in dataclasses.fields(cls)], "image_embedder"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of diffusers' config.json."""
@@ -161,9 +162,9 @@ class SiglipVision(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: of matmuls. The statistics of norms and the softmax are float32 with any dtype.
-        param_dtype: of stored parameters.
-        rngs: initial values.
+        dtype: dtype of matmuls. The statistics of norms and the softmax are always float32.
+        param_dtype: dtype of stored parameters.
+        rngs: keys of the initial values.
     """
 
     def __init__(
@@ -286,8 +287,8 @@ def preprocess(folder: str | Path) -> Callable[[Image.Image], np.ndarray]:
     Raises:
         WeightError: if preprocessor_config.json does not exist.
     """
-    # Imported here, because importing transformers takes seconds and only this function needs it. The environment
-    # variable suppresses transformers' warning that PyTorch is missing, which this code does not need.
+    # transformers is imported here, because the import takes seconds and only this function needs it. The environment
+    # variable suppresses the warning of transformers that PyTorch is missing. This code does not need PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import SiglipImageProcessorPil
 

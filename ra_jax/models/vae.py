@@ -1,6 +1,6 @@
 """FLUX's image autoencoder: diffusers' AutoencoderKL, with channels last.
 
-Module and parameter names are those of diffusers (`encoder.down_blocks.0.resnets.1.conv1`). The architecture is the KL
+Module and parameter names match diffusers (`encoder.down_blocks.0.resnets.1.conv1`). The architecture is the KL
 autoencoder of latent diffusion (arXiv:2112.10752, appendix G).
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ra_jax.models.config_json import known_values
+from ra_jax.models.config_json import check_settings
 from ra_jax.models.initializers import lecun_normal
 
 NORM_EPS = 1e-6
@@ -28,8 +28,8 @@ QUERY_CHUNK = 4096
 class VAEConfig:
     """Sizes of the autoencoder, with the keys and defaults of diffusers' `vae/config.json`.
 
-    `block_out_channels` has the width for each resolution. Each resolution is half the previous one. `scaling_factor`
-    and `shift_factor` normalize latents.
+    `block_out_channels` has one width per resolution. Each resolution is half the previous one. `scaling_factor` and
+    `shift_factor` normalize latents.
 
     Raises:
         ValueError: if `block_out_channels` is empty, or `norm_num_groups` does not divide each of its widths.
@@ -68,12 +68,12 @@ class VAEConfig:
         """Read diffusers' config.json; keys that begin with "_" are ignored.
 
         Raises:
-            ValueError: for an unknown key, or a block type, activation or latent statistic that FLUX's VAE does not
-                have.
+            ValueError: for an unknown key, or for a block type, an activation or latent statistics that differ from
+                FLUX's VAE.
         """
         fixed_values = _fixed_values(len(config_json.get("block_out_channels", cls.block_out_channels)))
         names = [field.name for field in dataclasses.fields(cls)]
-        values = known_values(config_json, [*names, *fixed_values], "vae")
+        values = check_settings(config_json, [*names, *fixed_values], "vae")
         for key, value in fixed_values.items():
             if values.get(key, value) != value:
                 raise ValueError(f"vae config: {key} is {values[key]!r}, but only {value!r} is supported.")
@@ -99,7 +99,7 @@ def _fixed_values(levels: int) -> dict[str, Any]:
 
 
 class GroupNorm(nnx.Module):
-    """(x - E x)/√(Var x + 1e-6)·scale + bias in float32, with E and Var over an image's pixels and a channel group."""
+    """(x - E x)/√(Var x + 1e-6)·scale + bias in float32. E and Var are over an image's pixels and a channel group."""
 
     def __init__(self, channels: int, groups: int, *, param_dtype: DTypeLike):
         self.groups = groups
@@ -108,8 +108,8 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        # Reduces over pixels first and over the group's few channels second, so that channels stay the inner axis. On
-        # CPU a training step is a fifth faster than with one reduction of [B, H·W, groups, channels per group].
+        # Means are over pixels first and over the group's few channels second, so that channels stay the inner axis. On
+        # CPU, a training step is a fifth faster than with one reduction of [B, H·W, groups, channels per group].
         mean = self._group_mean(y)
         inverse_std = jax.lax.rsqrt(self._group_mean(jnp.square(y - mean)) + NORM_EPS)
         y = (y - mean) * (inverse_std * self.scale[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
@@ -180,11 +180,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     scale = query.shape[-1] ** -0.5
 
     @jax.checkpoint
-    def one_query(query: jax.Array) -> jax.Array:  # [B, C], one pixel of each image
+    def attend_one_query(query: jax.Array) -> jax.Array:  # [B, C], one pixel of each image
         scores = jnp.einsum("bc,bnc->bn", query, key, preferred_element_type=jnp.float32) * scale
         return jnp.einsum("bn,bnc->bc", jax.nn.softmax(scores).astype(value.dtype), value)
 
-    return jax.lax.map(one_query, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
+    return jax.lax.map(attend_one_query, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
 
 
 class MidBlock(nnx.Module):
@@ -225,7 +225,7 @@ class Upsample(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """`layers_per_block` resnets; all blocks but the last then halve the resolution."""
+    """`layers_per_block` resnets, then a layer that halves the resolution. The last block has no such layer."""
 
     def __init__(self, inputs: int, outputs: int, last: bool, layers: _LayerFactory):
         widths = [inputs] + [outputs] * (layers.config.layers_per_block - 1)
@@ -239,7 +239,7 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """`layers_per_block` + 1 resnets; all blocks but the last then double the resolution."""
+    """`layers_per_block` + 1 resnets, then a layer that doubles the resolution. The last block has no such layer."""
 
     def __init__(self, inputs: int, outputs: int, last: bool, layers: _LayerFactory):
         widths = [inputs] + [outputs] * layers.config.layers_per_block
@@ -301,10 +301,11 @@ class AutoencoderKL(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: of convolutions and linear layers. The statistics of norms, and attention's scores and softmax, are
-            float32 with any dtype.
-        param_dtype: of stored parameters.
-        rngs: initial values, with which the model can be trained: lecun-normal kernels, zero biases, identity norms.
+        dtype: dtype of convolutions and linear layers. The statistics of norms, and the scores and softmax of
+            attention, are always float32.
+        param_dtype: dtype of stored parameters.
+        rngs: keys of the initial values. A new model can be trained: kernels are lecun-normal, biases are 0, and the
+            scales of norms are 1.
     """
 
     def __init__(
@@ -324,7 +325,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = layers.conv(channels, channels, 1) if config.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Encode images [B, H, W, 3] in [-1, 1] as mean and log-variance of the posterior, before `normalize`.
+        """Encode images [B, H, W, 3] in [-1, 1] to mean and log-variance of the posterior, before `normalize`.
 
         Returns:
             two arrays [B, H/f, W/f, C] float32 with f = `config.factor`. The log-variance is clipped to [-30, 20].

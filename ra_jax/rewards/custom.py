@@ -4,7 +4,7 @@ A spec names a registered reward (`smoothness`) or a function in a user's module
 may end in `=weight`. A reward takes `RewardInputs` and returns an array [B] in [0, 1], higher for better images.
 
 A function that uses jax.numpy becomes part of the compiled train step. A function that uses NumPy, PIL or other Python
-code works too (`check_reward`), but is slower: the device waits while the images are copied to the host and scored.
+code works too (see `check_reward`), but is slower: the device waits while the host copies and scores the images.
 """
 
 import importlib
@@ -26,7 +26,8 @@ from ra_jax.rewards.registry import REWARDS, SCORES, RewardFunction, RewardInput
 log = logging.getLogger(__name__)
 
 
-# Errors of a function that treats traced arrays as NumPy arrays: JAX's own, and attributes that only NumPy arrays have.
+# Errors of a function that treats traced arrays as NumPy arrays: JAX's own errors, and AttributeError for attributes
+# that only NumPy arrays have.
 UNTRACEABLE = (TypeError, jax.errors.JAXIndexError, AttributeError)
 
 
@@ -61,11 +62,11 @@ def parse_rewards(specs: Sequence[str], weights: Sequence[float], has_target: bo
 
     Raises:
         RewardError:
-            A name is unknown.
-            A module or function cannot be imported.
-            A weight is not a number of at least 0, or all weights are 0.
-            A reward needs a ground truth and the data have none.
-            A reward is named twice.
+            if a name is unknown.
+            if a module or function cannot be imported.
+            if a weight is not a number of at least 0, or all weights are 0.
+            if a reward needs a ground truth and the data have none.
+            if a reward is named twice.
     """
     score_weights = dict(zip(SCORES, weights, strict=True))
     rewards: dict[str, Reward] = {}
@@ -136,20 +137,20 @@ def _import_function(path: str) -> RewardFunction:
 
 
 def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
-    """Check that a reward returns floats of shape [B], and return it ready for the train step, as float32.
+    """Check that a reward returns floats of shape [B]. Returns the reward for the train step, with float32 scores.
 
     The function is traced. If it cannot be traced, it is called on gray images instead. If that call succeeds, the
-    function runs in Python through `jax.pure_callback`, under jit, scan and map as well. This is slower (see the module
-    docstring). It then receives NumPy arrays, and must be deterministic.
+    train step calls the function in Python through `jax.pure_callback`, also inside jit, scan and map. The function
+    then receives NumPy arrays, and must be deterministic. This is slower (see the module docstring).
 
     Args:
         reward: the reward to check.
         *shapes: `RewardInputs` of jax.ShapeDtypeStruct, one for each bucket.
 
     Raises:
-        RewardError: the function raises an exception, or returns anything but a float array [B]. If a function that
-            runs in Python does so during a step, the step ends with a `jax.errors.JaxRuntimeError` that contains the
-            text of this error.
+        RewardError: if the function raises an exception, or does not return a float array [B]. A function that runs in
+            Python may also fail during a step. The step then ends with a `jax.errors.JaxRuntimeError` that contains
+            the text of the RewardError.
     """
     try:
         outputs = [jax.eval_shape(partial(_call, reward, passthrough=UNTRACEABLE), inputs) for inputs in shapes]
@@ -181,13 +182,13 @@ def _make_gray_inputs(shapes: RewardInputs) -> RewardInputs:
 
 
 def _call(reward: Reward, inputs: RewardInputs, passthrough: tuple[type[Exception], ...] = ()) -> object:
-    """Call the reward's function. Exceptions that are not in `passthrough` become the cause of a RewardError."""
+    """Call the reward's function. Any exception that is not in `passthrough` is raised again as a RewardError."""
     try:
         return reward.function(inputs)
     except passthrough:
         raise
     except Exception as error:  # a user's own function may raise anything
-        # The message names the reward: a compiled step passes on only the text of an exception in a callback.
+        # The message names the reward, because a compiled step keeps only the text of an exception in a callback.
         raise RewardError(f"reward {reward.name!r} raised {_describe_error(error)}") from error
 
 

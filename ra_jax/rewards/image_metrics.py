@@ -1,16 +1,16 @@
 """Image metrics: errors in a region, bands along a mask's edge, gradients, texture, seams.
 
 All are pure functions of batches with static shapes, for use under jit, vmap and scan. Images are [B, h, w, 3] float32
-in [0, 1]; masks and regions are [B, h, w] in {0, 1}, or bool. Distances are in pixels, and a diagonal step counts 1, as
-a step along a row or column does. Beyond its border an image is continued by its outermost pixels. A mask is continued
-likewise, so that the image border is not an edge of the mask. No result is NaN for finite images; the docstrings state
-the value for an empty region.
+in [0, 1]. Masks and regions are [B, h, w] in {0, 1}, or bool. Distances are in pixels. A diagonal step counts 1, like a
+step along a row or column. Images are padded with their outermost pixels. Masks are padded in the same way, so that the
+image border is not an edge of a mask. No result is NaN for finite images. The docstrings state the results for empty
+regions.
 """
 
 import jax
 import jax.numpy as jnp
 
-MSE_FLOOR = 1e-10  # a PSNR of 100 dB: equal images, and empty regions
+MSE_FLOOR = 1e-10  # limits the PSNR of equal images and of empty regions to 100 dB
 
 
 def masked_mean(values: jax.Array, region: jax.Array) -> jax.Array:
@@ -42,8 +42,8 @@ def psnr(image: jax.Array, target: jax.Array, region: jax.Array) -> jax.Array:
 def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: float) -> jax.Array:
     """Compute the PSNR [dB] of a region without its worst pixels, [B]; 100 if the region is empty.
 
-    `trim` is the fraction of the region's pixels that are left out. If this is not a whole number of pixels, the last
-    pixel counts in part. The error of a pixel is its mean square over the channels.
+    `trim` is the fraction of the region's pixels that are left out. If this is not a whole number of pixels, one pixel
+    is left out in part. The error of a pixel is the mean square over the channels.
     """
     b, h, w = region.shape
     outside = region.reshape(b, h * w) == 0
@@ -56,7 +56,7 @@ def trimmed_psnr(image: jax.Array, target: jax.Array, region: jax.Array, trim: f
 
 
 def dilate(mask: jax.Array, pixels: int) -> jax.Array:
-    """Enlarge the mask by all pixels within a distance of `pixels`, [B, h, w] float32."""
+    """Add to the mask all pixels within a distance of `pixels` from it, [B, h, w] float32."""
     dilated = mask.astype(jnp.float32)
     for window in ((1, 2 * pixels + 1, 1), (1, 1, 2 * pixels + 1)):
         dilated = jax.lax.reduce_window(dilated, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
@@ -64,7 +64,7 @@ def dilate(mask: jax.Array, pixels: int) -> jax.Array:
 
 
 def erode(mask: jax.Array, pixels: int) -> jax.Array:
-    """Remove the mask's pixels that are within a distance of `pixels` of its outside, [B, h, w] float32."""
+    """Remove from the mask all pixels within a distance of `pixels` from a pixel outside it, [B, h, w] float32."""
     return 1.0 - dilate(1.0 - mask.astype(jnp.float32), pixels)
 
 
@@ -88,7 +88,7 @@ def gaussian_blur(image: jax.Array, sigma: float) -> jax.Array:
     radius = max(1, round(4 * sigma))
     kernel = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    # A sum of shifted copies instead of a convolution, which accelerators may compute in bfloat16 or TF32.
+    # This sums shifted copies, because accelerators may compute a convolution in bfloat16 or TF32.
     for axis in (1, 2):
         size = image.shape[axis]
         padded = _pad(image, axis, radius)
@@ -107,7 +107,7 @@ def laplacian(image: jax.Array) -> jax.Array:
 
 
 def edge_difference(image: jax.Array, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute the mean |difference| of neighboring pixels across the edges of masks.
+    """Compute the mean |difference| of neighboring pixels on two sides of a mask's edge.
 
     A pair of neighbors along a row or column counts if one of them is in the mask and the other is not.
 
@@ -133,14 +133,14 @@ def wasserstein(image: jax.Array, first: jax.Array, second: jax.Array, levels: i
 
         W1 = ∫ |F(x) − G(x)| dx
 
-    F and G are the distribution functions of a channel's values in the first and the second region. The integral is a
-    sum over `levels` cells of [0, 1], with F and G averaged in each cell. It is exact if F − G does not change its sign
-    within a cell. The distance is 0 if either region is empty.
+    F and G are the distribution functions of a channel's values in the first and the second region. The integral is
+    computed as a sum over `levels` cells of [0, 1], with F and G averaged in each cell. The sum is exact if F − G does
+    not change its sign within a cell. The distance is 0 if either region is empty.
     """
     both_nonempty = (first.sum((1, 2)) > 0) & (second.sum((1, 2)) > 0)
 
     def cell_difference(i):
-        below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)  # share of cell i that lies above the pixel's value
+        below = jnp.clip(i + 1.0 - levels * image, 0.0, 1.0)  # share of cell i that is above the pixel's value
         return jnp.stack(
             [masked_mean(below[..., c], first) - masked_mean(below[..., c], second) for c in range(image.shape[-1])]
         )
@@ -155,7 +155,7 @@ def _pad(image: jax.Array, axis: int, pixels: int) -> jax.Array:
 
 
 def _neighbors(image: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Return (the preceding pixel, the following pixel) of every pixel, along axis 1 and along axis 2."""
+    """Return the images of preceding and following pixels, (before, after), along axis 1 and along axis 2."""
     pairs = []
     for axis in (1, 2):
         padded, size = _pad(image, axis, 1), image.shape[axis]

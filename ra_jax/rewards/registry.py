@@ -3,9 +3,11 @@
 A reward is a pure function of arrays that scores generated images with s ∈ [0, 1]. The total reward is the weighted sum
 of 2s − 1 over the scores, by default removal, background and smoothness.
 
-`scripts/experiments/validate_rewards.py` measures every reward on photos: its rank correlation with the defect that it
-should detect, how much the other defects lower it, and whether the ground truth scores higher than other fillings of
-the hole.
+`scripts/experiments/validate_rewards.py` measures three properties of every reward on photos:
+
+* the rank correlation of the reward with the defect that the reward should detect
+* how much the other defects lower the reward
+* whether the ground truth scores higher than other fillings of the hole
 """
 
 from collections.abc import Callable
@@ -56,9 +58,9 @@ class RegisteredReward:
     """An entry of `REWARDS`.
 
     Attributes:
-        name: its key in `REWARDS`.
+        name: key of the entry.
         function: RewardInputs -> [B] float32 in [0, 1].
-        needs_target: whether it needs a ground truth.
+        needs_target: whether the function needs a ground truth.
     """
 
     name: str
@@ -75,7 +77,7 @@ def register_reward(name: str, *, needs_target: bool) -> Callable[[RewardFunctio
     The decorated function raises ValueError if `needs_target` is true and its inputs have no ground truth.
 
     Raises:
-        ValueError: `name` is already registered.
+        ValueError: if `name` is already registered.
     """
     if name in REWARDS:
         raise ValueError(f"reward {name!r} is already registered; choose another name")
@@ -94,5 +96,5 @@ def register_reward(name: str, *, needs_target: bool) -> Callable[[RewardFunctio
 
 
 def default_rewards(has_target: bool) -> tuple[str, ...]:
-    """Return the names in `REWARDS` that compute the three `SCORES`, with or without a ground truth."""
+    """Return the names of the rewards that compute the three `SCORES`, for data with or without a ground truth."""
     return SCORES if has_target else ("removal_without_target", "background_without_target", "smoothness")

@@ -1,4 +1,4 @@
-"""Rewards for object removal: is the object gone, is the background unchanged, is the filled hole inconspicuous.
+"""Rewards that measure whether the object is gone, the background is unchanged and the filled hole is inconspicuous.
 
 In the formulas, p is the generated image, y the ground truth and src the photo.
 """
@@ -65,7 +65,7 @@ def remaining_object(inputs: RewardInputs) -> jax.Array:
     """Compute α = clip(⟨∇p, ∇src⟩/⟨∇src, ∇src⟩, 0, 1), the share of the photo's edges that the image still has, [B].
 
     Gradients are taken after blurring with a Gaussian of σ = 1 px. The inner products are over the mask eroded by 1 px,
-    or over the mask itself if erosion leaves nothing of it. α is 0 if the photo has no edges there.
+    or over the mask itself if the eroded mask is empty. α is 0 if the photo has no edges in this region.
     """
     eroded = erode(inputs.mask, 1)
     region = jnp.where(eroded.any((1, 2), keepdims=True), eroded, inputs.mask)
@@ -78,9 +78,9 @@ def remaining_object(inputs: RewardInputs) -> jax.Array:
 def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
     """Compute exp(−W1/0.1)·exp(−|log(Lap_in/Lap_ring)|), the likeness of the hole to its surroundings, [B] in (0, 1].
 
-    W1 is the distance of the colors in the hole and the ring (`wasserstein`). Lap is the mean |Laplacian| + 1e-3, in
-    the hole or in the ring. The hole is the mask eroded by 1 px, the ring the pixels 2 to 9 px outside the mask. The
-    likeness is 1 if the hole or the ring is empty.
+    The hole is the mask eroded by 1 px. The ring is the pixels 2 to 9 px outside the mask. W1 is the distance between
+    the colors in the hole and in the ring (`wasserstein`). Lap_in and Lap_ring are the mean |Laplacian| + 1e-3 in the
+    hole and in the ring. The likeness is 1 if the hole or the ring is empty.
     """
     near, far = TEXTURE_BAND
     hole, ring = erode(inputs.mask, near), outer_band(inputs.mask, near, far)
@@ -93,10 +93,10 @@ def surroundings_likeness(inputs: RewardInputs) -> jax.Array:
 
 @register_reward("removal_without_target", needs_target=False)
 def removal_without_target(inputs: RewardInputs) -> jax.Array:
-    """Compute (1 − α)·(0.5 + 0.5·likeness), with α from `remaining_object`, likeness from `surroundings_likeness`.
+    """Compute (1 − α)·(0.5 + 0.5·likeness), with α = `remaining_object` and likeness = `surroundings_likeness`.
 
-    It is high if the object's edges are gone and the hole looks like its surroundings. A mere difference from the photo
-    is not rewarded, because a hole with any other content differs from the photo too.
+    It is high if the object's edges are gone and the hole looks like its surroundings. A difference from the photo is
+    not rewarded by itself, because a hole with any other content also differs from the photo.
     """
     return (1.0 - remaining_object(inputs)) * (0.5 + 0.5 * surroundings_likeness(inputs))
 
@@ -105,9 +105,9 @@ def removal_without_target(inputs: RewardInputs) -> jax.Array:
 def smoothness(inputs: RewardInputs) -> jax.Array:
     """Compute min(1, 2r/(r + s))·min(1, 2h_in/(h_in + h_out)). A seam lowers the first factor, blur the second.
 
-    s is the mean |difference| of neighboring pixels across the mask's edge. r is the same across the edges of the mask
-    dilated by 4 and by 8 px. h_in and h_out are the mean |Laplacian| in the bands 2 to 9 px inside and outside the
-    mask's edge. 1e-3 is added to each of the four. A factor is 1 if one of its two regions is empty.
+    s is the mean |difference| of neighboring pixels across the mask's edge. r is the mean |difference| across the edges
+    of the mask dilated by 4 and by 8 px. h_in and h_out are the mean |Laplacian| in the bands 2 to 9 px inside and
+    outside the mask's edge. 1e-3 is added to s, r, h_in and h_out. A factor is 1 if one of its two regions is empty.
     """
     image, mask = inputs.image, inputs.mask
     seam, seam_pairs = edge_difference(image, mask)

@@ -26,16 +26,16 @@ def _group_sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Compute the group mean of each record: values [R, ...] and group numbers [R] in 0…M−1 -> [R, ...]."""
+    """Return the mean of each record's group: values [R, ...] and group numbers [R] in 0…M−1 -> [R, ...]."""
     counts = np.bincount(groups).reshape(-1, *[1] * (values.ndim - 1))
     return (_group_sums(values, groups) / counts)[groups]
 
 
 def zero_std_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Mark records whose group gives no learning signal, because its total rewards are all equal.
+    """Find the records whose group gives no learning signal, because all total rewards of the group are equal.
 
     Takes total rewards [R] and group numbers [R]. Returns [R] bool: True if the record's group has at least two records
-    and their rewards have a std below 1e-3.
+    and the std of the group's rewards is below 1e-3.
     """
     variance = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     return (np.sqrt(variance) < MIN_GROUP_STD) & (np.bincount(groups)[groups] > 1)
@@ -83,8 +83,8 @@ def group_advantages(
     mean_group and std_group are over the G rollouts of one condition.
 
     With `drop_negative` the advantage is max(A, 0), so that the policy learns only from the better rollouts
-    (reward-weighted regression, Peters & Schaal 2007; AWR, Peng et al. 1910.00177). The reason: a loss that pulls the
-    policy towards an image has a minimum, a loss that pushes it away from one has none.
+    (reward-weighted regression, Peters & Schaal 2007; AWR, Peng et al. 1910.00177). A loss that pulls the policy
+    towards an image has a minimum, but a loss that pushes the policy away from an image has none.
 
     Args:
         scores: s, [G, C, S] in [0, 1]: S scores of G rollouts for each of C conditions.
@@ -92,7 +92,8 @@ def group_advantages(
         drop_negative: replace negative advantages by 0.
 
     Returns:
-        A [G, C] float32, and the std [C] of each group's total reward. A is 0 in groups whose std is below 1e-3.
+        A [G, C] float32. A is 0 in groups whose total rewards have a std below 1e-3.
+        The std [C] of the total rewards of each group.
     """
     centered = scores - scores.mean(0)
     standardized = jnp.clip(centered / jnp.maximum(scores.std(0), STD_FLOOR), -ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
@@ -113,14 +114,14 @@ def sample_weights(
         none      1
         score     (r/limit + 1)/2, which maps [−limit, limit] to [0, 1]
         softmax   exp(r/temperature), normalized to sum 1 in each group
-        best      1 for the best record of each group (the first of equals), 0 for the others
+        best      1 for the best record of each group (the first of equally good records), 0 for the others
 
     Args:
         rewards: total rewards r, [R].
         groups: scene number of each record, [R] in 0…M−1.
         kind: one of `BASE_LOSS_WEIGHTINGS`.
-        limit: largest possible |r|, the sum of the score weights. Read by "score".
-        temperature: read by "softmax".
+        limit: largest possible |r|, the sum of the score weights; used by "score".
+        temperature: number above 0; used by "softmax".
 
     Returns:
         [R] float32.

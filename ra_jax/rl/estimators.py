@@ -2,19 +2,21 @@
 
 The policy ratio is ρ = exp(ℓ_θ − ℓ_old). A flow model has no cheap exact likelihood, so ℓ is estimated:
 
-    matching  Minus the flow-matching error at K pairs (t, ε), divided by the temperature τ (FPO, McAllister et al.
-              2507.21053, eq. 9; AWM, Xue et al. 2509.25050). It needs no trajectory of the sampler, so that it also
-              works on stored images that people scored.
-    sde       The log-probability of the noisy steps of the stochastic sampler (Flow-GRPO, Liu et al. 2505.05470,
-              eq. 13). It needs the trajectory, so that it works on generated images only.
+    matching  ℓ is minus the flow-matching error at K pairs (t, ε), divided by the temperature τ (FPO, McAllister et al.
+              2507.21053, eq. 9; AWM, Xue et al. 2509.25050). It needs no trajectory of the sampler. It therefore also
+              works for stored images that people scored.
+    sde       ℓ is the log-probability of the noisy steps of the stochastic sampler (Flow-GRPO, Liu et al. 2505.05470,
+              eq. 13). It needs the trajectory of the sampler. It therefore works only for generated images.
 
-Both are deterministic functions of their cache. θ and θ_old run the same graph, so that equal parameters give equal ℓ.
+Both are deterministic functions of a cache, which has the points to evaluate. A point is a pair (x_t, t) at which the
+velocity of a sample is evaluated. θ and θ_old run the same graph, so that equal parameters give equal ℓ.
 
 The estimator `nft` (DiffusionNFT, Zheng et al. 2509.16117) has no ratio. It contrasts the velocities of θ and θ_old at
 the pairs (t, ε) of `matching`; see `losses.nft_loss`.
 
-Shapes: B samples, N packed latent tokens of 4C features, K pairs (t, ε) or W noisy steps of each sample. x0 is a clean
-latent, x_t = (1 − t)·x0 + t·ε, and mean_Ω the mean over a region (`flow.regions.region_mean`).
+Shapes: B samples, N packed latent tokens of 4C features. Each sample has K points, one for each pair (t, ε), or W
+points, one for each noisy step. x0 is a clean latent, x_t = (1 − t)·x0 + t·ε, and mean_Ω the mean over a region
+(`flow.regions.region_mean`).
 """
 
 from collections.abc import Callable
@@ -31,13 +33,13 @@ from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
 from ra_jax.rl.losses import flow_matching_error
 
-# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]: K rows of the first sample's condition, then K of the second's, …
-# The estimator sde has W instead of K.
+# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]. Row b·K + k is point k of sample b. The estimator sde has W points
+# instead of K.
 PolicyVelocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def repeat_rows(x: jax.Array, count: int) -> jax.Array:
-    """Repeat every row `count` times, copies adjacent: [B, ...] -> [B·count, ...]."""
+    """Repeat every row `count` times: [B, ...] -> [B·count, ...]. The copies of a row are adjacent."""
     # broadcast_to() instead of indexing: a gather over sharded rows would copy all rows to every device.
     return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
@@ -61,16 +63,16 @@ class MatchingCache:
 
     @property
     def num_points(self) -> int:
-        """K, the number of points per sample at which the velocity is evaluated."""
+        """K, the number of points per sample."""
         return self.times.shape[1]
 
-    def rows(self) -> tuple[jax.Array, jax.Array]:
-        """Return (x_t [B·K, N, 4C], t [B·K]), the points at which the velocity is evaluated."""
+    def points(self) -> tuple[jax.Array, jax.Array]:
+        """Return the points of all samples: x_t [B·K, N, 4C] and t [B·K]."""
         times = self.times.reshape(-1)
         return interpolate(repeat_rows(self.clean, self.num_points), self.flat_noise(), times), times
 
     def errors(self, predicted: jax.Array) -> jax.Array:
-        """Compute mean_Ω ‖v − (ε_k − x0)‖² [B, K] for velocities v [B·K, N, 4C] at these points."""
+        """Compute mean_Ω ‖v − (ε_k − x0)‖² [B, K] for velocities v [B·K, N, 4C] at the points."""
         clean, region = repeat_rows(self.clean, self.num_points), repeat_rows(self.region, self.num_points)
         return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
 
@@ -82,10 +84,10 @@ class MatchingCache:
 def matching_cache(
     keys: jax.Array, clean: jax.Array, region: jax.Array, *, count: int, fraction: float
 ) -> MatchingCache:
-    """Draw K pairs (t, ε) for each sample from its key. Samples with equal keys, such as a group's, get equal pairs.
+    """Draw K pairs (t, ε) for each sample from its key. Samples with equal keys get equal pairs.
 
     Args:
-        keys: [B].
+        keys: [B], equal for all samples of a group.
         clean: x0 [B, N, 4C].
         region: weights of mean_Ω [B, N, 4].
         count: K.
@@ -108,7 +110,7 @@ def matching_log_prob(
 
     Returns ℓ [B] and the velocities v_θ [B·K, N, 4C].
     """
-    predicted = velocity(params, *cache.rows())
+    predicted = velocity(params, *cache.points())
     return -cache.errors(predicted).mean(1) / temperature, predicted
 
 
@@ -131,11 +133,11 @@ class TransitionCache:
 
     @property
     def num_points(self) -> int:
-        """W, the number of points per sample at which the velocity is evaluated."""
+        """W, the number of points per sample."""
         return self.states.shape[1] - 1
 
-    def rows(self) -> tuple[jax.Array, jax.Array]:
-        """Return (x [B·W, N, 4C], t [B·W]), the states before each step."""
+    def points(self) -> tuple[jax.Array, jax.Array]:
+        """Return the points of all samples: the states before each step x [B·W, N, 4C], and t [B·W]."""
         states = self.states[:, :-1].reshape(-1, *self.states.shape[2:])
         return states, jnp.tile(self.times[:-1], len(self.states))
 
@@ -143,9 +145,9 @@ class TransitionCache:
 def sde_log_prob(
     velocity: PolicyVelocity, params: Any, cache: TransitionCache
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Compute ℓ = mean over steps and over Ω of log N(x'; μ_θ(x), std²), the log-density of each element.
+    """Compute ℓ, the mean over steps and over Ω of log N(x'; μ_θ(x), std²), the log-density of each element of x'.
 
-    x and x' are the states before and after a step; μ_θ and std come from `sde_transition`.
+    x and x' are the states before and after a step. `sde_transition` gives μ_θ and std.
 
     Returns:
         ℓ [B].
@@ -153,7 +155,7 @@ def sde_log_prob(
         The standard deviations std [B·W].
         The velocities v_θ [B·W, N, 4C].
     """
-    x, t = cache.rows()
+    x, t = cache.points()
     predicted = velocity(params, x, t)
     mean, std = sde_transition(x, predicted, t, jnp.tile(cache.times[1:], len(cache.states)), cache.noise_level)
     next_x = cache.states[:, 1:].reshape(x.shape)
@@ -169,13 +171,14 @@ def normalized_log_ratio(
 
         log ρ̂ = √D·(ℓ_θ − ℓ_old + ½·mean δ²)        δ = (μ_θ − μ_old)/std        D = W·C / Σ w²
 
-    The means are over steps and over Ω. w are the region's weights, so that D is the effective number of elements in
-    ℓ: for a uniform mean over n latent cells it is W·C·n.
+    The means are over steps and over Ω. w are the weights of mean_Ω, and D is the effective number of elements in ℓ. If
+    mean_Ω is a uniform mean over n latent cells, D is W·C·n.
 
-    ℓ_θ − ℓ_old is a mean over D elements. For steps drawn from the old policy it equals mean(z·δ) − ½·mean δ² with
-    z ~ N(0, I). With r² = mean δ², its expectation is −r²/2 and its standard deviation only r/√D. Nearly every ratio
-    would therefore be below 1 and be clipped on that side. Adding ½·mean δ² removes the bias (RatioNorm of GRPO-Guard,
-    2510.22319). Multiplying by √D gives mean 0 and standard deviation r for every image size.
+    ℓ_θ − ℓ_old is a mean over D elements. For steps drawn from the old policy, it equals mean(z·δ) − ½·mean δ² with
+    z ~ N(0, I). With r² = mean δ², its expectation is −r²/2 and its standard deviation is only r/√D. Without a
+    correction, nearly every ratio would therefore be below 1, and clipping would act on that side only. Adding
+    ½·mean δ² removes the bias (RatioNorm of GRPO-Guard, 2510.22319). Multiplying by √D gives mean 0 and standard
+    deviation r for every image size.
 
     Args:
         log_ratio: ℓ_θ − ℓ_old [B].

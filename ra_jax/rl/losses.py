@@ -35,8 +35,11 @@ def clipped_policy_loss(
         mean: mean over the global batch.
 
     Returns:
-        The loss (a scalar) and its metrics, which have no gradient: mean_ratio, the mean of ρ; clip_fraction, the
-        fraction of samples with |ρ − 1| > ε; approx_kl = mean(ρ − 1 − log ρ) ≥ 0.
+        The loss, a scalar.
+        The metrics, which have no gradient:
+            mean_ratio: mean of ρ.
+            clip_fraction: fraction of samples with |ρ − 1| > ε.
+            approx_kl: mean(ρ − 1 − log ρ), at least 0.
     """
     log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
@@ -58,9 +61,9 @@ def nft_loss(
 
         L = (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_old ± β·v_θ
 
-    With d = v_θ − v_old this is, up to a constant, L = mean_Ω [ (2r − 1)·2⟨d, v_old − v*⟩ + β·‖d‖² ]. The first term
-    moves v_θ from v_old towards the image's velocity v* if r > ½, and away from it if r < ½. At v_θ = v_old only this
-    term has a gradient, and the division by β makes it independent of β. The second term pulls v_θ back to v_old.
+    With d = v_θ − v_old, L equals mean_Ω [ (2r − 1)·2⟨d, v_old − v*⟩ + β·‖d‖² ] up to a constant. The first term moves
+    v_θ from v_old towards the image's velocity v* if r > ½, and away from v* if r < ½. It does not depend on β, because
+    L is divided by β. At v_θ = v_old only the first term has a gradient. The second term pulls v_θ back to v_old.
 
     Args:
         predicted: v_θ [R, N, 4C].

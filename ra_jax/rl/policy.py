@@ -1,11 +1,11 @@
 """Policy loss per estimator: the log-probability of samples under the policy, and the loss against the old policy.
 
-`policy_cache` holds the points at which both policies are evaluated. `evaluate_policy` computes the terms of a policy
-there, such as its log-probability. `policy_loss` compares the terms of the current policy with those of the old one.
-Both policies run the same graph, so that equal parameters give equal terms.
+`policy_cache` returns the points (x_t, t) at which both policies are evaluated. `evaluate_policy` computes the terms of
+a policy at these points, such as the log-probability. `policy_loss` compares the terms of the current policy with the
+terms of the old policy. Both policies run the same graph, so that equal parameters give equal terms.
 
-Shapes: B samples, N packed latent tokens of 4C features, and R rows, the points of all samples. matching and nft have
-R = B·K rows for K pairs (t, ε), sde has R = B·W rows for W noisy steps. The rows of a sample are adjacent.
+Shapes: B samples, N packed latent tokens of 4C features, and R rows. Each row is a point of a sample. matching and nft
+have R = B·K rows for K pairs (t, ε), and sde has R = B·W rows for W noisy steps. The rows of a sample are adjacent.
 """
 
 from collections.abc import Callable
@@ -35,22 +35,22 @@ OldPolicy = dict[str, jax.Array]  # `PolicyOutput.terms` of the old policy
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """How the policy is estimated.
+    """Settings of the policy estimators.
 
     Attributes:
         estimator: "matching", "sde" or "nft".
-        clip_range: ε of matching.
-        pairs: K, the number of pairs (t, ε) of matching and nft.
-        fraction: t is drawn from [1 − fraction, 1], the noisiest part of the schedule (matching, nft).
-        noise_level: η of sde.
-        sde_clip_range: ε of sde.
-        nft_beta: β of nft.
+        clip_range: ε of `clipped_policy_loss` for matching.
+        num_pairs: K, the number of pairs (t, ε) of matching and nft.
+        time_fraction: t is drawn from [1 − time_fraction, 1], the noisiest part of the schedule (matching, nft).
+        noise_level: η of the stochastic sampler (sde).
+        sde_clip_range: ε of `clipped_policy_loss` for sde.
+        nft_beta: β of `nft_loss`.
     """
 
     estimator: str
     clip_range: float
-    pairs: int
-    fraction: float
+    num_pairs: int
+    time_fraction: float
     noise_level: float
     sde_clip_range: float
     nft_beta: float
@@ -61,8 +61,10 @@ class PolicyOutput:
     """Output of a policy on B samples.
 
     Attributes:
-        terms: arrays that `policy_loss` compares with those of the old policy. matching: log_prob ℓ [B] and routing
-            [B]. sde: the same and mean μ_θ [R, N, 4C]. nft: velocity [R, N, 4C].
+        terms: arrays that `policy_loss` compares with the same arrays of the old policy.
+            matching: log_prob ℓ [B], and routing [B], the log-probability of the sampled expert.
+            sde: log_prob, routing, and mean μ_θ [R, N, 4C].
+            nft: velocity v_θ [R, N, 4C].
         velocity: v_θ [R, N, 4C].
         cache: the points at which the policy was evaluated.
         std: standard deviation of each noisy step [R]; None unless the estimator is sde.
@@ -87,7 +89,7 @@ def policy_cache(
     """
     if settings.estimator == "sde":
         return TransitionCache(sample.states, sample.times, region, settings.noise_level)
-    return matching_cache(keys, sample.clean, region, count=settings.pairs, fraction=settings.fraction)
+    return matching_cache(keys, sample.clean, region, count=settings.num_pairs, fraction=settings.time_fraction)
 
 
 def evaluate_policy(
@@ -102,13 +104,13 @@ def evaluate_policy(
     """Evaluate the policy with parameters `params` at the points of `policy_cache`.
 
     Args:
-        velocity: v_θ as a function of (params, x [R, N, 4C], t [R]).
+        velocity: function (params, x [R, N, 4C], t [R]) -> v_θ [R, N, 4C].
         params: θ.
         cache: from `policy_cache`.
         settings: the estimator and its parameters.
         temperature: τ of matching.
-        routing_log_prob: log w_e [B] of the expert that each sample drew; None (0) without `sample` routing. It is
-            part of the sample's log-probability and adds to the log-ratio.
+        routing_log_prob: log w_e [B] of the expert that was drawn for each sample. It is part of the sample's
+            log-probability and adds to the log-ratio. None (counts as 0) without `sample` routing.
     """
     routing = jnp.zeros(cache.region.shape[:1]) if routing_log_prob is None else routing_log_prob
     if settings.estimator == "sde":
@@ -124,11 +126,11 @@ def policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the policy loss of B samples (a scalar) and its metrics.
 
-        matching  clipped_policy_loss of ℓ_θ − ℓ_old
-        sde       clipped_policy_loss of the normalized log-ratio (`normalized_log_ratio`)
-        nft       nft_loss; its metric policy_change is mean_Ω ‖v_θ − v_old‖²
+        matching  `clipped_policy_loss` of the log-ratio ℓ_θ − ℓ_old
+        sde       `clipped_policy_loss` of the normalized log-ratio (`normalized_log_ratio`)
+        nft       `nft_loss`; the metric policy_change is the mean of mean_Ω ‖v_θ − v_old‖²
 
-    In matching and sde, the log-ratio of the sampled experts is added: log w_e − log w_e,old.
+    matching and sde add the log-ratio of the sampled experts, log w_e − log w_e,old.
 
     Args:
         output: the current policy's output on the samples.
@@ -141,7 +143,7 @@ def policy_loss(
     region = output.cache.region
     if settings.estimator == "nft":
         return _nft_policy_loss(output, old["velocity"], advantages, settings, mean)
-    # The subtraction comes first, so that equal terms give exactly 0 however the compiler reorders the rest.
+    # The subtraction comes first. Equal terms then give exactly 0, however the compiler reorders the later operations.
     log_ratio, clip_range = terms["log_prob"] - old["log_prob"], settings.clip_range
     if settings.estimator == "sde":
         log_ratio = normalized_log_ratio(log_ratio, terms["mean"], old["mean"], output.std, region)
@@ -172,7 +174,7 @@ def velocity_distance(
     """Compute the mean over all points of mean_Ω ‖v − v_ref‖² (a scalar).
 
     Args:
-        velocity: v [R, N, 4C], at R/B adjacent rows of each record.
+        velocity: v [R, N, 4C]. Each record has R/B adjacent rows.
         reference: v_ref [R, N, 4C]; no gradient flows into it.
         region: weights of mean_Ω [B, N, 4].
         mean: mean over the global batch.

@@ -19,8 +19,8 @@ class Sample:
         clean: x0 [B, N, 4C].
         states: x [B, W + 1, N, 4C] before each of W noisy steps and after the last; None unless the SDE sampler
             generated the sample.
-        times: t [W + 1] of the states; None as `states`.
-        experts: number of the expert that each result drew, [B] int32; None without `sample` routing.
+        times: t [W + 1] of the states; None if `states` is None.
+        experts: index of the expert that was drawn for each result, [B] int32; None without `sample` routing.
     """
 
     clean: jax.Array
@@ -29,11 +29,11 @@ class Sample:
     experts: jax.Array | None = None
 
 
-def panel_noise(group_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, int], features: int) -> jax.Array:
+def diptych_noise(shared_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, int], features: int) -> jax.Array:
     """Draw noise ε ~ N(0, I) [B, N, features] over the tokens of a diptych.
 
     Args:
-        group_keys: [B], keys of the left panel's noise. All samples of a group share them.
+        shared_keys: [B], keys of the left panel's noise. All samples of a group share them.
         sample_keys: [B], keys of the right panel's noise, which differ between samples.
         grid: (rows, columns) of the N tokens.
         features: number of features of a token.
@@ -44,29 +44,33 @@ def panel_noise(group_keys: jax.Array, sample_keys: jax.Array, grid: tuple[int, 
         shape = (rows, columns // 2, features)
         return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
-    noise = jnp.concatenate([draw_panel(group_keys), draw_panel(sample_keys)], axis=2)
+    noise = jnp.concatenate([draw_panel(shared_keys), draw_panel(sample_keys)], axis=2)
     return noise.reshape(noise.shape[0], rows * columns, features)
 
 
 def roll_out(
-    velocity: Velocity, noise: Callable[[jax.Array], jax.Array], times: jax.Array, noisy_steps: "NoisySteps | None"
+    velocity: Velocity,
+    draw_noise: Callable[[jax.Array], jax.Array],
+    times: jax.Array,
+    noisy_steps: "NoisySteps | None",
 ) -> Sample:
     """Generate one sample for each condition.
 
     Args:
         velocity: (x [B, N, 4C], t [B]) -> [B, N, 4C].
-        noise: number of a draw -> ε [B, N, 4C]. Draw 0 is the initial noise, draw 1 + i the noise of step i.
+        draw_noise: number of a draw -> ε [B, N, 4C]. Draw 0 is the initial noise. Draw 1 + i is the noise of
+            step i.
         times: [steps + 1], decreasing.
         noisy_steps: the steps that add noise (SDE sampler); None for the ODE sampler.
     """
     if noisy_steps is None:
-        return Sample(sample_euler(velocity, noise(jnp.asarray(0)), times))
+        return Sample(sample_euler(velocity, draw_noise(jnp.asarray(0)), times))
     first, count = noisy_steps.first, noisy_steps.count
     clean, states = sample_sde(
         velocity,
-        noise(jnp.asarray(0)),
+        draw_noise(jnp.asarray(0)),
         times,
-        lambda step: noise(1 + step),
+        lambda step: draw_noise(1 + step),
         noise_level=noisy_steps.noise_level,
         first=first,
         count=count,

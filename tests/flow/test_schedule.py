@@ -82,7 +82,7 @@ def test_training_times_are_logit_normal_around_the_shift(tokens, dynamic):
     """Warping adds μ (or log s) to the logit, so logit(t) − μ ~ N(0, 1): a Kolmogorov-Smirnov test at p = 0.001."""
     schedule = FlowSchedule(use_dynamic_shifting=dynamic)
     count = 4000
-    times = jax.vmap(lambda key: schedule.training_time(key, tokens))(jax.random.split(jax.random.key(0), count))
+    times = jax.vmap(lambda key: schedule.draw_training_time(key, tokens))(jax.random.split(jax.random.key(0), count))
     assert times.dtype == np.float32
     times = np.sort(np.asarray(times, np.float64))
     assert 0 < times[0] < times[-1] < 1

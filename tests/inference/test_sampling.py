@@ -33,7 +33,7 @@ def test_the_photo_is_the_right_panel_and_the_left_panel_is_not_masked(batch):
 
 
 def test_the_noise_of_each_image_depends_only_on_its_key():
-    model = SimpleNamespace(multiple=8, latent_features=16)
+    model = SimpleNamespace(size_multiple=8, latent_features=16)
     keys = jax.random.split(jax.random.key(0), 3)
     noise = np.asarray(initial_noise(model, keys, 32, 48))
     assert noise.shape == (3, 2 * 4 * 6, 16)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
 from ra_jax.models.attention import rope_table
-from ra_jax.models.blocks import REMAT_POLICIES, UNROLL_UP_TO, unstack_blocks
+from ra_jax.models.blocks import MAX_UNROLLED_BLOCKS, REMAT_POLICIES, unstack_blocks
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.flux import Flux, FluxConfig, FluxOptions, RotaryNorm, gelu, modulate
 
@@ -86,7 +86,7 @@ def relative_error(got, expected) -> float:
         ({}, (3, 5)),
         ({"num_layers": 0, "guidance_embeds": False}, (3, 2)),
         ({"num_single_layers": 0, "out_channels": None, "num_attention_heads": 3}, (1, 4)),
-        ({"num_layers": UNROLL_UP_TO + 1, "num_single_layers": UNROLL_UP_TO + 2}, (2, 3)),
+        ({"num_layers": MAX_UNROLLED_BLOCKS + 1, "num_single_layers": MAX_UNROLLED_BLOCKS + 2}, (2, 3)),
     ],
     ids=["both kinds", "single blocks, no guidance", "double blocks, out = in", "rolled loops"],
 )
@@ -104,12 +104,12 @@ def test_tiny_models_match_diffusers(tmp_path, changes, grid):
 
 @pytest.mark.torch
 def test_unstacked_blocks_compute_the_same_as_stacked_blocks(tmp_path):
-    create_reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": UNROLL_UP_TO + 1}))
+    create_reference(tmp_path, **(TINY | {"num_layers": 2, "num_single_layers": MAX_UNROLLED_BLOCKS + 1}))
     flux = load_flux(tmp_path)
     inputs = make_inputs(flux.config, (2, 3))
     graph, stacked = nnx.split(flux)
     unstacked = unstack_blocks(stacked)
-    # Only the 2 double blocks are unstacked. There are more single blocks than UNROLL_UP_TO.
+    # Only the 2 double blocks are unstacked. There are more single blocks than MAX_UNROLLED_BLOCKS.
     double_leaves = len(jax.tree.leaves(stacked["transformer_blocks"]))
     assert len(jax.tree.leaves(unstacked)) == len(jax.tree.leaves(stacked)) + double_leaves
     run = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
@@ -241,7 +241,7 @@ def test_a_new_model_returns_zeros():
 
 
 def test_remat_policies_give_the_same_gradients_with_less_memory():
-    config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 4}
+    config = TINY | {"num_layers": 0, "num_single_layers": MAX_UNROLLED_BLOCKS + 4}
     inputs = make_inputs(FluxConfig(**config), (8, 8), batch=4)
     grads, memory = {}, {}
     for remat in REMAT_POLICIES:
@@ -268,7 +268,7 @@ def test_blocks_and_products_save_the_residuals_of_attention(monkeypatch, attent
     fused = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)
-    config = TINY | {"num_layers": 0, "num_single_layers": UNROLL_UP_TO + 1}
+    config = TINY | {"num_layers": 0, "num_single_layers": MAX_UNROLLED_BLOCKS + 1}
     inputs = make_inputs(FluxConfig(**config), (3, 3))
 
     def count(remat):
@@ -337,7 +337,7 @@ def test_a_wrong_config_is_refused(config, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": (3, 4)}, r"hidden has shape \(2, 6, 20\): expected \(2, 12, 20\) for token grid \(3, 4\)"),
+        ({"grid": (3, 4)}, r"latents with fill has shape \(2, 6, 20\): expected \(2, 12, 20\) for token grid \(3, 4\)"),
         ({"context": np.zeros((2, 5, 7))}, r"context has shape .*expected \(2, 5, 24\)"),
         ({"pooled": np.zeros((3, 12))}, r"pooled has shape .*expected \(2, 12\)"),
     ],

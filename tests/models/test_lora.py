@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ra_jax.interop.diffusers import load_flux
-from ra_jax.models.blocks import UNROLL_UP_TO, scan_blocks
+from ra_jax.models.blocks import MAX_UNROLLED_BLOCKS, scan_blocks
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.flux import Flux, FluxConfig
 from ra_jax.models.lora import BLOCK_LINEARS, Adapter, ExpertLinear, LoRAConfig, attach_experts, linear_layers
@@ -288,7 +288,7 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
     assert len({np.asarray(row).tobytes() for row in whole}) == 4
 
 
-@pytest.mark.parametrize("count", [2, UNROLL_UP_TO + 1], ids=["unrolled", "rolled"])
+@pytest.mark.parametrize("count", [2, MAX_UNROLLED_BLOCKS + 1], ids=["unrolled", "rolled"])
 def test_every_block_layer_and_example_has_a_different_dropout(count):
     class Probe(nnx.Module):
         """A block of two equal layers that appends ones after their dropout to the queue `carry` [B, count, 2, 16]."""

@@ -56,7 +56,7 @@ from ra_jax.parallel.partitioning import STACKED, named_leaves  # noqa: E402
 from ra_jax.training import setup as setting_up  # noqa: E402
 from ra_jax.training.step.train_step import make_train_step  # noqa: E402
 
-block_loop.UNROLL_UP_TO = 0  # loops over blocks, as in the full model; this also compiles faster
+block_loop.MAX_UNROLLED_BLOCKS = 0  # loops over blocks, as in the full model; this also compiles faster
 folder, make_partitioner = Path(job["folder"]), setting_up.make_partitioner
 implementation_for, chosen = weights_of.implementation_for, []
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ra_jax.flow.samplers import sample_euler
-from ra_jax.rl.rollouts import NoisySteps, panel_noise, roll_out
+from ra_jax.rl.rollouts import NoisySteps, diptych_noise, roll_out
 
 GRID, FEATURES = (4, 6), 5
 TIMES = np.linspace(0.85, 0.0, 7, dtype=np.float32)
@@ -16,8 +16,8 @@ def random_keys(*seeds):
 
 
 def test_noise_is_shared_on_the_left_panel_and_independent_on_the_right_panel():
-    first = np.asarray(panel_noise(random_keys(0, 1), random_keys(2, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
-    other_noise = np.asarray(panel_noise(random_keys(0, 1), random_keys(4, 3), GRID, FEATURES)).reshape(
+    first = np.asarray(diptych_noise(random_keys(0, 1), random_keys(2, 3), GRID, FEATURES)).reshape(2, *GRID, FEATURES)
+    other_noise = np.asarray(diptych_noise(random_keys(0, 1), random_keys(4, 3), GRID, FEATURES)).reshape(
         2, *GRID, FEATURES
     )
     half = GRID[1] // 2
@@ -28,7 +28,7 @@ def test_noise_is_shared_on_the_left_panel_and_independent_on_the_right_panel():
 
 
 def test_noise_is_standard_normal():
-    noise = np.asarray(panel_noise(random_keys(*range(200)), random_keys(*range(200, 400)), GRID, FEATURES))
+    noise = np.asarray(diptych_noise(random_keys(*range(200)), random_keys(*range(200, 400)), GRID, FEATURES))
     assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.std() - 1) < 0.02
 
 

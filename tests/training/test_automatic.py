@@ -18,7 +18,7 @@ from ra_jax.rewards.registry import REWARDS
 from ra_jax.training.loop import RunCheckpoints, train
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.experience import collect_experience
-from ra_jax.training.step.train_step import StepProgram, learn, reduce_metrics
+from ra_jax.training.step.train_step import StepDefinition, learn, reduce_metrics
 
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step to change any weight
 
@@ -26,7 +26,7 @@ STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}  # too small a step t
 def updates_of(setup, steps=2, drift=0):
     """Take steps; return the state, and for each step the metrics of its updates [updates] and of the step itself."""
     settings = replace(setup.step_settings, drift_interval=drift)
-    program = StepProgram(setup.objective, setup.optimizer, settings)
+    program = StepDefinition(setup.objective, setup.optimizer, settings)
 
     @jax.jit
     def step(state, frozen, microbatches):

@@ -13,7 +13,9 @@ from ra_jax.data.records import load_records
 from ra_jax.interop.diffusers import encoders_fingerprint
 from ra_jax.training.dataset import batch_parts, load_run_data, single_record_loader, training_loader
 
-LOADED = SimpleNamespace(model=SimpleNamespace(multiple=8), preprocess=lambda image: np.zeros((28, 28, 3), np.float32))
+LOADED = SimpleNamespace(
+    model=SimpleNamespace(size_multiple=8), preprocess=lambda image: np.zeros((28, 28, 3), np.float32)
+)
 
 
 def first_batch(config):

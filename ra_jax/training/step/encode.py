@@ -1,4 +1,4 @@
-"""Encode a microbatch: images to latents and conditions, by the frozen weights."""
+"""Encode the images of a microbatch to latents and conditions, with the frozen weights."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,12 @@ from ra_jax.training.step.state import example_keys, stream_key
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Encoded:
-    """A microbatch as inputs of the network.
+class EncodedBatch:
+    """An encoded microbatch of B records.
 
     Attributes:
-        condition: what the network is conditioned on.
-        clean: x0 of the results [B, N, 4C]; None if the records have no results.
+        condition: condition of the network.
+        clean: x0 [B, N, 4C], latents of the results; None if the records have no results.
         region: weights of mean_Ω [B, N, 4].
     """
 
@@ -32,7 +32,7 @@ class Encoded:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Context:
+class LossContext:
     """Inputs of a microbatch's losses, besides the trainable parameters.
 
     Attributes:
@@ -45,27 +45,27 @@ class Context:
 
     frozen: Weights
     batch: Batch
-    encoded: Encoded
+    encoded: EncodedBatch
     seed: jax.Array
     temperature: jax.Array
 
 
-def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> Encoded:
-    """Encode the images of a batch to latents, as the mean of the VAE's distribution. Nothing here is differentiated.
+def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> EncodedBatch:
+    """Encode the images of a batch to latents, the mean of the VAE's posterior. No gradient flows through them.
 
-    A batch from a pack with latents already contains them, and no image is encoded.
+    A batch from a pack with latents already contains the latents, so that no image is encoded.
     """
     region = region_weights(diptych_mask(batch), model.factor, loss_region)
     if "masked_latents" in batch:
-        return Encoded(diptych_condition(model, frozen, batch), batch.get("result_latents"), region)
+        return EncodedBatch(diptych_condition(model, frozen, batch), batch.get("result_latents"), region)
     diptychs = [apply_mask(as_diptych(batch, "source"), diptych_mask(batch))]
     if "result" in batch:
         diptychs.append(as_diptych(batch, "result"))
-    # lax.map() encodes masked photo and result one after the other: the program has one copy of the encoder, and needs
-    # the memory of one image per record.
+    # lax.map() encodes masked photo and result one after the other. The program then has only one copy of the encoder,
+    # and needs the memory of only one image per record.
     masked_latents, *clean = jax.lax.map(partial(model.encode, frozen), jnp.stack(diptychs))
     condition = diptych_condition(model, frozen, batch, masked_latents=masked_latents)
-    return Encoded(condition, clean[0] if clean else None, region)
+    return EncodedBatch(condition, clean[0] if clean else None, region)
 
 
 def group_keys(batch: Batch, seed: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Experience of a step: encoded conditions, the samples to learn from, their advantages and the old policy's terms.
+"""Experience of a step: encoded conditions, samples to learn from, advantages, and terms of the old policy.
 
-In human mode each condition has one sample, the record's result. The other results of its scene are adjacent records of
-the batch. In automatic mode each condition has `num_generations` samples, the rollouts of the current weights.
+In human mode each condition has one sample, the record's result. The results of a scene are in adjacent records of the
+batch. In automatic mode each condition has `num_generations` samples, the rollouts of the current weights.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from ra_jax.rewards.registry import total_reward
 from ra_jax.rl.advantages import MIN_GROUP_STD, group_advantages
 from ra_jax.rl.policy import OldPolicy
 from ra_jax.rl.rollouts import Sample
-from ra_jax.training.step.encode import Context, Encoded, encode
+from ra_jax.training.step.encode import EncodedBatch, LossContext, encode
 from ra_jax.training.step.generation import generate_samples
 from ra_jax.training.step.objective import Metrics, Objective
 from ra_jax.training.step.settings import RolloutSettings, StepSettings
@@ -26,9 +26,9 @@ from ra_jax.training.step.state import TrainState
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience:
-    """What a step learns from a microbatch of B records, with G samples of each condition.
+    """The data that a step learns from: a microbatch of B records, with G samples of each condition.
 
-    `collect_experience` returns the experience of all A microbatches: every field but `rewards_finite` then has a
+    `collect_experience` returns the experience of all A microbatches. Every field except `rewards_finite` then has a
     leading axis [A].
 
     Attributes:
@@ -37,17 +37,17 @@ class Experience:
         batch: the microbatch; None until `collect_experience` adds it.
         samples: [G, B, ...]; None if there is no policy term.
         advantages: A [G, B]; None if there is no policy term.
-        old: the old policy's terms of each sample, [G, ...]; None if there is no policy term.
+        old_terms: terms of the old policy for each sample, [G, ...]; None if there is no policy term.
         rewards_finite: whether all rewards of the step are finite, a bool scalar. If not, all advantages and all
             latents of samples are 0. None without rollouts.
     """
 
-    encoded: Encoded
+    encoded: EncodedBatch
     features: jax.Array | None
     batch: Batch | None = None
     samples: Sample | None = None
     advantages: jax.Array | None = None
-    old: OldPolicy | None = None
+    old_terms: OldPolicy | None = None
     rewards_finite: jax.Array | None = None
 
 
@@ -59,7 +59,7 @@ def collect_experience(
     microbatches: Batch,
     sync: jax.Array,
 ) -> tuple[Experience, Metrics]:
-    """Encode a step's microbatches, generate or take their samples, and compute rewards and advantages.
+    """Encode a step's microbatches, collect the samples of every condition, and compute rewards and advantages.
 
     Args:
         objective: the loss.
@@ -67,8 +67,8 @@ def collect_experience(
         state: the train state at the start of the step.
         frozen: the frozen weights.
         microbatches: [A, B, ...].
-        sync: bool scalar, whether the old policy equals the current weights. Its forward passes are then skipped,
-            because ρ is 1 by construction.
+        sync: bool scalar, whether the old policy equals the current weights. If so, the forward passes of the old
+            policy are skipped, because ρ is 1 by construction.
 
     Returns:
         The experience of all microbatches, and the metrics of rewards and drift.
@@ -77,8 +77,8 @@ def collect_experience(
 
     def collect_microbatch(batch: Batch):
         encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
-        context = Context(frozen, batch, encoded, state.seed, state.temperature)
-        experience, scores = Experience(encoded, objective.features(encoded)), None
+        context = LossContext(frozen, batch, encoded, state.seed, state.temperature)
+        experience, scores = Experience(encoded, objective.router_features(encoded)), None
         if rollouts is not None:
             samples, scores = generate_samples(objective, rollouts, state, context)
             experience = replace(experience, samples=samples)
@@ -87,7 +87,7 @@ def collect_experience(
             experience = replace(experience, samples=samples, advantages=advantages)
         if policy is not None:
             experience = replace(
-                experience, old=evaluate_old_policy(objective, state, context, experience.samples, sync)
+                experience, old_terms=evaluate_old_policy(objective, state, context, experience.samples, sync)
             )
         drift = drift_metrics(objective, state, context, experience.samples, settings.drift_interval)
         return experience, scores, drift
@@ -102,11 +102,13 @@ def collect_experience(
     return experience, drift | reward_metrics
 
 
-def evaluate_old_policy(objective: Objective, state: TrainState, context: Context, samples: Sample, sync) -> OldPolicy:
-    """Compute the old policy's terms [G, ...] of every sample.
+def evaluate_old_policy(
+    objective: Objective, state: TrainState, context: LossContext, samples: Sample, sync: jax.Array
+) -> OldPolicy:
+    """Compute the terms of the old policy for every sample, [G, ...].
 
-    Zeros stand in for them if the old policy equals the current weights: if `sync` is true, or if the state has no
-    separate old policy. `Objective.policy_loss` replaces them by the current policy's terms.
+    If `sync` is true or the state has no separate old policy, the old policy equals the current weights. The terms are
+    then zeros, and `Objective.policy_loss` uses the terms of the current policy instead.
     """
 
     def evaluate(weights) -> OldPolicy:
@@ -115,19 +117,23 @@ def evaluate_old_policy(objective: Objective, state: TrainState, context: Contex
 
         return jax.lax.scan(evaluate_sample, None, samples)[1]
 
-    placeholder = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
+    zero_terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
     if state.old_params is None:
-        return placeholder
-    return jax.lax.cond(sync, lambda: placeholder, lambda: evaluate(state.old_params))
+        return zero_terms
+    return jax.lax.cond(sync, lambda: zero_terms, lambda: evaluate(state.old_params))
 
 
 def add_rewards(
     objective: Objective, experience: Experience, scores: jax.Array, settings: RolloutSettings
 ) -> tuple[Experience, Metrics]:
-    """Add advantages to the experience, computed from the rollouts' scores [A, G, B, S]. Returns it with the metrics.
+    """Compute the advantages from the rollouts' scores [A, G, B, S], and add them to the experience.
 
-    If any score of the step is not finite, the whole step has no policy term: the metric reward_fallbacks is 1 and the
-    other reward metrics are NaN. The mean of each score is reported in any case, and shows which reward failed.
+    If any score of the step is not finite, the whole step has no policy term. The metric reward_fallbacks is then 1,
+    and mean_reward and the std metrics are NaN. The mean of each score is always reported. It shows which reward
+    failed.
+
+    Returns:
+        The experience with the advantages, and the reward metrics.
     """
     weights = settings.reward_weights
     rewards_finite = objective.sum((~jnp.isfinite(scores)).sum()) == 0
@@ -155,7 +161,7 @@ def add_rewards(
 def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
     """Compute the reward metrics of human mode from a batch [A, B, ...]; empty without rewards.
 
-    The reward and each score are averaged over records. The within-group std of rewards, and the fraction of groups
+    The reward and each score are averaged over records. The std of rewards within a group, and the fraction of groups
     whose rewards are all equal, are averaged over distinct scenes.
     """
     if "reward" not in batch:
@@ -174,12 +180,13 @@ def human_reward_metrics(objective: Objective, batch: Batch) -> Metrics:
 
 
 def drift_metrics(
-    objective: Objective, state: TrainState, context: Context, samples: Sample | None, interval: int
+    objective: Objective, state: TrainState, context: LossContext, samples: Sample | None, interval: int
 ) -> Metrics:
     """Measure `Objective.drift` at the last of every `interval` steps; NaN (not measured) at the other steps.
 
-    It is measured on the microbatch's results, or, if the records have none, on the first rollout of each condition.
-    Returns an empty dict if `interval` is 0, or if there is no router or no image to measure on.
+    Drift is measured on the results of the microbatch. If the records have no results, it is measured on the first
+    rollout of each condition. Returns an empty dict if `interval` is 0, if there is no router, or if there are neither
+    results nor rollouts.
     """
     clean = context.encoded.clean
     if clean is None and samples is not None:

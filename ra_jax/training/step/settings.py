@@ -1,4 +1,4 @@
-"""Static settings of the train step: objective, rollouts, and the updates around them.
+"""Static settings of the train step: its loss, its rollouts and its updates.
 
 `ra_jax.training.build` creates them from the configuration.
 """
@@ -18,15 +18,15 @@ class ObjectiveSettings:
     """Weights and options of the loss.
 
     Attributes:
-        guidance_scale: embedded guidance of every velocity.
+        guidance_scale: guidance scale that the network embeds.
         loss_region: the region Ω, one of `flow.regions.LOSS_REGIONS`.
         base_loss_weight: w_base.
         policy_loss_weight: w_policy.
         diversity_loss_weight: w_diversity.
         kl_weight: w_kl.
-        policy: None without a policy term, which needs rewards and `--enable_grpo_loss`.
-        sequential_timesteps: compute the points of a log-probability one after another. This needs the memory of one
-            point, at the cost of one more forward pass per point.
+        policy: settings of the policy term; None without this term. It needs rewards and `--enable_grpo_loss`.
+        sequential_timesteps: whether the points (x_t, t) of a log-probability are computed one after another. This
+            needs the memory of only one point, but one more forward pass per point.
         dropout: whether the experts' dropout is on, in the base loss only.
         routing_decay: β, decay of the running mean of the gates in the diversity loss.
         routing_specialization: λ, weight of the mean entropy of the gates in the diversity loss.
@@ -51,20 +51,20 @@ class RolloutSettings:
 
     Attributes:
         rewards: the S rewards.
-        generations: G, rollouts per condition.
-        steps: sampling steps of a rollout.
-        decode_batch_size: images that the VAE decodes at once on each device.
-        noisy_steps: W, steps of a rollout that add noise (0: ODE sampler).
+        num_generations: G, rollouts per condition.
+        num_steps: sampling steps of a rollout.
+        decode_batch_size: largest number of images that the VAE decodes at once on each device.
+        num_noisy_steps: W, steps of a rollout that add noise (0: ODE sampler).
         noise_level: η of the noisy steps.
-        drop_negative: replace negative advantages by 0.
-        sample_experts: each rollout draws one expert.
+        drop_negative: whether negative advantages are replaced by 0.
+        sample_experts: whether each rollout draws one expert (`sample` routing).
     """
 
     rewards: tuple[Reward, ...]
-    generations: int
-    steps: int
+    num_generations: int
+    num_steps: int
     decode_batch_size: int
-    noisy_steps: int
+    num_noisy_steps: int
     noise_level: float
     drop_negative: bool
     sample_experts: bool
@@ -80,16 +80,16 @@ class StepSettings:
     """Settings of a step apart from its loss.
 
     Attributes:
-        updates: updates of the weights per step.
+        num_updates: updates of the weights per step.
         sync_steps: steps from one sync of the old policy to the next. 0: the state has no separate old policy, because
             the weights at the start of each step are the old policy.
-        adapt_temperature: adapt τ to the clip fraction.
+        adapt_temperature: whether τ is adapted to the clip fraction.
         ema_decay: decay of the averaged weights (0: off).
         drift_interval: steps from one measurement of drift to the next (0: never).
-        rollouts: None if nothing is generated.
+        rollouts: settings of the rollouts; None outside of automatic mode.
     """
 
-    updates: int
+    num_updates: int
     sync_steps: int
     adapt_temperature: bool
     ema_decay: float

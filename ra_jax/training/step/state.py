@@ -32,11 +32,11 @@ class TrainState:
     Attributes:
         trainable: float32 parameters of experts and router, or of the whole transformer.
         opt_state: state of the Optax optimizer.
-        old_params: parameters of the old policy; None if it needs no separate copy.
+        old_params: parameters of the old policy; None if the old policy needs no separate copy.
         ema: averaged weights; None without averaging.
         router_mean: running mean of the gates [E]; None without experts.
         temperature: τ.
-        clip_at_sync: clip_fraction of the last step before the latest sync of the old policy; NaN until measured.
+        clip_at_sync: clip_fraction at the last step before the latest sync of the old policy; NaN until measured.
         step: number of the next step, int32.
         seed: int32. It is part of the state so that one compiled program serves every seed.
     """
@@ -64,8 +64,8 @@ def init_state(
 ) -> TrainState:
     """Create the state before step 0.
 
-    Old policy and average are copies in memory, because the state is donated to each step and a buffer can be donated
-    only once.
+    The old policy and the averaged weights are copies in memory, because the state is donated to each step, and a
+    buffer can be donated only once.
 
     Args:
         trainable: the initial parameters.
@@ -94,13 +94,13 @@ def init_state(
 
 
 def _copy_shared_leaves(opt_state: Any, trainable: Any) -> Any:
-    """Copy the leaves of the optimizer state that share a buffer with the weights, as prodigy's initial weights do."""
+    """Copy leaves of the optimizer state that share a buffer with the weights, such as prodigy's initial weights."""
     weight_ids = {id(leaf) for leaf in jax.tree.leaves(trainable)}
     return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in weight_ids else leaf, opt_state)
 
 
 def stream_key(seed: int | jax.Array, name: str) -> jax.Array:
-    """Return the key of a named random stream. A draw folds in the step (or epoch) and the example's global id."""
+    """Return the key of a named random stream. Each draw folds in the step (or epoch) and the id of the example."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 

@@ -17,19 +17,19 @@ from ra_jax.data.batch import Batch
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.collectives import mean_gradients
 from ra_jax.rl.losses import next_temperature
-from ra_jax.training.step.encode import Context
+from ra_jax.training.step.encode import LossContext
 from ra_jax.training.step.experience import Experience, collect_experience
 from ra_jax.training.step.objective import Metrics, Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 
-# Metrics that a step reports of its last update only. In the first update the old policy may equal the current one.
+# Metrics that a step reports only for its last update. In the first update the old policy may equal the current policy.
 LAST_UPDATE_METRICS = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
 
 
 @dataclass(frozen=True)
-class StepProgram:
-    """The static parts of a step: loss, optimizer and settings."""
+class StepDefinition:
+    """The static inputs of a step: loss, optimizer and settings."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -37,19 +37,21 @@ class StepProgram:
 
 
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, settings: StepSettings):
-    """Make `train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)` for `jax.jit` (donate the state).
+    """Make the function `train_step(state, frozen, batch, *, axis_name=None) -> (state, metrics)`.
 
-    The arrays of the batch are [A, B, ...]. The records of a scene are adjacent; a scene may continue in the next
-    microbatch. Metrics are scalars, NaN if the step did not measure them. `axis_name` is the name of the mapped axis
-    under `jax.pmap`, where B is one replica's share of the microbatch.
+    The function is not jitted. When callers jit it, they should donate the state.
+
+    The arrays of the batch are [A, B, ...]. The records of a scene are adjacent, and a scene may continue in the next
+    microbatch. Metrics are scalars. A metric is NaN if the step did not measure it. `axis_name` is the name of the
+    mapped axis under `jax.pmap`. B is then the number of records of one replica.
     """
 
     def train_step(state: TrainState, frozen: Weights, batch: Batch, *, axis_name: str | None = None):
-        program = StepProgram(replace(objective, axis_name=axis_name), optimizer, settings)
+        definition = StepDefinition(replace(objective, axis_name=axis_name), optimizer, settings)
         sync = settings.sync_due(state.step)
         state = replace(state, old_params=sync_old_params(state, sync))
-        experience, metrics = collect_experience(program.objective, settings, state, frozen, batch, sync)
-        state, update_metrics = learn(program, state, frozen, experience, on_policy=sync)
+        experience, metrics = collect_experience(definition.objective, settings, state, frozen, batch, sync)
+        state, update_metrics = learn(definition, state, frozen, experience, on_policy=sync)
         if "clip_fraction" in update_metrics:
             temperature, clip_at_sync = update_temperature(state, update_metrics["clip_fraction"][-1], settings)
             metrics |= {"clip_fraction_at_sync": clip_at_sync, "policy_temperature": state.temperature}
@@ -61,22 +63,22 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
 
 def learn(
-    program: StepProgram, state: TrainState, frozen: Weights, experience: Experience, *, on_policy: jax.Array
+    definition: StepDefinition, state: TrainState, frozen: Weights, experience: Experience, *, on_policy: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """Apply the step's updates to weights, optimizer state and the router's running mean.
 
     Args:
-        program: loss, optimizer and settings.
+        definition: loss, optimizer and settings.
         state: the train state.
         frozen: the frozen weights.
         experience: of all microbatches, [A, B, ...].
-        on_policy: bool scalar, whether the weights equal the old policy's before the first update.
+        on_policy: bool scalar, whether the weights equal the old policy before the first update.
 
     Returns:
         The new state, and the metrics of each update, [updates].
     """
-    objective, optimizer, settings = program.objective, program.optimizer, program.settings
-    # Every update starts from the step's first running mean, so that the mean moves once per step.
+    objective, optimizer, settings = definition.objective, definition.optimizer, definition.settings
+    # Every update starts from the running mean at the start of the step, so that the mean moves only once per step.
     router_mean = state.router_mean
 
     def update(carry: tuple[TrainState, Any], number: jax.Array):
@@ -85,8 +87,8 @@ def learn(
             objective,
             state,
             frozen,
-            replace(experience, old=old_terms),
-            update=state.step * settings.updates + number,
+            replace(experience, old_terms=old_terms),
+            update=state.step * settings.num_updates + number,
             on_policy=on_policy & (number == 0),
         )
         gradients, new_mean, metrics = add_diversity_gradient(
@@ -98,17 +100,17 @@ def learn(
         trainable = optax.apply_updates(state.trainable, updates)
         return (replace(state, trainable=trainable, opt_state=opt_state, router_mean=new_mean), old_terms), metrics
 
-    (state, _), metrics = jax.lax.scan(update, (state, experience.old), jnp.arange(settings.updates))
+    (state, _), metrics = jax.lax.scan(update, (state, experience.old_terms), jnp.arange(settings.num_updates))
     return state, metrics
 
 
 def reduce_metrics(metrics: Metrics) -> Metrics:
-    """Reduce metrics [updates] to scalars: the last update's value for `LAST_UPDATE_METRICS`, else the mean."""
+    """Reduce metrics [updates] to scalars: the last value for `LAST_UPDATE_METRICS`, the mean for all others."""
     return {name: x[-1] if name in LAST_UPDATE_METRICS else x.mean() for name, x in metrics.items()}
 
 
 def sync_old_params(state: TrainState, sync: jax.Array) -> Any:
-    """Return the current weights if `sync` is true, else the old policy's; None if there is no separate copy."""
+    """Return the current weights if `sync` is true, else `state.old_params`; None without a separate old policy."""
     if state.old_params is None:
         return None
     return jax.tree.map(lambda current, old: jnp.where(sync, current, old), state.trainable, state.old_params)
@@ -131,13 +133,13 @@ def compute_gradients(
         frozen: the frozen weights.
         experience: of all microbatches, [A, B, ...].
         update: number of the update in the run.
-        on_policy: bool scalar, whether the weights equal the old policy's.
+        on_policy: bool scalar, whether the weights equal the old policy.
 
     Returns:
-        The gradient, the metrics, and the old policy's terms for the next update.
+        The gradient, the metrics, and the terms of the old policy for the next update.
     """
 
-    def add_policy_gradient(total, sample_inputs, context: Context):
+    def add_policy_gradient(total, sample_inputs, context: LossContext):
         loss_and_gradient = jax.value_and_grad(objective.policy_loss, has_aux=True)
         (loss, (metrics, old_terms)), gradient = loss_and_gradient(
             state.trainable, context, *sample_inputs, on_policy=on_policy
@@ -149,7 +151,7 @@ def compute_gradients(
         return total, (metrics | {"train_loss": jnp.where(rewards_finite, loss, 0.0)}, old_terms)
 
     def add_microbatch_gradient(total, experience: Experience):
-        context = Context(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
+        context = LossContext(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
         metrics, old_terms = {"train_loss": jnp.zeros(())}, None
         if experience.encoded.clean is not None:
             loss_and_gradient = jax.value_and_grad(objective.base_loss, has_aux=True)
@@ -157,7 +159,7 @@ def compute_gradients(
             total = jax.tree.map(jnp.add, total, gradient)
             metrics = base_metrics | {"train_loss": loss}
         if experience.advantages is not None:
-            inputs = (experience.samples, experience.advantages, experience.old)
+            inputs = (experience.samples, experience.advantages, experience.old_terms)
             total, (policy_metrics, old_terms) = jax.lax.scan(
                 lambda total, sample_inputs: add_policy_gradient(total, sample_inputs, context), total, inputs
             )
@@ -179,8 +181,8 @@ def add_diversity_gradient(
 ) -> tuple[Any, Any, Metrics]:
     """Add the gradient and metrics of the diversity loss over all conditions of the step.
 
-    It is not computed per microbatch, because a scene split between two microbatches would count twice, and the running
-    mean would decay A times per step.
+    The loss is not computed per microbatch. A scene that is split between two microbatches would then count twice, and
+    the running mean would decay A times per step.
 
     Returns:
         The gradients, the router's new running mean (None without a router), and the metrics.
@@ -204,7 +206,7 @@ def update_temperature(
 ) -> tuple[jax.Array, jax.Array]:
     """Return τ and clip_at_sync after this step. Both change only at the last step before a sync of the old policy.
 
-    A clip fraction of NaN (the step had no policy term) changes neither. τ changes only with `adapt_temperature`.
+    Neither changes if the clip fraction is NaN (the step had no policy term). τ changes only with `adapt_temperature`.
     """
     due = settings.sync_due(state.step + 1) & ~jnp.isnan(clip_fraction)
     clip_at_sync = jnp.where(due, clip_fraction, state.clip_at_sync)

@@ -13,7 +13,7 @@ from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.rewards.registry import REWARDS, RewardInputs
 from ra_jax.rl.rollouts import Sample
 from ra_jax.training.setup import Setup, set_up
-from ra_jax.training.step.encode import Context, Encoded, encode
+from ra_jax.training.step.encode import EncodedBatch, LossContext, encode
 from ra_jax.training.step.generation import decode_panels, generate_samples, sample_experts
 
 GENERATIONS, CONDITIONS = 3, 2
@@ -25,7 +25,7 @@ class Rollout:
 
     setup: Setup
     batch: Batch
-    encoded: Encoded
+    encoded: EncodedBatch
     samples: Sample
     scores: jax.Array
 
@@ -48,7 +48,7 @@ def generate(setup, batch, **changes):
     @jax.jit
     def run(state, frozen, batch):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
-        context = Context(frozen, batch, encoded, state.seed, state.temperature)
+        context = LossContext(frozen, batch, encoded, state.seed, state.temperature)
         return encoded, *generate_samples(setup.objective, settings, state, context)
 
     return Rollout(setup, batch, *run(setup.state, setup.frozen, batch))
@@ -62,7 +62,7 @@ def test_rollouts_equal_the_images_of_inference_for_the_same_noise(rollout, monk
         keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))
         return initial_noise(setup.loaded.model, keys, 32, 32)
 
-    monkeypatch.setattr("ra_jax.training.step.generation.panel_noise", fixed_noise)
+    monkeypatch.setattr("ra_jax.training.step.generation.diptych_noise", fixed_noise)
     generated = generate(setup, batch)
     encoded, samples, scores = generated.encoded, generated.samples, generated.scores
     keys = jax.vmap(jax.random.key)(jnp.arange(CONDITIONS))

@@ -10,7 +10,7 @@ import numpy as np
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rl.rollouts import Sample
 from ra_jax.training.setup import set_up
-from ra_jax.training.step.encode import Context, encode
+from ra_jax.training.step.encode import LossContext, encode
 from ra_jax.training.step.objective import map_timesteps
 
 
@@ -31,7 +31,7 @@ def test_sequential_time_steps_give_the_same_loss_and_gradient(make_config):
     state, batch = setup.state, jax.tree.map(lambda x: x[0], next(islice(setup.batches(), 1)))
     encoded = jax.jit(lambda frozen: encode(setup.objective.model, frozen, batch, "balanced"))(setup.frozen)
     sample = Sample(encoded.clean)
-    context = Context(setup.frozen, batch, encoded, state.seed, state.temperature)
+    context = LossContext(setup.frozen, batch, encoded, state.seed, state.temperature)
 
     def loss_and_gradient(objective):
         def loss(trainable):
