@@ -25,7 +25,8 @@ Inputs = Mapping[str, Iterable[Path]]
 UNFINISHED = ".unfinished"  # marks a folder that is being written; the file contains UNFINISHED_NOTE
 UNFINISHED_NOTE = "ra_jax is writing this folder. If no run is at work on it, it was left by one that was stopped.\n"
 MAX_NAME_BYTES = 255  # limit of common file systems for the name of a file or folder
-# A draft's name starts with this many characters of its target's name, so that it stays shorter than MAX_NAME_BYTES.
+# A draft (temporary file) starts its name with this many characters of the final name, which keeps the name of the
+# draft shorter than MAX_NAME_BYTES.
 DRAFT_NAME_LENGTH = 40
 
 
@@ -98,7 +99,7 @@ class _Comparison:
         folders = [] if outputs.folder is None else [outputs.folder]
         self.folders = {folder: _path_ids(folder) for folder in folders}
         self.owned = {folder: _path_ids(folder) for folder in outputs.owned}
-        # Folder that the command writes to -> the output that messages about this folder name.
+        # Maps a folder that the command writes to, to the output that error messages name for it.
         self.output_in = {folder: folder for folder in (*folders, *outputs.owned)}
         for file in outputs.files:
             self.output_in.setdefault(file.parent, file)
@@ -200,7 +201,7 @@ def _folders(outputs: Outputs) -> list[Path]:
 
 
 def _nearest_existing(path: Path) -> Path:
-    """Return the path if it exists, else its nearest parent folder that exists. A broken symbolic link exists here."""
+    """Return the path if it exists, else its nearest existing parent folder. Broken symbolic links count as existing."""
     return next(candidate for candidate in (path, *path.parents, Path()) if os.path.lexists(candidate))
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--effort",
         choices=EXEC_TIME_EFFORTS,
         default="quick",
-        help="full: compile as in training; quick: skip the search for the fastest program (a fifth of the time)",
+        help="full: compile as in training; quick: do not search for the fastest program, in a fifth of the time",
     )
     parser.add_argument("--json", type=Path, help="file to which the printed numbers are also written, as JSON")
     options, train_flags = parser.parse_known_args(argv)
@@ -111,8 +111,7 @@ def _is_report(file: Path) -> bool:
 def set_effort(effort: str) -> None:
     """Set how long XLA searches for a fast program.
 
-    The optimization level O1 corresponds to the effort -1: compilation takes as long, and the programs need as much
-    memory.
+    Newer JAX has optimization levels instead of an effort. Level O1 has the compile time and the memory of effort -1.
     """
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", EXEC_TIME_EFFORTS[effort])
@@ -151,7 +150,7 @@ def report(topology: str, config: TrainConfig, effort: str = "quick") -> dict:
 
 
 def memory_advice(config: TrainConfig) -> list[str]:
-    """Return changes of flags that reduce memory, but also change what the training learns."""
+    """List flag changes that reduce memory. They also change the result of the training."""
     advice = []
     if config.model.base_precision != "int8" and config.experts.use_lora:
         advice.append("--base_precision int8")

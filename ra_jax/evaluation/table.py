@@ -98,8 +98,8 @@ def table_text(summary: Mapping[str, Mapping[str, float | int]]) -> str:
 def worst_first(rows: Sequence[Row], name: str) -> list[int]:
     """Return the indices of the rows, from the worst value of metric `name` to the best.
 
-    Rows without a value come last. If no direction of the metric is better (`mask_area`), the largest value comes
-    first.
+    Rows without a value come last. If neither high nor low values are better (`mask_area`), the largest
+    value comes first.
     """
     sign = 1.0 if COLUMN_BY_NAME[name].better == "higher" else -1.0
     values = [row.get(name) for row in rows]

@@ -1,6 +1,6 @@
-"""The crop of a photo that the network edits: a window around the mask, resized to a panel.
+"""Crops: the network edits a window of the photo around the mask, resized to a panel (the network's image size).
 
-Each photo is edited in one panel of bounded area. There are only a few panel sizes, because each size needs its own
+The area of a panel has a limit. There are only a few panel sizes, because each size needs its own
 compilation. The window has the aspect ratio of the panel, so that resizing does not distort the photo. If no such
 window fits into the photo, the whole photo is resized to a panel of nearly the photo's aspect ratio.
 """
@@ -50,9 +50,9 @@ class Crop:
     def reference(self, reference: np.ndarray | None, photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Compute the reference panel [h, w, 3] uint8, as in training.
 
-        If `reference` is None, the panel is the masked object of the photo on white. A reference of the photo's size is
-        cropped to the window, so that the object keeps its position. A reference of another size is resized as a whole
-        to fit the panel, and centered on white.
+        If `reference` is None, the panel has the masked object of the photo on a white background. A reference of the
+        photo's size is cropped to the window, so that the object keeps its position. A reference of another size is
+        resized as a whole to fit the panel, and centered on white.
 
         Args:
             reference: [H', W', 3] uint8, or None.
@@ -93,7 +93,7 @@ def plan_crop(
     """Choose the window in which to edit a photo, and the size of its panel.
 
     The window contains the mask with its soft edge (values > 16) and a margin around the mask, as far as the photo
-    extends. Each panel size needs a window of another size. Among the sizes whose window fits into the photo, the one
+    extends. The size of the window depends on the panel size. Among the sizes whose window fits into the photo, the one
     that shows the object largest is chosen. If there is a tie, the aspect ratio nearest to the aspect ratio of mask and
     margin is chosen.
 

@@ -1,4 +1,4 @@
-"""The condition of FLUX.1-Fill (Fill channels and context tokens), and the packing of latents into tokens.
+"""Conditioning of FLUX.1-Fill: channels with the masked image and the mask, and context tokens. Packing of latents.
 
 Layouts match diffusers' FluxFillPipeline, but with channels last. An image of H×W pixels has latents
 [B, H/f, W/f, C]. They are packed 2×2 into N = (H/2f)·(W/2f) tokens of 4C features in the order (channel, row, column).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 @partial(jax.tree_util.register_dataclass, data_fields=["fill", "context", "pooled"], meta_fields=["grid"])
 @dataclass(frozen=True)
 class Condition:
-    """Input of the network that describes the image to fill.
+    """Conditioning of the network: the image to fill, its mask and the context.
 
     Attributes:
         fill: Fill channels [B, N, 4C + 4f²]: the masked image's latents, then the mask.
@@ -78,9 +78,10 @@ def context_tokens(
     Args:
         image_tokens: [B, T, joint_dim]; None: text alone.
         batch: B.
-        text_tokens: length of the empty prompt. Its tokens are zeros, as in FLUX.1-Redux without text encoders.
+        text_tokens: number of zero tokens that replace a prompt, as in FLUX.1-Redux without text encoders. Unused if
+            `text` is given.
         joint_dim: features of a context token.
-        text: prompt embeddings [B, S, joint_dim] in place of the zeros.
+        text: prompt embeddings [B, S - T, joint_dim] that replace the zeros.
     """
     text = jnp.zeros((batch, text_tokens, joint_dim), jnp.float32) if text is None else text
     return text if image_tokens is None else jnp.concatenate([text, image_tokens], axis=1)

@@ -3,11 +3,11 @@
 Three tools of JAX are used here. None of them changes what a function computes, up to rounding.
 
 * `jax.lax.optimization_barrier(x)` returns x. XLA does not merge, move or recompute operations across it.
-* `jax.custom_vjp` replaces JAX's own gradient of a function by a written one.
+* `jax.custom_vjp` replaces JAX's own gradient of a function by a hand-written one.
 * `jax.lax.platform_dependent` uses a different program on each platform, since a barrier that saves time on one
   platform can cost time on another.
 
-Each barrier and each order of factors was measured: without it, the program was slower.
+Each barrier and each order of factors is here because programs without it were measured to be slower.
 """
 
 from functools import partial

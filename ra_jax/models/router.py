@@ -1,7 +1,7 @@
 """The router, which computes the experts' gates from a condition, and the loss that keeps all experts in use.
 
 The router reads only the condition, not the noise or the time. An image therefore has the same gates at every step of a
-sampler, and experts that are exported with these gates as weights reproduce the model.
+sampler. Experts can therefore be exported as LoRA files with these gates as fixed weights.
 """
 
 import dataclasses
@@ -230,7 +230,7 @@ def diversity_loss(
     Args:
         gates: [B, E], rows that sum to 1. For "topk" routing pass `Router.probabilities`, since the entropy of a
             one-hot gate is always 0.
-        weights: [B] >= 0, weight of each row, such that all rows of one scene together have weight 1.
+        weights: [B] >= 0, weight of each row, such that rows with the same condition have weight 1 together.
         running_mean: m, [E].
         decay: β in [0, 1).
         specialization: λ.

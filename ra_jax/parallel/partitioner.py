@@ -1,8 +1,8 @@
 """Partitioners run a step on several devices: by `jax.jit` over a mesh, or by `jax.pmap` over replicas.
 
 Both give the same results. A partitioner places the state, the weights and the batches on devices, and compiles steps
-for these devices. Code outside of steps needs one copy of the state: checkpoints save the copy that `unshard` returns,
-and previews and drift measurements use the copy that `addressable` returns.
+for these devices. Code outside of steps uses a state without the replica axis of pmap. `unshard` returns it for
+checkpoints, `addressable` for previews and the drift guard.
 """
 
 from collections.abc import Callable
@@ -52,19 +52,19 @@ class Partitioner(Protocol):
         """Context manager that sets the mesh for functions that are compiled outside of steps (previews, drift)."""
 
     def init(self, function: Callable[..., Any], *weights: Any) -> Any:
-        """Compute `function(*weights)` as one copy, which `shard` accepts. The weights may be donated."""
+        """Compute `function(*weights)` without a replica axis, as `shard` takes it. The weights may be donated."""
 
     def shard(self, tree: Any) -> Any:
-        """Convert state or weights from one copy to the layout that steps use."""
+        """Convert state or weights without a replica axis to the layout that steps use."""
 
     def unshard(self, tree: Any) -> Any:
-        """Convert state or weights from the layout of steps to one copy over all devices, which checkpoints save."""
+        """Remove the replica axis that steps use, so that checkpoints can save state or weights."""
 
     def addressable(self, tree: Any) -> Any:
-        """Convert weights from the layout of steps to one copy that this process can compute with inside `scope`."""
+        """Return the weights without a replica axis, so that this process can compute with them inside `scope`."""
 
     def put_batch(self, batch: dict[str, np.ndarray], microbatches: int) -> dict[str, jax.Array]:
-        """Place this process's rows [A·B_local, ...], ordered by microbatch, as the step's global batch [A, B, ...]."""
+        """Make the global batch [A, B, ...] of A microbatches from the rows [A·B_local, ...] of every process."""
 
     def compile(self, step: Step, state: Any, frozen: Any, batch: Any) -> jax.stages.Compiled:
         """Compile the step. The state is donated. Only shapes, dtypes and shardings of the arguments are used."""
@@ -87,7 +87,7 @@ class MeshPartitioner:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check(self, *, heads: int, width: int) -> None:
-        """Check that tensor divides the number of heads, and fsdp the width."""
+        """Check that the size of the tensor axis divides the number of heads, and that of the fsdp axis the width."""
         check_heads(self.mesh, heads)
         check_width(self.mesh, width)
 
@@ -136,7 +136,7 @@ class MeshPartitioner:
 
 @dataclass(frozen=True)
 class PmapPartitioner:
-    """`jax.pmap`: every device has a copy of all weights and a part of the batch's conditions.
+    """`jax.pmap`: every device has a copy of all weights and a part of the batch.
 
     The copies are placed once, as one array with a leading replica axis.
 
@@ -183,7 +183,7 @@ class PmapPartitioner:
         devices, sharding = self.mesh.local_devices, NamedSharding(self.mesh, P(REPLICA))
 
         def replicate(x: jax.Array) -> jax.Array:
-            value = np.asarray(x)[None]  # on the host: all copies may not fit one device
+            value = np.asarray(x)[None]  # on the host, since one device may not hold all copies
             shards = [jax.device_put(value, device) for device in devices]
             return jax.make_array_from_single_device_arrays((self.shards, *x.shape), sharding, shards)
 

@@ -6,8 +6,8 @@
     tensor   shards attention heads and MLP features (Megatron-LM, Shoeybi et al. 1909.08053)
 
 The table `RULES` applies to all parameters, and to all arrays with a parameter's name: gradients, optimizer state and
-averaged weights. If no such mesh is set (`jax.set_mesh`), as on one device and under pmap, the functions that shard or
-gather arrays return them unchanged.
+averaged weights. Functions here that shard or gather arrays use the mesh that `jax.set_mesh` has set. Without a mesh, as
+on one device and under pmap, they return arrays unchanged.
 """
 
 import re
@@ -110,7 +110,7 @@ class Placement:
 
 
 def axis_sizes() -> Mapping[str, int]:
-    """Return the axis sizes of the current mesh; empty if there is no mesh with these axes or it has one device."""
+    """Return the axis sizes of the current mesh; empty if it lacks one of `AXES`, or has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape) if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else {}
 
@@ -122,7 +122,7 @@ def batch_shards() -> int:
 
 
 def shard_batch(tree: Any, *, axis: int = 0) -> Any:
-    """Shard a pytree of arrays over the devices along dimension `axis`, which counts records.
+    """Shard a pytree of arrays over the devices along dimension `axis`, the one of records.
 
     If the devices do not divide the records evenly, as in previews, the arrays are returned unchanged.
     """
@@ -145,8 +145,8 @@ def gather_params(params: Any) -> Any:
     """Gather parameters over `fsdp` before they are used; they stay sharded over `tensor`.
 
     Stacked blocks stay sharded here. The loop over the blocks calls this function for one block at a time, and the
-    names in a single block lack the prefix `STACKED`. The gradients of gathered parameters are summed over the axes
-    that shard the batch.
+    names in a single block lack the prefix `STACKED`. XLA sums the gradients of gathered parameters over
+    the axes that shard the batch.
     """
     sizes = axis_sizes()
     if not sizes:

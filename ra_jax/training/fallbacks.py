@@ -13,7 +13,7 @@ MAX_FAILURES_IN_A_ROW = 10  # steps in a row without rewards after which the run
 
 
 class RewardFallbacks:
-    """Counter of the steps in which rewards were due but not available.
+    """Counter of the steps that should have computed rewards, but have none.
 
     Attributes:
         total: number of these steps in the run so far.
@@ -25,7 +25,7 @@ class RewardFallbacks:
     def count(self, metrics_by_step: Sequence[Mapping[str, np.ndarray]], steps_done: int) -> float:
         """Count the steps without rewards, and return the new total.
 
-        Steps in which no rewards were due are skipped. They do not end a row of failures.
+        Steps in which no rewards were due are skipped. They do not interrupt a series of failures.
 
         Args:
             metrics_by_step: the metrics of each of the last steps.
