@@ -201,7 +201,7 @@ def _folders(outputs: Outputs) -> list[Path]:
 
 
 def _nearest_existing(path: Path) -> Path:
-    """Return the path if it exists, else its nearest existing parent folder. Broken symbolic links count as existing."""
+    """Return the path if it exists, else its nearest existing parent folder. Broken links count as existing."""
     return next(candidate for candidate in (path, *path.parents, Path()) if os.path.lexists(candidate))
 
 

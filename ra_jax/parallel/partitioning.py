@@ -6,8 +6,8 @@
     tensor   shards attention heads and MLP features (Megatron-LM, Shoeybi et al. 1909.08053)
 
 The table `RULES` applies to all parameters, and to all arrays with a parameter's name: gradients, optimizer state and
-averaged weights. Functions here that shard or gather arrays use the mesh that `jax.set_mesh` has set. Without a mesh, as
-on one device and under pmap, they return arrays unchanged.
+averaged weights. Functions here that shard or gather arrays use the mesh of `jax.set_mesh`. Without a mesh, as on one
+device and under pmap, they return arrays unchanged.
 """
 
 import re

@@ -19,7 +19,7 @@ from ra_jax.checkpoints import (
     read_metadata,
     restore,
 )
-from ra_jax.config.parse import to_flat_dict, to_toml
+from ra_jax.config.parse import from_checkpoint, load_toml, to_flat_dict, to_toml
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.inputs import flag_inputs
 from ra_jax.errors import CheckpointError, ConfigError, OutputError
@@ -236,11 +236,19 @@ def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None
     output.mkdir(parents=True, exist_ok=True)
     defaults = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
     config = replace(config, run=replace(config.run, **defaults))
-    file, settings = output / CONFIG_FILE, to_toml(config).encode()
-    if file.is_file() and (previous := file.read_bytes()) != settings:
-        write_file(output / PREVIOUS_CONFIG, previous)
+    file = output / CONFIG_FILE
+    if file.is_file() and not _has_settings(file, config):
+        write_file(output / PREVIOUS_CONFIG, file.read_bytes())
         log.warning("%s has other settings than this run: a copy is kept as %s", file, output / PREVIOUS_CONFIG)
-    write_file(file, settings)
+    write_file(file, to_toml(config))
+
+
+def _has_settings(file: Path, config: TrainConfig) -> bool:
+    """Return whether a TOML file has these settings, perhaps under former names. False if it cannot be read."""
+    try:
+        return to_flat_dict(from_checkpoint(load_toml(file))) == to_flat_dict(config)
+    except ConfigError:
+        return False
 
 
 def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:

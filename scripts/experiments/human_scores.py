@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 from held_out import bootstrap_interval, decode_encoded_truth, generate_removals, make_scenes, measure_removals
 
-from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.parse import FORMER_NAMES, from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.synthetic import DEFECTS, MIXES, Scene, quantize
@@ -162,6 +162,7 @@ def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
         saved = read_cell(evaluation.experiment, cell)["settings"]
+        saved = {FORMER_NAMES.get(name, name): value for name, value in saved.items()}
         changed = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
         if changed:
             raise SystemExit(f"{cell}: other settings, as name: (in the file, now) {changed}; give another --root")

@@ -55,6 +55,17 @@ def test_a_copy_of_edited_values_is_kept(output, config, keep, caplog):
     check_config_unedited(former)
 
 
+def test_a_config_file_with_a_former_name_has_the_same_settings(output, config, caplog):
+    file, earlier = output / CONFIG_FILE, output / PREVIOUS_CONFIG
+    earlier.write_text("the settings of an earlier run")
+    text = file.read_text()
+    file.write_text(text.replace("routing_specialization", "routing_specialisation"))
+    assert "routing_specialisation" in file.read_text()
+    prepare_output_dir(config, output, keep=True)
+    assert file.read_text() == text and not caplog.messages
+    assert earlier.read_text() == "the settings of an earlier run"
+
+
 def test_the_folder_holds_a_run_at_every_moment(output, config, monkeypatch):
     (output / "metrics.jsonl").touch()
 
