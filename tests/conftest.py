@@ -56,6 +56,7 @@ from ra_jax.pipeline import RemovalPipeline
 LATENT_CHANNELS = 4
 JOINT_DIM = 32
 TEXT_TOKENS = 8
+COMPILING_FOLDERS = ("training", "step", "experiments")  # their tests compile train steps
 
 
 def _create_random(create: Callable[[], nnx.Module], seed: int) -> nnx.Module:
@@ -90,7 +91,7 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """Skip tests marked `torch` if torch is not installed, and sort the test files.
 
-    Files with slow tests come first, then the files of tests/training, which compile train steps. Otherwise one worker
+    Files with slow tests come first, then those of COMPILING_FOLDERS, which compile train steps. Otherwise one worker
     could start such a file last, while the other has nothing left to do. scripts/test.sh keeps this order.
     """
     if find_spec("torch") is None:
@@ -98,7 +99,7 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed: pip install -e '.[torch]'"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "training"))
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in COMPILING_FOLDERS))
 
 
 @pytest.fixture(scope="session", autouse=True)
