@@ -160,6 +160,11 @@ def _normalize_flags(argv: Sequence[str]) -> list[str]:
     return tokens
 
 
+def to_present_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with present names for former ones (`FORMER_NAMES`)."""
+    return {FORMER_NAMES.get(name, name): value for name, value in flat.items()}
+
+
 def _check_former_names(names: Collection[str], prefix: str = "") -> None:
     """Raise ConfigError if a setting is given under both its present and its former name.
 
@@ -223,7 +228,7 @@ def _convert_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
             and its former name (`FORMER_NAMES`).
     """
     _check_former_names(flat)
-    flat = {FORMER_NAMES.get(name, name): value for name, value in flat.items()}
+    flat = to_present_names(flat)
     for name, value in flat.items():
         if name not in _TYPES:
             if isinstance(value, dict):

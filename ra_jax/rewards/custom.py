@@ -187,7 +187,7 @@ def _call(reward: Reward, inputs: RewardInputs, passthrough: tuple[type[Exceptio
         return reward.function(inputs)
     except passthrough:
         raise
-    except Exception as error:  # a user's own function may raise anything
+    except Exception as error:  # a user's function may raise any type; nothing is hidden: it is raised again, named
         # The message names the reward, because a compiled step keeps only the text of an exception in a callback.
         raise RewardError(f"reward {reward.name!r} raised {_describe_error(error)}") from error
 

@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from held_out import bootstrap_interval, decode_encoded_truth, generate_removals, make_scenes, measure_rewards
+from held_out import HeldOutScenes, bootstrap_interval, decode_encoded_truth, make_scenes, measure_rewards
 from matplotlib import pyplot as plt
 
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.synthetic import Scene, measure_defects
+from ra_jax.data.synthetic import measure_defects
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
 from ra_jax.outputs import write_file
 from ra_jax.reporting.trackers import read_rows
@@ -117,20 +117,15 @@ def training_config(experiment: Experiment, paths: DemoPaths, method: str, seed:
     return from_flat_dict(settings | METHODS[method] | user_settings)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out scenes of an experiment, and the base whose experts remove their objects.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(HeldOutScenes):
+    """The held-out scenes of an experiment, with its settings and the folders of its base.
 
-    Attributes:
-        experiment: the settings of the scenes and of the generation.
-        paths: the folders of the base.
-        scenes: S held-out scenes.
-        decoded_truth: their ground truth, encoded and decoded by the base's VAE, [S, h, w, 3].
+    decoded_truth: the scenes' ground truth, encoded and decoded by the base's VAE, [S, h, w, 3].
     """
 
     experiment: Experiment
     paths: DemoPaths
-    scenes: Scene
     decoded_truth: np.ndarray
 
     @classmethod
@@ -139,12 +134,16 @@ class Evaluation:
         paths = prepare(experiment.demo, DemoSettings())
         scenes = make_scenes(experiment.first_scene, experiment.held_out)
         decoded_truth = decode_encoded_truth(paths.fill, paths.redux, experiment.config, scenes)
-        return cls(experiment, paths, scenes, decoded_truth)
-
-    def generate(self, experts: Path | None) -> np.ndarray:
-        """Generate removals [S, h, w, 3] with the experts in the folder of a run or a checkpoint; None: the base."""
-        base = (self.paths.fill, self.paths.redux, self.experiment.config)
-        return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
+        return cls(
+            fill=paths.fill,
+            redux=paths.redux,
+            config=experiment.config,
+            scenes=scenes,
+            num_inference_steps=experiment.num_inference_steps,
+            experiment=experiment,
+            paths=paths,
+            decoded_truth=decoded_truth,
+        )
 
     def measure(self, images: np.ndarray) -> dict[str, list]:
         """Measure images [S, h, w, 3].

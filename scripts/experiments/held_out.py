@@ -8,6 +8,7 @@ sizes of the experts, the number of prompt tokens and the guidance scale.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,6 +129,32 @@ def decode_encoded_truth(fill: Path, redux: Path, config: Path, scenes: Scene) -
     grid = (height // model.size_multiple, width // model.size_multiple)
     decoded = jax.jit(lambda frozen, x: model.decode(frozen, model.encode(frozen, x), grid))(frozen, diptych)
     return np.clip(np.asarray(decoded)[:, :, width // 2 :], 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutScenes:
+    """Held-out scenes, and the base whose experts remove their objects.
+
+    Attributes:
+        fill, redux, config: the base (see the module's docstring).
+        scenes: S held-out scenes.
+        num_inference_steps: Euler steps of a removal.
+    """
+
+    fill: Path
+    redux: Path
+    config: Path
+    scenes: Scene
+    num_inference_steps: int
+
+    def generate(self, experts: Path | None) -> np.ndarray:
+        """Generate removals [S, h, w, 3] with the experts in the folder of a run or a checkpoint; None: the base."""
+        base = (self.fill, self.redux, self.config)
+        return generate_removals(*base, self.scenes, experts, num_inference_steps=self.num_inference_steps)
+
+    def decode_encoded_truth(self) -> np.ndarray:
+        """Encode the ground truth with the base's VAE and decode it, [S, h, w, 3]."""
+        return decode_encoded_truth(self.fill, self.redux, self.config, self.scenes)
 
 
 def measure_removals(images: np.ndarray, scenes: Scene) -> dict[str, np.ndarray]:

@@ -29,12 +29,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from held_out import bootstrap_interval, decode_encoded_truth, generate_removals, make_scenes, measure_removals
+from held_out import HeldOutScenes, bootstrap_interval, make_scenes, measure_removals
 
-from ra_jax.config.parse import FORMER_NAMES, from_flat_dict, load_toml, to_flat_dict
+from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict, to_present_names
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
 from ra_jax.config.settings import TrainConfig
-from ra_jax.data.synthetic import DEFECTS, MIXES, Scene, quantize
+from ra_jax.data.synthetic import DEFECTS, MIXES, quantize
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
 from ra_jax.outputs import write_file
 from ra_jax.reporting.contact_sheet import contact_sheet
@@ -105,34 +105,26 @@ class Experiment:
         return self.root / "cells" / f"{mix}-{method}-{seed}.json"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out scenes of an experiment, and the base whose experts remove their objects.
-
-    Attributes:
-        experiment: the settings of the scenes and of the generation.
-        paths: the folders of the base.
-        scenes: S held-out scenes.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(HeldOutScenes):
+    """The held-out scenes of an experiment, with its settings and the folders of its base."""
 
     experiment: Experiment
     paths: DemoPaths
-    scenes: Scene
 
     @classmethod
     def prepare(cls, experiment: Experiment, mix: str) -> "Evaluation":
         """Draw the scenes; make the data and the base of a mix if they do not exist yet."""
         paths = prepare(experiment.root / mix, experiment.demo_settings(mix))
-        return cls(experiment, paths, make_scenes(experiment.first_scene, experiment.held_out))
-
-    def generate(self, experts: Path | None) -> np.ndarray:
-        """Generate removals [S, h, w, 3] with the experts in the folder of a run or a checkpoint; None: the base."""
-        base = (self.paths.fill, self.paths.redux, self.experiment.config)
-        return generate_removals(*base, self.scenes, experts, num_inference_steps=self.experiment.num_inference_steps)
-
-    def decode_encoded_truth(self) -> np.ndarray:
-        """Encode the ground truth with the base's VAE and decode it, [S, h, w, 3]."""
-        return decode_encoded_truth(self.paths.fill, self.paths.redux, self.experiment.config, self.scenes)
+        return cls(
+            fill=paths.fill,
+            redux=paths.redux,
+            config=experiment.config,
+            scenes=make_scenes(experiment.first_scene, experiment.held_out),
+            num_inference_steps=experiment.num_inference_steps,
+            experiment=experiment,
+            paths=paths,
+        )
 
 
 def run(experiment: Experiment) -> None:
@@ -161,8 +153,7 @@ def run_cell(config: TrainConfig, evaluation: Evaluation, cell: Path) -> None:
     """
     settings = json.loads(json.dumps(to_flat_dict(config)))
     if cell.exists():
-        saved = read_cell(evaluation.experiment, cell)["settings"]
-        saved = {FORMER_NAMES.get(name, name): value for name, value in saved.items()}
+        saved = to_present_names(read_cell(evaluation.experiment, cell)["settings"])
         changed = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
         if changed:
             raise SystemExit(f"{cell}: other settings, as name: (in the file, now) {changed}; give another --root")
