@@ -90,6 +90,16 @@ def test_human_scores(load_experiment, configs, make_demo, restore_cache, tmp_pa
     assert names == {f"no_clean-{name}-0" for name in ("base", "roundtrip", "grpo")}
     before = json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text())
     assert before["steps"] == 2 and np.shape(before["defects"]) == (3, 4)
+    # A finished cell is skipped, also if it has the former name of a setting; another setting is refused.
+    cell = experiment.cell_file("no_clean", "grpo", 0)
+    text = cell.read_text()
+    assert '"routing_specialization": 0.5' in text
+    cell.write_text(text.replace("routing_specialization", "routing_specialisation"))
+    module.run(experiment)
+    cell.write_text(text.replace('"routing_specialization": 0.5', '"routing_specialization": 0.25'))
+    with pytest.raises(SystemExit, match=r"other settings.*'routing_specialization': \(0.25, 0.5\)"):
+        module.run(experiment)
+    cell.write_text(text)
     module.measure_again(experiment)
     assert json.loads(experiment.cell_file("no_clean", "grpo", 0).read_text()) == before
     capsys.readouterr()
