@@ -17,7 +17,7 @@ from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
 
 CHECKPOINT_DIR = "checkpoints"
-BEST_DIR = "best"  # holds the best checkpoint of a run with `--max_drift`, in the same format
+BEST_DIR = "best"  # holds the checkpoint of the best look of a run, in the same format
 
 # Parts of a state: name in code -> name on disk, if the two differ. The names on disk are the same in all releases, so
 # that each release can read the checkpoints of all other releases.
@@ -118,21 +118,25 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
 
 
-def find_checkpoint(where: str | Path) -> Path:
-    """Find a checkpoint, and return its resolved path.
+def find_checkpoint(where: str | Path, *, prefer_best: bool = False) -> Path:
+    """Find a checkpoint, and return its resolved path. Links are followed.
 
-    `where` is the checkpoint itself, the output folder of a run, or the folder `checkpoints` or `best` in an output
-    folder. If there are several checkpoints, the latest is returned. In an output folder, `best` is used only if
-    `checkpoints` is empty. Links are followed.
+    Args:
+        where: the checkpoint itself, the output folder of a run, or the folder `checkpoints` or `best` in an output
+            folder. If there are several checkpoints, the latest is returned.
+        prefer_best: in an output folder, prefer the checkpoint in `best`, to use the weights. Without it the latest
+            checkpoint is preferred, to continue the run. The other folder is used if the preferred one is empty.
 
-    Raises CheckpointError if there is no checkpoint.
+    Raises:
+        CheckpointError: there is no checkpoint.
     """
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
     # `where` is a folder of checkpoints if it has the name of one, or if it is a link to a folder with such a name.
     holds_steps = bool({path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR})
-    parents = [path] if holds_steps else [path / CHECKPOINT_DIR, path / BEST_DIR]
+    folders = (BEST_DIR, CHECKPOINT_DIR) if prefer_best else (CHECKPOINT_DIR, BEST_DIR)
+    parents = [path] if holds_steps else [path / folder for folder in folders]
     candidates = [
         [folder for folder in parent.glob("*") if folder.name.isdecimal()] for parent in parents if parent.is_dir()
     ]

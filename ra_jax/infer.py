@@ -82,6 +82,8 @@ def run(config: InferConfig) -> None:
     # Imported after the checks, because this import takes seconds and wrong inputs should be reported at once.
     from ra_jax.pipeline import RemovalPipeline
 
+    if config.experts is not None:
+        print(f"experts: {find_checkpoint(config.experts, prefer_best=True)}")
     pipe = RemovalPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"],
         redux=settings["pretrained_redux_model_name_or_path"],
@@ -135,7 +137,7 @@ def _scene_inputs(config: InferConfig, scenes: Sequence[Record]) -> tuple[dict[s
 
 def _checkpoint_folders(experts: str) -> list[Path]:
     """Return the checkpoint that is read, and the folders with all checkpoints of its run."""
-    checkpoint = find_checkpoint(experts)
+    checkpoint = find_checkpoint(experts, prefer_best=True)
     runs = [Path(experts)]
     if checkpoint.parent.name in (CHECKPOINT_DIR, BEST_DIR):
         runs.append(checkpoint.parent.parent)
@@ -150,7 +152,7 @@ def model_settings(config: InferConfig) -> dict[str, Any]:
     """
     settings = dataclasses.asdict(ModelConfig())
     if config.experts is not None:
-        trained = read_metadata(find_checkpoint(config.experts)).config
+        trained = read_metadata(find_checkpoint(config.experts, prefer_best=True)).config
         # The settings of an older run may lack names that were added since.
         settings |= {name: trained[name] for name in settings if name in trained}
     flags = dataclasses.asdict(config)

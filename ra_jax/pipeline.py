@@ -1,5 +1,6 @@
 """`RemovalPipeline`: removes objects from photos with FLUX.1-Fill and trained experts."""
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.lora import Adapter
 from ra_jax.models.options import ModelOptions, expert_configs
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Largest area in pixels of the panel in which a photo is edited. If there are experts, their largest training bucket
@@ -81,8 +84,9 @@ class RemovalPipeline:
         Args:
             fill: folder or hub id of FLUX.1-Fill.
             redux: folder or hub id of FLUX.1-Redux; None for no image tokens.
-            experts: output folder of a training run, or a checkpoint of a run; None for the base without experts. If
-                the checkpoint has an exponential moving average of the weights, the averaged weights are loaded.
+            experts: output folder of a training run (the checkpoint in `best/` is used, else the latest), or a
+                checkpoint; None for the base without experts. If the checkpoint has an exponential moving average of
+                the weights, the averaged weights are loaded.
             dtype: dtype of the matmuls, "bfloat16" or "float32".
             max_sequence_length: number of prompt tokens. None selects the number that the experts were trained with. If
                 there are no experts, None selects the default of training.
@@ -94,7 +98,9 @@ class RemovalPipeline:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} (float16 overflows in FLUX)")
-        checkpoint = None if experts is None else find_checkpoint(experts)
+        checkpoint = None if experts is None else find_checkpoint(experts, prefer_best=True)
+        if checkpoint is not None:
+            log.info("experts: %s", checkpoint)
         metadata = None if checkpoint is None else read_metadata(checkpoint)
         config = None if metadata is None else from_checkpoint(metadata.config)
         lora, router = (None, None) if config is None else expert_configs(config.experts)

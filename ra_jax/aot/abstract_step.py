@@ -28,9 +28,11 @@ from ra_jax.training.build import initial_state, objective_settings, step_settin
 from ra_jax.training.dataset import batch_parts
 from ra_jax.training.flops import ModelSizes, flops_from_config
 from ra_jax.training.optimizers import build_optimizer
+from ra_jax.training.resume import make_reference
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.train_step import make_train_step
+from ra_jax.training.strength import given_strength
 
 # Flag -> the only hub model that the flag may name here. `FLUX_FILL_DEV` has the sizes of both models.
 KNOWN_MODELS = {
@@ -117,10 +119,15 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
     model, trainable, frozen = abstract_fill_model(geometry, options, attention=attention)
     check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.size_multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
-    state = jax.eval_shape(partial(initial_state, config, optimizer), trainable)
+    has_results = needs_result(config)
+    strength = given_strength(config, has_results=has_results)
+    state = jax.eval_shape(partial(initial_state, config, optimizer, strength=strength), trainable)
+    reference = jax.eval_shape(partial(make_reference, config, resume_from=None), trainable)
+    if reference is not None:
+        frozen |= {"reference": reference}
     rewards = ()
     if config.mode == "automatic":
-        rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, needs_result(config))
+        rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_results)
     settings = step_settings(config, rewards)
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     batch = batch_shapes(config, geometry)

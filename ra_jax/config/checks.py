@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from ra_jax.config.ranges import out_of_range
 from ra_jax.config.settings import ExpertsConfig, GRPOConfig, LossConfig, ParallelConfig, RunConfig, TrainConfig
 
+# With this policy_loss_weight, base_loss_weight 1 and kl_weight 0, the anchor of `rl.strength.policy_weights` is 0.
+LEAST_POLICY_WEIGHT = 0.025
+
 
 def find_problems(config: TrainConfig) -> Iterator[str]:
     """Yield one line for each problem.
@@ -27,13 +30,9 @@ def find_problems(config: TrainConfig) -> Iterator[str]:
     yield from _mode_problems(config.grpo, config.losses, config.rollouts.reward_functions)
     yield from _policy_problems(config)
     yield from _rollout_problems(config)
+    yield from _look_problems(config)
     yield from _drift_problems(config)
     yield from _expert_problems(config.experts)
-    if config.grpo.kl_weight and not config.experts.use_lora:
-        yield (
-            f"kl_weight = {config.grpo.kl_weight} without use_lora: it penalizes the distance to the frozen base, but "
-            "without --use_lora the base itself is trained; add --use_lora, or remove --kl_weight"
-        )
     yield from _schedule_problems(config)
     yield from _path_problems(config)
     yield from _run_problems(config.run)
@@ -95,7 +94,7 @@ def _policy_problems(config: TrainConfig) -> Iterator[str]:
             "num_generations = 1: the advantage of a rollout compares it with the other rollouts of its condition, and "
             "is 0 without others; expected at least 2 (8 is usual)"
         )
-    if grpo.policy_estimator != "matching" and not config.uses_policy:
+    if grpo.policy_estimator != "auto" and not config.uses_policy:
         yield (
             f"policy_estimator = {grpo.policy_estimator} without a policy loss: add --use_grpo --enable_grpo_rewards "
             "--enable_grpo_loss, or remove --policy_estimator"
@@ -106,21 +105,32 @@ def _policy_problems(config: TrainConfig) -> Iterator[str]:
             "for the results in the data; use --policy_estimator matching or nft, or use automatic rewards (remove "
             "--use_human_scores)"
         )
-    if grpo.policy_estimator == "nft" and config.uses_policy and not grpo.kl_weight:
+    if grpo.policy_strength != "auto" and not config.uses_policy:
         yield (
-            "policy_estimator = nft with kl_weight = 0: without this weight, nft drifts away from natural images; use "
-            "--kl_weight 0.1 or so, or --policy_estimator matching"
+            f"policy_strength = {grpo.policy_strength} without a policy loss: add --use_grpo --enable_grpo_rewards "
+            "--enable_grpo_loss, or remove --policy_strength"
         )
-    if grpo.policy_temperature == "auto" and config.uses_policy:
-        if grpo.policy_estimator != "matching":
-            name = grpo.policy_estimator
-            yield f"policy_temperature = auto: policy_estimator {name} has no temperature; remove --policy_temperature"
-        elif (config.rollouts.num_iterations if automatic else grpo.policy_sync_steps) == 1:
-            name = "num_iterations" if automatic else "policy_sync_steps"
+    elif grpo.policy_strength != "auto" and grpo.estimator != "contrast":
+        yield (
+            f"policy_strength = {grpo.policy_strength} with policy_estimator = {grpo.estimator}: only the estimator "
+            "contrast has a strength; remove --policy_strength, or --policy_estimator"
+        )
+    if config.uses_policy and grpo.estimator == "contrast":
+        losses = config.losses
+        base_weight = losses.base_loss_weight
+        least = LEAST_POLICY_WEIGHT * (base_weight + grpo.kl_weight) / (base_weight or 1.0)
+        if losses.policy_loss_weight <= least:
             yield (
-                f"policy_temperature = auto with {name} = 1: no ratio is ever clipped then, and the temperature would "
-                f"decrease forever; raise --{name}, or give the temperature as a number"
+                f"policy_loss_weight = {losses.policy_loss_weight:g}: the estimator contrast needs more than "
+                f"{least:g}, because base_loss_weight = {losses.base_loss_weight:g} and kl_weight = {grpo.kl_weight:g} "
+                "would hold the model back more than policy_strength allows, whatever its value; raise "
+                "--policy_loss_weight (0.1 is usual), or remove --enable_grpo_loss"
             )
+    if grpo.policy_estimator == "nft" and grpo.nft_about == "old" and config.uses_policy and not grpo.kl_weight:
+        yield (
+            "nft_about = old with kl_weight = 0: nothing bounds the sum of the policy's moves, and it drifts away from "
+            "natural images; use --kl_weight 0.1 or so, or --nft_about reference"
+        )
 
 
 def _rollout_problems(config: TrainConfig) -> Iterator[str]:
@@ -147,6 +157,21 @@ def _rollout_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             f"base_loss_weight = 0 with reward_interval = {config.rollouts.reward_interval}: steps without rollouts "
             "would have neither a base loss nor a policy loss; raise --base_loss_weight, or use --reward_interval 1"
+        )
+
+
+def _look_problems(config: TrainConfig) -> Iterator[str]:
+    if config.run.patience is None:
+        return
+    if not config.logging.validation_steps:
+        yield (
+            f"patience = {config.run.patience} with validation_steps = 0: it counts looks; give --validation_steps, or "
+            "remove --patience"
+        )
+    elif config.data.val_json_path is None and not config.data.validation_split:
+        yield (
+            f"patience = {config.run.patience} without held-out photos: give --val_json_path or --validation_split, or "
+            "remove --patience"
         )
 
 

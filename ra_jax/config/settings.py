@@ -27,8 +27,12 @@ class DataConfig:
     # Records to train on: a JSON or JSONL file, a folder with input/ mask/ gt/, a pack that python -m ra_jax.data pack
     # wrote, or tfds:NAME.
     train_json_path: str
-    # Held-out records for previews and for max_drift, which needs them. None: previews show training records.
+    # Held-out records: removals of their photos are scored during the run (held_out_reward) and shown as previews.
+    # None: validation_split holds out photos of train_json_path.
     val_json_path: str | None = None
+    # Fraction of the photos of train_json_path that are held out if there is no val_json_path (at least 0 and below 1).
+    # Of fewer than 10 photos none is held out.
+    validation_split: Annotated[float, at_least_and_below(0, 1)] = 0.1
     # Format of the scores in the records. dict: {"removal_score": ...}; tensor: [removal, background, smoothness].
     score_format: Literal["dict", "tensor"] = "dict"
     # Panel sizes in pixels, "height,width;height,width;...". Each photo uses the size with the nearest aspect ratio.
@@ -130,21 +134,28 @@ class GRPOConfig:
     enable_grpo_rewards: bool = False
     # Add the policy loss to the total loss. Without this flag the loss is base + diversity.
     enable_grpo_loss: bool = False
-    # How the policy loss compares the trained weights with the old policy, an earlier copy of them. matching: by the
-    # flow-matching error of a result; sde: by the probability of the noisy sampling steps (automatic rewards only);
-    # nft: by the velocity, without a ratio.
-    policy_estimator: Literal["matching", "sde", "nft"] = "matching"
-    # Clip range of the estimator matching: the policy ratio is clipped to 1 ± this value (between 0 and 1, both
-    # excluded). The ratio is the probability of a result under the trained weights divided by its probability under
-    # the old policy.
+    # How the policy loss compares the trained weights with the old policy, an earlier copy of them. contrast: by the
+    # flow-matching error of a result, to first order about the weights that the run starts with, which also hold the
+    # policy; matching: by the flow-matching error, without anything that holds the policy; sde: by the probability of
+    # the noisy sampling steps (automatic rewards only); nft: by the velocity, without a ratio; auto: contrast.
+    policy_estimator: Literal["auto", "contrast", "matching", "sde", "nft"] = "auto"
+    # How far the estimator contrast moves the model (greater than 0): at rest, a score has moved by about this number
+    # times its covariance with the advantage. auto: as far as the scores of the data suggest.
+    policy_strength: Annotated[float | Literal["auto"], above(0)] = "auto"
+    # Clip range of the estimators contrast and matching: the policy ratio is clipped to 1 ± this value (between 0 and
+    # 1, both excluded). The ratio is the probability of a result under the trained weights divided by its probability
+    # under the old policy.
     clip_range: Annotated[float, between(0, 1)] = 0.2
     # Clip range of the estimator sde, in place of clip_range (between 0 and 1, both excluded).
     sde_clip_range: Annotated[float, between(0, 1)] = 0.02
-    # How strongly the estimator nft pulls the weights back to the old policy (greater than 0).
+    # How strongly the estimator nft pulls the weights back to the center of its loss (greater than 0).
     nft_beta: Annotated[float, above(0)] = 1.0
-    # Temperature of the estimator matching: log-probability = -(flow-matching error) / temperature (greater than 0).
-    # auto: starts at 0.1 and adapts so that about 15 % of the ratios are clipped.
-    policy_temperature: Annotated[float | Literal["auto"], above(0)] = 0.1
+    # Center of the estimator nft. reference: the weights that the run starts with; old: the old policy, as published.
+    nft_about: Literal["reference", "old"] = "reference"
+    # Temperature of the estimators contrast and matching: log-probability = -(flow-matching error) / temperature
+    # (greater than 0). It is only the unit in which clip_range is measured. auto: starts at 0.1 and adapts so that
+    # about 15 % of the ratios are clipped. With matching, a number also changes the gradient, by its inverse.
+    policy_temperature: Annotated[float | Literal["auto"], above(0)] = "auto"
     # Interval between copies of the trained weights to the old policy, in steps (at least 1). Only human mode uses it.
     policy_sync_steps: Annotated[int, at_least(1)] = 8
     # Number of (time, noise) pairs at which the estimators matching and nft evaluate each result (at least 1).
@@ -160,6 +171,11 @@ class GRPOConfig:
     background_reward_weight: Annotated[float, at_least(0)] = 0.3
     # Weight of the smoothness score in the reward (at least 0).
     smoothness_reward_weight: Annotated[float, at_least(0)] = 0.3
+
+    @property
+    def estimator(self) -> Literal["contrast", "matching", "sde", "nft"]:
+        """The policy estimator: `policy_estimator`, with `auto` replaced by contrast."""
+        return "contrast" if self.policy_estimator == "auto" else self.policy_estimator
 
     @property
     def reward_weights(self) -> tuple[float, float, float]:
@@ -279,8 +295,9 @@ class RunConfig:
     max_train_steps: Annotated[int | None, at_least(1)] = None
     # Interval between checkpoints, in steps (at least 0). 0: only one checkpoint, at the end.
     checkpointing_steps: Annotated[int, at_least(0)] = 500
-    # Number of checkpoints to keep; the oldest ones are deleted (at least 1). None: keep all.
-    checkpoints_total_limit: Annotated[int | None, at_least(1)] = None
+    # Number of checkpoints to keep; the oldest ones are deleted (at least 1). The best checkpoint, in best/, is kept in
+    # addition. None: keep all.
+    checkpoints_total_limit: Annotated[int | None, at_least(1)] = 3
     # Continue a run from a checkpoint: "latest" for the latest one in output_dir, or the folder of a checkpoint.
     resume_from_checkpoint: str | None = None
     # Start a new run with the experts and router of another run: its output_dir, or the folder of one of its
@@ -288,8 +305,11 @@ class RunConfig:
     init_experts_from: str | None = None
     # Delete the run that output_dir already holds, and start a new one.
     overwrite_output_dir: bool = False
-    # Stop the run when the flow loss or the velocity norm on val_json_path is greater than the base's by more than this
-    # fraction (greater than 0). None: never.
+    # End the run after this number of looks (validation_steps) without a better held_out_reward (at least 1). None:
+    # never.
+    patience: Annotated[int | None, at_least(1)] = None
+    # Stop the run when the flow loss on val_json_path is greater than the lowest so far, or the velocity norm greater
+    # than the base's, by more than this fraction (greater than 0). None: never.
     max_drift: Annotated[float | None, above(0)] = None
     # Interval between measurements for max_drift, in steps (at least 1).
     drift_steps: Annotated[int, at_least(1)] = 10
@@ -330,11 +350,15 @@ class LoggingConfig:
     report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
     # Interval between rows of metrics, in steps (at least 1).
     log_freq: Annotated[int, at_least(1)] = 10
-    # Interval between previews, in steps (at least 0). The first preview is at step 0. 0: no previews.
+    # Interval between looks, in steps (at least 0). A look removes the objects of held-out scenes, scores the results
+    # (held_out_reward), draws a preview, and keeps the checkpoint in best/ if the reward is the highest so far. The
+    # first look is at step 0. 0: no looks.
     validation_steps: Annotated[int, at_least(0)] = 500
-    # Number of scenes in a preview (at least 1).
+    # Number of held-out scenes in a look, at most (at least 1).
+    validation_scenes: Annotated[int, at_least(1)] = 32
+    # Number of these scenes in a preview, at most (at least 1).
     num_validation_images: Annotated[int, at_least(1)] = 4
-    # Sampling steps of the images in a preview (at least 1).
+    # Sampling steps of the removals in a look (at least 1).
     num_inference_steps: Annotated[int, at_least(1)] = 28
 
 
@@ -375,6 +399,17 @@ class TrainConfig:
     def uses_policy(self) -> bool:
         """Whether the total loss has a policy term."""
         return self.grpo.use_grpo and self.grpo.enable_grpo_rewards and self.grpo.enable_grpo_loss
+
+    @property
+    def adapts_temperature(self) -> bool:
+        """Whether the policy's temperature adapts to the fraction of clipped ratios.
+
+        If the old policy is renewed before every update, no ratio is ever clipped, and the temperature stays.
+        """
+        updates = self.updates if self.mode == "automatic" else self.grpo.policy_sync_steps
+        return (
+            self.grpo.policy_temperature == "auto" and self.grpo.estimator in ("contrast", "matching") and updates > 1
+        )
 
     @property
     def base_loss_weighting(self) -> Literal["none", "score", "softmax", "best"]:

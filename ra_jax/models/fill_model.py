@@ -5,6 +5,8 @@ Its methods take the arrays as two pytrees:
 
     trainable  {"flux": LoRA parameters (or the whole transformer), "router": router parameters}
     frozen     {"flux": the rest of the transformer, "vae": …, "redux": …}
+
+In training, `frozen` may also have "reference": the weights that the run started with, in the form of `trainable`.
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ class FillModel:
         pooled_dim: P, features of the pooled text embedding.
         text_tokens: length of the empty prompt.
         num_experts: E; 0 without experts.
+        initial_gates: E gates, which a new router gives to every image; empty without experts.
     """
 
     flux: nnx.GraphDef = field(repr=False)
@@ -53,6 +56,7 @@ class FillModel:
     pooled_dim: int
     text_tokens: int
     num_experts: int
+    initial_gates: tuple[float, ...]
 
     @property
     def size_multiple(self) -> int:
@@ -235,5 +239,6 @@ def assemble_model(
         pooled_dim=config.pooled_projection_dim,
         text_tokens=text_tokens,
         num_experts=0 if router is None else router.config.num_experts,
+        initial_gates=() if router is None else router.config.fixed_weights,
     )
     return model, trainable, frozen

@@ -1,22 +1,26 @@
 """Policy estimators: the log-probability ℓ [B] of samples under a policy, float32.
 
-The policy ratio is ρ = exp(ℓ_θ − ℓ_old). A flow model has no cheap exact likelihood, so ℓ is estimated:
+A flow model has no cheap exact likelihood, so ℓ is estimated:
 
+    contrast  ℓ is the change of minus the flow-matching error from a fixed reference v_ref to v_θ, to first order in
+              v_θ − v_ref, at K pairs (t, ε), divided by the temperature τ. The policy ratio is ρ = 1 + (ℓ_θ − ℓ_old),
+              to first order, too. The loss also has an anchor, the squared distance to the reference.
     matching  ℓ is minus the flow-matching error at K pairs (t, ε), divided by the temperature τ (FPO, McAllister et al.
               2507.21053, eq. 9; AWM, Xue et al. 2509.25050). It needs no trajectory of the sampler. It therefore also
-              works for stored images that people scored.
+              works for stored images that people scored. ρ = exp(ℓ_θ − ℓ_old).
     sde       ℓ is the log-probability of the noisy steps of the stochastic sampler (Flow-GRPO, Liu et al. 2505.05470,
               eq. 13). It needs the trajectory of the sampler. It therefore works only for generated images.
+              ρ = exp(ℓ_θ − ℓ_old).
 
-Both are deterministic functions of a cache, which has the points to evaluate. A point is a pair (x_t, t) at which the
+All are deterministic functions of a cache, which has the points to evaluate. A point is a pair (x_t, t) at which the
 velocity of a sample is evaluated. θ and θ_old run the same graph, so that equal parameters give equal ℓ.
 
-The estimator `nft` (DiffusionNFT, Zheng et al. 2509.16117) has no ratio. It contrasts the velocities of θ and θ_old at
-the pairs (t, ε) of `matching`; see `losses.nft_loss`.
+The estimator `nft` (DiffusionNFT, Zheng et al. 2509.16117) has no ratio. It compares the velocity of θ with that of
+the reference or of θ_old at the pairs (t, ε) of `matching`; see `losses.nft_loss`.
 
-Shapes: B samples, N packed latent tokens of 4C features. Each sample has K points, one for each pair (t, ε), or W
-points, one for each noisy step. x0 is a clean latent, x_t = (1 − t)·x0 + t·ε, and mean_Ω the mean over a region
-(`flow.regions.region_mean`).
+Shapes: B samples, N packed latent tokens of 4C features. Each sample has P points: one for each of K pairs (t, ε), and
+one more if the anchor has a point of its own; or one for each of W noisy steps. x0 is a clean latent,
+x_t = (1 − t)·x0 + t·ε, and mean_Ω the mean over a region (`flow.regions.region_mean`).
 """
 
 from collections.abc import Callable
@@ -27,14 +31,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ra_jax.flow.path import interpolate
+from ra_jax.flow.path import interpolate, velocity_target
 from ra_jax.flow.regions import region_mean
 from ra_jax.flow.samplers import sde_transition
 from ra_jax.flow.schedule import stratified_times
-from ra_jax.rl.losses import flow_matching_error
 
-# (params, x [B·K, N, 4C], t [B·K]) -> [B·K, N, 4C]. Row b·K + k is point k of sample b. The estimator sde has W points
-# instead of K.
+# (params, x [B·P, N, 4C], t [B·P]) -> [B·P, N, 4C]. Row b·P + k is point k of sample b.
 PolicyVelocity = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
@@ -44,45 +46,66 @@ def repeat_rows(x: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["clean", "times", "noise", "region"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["clean", "times", "noise", "region", "reference"],
+    meta_fields=["num_pairs"],
+)
 @dataclass(frozen=True)
 class MatchingCache:
-    """The pairs (t, ε) at which `matching` and `nft` evaluate both the old and the current policy.
+    """The pairs (t, ε) at which `contrast`, `matching` and `nft` evaluate both the old and the current policy.
 
     Attributes:
         clean: x0 [B, N, 4C].
-        times: t [B, K].
-        noise: ε [B, K, N, 4C].
+        times: t [B, P], for P points per sample.
+        noise: ε [B, P, N, 4C].
         region: weights of mean_Ω [B, N, 4].
+        num_pairs: K, the number of points for the log-probability. The other P − K points are for the anchor alone.
+        reference: v_ref at the points, [B·P, N, 4C]; None if the estimator has no reference.
     """
 
     clean: jax.Array
     times: jax.Array
     noise: jax.Array
     region: jax.Array
+    num_pairs: int
+    reference: jax.Array | None = None
 
     @property
     def num_points(self) -> int:
-        """K, the number of points per sample."""
+        """P, the number of points per sample."""
         return self.times.shape[1]
 
     def points(self) -> tuple[jax.Array, jax.Array]:
-        """Return the points of all samples: x_t [B·K, N, 4C] and t [B·K]."""
+        """Return the points of all samples: x_t [B·P, N, 4C] and t [B·P]."""
         times = self.times.reshape(-1)
         return interpolate(repeat_rows(self.clean, self.num_points), self.flat_noise(), times), times
 
+    def target(self) -> jax.Array:
+        """Return v* = ε − x0 at every point, [B·P, N, 4C]."""
+        return velocity_target(repeat_rows(self.clean, self.num_points), self.flat_noise())
+
     def errors(self, predicted: jax.Array) -> jax.Array:
-        """Compute mean_Ω ‖v − (ε_k − x0)‖² [B, K] for velocities v [B·K, N, 4C] at the points."""
-        clean, region = repeat_rows(self.clean, self.num_points), repeat_rows(self.region, self.num_points)
-        return flow_matching_error(predicted, clean, self.flat_noise(), region).reshape(self.times.shape)
+        """Compute mean_Ω ‖v − v*‖² [B, P] for velocities v [B·P, N, 4C] at the points."""
+        return self.mean((predicted - self.target()) ** 2)
+
+    def mean(self, values: jax.Array) -> jax.Array:
+        """Compute mean_Ω of values [B·P, N, 4C] at the points: [B, P]."""
+        return region_mean(values, repeat_rows(self.region, self.num_points)).reshape(self.times.shape)
 
     def flat_noise(self) -> jax.Array:
-        """Return the noise of every point, [B·K, N, 4C]."""
+        """Return the noise of every point, [B·P, N, 4C]."""
         return self.noise.reshape(-1, *self.noise.shape[2:])
 
 
 def matching_cache(
-    keys: jax.Array, clean: jax.Array, region: jax.Array, *, count: int, fraction: float
+    keys: jax.Array,
+    clean: jax.Array,
+    region: jax.Array,
+    *,
+    count: int,
+    fraction: float,
+    with_rest: bool = False,
 ) -> MatchingCache:
     """Draw K pairs (t, ε) for each sample from its key. Samples with equal keys get equal pairs.
 
@@ -92,15 +115,56 @@ def matching_cache(
         region: weights of mean_Ω [B, N, 4].
         count: K.
         fraction: t is drawn from [1 − fraction, 1], the noisiest part of the schedule (`stratified_times`).
+        with_rest: whether each sample has one more point, with t from the rest of the schedule, for the anchor alone.
     """
 
     def draw_pairs(key):
         time_key, noise_key = jax.random.split(key)
         times = stratified_times(time_key, count, fraction)
-        return times, jax.random.normal(noise_key, (count, *clean.shape[1:]), jnp.float32)
+        if with_rest:
+            rest_key = jax.random.fold_in(time_key, 1)
+            rest = (1.0 - fraction) * (1.0 - jax.random.uniform(rest_key, (1,), jnp.float32))
+            times = jnp.concatenate([times, rest])
+        return times, jax.random.normal(noise_key, (len(times), *clean.shape[1:]), jnp.float32)
 
     times, noise = jax.vmap(draw_pairs)(keys)
-    return MatchingCache(clean, times, noise, region)
+    return MatchingCache(clean, times, noise, region, count)
+
+
+def contrast_log_prob(
+    velocity: PolicyVelocity, params: Any, cache: MatchingCache, *, temperature: jax.Array | float, fraction: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the log-probability to first order about the reference, and the distance from the reference.
+
+        ℓ = (2/τ)·mean_k mean_Ω ⟨v_θ − v_ref, v* − v_ref⟩        v* = ε_k − x0
+        distance = mean_k mean_Ω ‖v_θ − v_ref‖²
+
+    With d = v_θ − v_ref and u = v* − v_ref, minus the flow-matching error is −‖d − u‖² = −‖u‖² + 2⟨d, u⟩ − ‖d‖². ℓ is
+    the linear term: the change of the log-probability of `matching`, to first order. The log-probability itself is not
+    used, because its negative quadratic term makes the loss of samples with A < 0 unbounded from below.
+
+    If the cache has a point for the anchor alone, it is added to the distance with the weight (1 − f)/f: the K points
+    stand for a part f of the schedule and this point for the rest, and each part counts by its length.
+
+    Args:
+        velocity: v_θ.
+        params: θ.
+        cache: the points, with `reference`.
+        temperature: τ.
+        fraction: f.
+
+    Returns:
+        ℓ [B].
+        The distance [B].
+        The velocities v_θ [B·P, N, 4C].
+    """
+    predicted = velocity(params, *cache.points())
+    change = predicted - cache.reference
+    alignments = cache.mean(change * (cache.target() - cache.reference))[:, : cache.num_pairs]
+    distances = cache.mean(change**2)
+    of_pairs, of_rest = jnp.split(distances, [cache.num_pairs], axis=1)
+    distance = of_pairs.mean(1) + (1.0 - fraction) / fraction * of_rest.sum(1)
+    return 2.0 * alignments.mean(1) / temperature, distance, predicted
 
 
 def matching_log_prob(

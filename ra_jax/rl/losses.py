@@ -1,4 +1,4 @@
-"""The policy losses (PPO's clipped surrogate, DiffusionNFT's contrast) and the flow-matching error.
+"""The policy losses (PPO's clipped surrogate, its anchored form, DiffusionNFT's loss) and the flow-matching error.
 
 A function that averages over samples takes `mean`, the mean over the global batch on all devices.
 """
@@ -12,7 +12,7 @@ from ra_jax.flow.path import velocity_target
 from ra_jax.flow.regions import region_mean
 from ra_jax.rl.advantages import ADVANTAGE_LIMIT
 
-LOG_RATIO_LIMIT = 3.0  # ρ stays in [e⁻³, e³]
+LOG_RATIO_LIMIT = 3.0  # ρ stays below e³
 
 Mean = Callable[[jax.Array], jax.Array]
 
@@ -26,7 +26,9 @@ def clipped_policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute PPO's clipped surrogate (Schulman et al. 1707.06347, eq. 7), negated so that it is minimized.
 
-        ρ = exp(clip(ℓ_θ − ℓ_old, ±3))        loss = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
+        ρ = exp(min(ℓ_θ − ℓ_old, 3))        loss = mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) )
+
+    The log-ratio is cut upwards only. A lower bound would take the gradient from good samples that became improbable.
 
     Args:
         log_ratio: ℓ_θ − ℓ_old, [B] float32.
@@ -41,41 +43,97 @@ def clipped_policy_loss(
             clip_fraction: fraction of samples with |ρ − 1| > ε.
             approx_kl: mean(ρ − 1 − log ρ), at least 0.
     """
-    log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio = jnp.minimum(log_ratio, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
+    loss, metrics = _clipped_surrogate(ratio, advantages, clip_range, mean)
+    return loss, metrics | jax.lax.stop_gradient({"approx_kl": mean(ratio - 1.0 - log_ratio)})
+
+
+def contrast_policy_loss(
+    log_ratio: jax.Array,
+    advantages: jax.Array,
+    anchor: jax.Array,
+    *,
+    clip_range: float,
+    temperature: jax.Array | float,
+    pull: jax.Array | float,
+    anchor_weight: jax.Array | float,
+    mean: Mean = jnp.mean,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute the loss of the estimator `contrast`: a clipped surrogate to first order, and an anchor.
+
+        ρ = 1 + (ℓ_θ − ℓ_old)
+        loss = κ·[ τ·mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) ) + b·mean(anchor) ]
+
+    ℓ is `estimators.contrast_log_prob`, which is linear in v_θ. The first term of a sample is therefore convex and
+    piecewise linear in v_θ for either sign of A, and its gradient has at most the size 2κ|A|·‖u‖. With an anchor that
+    is quadratic in v_θ, the loss has a minimum. At ρ = 1 it is at v_θ = v_ref + (1/b)·E[A·u | x_t]. Without the clip
+    the loss is the regression κb·‖v_θ − [v_ref + (A/b)·u]‖², up to a constant. Its solution is the optimal velocity of
+    KL-constrained reward maximization, to first order (FlowAWR, 2606.30376).
+
+    τ cancels wherever ρ is not clipped: it is only the unit in which ε is measured.
+
+    Args:
+        log_ratio: ℓ_θ − ℓ_old, [B] float32.
+        advantages: A [B]; no gradient flows into them.
+        anchor: distance of the current policy from the reference, [B].
+        clip_range: ε.
+        temperature: τ.
+        pull: κ.
+        anchor_weight: b.
+        mean: mean over the global batch.
+
+    Returns:
+        The loss, a scalar.
+        The metrics, which have no gradient: mean_ratio and clip_fraction as in `clipped_policy_loss`, and
+            approx_kl: ½·mean((ℓ_θ − ℓ_old)²).
+            reference_distance: mean of the anchor.
+    """
+    surrogate, metrics = _clipped_surrogate(1.0 + log_ratio, advantages, clip_range, mean)
+    distance = mean(anchor)
+    metrics |= jax.lax.stop_gradient({"approx_kl": 0.5 * mean(log_ratio**2), "reference_distance": distance})
+    return pull * (temperature * surrogate + anchor_weight * distance), metrics
+
+
+def _clipped_surrogate(
+    ratio: jax.Array, advantages: jax.Array, clip_range: float, mean: Mean
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) ), and the metrics mean_ratio and clip_fraction."""
     advantages = jax.lax.stop_gradient(advantages)
     clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
     loss = mean(jnp.maximum(-advantages * ratio, -advantages * clipped))
     metrics = {
         "mean_ratio": mean(ratio),
         "clip_fraction": mean((jnp.abs(ratio - 1.0) > clip_range).astype(jnp.float32)),
-        "approx_kl": mean(ratio - 1.0 - log_ratio),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
 
 def nft_loss(
-    predicted: jax.Array, old: jax.Array, target: jax.Array, region: jax.Array, optimality: jax.Array, beta: float
+    predicted: jax.Array, center: jax.Array, target: jax.Array, region: jax.Array, optimality: jax.Array, beta: float
 ) -> jax.Array:
     """Compute DiffusionNFT's contrast of a better and a worse policy (Zheng et al. 2509.16117, eq. 5), [R] float32.
 
-        L = (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_old ± β·v_θ
+        L = (1/β)·mean_Ω [ r·‖v⁺ − v*‖² + (1 − r)·‖v⁻ − v*‖² ]        v± = (1 ∓ β)·v_c ± β·v_θ
 
-    With d = v_θ − v_old, L equals mean_Ω [ (2r − 1)·2⟨d, v_old − v*⟩ + β·‖d‖² ] up to a constant. The first term moves
-    v_θ from v_old towards the image's velocity v* if r > ½, and away from v* if r < ½. It does not depend on β, because
-    L is divided by β. At v_θ = v_old only the first term has a gradient. The second term pulls v_θ back to v_old.
+    With d = v_θ − v_c, L equals mean_Ω [ (2r − 1)·2⟨d, v_c − v*⟩ + β·‖d‖² ] up to a constant. The first term moves v_θ
+    from v_c towards the image's velocity v* if r > ½, and away from v* if r < ½. It does not depend on β, because L is
+    divided by β. At v_θ = v_c only the first term has a gradient. The second term pulls v_θ back to v_c.
+
+    In the paper v_c is the old policy's velocity. It then moves along with the policy, and nothing bounds the sum of
+    its moves. If v_c is a fixed reference, the minimum is at v_θ = v_c + (1/β)·E[(2r − 1)·(v* − v_c) | x_t].
 
     Args:
         predicted: v_θ [R, N, 4C].
-        old: v_old [R, N, 4C]; no gradient flows into it.
+        center: v_c [R, N, 4C]; no gradient flows into it.
         target: v* = ε − x0 [R, N, 4C].
         region: weights of mean_Ω [R, N, 4].
         optimality: r [R] in [0, 1].
         beta: β > 0.
     """
-    old = jax.lax.stop_gradient(old)
-    better = (1.0 - beta) * old + beta * predicted
-    worse = (1.0 + beta) * old - beta * predicted
+    center = jax.lax.stop_gradient(center)
+    better = (1.0 - beta) * center + beta * predicted
+    worse = (1.0 + beta) * center - beta * predicted
     better_error, worse_error = (region_mean((v - target) ** 2, region) for v in (better, worse))
     return (optimality * better_error + (1.0 - optimality) * worse_error) / beta
 
@@ -98,5 +156,5 @@ def flow_matching_error(predicted: jax.Array, clean: jax.Array, noise: jax.Array
 
 
 def next_temperature(temperature: jax.Array, clip_fraction: jax.Array) -> jax.Array:
-    """Adapt the temperature: τ ← τ·exp(0.1·(clip_fraction − 0.15)). A higher τ keeps ρ closer to 1."""
-    return temperature * jnp.exp(0.1 * (clip_fraction - 0.15))
+    """Adapt the temperature: τ ← τ·exp(½·(clip_fraction − 0.15)). A higher τ keeps ρ closer to 1."""
+    return temperature * jnp.exp(0.5 * (clip_fraction - 0.15))

@@ -6,6 +6,7 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.models.fill_model import Weights
 from ra_jax.rewards.custom import Reward
 from ra_jax.rl.policy import PolicySettings
+from ra_jax.rl.strength import PolicyStrength
 from ra_jax.training.step.settings import ObjectiveSettings, RolloutSettings, StepSettings
 from ra_jax.training.step.state import TrainState, init_state
 
@@ -34,13 +35,18 @@ def policy_settings(config: TrainConfig) -> PolicySettings:
     """Build the settings of the policy estimator."""
     grpo = config.grpo
     return PolicySettings(
-        estimator=grpo.policy_estimator,
+        estimator=grpo.estimator,
         clip_range=grpo.clip_range,
         num_pairs=grpo.num_policy_timesteps,
         time_fraction=grpo.policy_timestep_fraction,
+        anchor_rest=(
+            grpo.estimator == "contrast" and grpo.policy_timestep_fraction < 1 and config.losses.base_loss_weight == 0
+        ),
+        pull_temperature=INITIAL_TEMPERATURE if grpo.policy_temperature == "auto" else None,
         noise_level=config.rollouts.sde_noise_level,
         sde_clip_range=grpo.sde_clip_range,
         nft_beta=grpo.nft_beta,
+        nft_about=grpo.nft_about,
     )
 
 
@@ -54,9 +60,9 @@ def rollout_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> Rollou
         num_generations=rollouts.num_generations,
         num_steps=rollouts.rollout_steps,
         decode_batch_size=rollouts.decode_batch_size,
-        num_noisy_steps=rollouts.sde_window if config.grpo.policy_estimator == "sde" else 0,
+        num_noisy_steps=rollouts.sde_window if config.grpo.estimator == "sde" else 0,
         noise_level=rollouts.sde_noise_level,
-        drop_negative=rollouts.drops_negative(config.grpo.policy_estimator),
+        drop_negative=rollouts.drops_negative(config.grpo.estimator),
         sample_experts=config.experts.routing == "sample",
     )
 
@@ -71,15 +77,24 @@ def step_settings(config: TrainConfig, rewards: tuple[Reward, ...]) -> StepSetti
     return StepSettings(
         num_updates=config.updates,
         sync_steps=0 if config.mode == "automatic" else config.grpo.policy_sync_steps,
-        adapt_temperature=config.grpo.policy_temperature == "auto",
+        adapt_temperature=config.adapts_temperature,
         ema_decay=config.optimization.ema_decay,
         drift_interval=config.logging.log_freq,
         rollouts=rollout_settings(config, rewards),
     )
 
 
-def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights) -> TrainState:
-    """Build the train state before step 0 for the trainable weights `trainable`."""
+def initial_state(
+    config: TrainConfig, optimizer: optax.GradientTransformation, trainable: Weights, strength: PolicyStrength | None
+) -> TrainState:
+    """Build the train state before step 0.
+
+    Args:
+        config: the run's configuration.
+        optimizer: the optimizer.
+        trainable: the initial trainable weights. They may be donated.
+        strength: weights of the policy loss; None unless the estimator is contrast.
+    """
     temperature = config.grpo.policy_temperature
     return init_state(
         trainable,
@@ -87,6 +102,7 @@ def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, 
         seed=config.run.seed,
         num_experts=config.experts.num_experts if config.experts.use_lora else 0,
         temperature=INITIAL_TEMPERATURE if temperature == "auto" else temperature,
+        strength=strength,
         with_old_params=config.uses_policy and config.mode == "human",
         with_ema=config.optimization.ema_decay > 0,
     )

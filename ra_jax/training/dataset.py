@@ -11,6 +11,7 @@ from ra_jax.data.batch import Part
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, LoaderOptions, pack_encoding, parse_buckets
 from ra_jax.data.records import Record, load_records, scene_ids
+from ra_jax.data.split import MIN_PHOTOS, split_photos
 from ra_jax.errors import ConfigError, DataError
 from ra_jax.interop.diffusers import LoadedModel, encoders_fingerprint
 from ra_jax.parallel.partitioner import Partitioner
@@ -27,7 +28,9 @@ class RunData:
     Attributes:
         records: the records to train on.
         values: arrays [R, ...] by batch key: what a step needs for each record besides its images (`record_values`).
-        held_out: the records from which previews are drawn and on which drift is measured.
+        held_out: the records on which looks and drift are measured.
+        is_held_out: whether they are really held out. If not, they are the records to train on, and only previews are
+            drawn from them.
         buckets: panel sizes (height, width) in pixels.
         latents: whether the records come from a pack with latents.
     """
@@ -35,6 +38,7 @@ class RunData:
     records: Sequence[Record]
     values: Mapping[str, np.ndarray]
     held_out: Sequence[Record]
+    is_held_out: bool
     buckets: Sequence[Size]
     latents: bool
 
@@ -51,9 +55,45 @@ def load_run_data(config: TrainConfig) -> RunData:
     """
     records = load_training_records(config)
     latents = has_latents(config, records)
-    held_out = records if config.data.val_json_path is None else load_records(config.data.val_json_path)
-    buckets = parse_buckets(config.data.aspect_ratio_buckets)
-    return RunData(records, record_values(config, records), held_out, buckets, latents)
+    records, held_out = hold_out(config, records)
+    return RunData(
+        records=records,
+        values=record_values(config, records),
+        held_out=held_out or records,
+        is_held_out=bool(held_out),
+        buckets=parse_buckets(config.data.aspect_ratio_buckets),
+        latents=latents,
+    )
+
+
+def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records to train on and the held-out records.
+
+    The held-out records are those of --val_json_path, or else of some photos of --train_json_path. There are none if
+    there are too few photos.
+    """
+    if config.data.val_json_path is not None:
+        return records, load_records(config.data.val_json_path, need_result=config.run.max_drift is not None)
+    train, held_out = split_photos(records, config.data.validation_split, config.run.seed)
+    photos, held_out_photos = len({record.src for record in records}), len({record.src for record in held_out})
+    if held_out:
+        log.info(
+            "%d of %d photos of %s are held out (validation_split = %g): their removals are scored, nothing is trained "
+            "on them",
+            held_out_photos,
+            photos,
+            config.data.train_json_path,
+            config.data.validation_split,
+        )
+    elif config.logging.validation_steps:
+        log.warning(
+            "no photo is held out (%d photos, validation_split = %g): nothing measures how well the run removes, so "
+            "that no best checkpoint is kept; give --val_json_path, or at least %d photos",
+            photos,
+            config.data.validation_split,
+            MIN_PHOTOS,
+        )
+    return train, held_out
 
 
 def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, rows: np.ndarray) -> Loader:

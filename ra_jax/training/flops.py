@@ -153,7 +153,7 @@ def flops_from_config(
         step: number of the step, from 0.
     """
     height, width = batch["mask"].shape[-2:]
-    automatic, sde = config.mode == "automatic", config.grpo.policy_estimator == "sde"
+    automatic, sde = config.mode == "automatic", config.grpo.estimator == "sde"
     policy_passes = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
     has_policy_loss = config.uses_policy and (not automatic or config.rollouts.due(step))
     tokens = 2 * height * width // sizes.token_side**2, config.model.max_sequence_length + sizes.image_tokens

@@ -23,6 +23,7 @@ from ra_jax.reporting.page import write_report
 from ra_jax.reporting.trackers import METRICS_FILE, open_trackers, read_rows, summarize
 from ra_jax.training.fallbacks import RewardFallbacks
 from ra_jax.training.flops import ModelSizes, flops_from_config
+from ra_jax.training.held_out import Judgment
 from ra_jax.training.setup import Setup, set_up
 from ra_jax.training.step.state import TrainState
 
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> Path:
             curves = plot_curves(setup.output, config.experts.names)
             report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
             log.info("%s; curves: %s, report: %s", ending, curves, report)
+            if (best := setup.held_out.describe()) is not None:
+                log.info("%s", best)
     return setup.output
 
 
@@ -68,7 +71,7 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     Returns a description of how the run ended, for the report.
     """
     state, train_step, total_steps = setup.state, setup.compiled_steps(), setup.total_steps
-    unshard, checkpoint_interval = setup.partitioner.unshard, config.run.checkpointing_steps or total_steps
+    checkpoint_interval = config.run.checkpointing_steps or total_steps
     if setup.first_step >= total_steps:
         return "completed"
     batches = setup.batches()
@@ -76,8 +79,9 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     for step in setup.first_step_per_program():
         train_step.prepare(state, setup.frozen, first_batch, step)
     if setup.first_step == 0:
-        with recorder.paused():
-            draw_preview(setup, state, 0)
+        judgment = judge(config, setup, recorder, state, 0)
+        recorder.write_first(judgment.metrics)
+        checkpoints.save(0, state, regular=False, best=judgment.is_best)
     batches = recorder.time_waits(chain([first_batch], batches))
     with catch_sigterm() as stop_flag:
         for steps_done, batch in zip(range(setup.first_step + 1, total_steps + 1), batches, strict=False):
@@ -86,69 +90,61 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             train_step.clear_jit_caches()
             # The flag is read only once per step: a SIGTERM that arrives later ends the run after the next step.
             stopping = should_stop(stop_flag.is_set, steps_done)
-            is_last = steps_done == total_steps or stopping
-            if setup.guard is not None and (is_last or ends_interval(steps_done, config.run.drift_steps)):
-                with recorder.paused(), setup.partitioner.scope():
-                    drift = setup.guard.measure(*setup.partitioner.addressable((state.trainable, setup.frozen)))
-                row = recorder.flush(steps_done, drift.metrics())
-                if (excess := drift.excess(setup.guard.limit)) and not stopping:
-                    limit, best = setup.guard.limit, checkpoints.describe_best()
-                    return f"stopped at step {steps_done} by max_drift = {limit:g}: {excess}; {best}"
-                if setup.guard.update_best(drift, row, config.mode):
-                    checkpoints.save_best(steps_done, unshard(state))
-            elif is_last or steps_done % checkpoint_interval == 0 or recorder.is_row_due(steps_done):
-                recorder.flush(steps_done)
-            if is_last or steps_done % checkpoint_interval == 0:
-                checkpoints.save(steps_done, unshard(state))
+            is_last = steps_done == total_steps
+            judgment = Judgment() if stopping else judge(config, setup, recorder, state, steps_done)
+            is_last |= stopping or judgment.ending is not None
+            checkpoint_due = is_last or steps_done % checkpoint_interval == 0
+            if checkpoint_due or judgment.metrics or recorder.is_row_due(steps_done):
+                recorder.flush(steps_done, judgment.metrics)
+            checkpoints.save(steps_done, state, regular=checkpoint_due and not judgment.drifted, best=judgment.is_best)
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
-            if is_last or ends_interval(steps_done, config.logging.validation_steps):
-                with recorder.paused():
-                    draw_preview(setup, state, steps_done)
+            if judgment.ending is not None:
+                return f"stopped at step {steps_done} by {judgment.ending}"
     return "completed"
 
 
+def judge(config: TrainConfig, setup: Setup, recorder: "Recorder", state: TrainState, steps_done: int) -> Judgment:
+    """Make the held-out measurements that are due after `steps_done` steps (`HeldOut.judge`).
+
+    A look is due before the first step, after every `--validation_steps` and after the last step. A measurement of
+    drift is due after every `--drift_steps` and after the last step. A look judges the averaged weights if the state
+    has them (`--ema_decay`), else the current weights.
+    """
+    is_last = steps_done == setup.total_steps
+    look_due = config.logging.validation_steps > 0 and (is_last or steps_done % config.logging.validation_steps == 0)
+    drift_due = config.run.max_drift is not None and (is_last or steps_done % config.run.drift_steps == 0)
+    if not (look_due or drift_due):
+        return Judgment()
+    removing = state.trainable if state.ema is None else state.ema
+    with recorder.paused(), setup.partitioner.scope():
+        weights = setup.partitioner.addressable((state.trainable, removing, setup.frozen))
+        return setup.held_out.judge(steps_done, *weights, look_due=look_due, drift_due=drift_due)
+
+
 class RunCheckpoints:
-    """Writes the run's checkpoints and, with `--max_drift`, its best checkpoint into `best/`."""
+    """Writes the run's checkpoints, and its best checkpoint into `best/`."""
 
     def __init__(self, config: TrainConfig, setup: Setup):
-        self._metadata = {"config": to_flat_dict(config), "base": setup.loaded.fingerprint}
+        settings = to_flat_dict(config) | {"init_experts_from": setup.initial_experts}
+        self._metadata = {"config": settings, "base": setup.loaded.fingerprint}
         self._regular = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
-        self._best = None if setup.guard is None else Checkpoints(setup.output, folder=BEST_DIR, limit=1)
+        self._best = Checkpoints(setup.output, folder=BEST_DIR, limit=1) if setup.held_out.chooses_best else None
         if self._best is not None:
             self._best.delete_after(setup.first_step)
+        self._unshard = setup.partitioner.unshard
 
-    def save(self, steps_done: int, state: TrainState) -> None:
-        """Start to save a regular checkpoint of the state after `steps_done` steps."""
-        self._regular.save(steps_done, state, position=steps_done, **self._metadata)
-
-    def save_best(self, steps_done: int, state: TrainState) -> None:
-        """Start to save the state after `steps_done` steps as the run's best checkpoint."""
-        self._best.save(steps_done, state, position=steps_done, **self._metadata)
-
-    def describe_best(self) -> str:
-        """Return a phrase that names the best checkpoint, for the message of a run that drifted too far."""
-        best = self._best.latest()
-        return "no checkpoint is within the limit" if best is None else f"the best checkpoint is {best}"
+    def save(self, steps_done: int, state: TrainState, *, regular: bool, best: bool) -> None:
+        """Start to save the state after `steps_done` steps: as a regular checkpoint, as the best one, or both."""
+        for checkpoints, due in ((self._regular, regular), (self._best, best)):
+            if due:
+                checkpoints.save(steps_done, self._unshard(state), position=steps_done, **self._metadata)
 
     def close(self) -> None:
         """Wait for saves in progress, then release the folders."""
         for checkpoints in (self._regular, self._best):
             if checkpoints is not None:
                 checkpoints.close()
-
-
-def ends_interval(steps_done: int, interval: int) -> bool:
-    """Return whether `steps_done` is a multiple of the interval; False if the interval is 0."""
-    return interval > 0 and steps_done % interval == 0
-
-
-def draw_preview(setup: Setup, state: TrainState, step: int) -> None:
-    """Draw a preview with the averaged weights if the state has them (`--ema_decay`), else with the current weights."""
-    if setup.previews is not None:
-        weights = state.trainable if state.ema is None else state.ema
-        with setup.partitioner.scope():
-            log.info("preview: %s", setup.previews.draw(step, *setup.partitioner.addressable((weights, setup.frozen))))
 
 
 class Recorder:
@@ -239,6 +235,12 @@ class Recorder:
                 "check --max_grad_norm, or use --mixed_precision no; the last checkpoint is unchanged"
             )
         return row
+
+    def write_first(self, metrics: Mapping[str, float]) -> None:
+        """Write the held-out measurements before the first step as the row of step 0, if there are any."""
+        if metrics:
+            for tracker in self._trackers:
+                tracker.write(0, dict(metrics))
 
     def close(self) -> None:
         """Close the progress bar and the trackers."""

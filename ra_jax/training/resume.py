@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from ra_jax.checkpoints import (
     BEST_DIR,
     CHECKPOINT_DIR,
+    Checkpoints,
     check_base,
     enclosing_checkpoint,
     find_checkpoint,
+    is_checkpoint,
     read_metadata,
     restore,
 )
@@ -25,8 +28,11 @@ from ra_jax.data.inputs import flag_inputs
 from ra_jax.errors import CheckpointError, ConfigError, OutputError
 from ra_jax.interop.diffusers import LoadedModel
 from ra_jax.models.fill_model import Weights
+from ra_jax.models.options import model_options
 from ra_jax.outputs import Outputs, check_outputs, write_file
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
+from ra_jax.rl.strength import LossWeights, PolicyStrength, policy_weights
+from ra_jax.training.build import objective_settings
 from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -34,7 +40,8 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.toml"
 PREVIOUS_CONFIG = "config.toml.before"  # copy of the last config.toml that a run replaced by other settings
 # Everything else that a run writes into its folder. All other files there belong to the user.
-RUN_FOLDERS = (CHECKPOINT_DIR, BEST_DIR, "previews", "tensorboard", "wandb")
+REFERENCE_DIR = "reference"
+RUN_FOLDERS = (CHECKPOINT_DIR, BEST_DIR, REFERENCE_DIR, "previews", "tensorboard", "wandb")
 RUN_FILES = (METRICS_FILE, "curves.png", "report.html")
 
 # Settings that a resumed run may change, each with the consequence that a warning names.
@@ -167,7 +174,7 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
         nested[f"--{name}"] = [Path(getattr(config.model, name)).expanduser()]
     inputs["--reward_functions"] = reward_module_paths(config.rollouts.reward_functions)
     if config.run.init_experts_from is not None:
-        nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from)]
+        nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from, prefer_best=True)]
     own_folders = []
     if is_run_folder(output):
         own_folders = [(output / folder).resolve() for folder in (CHECKPOINT_DIR, BEST_DIR)]
@@ -259,24 +266,89 @@ def initial_params(config: TrainConfig, loaded: LoadedModel) -> Weights:
     """
     if config.run.init_experts_from is None:
         return loaded.trainable
-    checkpoint = find_checkpoint(config.run.init_experts_from)
+    checkpoint = find_checkpoint(config.run.init_experts_from, prefer_best=True)
     metadata = read_metadata(checkpoint)
     check_base(checkpoint, metadata, loaded.fingerprint)
     log.info("starting with the experts of %s", checkpoint)
     return restore(checkpoint, loaded.trainable, prefix="ema" if metadata.config["ema_decay"] else "trainable")
 
 
-def restore_state(checkpoint: Path, state: TrainState, fingerprint: str, config: TrainConfig) -> tuple[TrainState, int]:
+def initial_experts(config: TrainConfig, resume_from: Path | None) -> str | None:
+    """Return `--init_experts_from` of the run, also if it is resumed from the checkpoint `resume_from`."""
+    if resume_from is None:
+        return config.run.init_experts_from
+    return read_metadata(resume_from).config.get("init_experts_from")
+
+
+def make_reference(config: TrainConfig, trainable: Weights, resume_from: Path | None) -> Weights | None:
+    """Return the weights of the policy's reference, in the form of the trainable weights; None if it is the base.
+
+    The reference are the weights that the run started with: the base if it trains new experts, the experts of
+    --init_experts_from, or the whole transformer in the dtype of the computation. A resumed run reads the experts from
+    the folder `reference` of the run that it resumes.
+
+    Args:
+        config: the run's configuration.
+        trainable: the initial trainable weights. They are copied, because they may be donated later.
+        resume_from: the checkpoint to resume from; None for a new run.
+
+    Raises:
+        CheckpointError: a run that started with other experts is resumed, but their copy is missing.
+    """
+    settings = objective_settings(config)
+    if settings.policy is None or not (settings.policy.uses_reference or settings.kl_weight):
+        return None
+    if not config.experts.use_lora:
+        dtype = model_options(config).dtype
+        return jax.tree.map(lambda x: jnp.array(x, dtype if x.dtype == jnp.float32 else x.dtype), trainable)
+    experts = initial_experts(config, resume_from)
+    if experts is None:
+        return None
+    if resume_from is None:
+        return jax.tree.map(jnp.copy, trainable)
+    folder = resume_from.parent.parent / REFERENCE_DIR / "0"
+    if not is_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder} is missing: the run of checkpoint {resume_from} started with the experts of {experts}, "
+            "and needs this copy of them; restore the folder, or start a new run with --init_experts_from"
+        )
+    return restore(folder, trainable)
+
+
+def save_reference(output: Path, reference: Weights, fingerprint: str, settings: dict) -> None:
+    """Write the reference into the folder `reference` of the run, unless it is there already."""
+    checkpoints = Checkpoints(output, folder=REFERENCE_DIR)
+    checkpoints.save(0, reference, position=0, config=settings, base=fingerprint)
+    checkpoints.close()
+
+
+def check_estimator(checkpoint: Path, config: TrainConfig) -> None:
+    """Raise ConfigError if the run of the checkpoint was trained with another policy estimator."""
+    estimator = from_checkpoint(read_metadata(checkpoint).config).grpo.estimator
+    if config.uses_policy and estimator != config.grpo.estimator:
+        raise ConfigError(
+            f"policy_estimator = {config.grpo.policy_estimator} ({config.grpo.estimator}): the run of checkpoint "
+            f"{checkpoint} was trained with {estimator}, which has another loss; give --policy_estimator {estimator}, "
+            "or start a new run, with --init_experts_from if you like"
+        )
+
+
+def restore_state(
+    checkpoint: Path, state: TrainState, fingerprint: str, config: TrainConfig, weights: LossWeights
+) -> tuple[TrainState, int]:
     """Restore the train state from a checkpoint, and return it with the number of steps done.
 
     If --policy_temperature is a number and differs from the checkpoint's setting, the number becomes the temperature.
-    Another batch size or precision is allowed, with a warning that the numbers will differ.
+    The same holds for --policy_strength. If a weight of a loss differs, the weights of the policy loss are computed
+    again for the checkpoint's strength. Another batch size or precision is allowed, with a warning that the numbers
+    will differ.
 
     Args:
         checkpoint: the checkpoint.
         state: the train state before step 0, with the shapes and shardings to restore.
         fingerprint: fingerprint of the frozen base.
         config: the run's configuration.
+        weights: weights of the run's losses.
 
     Raises:
         CheckpointError: the base or the geometry differs from the checkpoint's.
@@ -295,4 +367,17 @@ def restore_state(checkpoint: Path, state: TrainState, fingerprint: str, config:
     state = restore(checkpoint, state)
     if settings["policy_temperature"] not in ("auto", metadata.config["policy_temperature"]):
         state = replace(state, temperature=jnp.asarray(settings["policy_temperature"], state.temperature.dtype))
+    if state.strength is not None:
+        state = replace(state, strength=_restored_strength(state.strength, config, metadata.config, weights))
     return state, metadata.position
+
+
+def _restored_strength(
+    saved: PolicyStrength, config: TrainConfig, previous: dict, weights: LossWeights
+) -> PolicyStrength:
+    """Return the checkpoint's strength, or another one if the settings that determine it have changed."""
+    settings, given = to_flat_dict(config), config.grpo.policy_strength
+    names = ("base_loss_weight", "policy_loss_weight", "kl_weight")
+    if given in ("auto", previous["policy_strength"]) and all(settings[name] == previous[name] for name in names):
+        return saved
+    return policy_weights(float(saved.strength) if given == "auto" else given, weights)

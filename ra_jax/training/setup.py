@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ra_jax.checkpoints import BEST_DIR
+from ra_jax.config.parse import to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
+from ra_jax.data.records import Record
 from ra_jax.errors import ConfigError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
-from ra_jax.inference.sampling import make_remover
 from ra_jax.interop.diffusers import FILL_SUBFOLDERS, LoadedModel, load_fill_model, read_configs
 from ra_jax.interop.hub import resolve_folder
 from ra_jax.models.blocks import unstack_blocks
@@ -32,7 +32,6 @@ from ra_jax.models.options import model_options
 from ra_jax.parallel.compilation import device_memory
 from ra_jax.parallel.partitioner import Partitioner, make_partitioner
 from ra_jax.parallel.processes import barrier, is_main_process
-from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
 from ra_jax.rewards.registry import RewardInputs
 from ra_jax.training.agreement import check_same_plan, run_signature
@@ -45,22 +44,27 @@ from ra_jax.training.dataset import (
     step_rows,
     training_loader,
 )
-from ra_jax.training.drift import DriftGuard
+from ra_jax.training.held_out import DriftGuard, HeldOut
+from ra_jax.training.looks import Looks, LookSettings, choose_scenes, shows_truth
 from ra_jax.training.optimizers import build_optimizer
-from ra_jax.training.previews import Previews, preview_records
 from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.resume import (
+    check_estimator,
     check_run_outputs,
     check_seed,
     checkpoint_to_resume,
+    initial_experts,
     initial_params,
+    make_reference,
     prepare_output_dir,
     restore_state,
+    save_reference,
 )
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 from ra_jax.training.step.train_step import make_train_step
+from ra_jax.training.strength import initial_strength, loss_weights, measured_strength
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +90,10 @@ class Setup:
         step_settings: settings of everything that a step does besides its loss.
         computes_rewards: step number (from 0) -> whether the step computes rewards.
         state: the train state, placed by the partitioner.
+        initial_experts: the run with whose experts this run started, also if it is resumed; None for new experts.
         first_step: number of steps that were done before this start; greater than 0 only in a resumed run.
         total_steps: number of steps of the whole run.
-        previews: draws the previews; None if the run has none (`--validation_steps 0`).
-        guard: the drift guard; None if `--max_drift` is not given.
+        held_out: looks and drift, and what follows from them.
     """
 
     output: Path
@@ -106,10 +110,10 @@ class Setup:
     step_settings: StepSettings
     computes_rewards: Callable[[int], bool]
     state: TrainState
+    initial_experts: str | None
     first_step: int
     total_steps: int
-    previews: Previews | None
-    guard: DriftGuard | None
+    held_out: HeldOut
 
     def compiled_steps(self) -> CompiledSteps:
         """Return the train step as compiled programs: one per bucket, and another one for steps without rewards."""
@@ -167,6 +171,7 @@ def set_up(config: TrainConfig) -> Setup:
     check_run_outputs(config, output, resume_from)
     if resume_from is not None:
         check_seed(resume_from, config.run.seed)
+        check_estimator(resume_from, config)
     data = load_run_data(config)
     check_same_plan(run_signature(config, data.records, data.held_out, resume_from))
     partitioner = make_partitioner(config.parallel)
@@ -179,16 +184,29 @@ def set_up(config: TrainConfig) -> Setup:
     loader = training_loader(config, data, loaded, rows)
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
-    state = partitioner.init(partial(initial_state, config, optimizer), initial_params(config, loaded))
-    first_step = 0
+    trainable = initial_params(config, loaded)
+    reference = make_reference(config, trainable, resume_from)
+    make_state = partial(initial_state, config, optimizer, strength=initial_strength(config, data))
+    state, first_step = partitioner.init(make_state, trainable), 0
     if resume_from is not None:
-        state, first_step = restore_state(resume_from, state, loaded.fingerprint, config)
+        weights = loss_weights(config, has_results=data.has_target)
+        state, first_step = restore_state(resume_from, state, loaded.fingerprint, config, weights)
     objective = Objective(loaded.model, schedule, objective_settings(config))
-    previews = make_previews(config, output, data, loaded, schedule)
-    guard = make_guard(config, data, loaded, objective)
-    if guard is not None and first_step:
-        restore_best(guard, output, first_step, config.mode)
+    step = step_settings(config, rewards)
+    if config.mode == "automatic" and state.strength is not None and resume_from is None:
+        scenes = single_record_loader(config, strength_records(config, data), loaded)
+        with partitioner.scope():
+            strength = measured_strength(config, objective, step.rollouts, scenes, state, loaded.frozen)
+        state = replace(state, strength=strength)
+    looks = make_looks(config, output, data, loaded, schedule)
+    held_out = HeldOut(looks, make_guard(config, data, loaded, objective), config.run.patience)
+    if first_step:
+        held_out.restore(output, first_step)
     prepare_output_dir_once(config, output, keep=resume_from is not None)
+    if reference is not None:
+        if config.experts.use_lora:
+            save_reference(output, reference, loaded.fingerprint, to_flat_dict(config))
+        loaded = replace(loaded, frozen=loaded.frozen | {"reference": reference})
     shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
     return Setup(
         output=output,
@@ -202,13 +220,13 @@ def set_up(config: TrainConfig) -> Setup:
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        step_settings=step_settings(config, rewards),
+        step_settings=step,
         computes_rewards=config.rollouts.due,
         state=partitioner.shard(state),
+        initial_experts=initial_experts(config, resume_from),
         first_step=first_step,
         total_steps=total_steps,
-        previews=previews,
-        guard=guard,
+        held_out=held_out,
     )
 
 
@@ -269,19 +287,36 @@ def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bo
     """
     if config.mode != "automatic":
         return ()
-    rewards = parse_rewards(config.rollouts.reward_functions, config.grpo.reward_weights, has_target)
-    inputs = []
+    size, specs = config.run.train_batch_size, config.rollouts.reward_functions
+    return build_rewards(specs, config, buckets, size, has_target=has_target)
+
+
+def build_rewards(
+    specs: Sequence[str], config: TrainConfig, buckets: Sequence[Size], batch_size: int, *, has_target: bool
+) -> tuple[Reward, ...]:
+    """Build the rewards of `specs` (`parse_rewards`), and check each with the shapes of every bucket."""
+    rewards, inputs = parse_rewards(specs, config.grpo.reward_weights, has_target), []
     for height, width in buckets:
-        photo = jax.ShapeDtypeStruct((config.run.train_batch_size, height, width, 3), jnp.float32)
+        photo = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32)
         truth = photo if has_target else None
         mask = jax.ShapeDtypeStruct(photo.shape[:-1], jnp.float32)
         inputs.append(RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth))
     return tuple(check_reward(reward, *inputs) for reward in rewards)
 
 
+def strength_records(config: TrainConfig, data: RunData) -> list[Record]:
+    """Return the records whose rollouts are measured to choose the strength: held-out ones, if the rewards fit them.
+
+    Rewards that compare with a result need records that have one.
+    """
+    fit = (data.held_out[0].result is not None) == data.has_target
+    records = data.held_out if fit else data.records
+    return choose_scenes(records, config.grpo.reward_weights, config.logging.validation_scenes)
+
+
 def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: FlowSchedule, loaded: LoadedModel):
     """Raise ConfigError if the stochastic sampler has too few steps for its window of noisy steps."""
-    if config.mode != "automatic" or config.grpo.policy_estimator != "sde":
+    if config.mode != "automatic" or config.grpo.estimator != "sde":
         return
     steps, window = config.rollouts.rollout_steps, config.rollouts.sde_window
     for height, width in buckets:
@@ -294,34 +329,36 @@ def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: Fl
             )
 
 
-def make_previews(
+def make_looks(
     config: TrainConfig, output: Path, data: RunData, loaded: LoadedModel, schedule: FlowSchedule
-) -> Previews | None:
-    """Build the previews of some held-out scenes; None with `--validation_steps 0`."""
+) -> Looks | None:
+    """Build the looks at some held-out scenes; None with `--validation_steps 0`.
+
+    Removals are compared with the ground truth if the records of all these scenes have it. If not, they are scored by
+    the rewards of the run (automatic mode), or by the rewards that need no ground truth. If no scene is held out, they
+    are not scored.
+    """
     if not config.logging.validation_steps:
         return None
-    records = preview_records(data.held_out, config.grpo.reward_weights, config.logging.num_validation_images)
-    loader = single_record_loader(config, records, loaded)
-    remove = make_remover(
-        loaded.model,
-        schedule,
-        num_inference_steps=config.logging.num_inference_steps,
+    weights, logging_config = config.grpo.reward_weights, config.logging
+    records = choose_scenes(data.held_out, weights, logging_config.validation_scenes)
+    with_truth = all(map(shows_truth, records))
+    specs = config.rollouts.reward_functions if config.mode == "automatic" and not with_truth else ()
+    settings = LookSettings(
+        num_inference_steps=logging_config.num_inference_steps,
         guidance_scale=config.model.guidance_scale,
+        num_previews=logging_config.num_validation_images,
+        rewards=build_rewards(specs, config, data.buckets, 1, has_target=with_truth) if data.is_held_out else (),
+        with_truth=with_truth,
+        seed=config.run.seed,
     )
-    return Previews(output, loaded.model, remove, loader, config.run.seed)
+    return Looks(output, loaded.model, schedule, single_record_loader(config, records, loaded), settings)
 
 
 def make_guard(config: TrainConfig, data: RunData, loaded: LoadedModel, objective: Objective) -> DriftGuard | None:
     """Build the drift guard, which measures on some held-out records; None if --max_drift is not given."""
     if config.run.max_drift is None:
         return None
-    records = preview_records(data.held_out, config.grpo.reward_weights, MAX_HELD_OUT_RECORDS)
+    records = choose_scenes(data.held_out, config.grpo.reward_weights, MAX_HELD_OUT_RECORDS)
     loader = single_record_loader(config, records, loaded)
     return DriftGuard(objective, loader, limit=config.run.max_drift, seed=config.run.seed)
-
-
-def restore_best(guard: DriftGuard, output: Path, first_step: int, mode: str) -> None:
-    """In a resumed run, restore the guard's best score from the metrics of the step whose checkpoint is in `best/`."""
-    best_steps = {int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()}
-    rows = (row for row in read_rows(output / METRICS_FILE) if row["step"] <= first_step)
-    guard.restore_best_score((row for row in rows if row["step"] in best_steps), mode)

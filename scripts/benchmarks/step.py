@@ -45,6 +45,7 @@ from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 from ra_jax.training.step.train_step import StepDefinition, learn, make_train_step
+from ra_jax.training.strength import given_strength
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class Step:
         abstract_step = build_abstract_step(config, jax.devices()[:1])
         state, frozen, batch = abstract_step.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
+        strength = given_strength(config, has_results="result" in batch)
         batch = {name: draw_field(name, x) for name, x in batch.items()}
-        state = jax.jit(partial(initial_state, config, abstract_step.optimizer))(trainable)
+        state = jax.jit(partial(initial_state, config, abstract_step.optimizer, strength=strength))(trainable)
         optimizer, settings = abstract_step.optimizer, abstract_step.settings
         return cls(abstract_step.objective, optimizer, settings, state, frozen, batch)
 
@@ -133,7 +135,7 @@ def compile_parts(step: Step, *, whole: bool) -> dict[str, Callable]:
     encoded = encode_batch(frozen, first)
 
     def context_of(frozen) -> LossContext:
-        return LossContext(frozen, first, encoded, state.seed, state.temperature)
+        return LossContext(frozen, first, encoded, state.seed, state.temperature, state.strength)
 
     roll_out = jax.jit(
         lambda state, frozen: generate_samples(objective, replace(rollouts, rewards=()), state, context_of(frozen))[0]

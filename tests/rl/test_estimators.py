@@ -47,7 +47,9 @@ def test_log_prob_is_minus_the_mean_error_divided_by_the_temperature():
         return scale * jnp.tanh(x) * t[:, None, None] + repeat_rows(jnp.asarray(bias), 3)
 
     log_prob, predicted = jax.jit(partial(matching_log_prob, velocity, temperature=TEMPERATURE))(0.7, cache)
-    clean, times, noise, region = (np.asarray(x, np.float64) for x in vars(cache).values())
+    clean, times, noise, region = (
+        np.asarray(x, np.float64) for x in (cache.clean, cache.times, cache.noise, cache.region)
+    )
     for record in range(2):
         errors = []
         for k in range(3):

@@ -95,8 +95,8 @@ def end_by_sigterm(config):
 def test_sigterm_while_a_row_is_written_still_saves(make_config, monkeypatch):
     flush = Recorder.flush
 
-    def terminated(self, done):
-        flush(self, done)
+    def terminated(self, done, metrics):
+        flush(self, done, metrics)
         if done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

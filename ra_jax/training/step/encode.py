@@ -11,6 +11,7 @@ from ra_jax.flow.regions import region_weights
 from ra_jax.inference.sampling import as_diptych, diptych_condition, diptych_mask
 from ra_jax.models.conditioning import Condition
 from ra_jax.models.fill_model import FillModel, Weights, apply_mask
+from ra_jax.rl.strength import PolicyStrength
 from ra_jax.training.step.state import example_keys, stream_key
 
 
@@ -41,6 +42,7 @@ class LossContext:
         encoded: the microbatch, encoded.
         seed: seed of the run's random draws.
         temperature: τ of the policy's log-probability.
+        strength: weights of the policy loss; None unless the estimator is contrast.
     """
 
     frozen: Weights
@@ -48,6 +50,7 @@ class LossContext:
     encoded: EncodedBatch
     seed: jax.Array
     temperature: jax.Array
+    strength: PolicyStrength | None
 
 
 def encode(model: FillModel, frozen: Weights, batch: Batch, loss_region: str) -> EncodedBatch:

@@ -38,6 +38,7 @@ class Experience:
         samples: [G, B, ...]; None if there is no policy term.
         advantages: A [G, B]; None if there is no policy term.
         old_terms: terms of the old policy for each sample, [G, ...]; None if there is no policy term.
+        reference: `Objective.reference_velocity` of each sample, [G, R, N, 4C]; None if the loss does not depend on it.
         rewards_finite: whether all rewards of the step are finite, a bool scalar. If not, all advantages and all
             latents of samples are 0. None without rollouts.
     """
@@ -48,6 +49,7 @@ class Experience:
     samples: Sample | None = None
     advantages: jax.Array | None = None
     old_terms: OldPolicy | None = None
+    reference: jax.Array | None = None
     rewards_finite: jax.Array | None = None
 
 
@@ -77,7 +79,7 @@ def collect_experience(
 
     def collect_microbatch(batch: Batch):
         encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
-        context = LossContext(frozen, batch, encoded, state.seed, state.temperature)
+        context = LossContext(frozen, batch, encoded, state.seed, state.temperature, state.strength)
         experience, scores = Experience(encoded, objective.router_features(encoded)), None
         if rollouts is not None:
             samples, scores = generate_samples(objective, rollouts, state, context)
@@ -86,9 +88,9 @@ def collect_experience(
             samples, advantages = Sample(encoded.clean[None]), batch["advantage"][None]
             experience = replace(experience, samples=samples, advantages=advantages)
         if policy is not None:
-            experience = replace(
-                experience, old_terms=evaluate_old_policy(objective, state, context, experience.samples, sync)
-            )
+            reference = evaluate_reference(objective, state, context, experience.samples)
+            old_terms = evaluate_old_policy(objective, state, context, experience.samples, reference, sync)
+            experience = replace(experience, reference=reference, old_terms=old_terms)
         drift = drift_metrics(objective, state, context, experience.samples, settings.drift_interval)
         return experience, scores, drift
 
@@ -102,8 +104,27 @@ def collect_experience(
     return experience, drift | reward_metrics
 
 
+def evaluate_reference(
+    objective: Objective, state: TrainState, context: LossContext, samples: Sample
+) -> jax.Array | None:
+    """Compute `Objective.reference_velocity` of every sample, [G, R, N, 4C]; None if the loss does not depend on it."""
+    settings = objective.settings
+    if not (settings.policy.uses_reference or settings.kl_weight):
+        return None
+
+    def evaluate_sample(_, sample: Sample):
+        return None, objective.reference_velocity(state.trainable, context, sample)
+
+    return jax.lax.scan(evaluate_sample, None, samples)[1]
+
+
 def evaluate_old_policy(
-    objective: Objective, state: TrainState, context: LossContext, samples: Sample, sync: jax.Array
+    objective: Objective,
+    state: TrainState,
+    context: LossContext,
+    samples: Sample,
+    reference: jax.Array | None,
+    sync: jax.Array,
 ) -> OldPolicy:
     """Compute the terms of the old policy for every sample, [G, ...].
 
@@ -112,10 +133,11 @@ def evaluate_old_policy(
     """
 
     def evaluate(weights) -> OldPolicy:
-        def evaluate_sample(_, sample: Sample):
-            return None, objective.evaluate_policy(weights, context, sample).terms
+        def evaluate_sample(_, inputs: tuple[Sample, jax.Array | None]):
+            sample, reference = inputs
+            return None, objective.evaluate_policy(weights, context, sample, reference).terms
 
-        return jax.lax.scan(evaluate_sample, None, samples)[1]
+        return jax.lax.scan(evaluate_sample, None, (samples, reference))[1]
 
     zero_terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, state.trainable))
     if state.old_params is None:

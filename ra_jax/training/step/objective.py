@@ -1,13 +1,14 @@
 """The loss of a step, term by term.
 
-    total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_base‖²
+    total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖²
 
-v_base is the velocity of the base, without experts. The diversity term is computed once over all microbatches of a
+v_ref is the velocity of the reference: of the base without experts, or of the weights that the run started with, if
+they are not the base (`reference_velocity`). The diversity term is computed once over all microbatches of a
 step, the other terms per microbatch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from ra_jax.models.fill_model import FillModel, Weights
 from ra_jax.models.lora import Adapter
 from ra_jax.models.router import diversity_loss
 from ra_jax.parallel.collectives import all_mean, all_sum
-from ra_jax.rl.estimators import repeat_rows
+from ra_jax.rl.estimators import MatchingCache, TransitionCache, repeat_rows
 from ra_jax.rl.losses import flow_matching_error
 from ra_jax.rl.policy import OldPolicy, PolicyOutput, evaluate_policy, policy_cache, policy_loss, velocity_distance
 from ra_jax.rl.rollouts import Sample
@@ -58,7 +59,7 @@ class Objective:
         return all_sum(x, self.axis_name)
 
     def velocity(self, trainable, frozen: Weights, x, t, condition: Condition, adapter: Adapter) -> jax.Array:
-        """Compute v_θ(x_t, t, c) [R, N, 4C] at the run's guidance scale, or v_base if `adapter` has no gates."""
+        """Compute v_θ(x_t, t, c) [R, N, 4C] at the run's guidance scale."""
         guidance_scale = self.settings.guidance_scale
         return self.model.velocity(trainable, frozen, x, t, condition, adapter=adapter, guidance_scale=guidance_scale)
 
@@ -92,36 +93,81 @@ class Objective:
         loss = self.mean(batch["sample_weight"] * errors)
         return self.settings.base_loss_weight * loss, {"base_loss": loss}
 
-    def evaluate_policy(self, trainable, context: LossContext, sample: Sample, *, experts: bool = True) -> PolicyOutput:
+    def policy_cache(self, context: LossContext, sample: Sample) -> MatchingCache | TransitionCache:
+        """Return the points (x_t, t) at which policies are compared on a sample (`rl.policy.policy_cache`)."""
+        keys = group_keys(context.batch, context.seed)
+        return policy_cache(sample, keys, context.encoded.region, self.settings.policy)
+
+    def velocity_at_points(self, trainable, context: LossContext, x, t, gates: jax.Array | None) -> jax.Array:
+        """Compute the velocity [R, N, 4C] at R = B·P points, without dropout; gates [B, E] are those of the samples."""
+        encoded, num_points = context.encoded, len(x) // len(context.encoded.region)
+        if self.settings.sequential_timesteps:
+            adapter = Adapter(gates)
+            return map_timesteps(
+                lambda x, t: self.velocity(trainable, context.frozen, x, t, encoded.condition, adapter),
+                x,
+                t,
+                num_points,
+            )
+        condition, point_gates = jax.tree.map(lambda leaf: repeat_rows(leaf, num_points), (encoded.condition, gates))
+        return self.velocity(trainable, context.frozen, x, t, condition, Adapter(point_gates))
+
+    def evaluate_policy(
+        self, trainable, context: LossContext, sample: Sample, reference: jax.Array | None
+    ) -> PolicyOutput:
         """Evaluate the policy with parameters `trainable` on a sample, without dropout.
 
         With `sample` routing, one drawn expert e generated the sample. The gates are then one-hot at e, and log w_e,
-        the log of the router's gate, adds to the log-probability. With `experts=False` the base is evaluated instead.
+        the log of the router's gate, adds to the log-probability.
+
+        Args:
+            trainable: θ.
+            context: the microbatch and the frozen weights.
+            sample: one sample of each of B conditions.
+            reference: `reference_velocity` of the sample; None if nothing depends on the reference.
         """
-        encoded, frozen = context.encoded, context.frozen
-        gates = self.model.gates(trainable, encoded.condition)[0] if experts else None
+        settings, cache = self.settings.policy, self.policy_cache(context, sample)
+        if settings.uses_reference:
+            cache = replace(cache, reference=reference)
+        gates, _ = self.model.gates(trainable, context.encoded.condition)
         routing = None
-        if gates is not None and sample.experts is not None:
+        if sample.experts is not None:
             routing = jnp.log(jnp.take_along_axis(gates, sample.experts[:, None], axis=1)[:, 0])
-            gates = jax.nn.one_hot(sample.experts, gates.shape[-1])
-
-        def velocity(params, x, t):
-            num_points = len(x) // len(encoded.region)
-            if self.settings.sequential_timesteps:
-                adapter = Adapter(gates)
-                return map_timesteps(
-                    lambda x, t: self.velocity(params, frozen, x, t, encoded.condition, adapter), x, t, num_points
-                )
-            condition, point_gates = jax.tree.map(
-                lambda leaf: repeat_rows(leaf, num_points), (encoded.condition, gates)
-            )
-            return self.velocity(params, frozen, x, t, condition, Adapter(point_gates))
-
-        keys, settings = group_keys(context.batch, context.seed), self.settings.policy
-        cache = policy_cache(sample, keys, encoded.region, settings)
-        return evaluate_policy(
-            velocity, trainable, cache, settings, temperature=context.temperature, routing_log_prob=routing
+        output = evaluate_policy(
+            lambda params, x, t: self.velocity_at_points(params, context, x, t, sample_gates(gates, sample)),
+            trainable,
+            cache,
+            settings,
+            temperature=context.temperature,
+            routing_log_prob=routing,
         )
+        if routing is None or output.anchor is None:
+            return output
+        initial_gates = self.reference_gates(trainable, context)
+        return replace(output, anchor=output.anchor + (gates * jnp.log(gates / initial_gates)).sum(-1))
+
+    def reference_velocity(self, trainable, context: LossContext, sample: Sample) -> jax.Array:
+        """Compute v_ref [R, N, 4C] at the points of a sample.
+
+        The reference is `frozen["reference"]`: the experts and the router that the run started with, or the whole
+        transformer that it started with. Without this entry it is the base. The base runs as the same graph as the
+        policy, with gates of 0, so that equal velocities are equal in every bit. `trainable` then only has the shapes.
+        """
+        x, t = self.policy_cache(context, sample).points()
+        reference = context.frozen.get("reference")
+        if reference is not None:
+            gates, _ = self.model.gates(reference, context.encoded.condition)
+            return self.velocity_at_points(reference, context, x, t, sample_gates(gates, sample))
+        gates = jnp.zeros((len(context.encoded.region), self.model.num_experts))
+        return self.velocity_at_points(trainable, context, x, t, gates)
+
+    def reference_gates(self, trainable, context: LossContext) -> jax.Array:
+        """Compute the gates [B, E] that the run started with."""
+        reference = context.frozen.get("reference")
+        if reference is None:
+            initial = jnp.asarray(self.model.initial_gates, jnp.float32)
+            return jnp.broadcast_to(initial, (len(context.encoded.region), len(initial)))
+        return self.model.gates(reference, context.encoded.condition)[0]
 
     def policy_loss(
         self,
@@ -130,10 +176,13 @@ class Objective:
         sample: Sample,
         advantages: jax.Array,
         old: OldPolicy,
+        reference: jax.Array | None,
         *,
         on_policy: jax.Array,
     ) -> tuple[jax.Array, tuple[Metrics, OldPolicy]]:
-        """Compute w_policy·policy + w_kl·mean_Ω ‖v_θ − v_base‖² for one sample of each condition.
+        """Compute w_policy·policy + w_kl·mean_Ω ‖v_θ − v_ref‖² for one sample of each condition.
+
+        With the estimator contrast, w_policy·policy is the whole `losses.contrast_policy_loss`.
 
         Args:
             trainable: θ.
@@ -141,6 +190,7 @@ class Objective:
             sample: one sample of each of B conditions.
             advantages: A [B].
             old: terms of the old policy for the sample (`PolicyOutput.terms`).
+            reference: `reference_velocity` of the sample; None if the loss does not depend on it.
             on_policy: bool scalar, whether θ_old equals θ. If so, the current policy's terms, without gradient, replace
                 `old`, so that ρ is exactly 1.
 
@@ -148,14 +198,23 @@ class Objective:
             The loss, and (metrics, the terms of the old policy that the loss used).
         """
         settings = self.settings
-        output = self.evaluate_policy(trainable, context, sample)
+        output = self.evaluate_policy(trainable, context, sample, reference)
         current = jax.lax.stop_gradient(output.terms)
         old = jax.tree.map(lambda new, old: jnp.where(on_policy, new, old), current, old)
-        loss, metrics = policy_loss(output, old, advantages, settings.policy, mean=self.mean)
+        loss, metrics = policy_loss(
+            output,
+            old,
+            advantages,
+            settings.policy,
+            temperature=context.temperature,
+            strength=context.strength,
+            mean=self.mean,
+        )
+        if settings.policy.estimator == "contrast":  # κ has the factor w_policy already
+            loss /= settings.policy_loss_weight
         total, metrics = settings.policy_loss_weight * loss, metrics | {"policy_loss": loss}
         if settings.kl_weight:
-            base_output = self.evaluate_policy(trainable, context, sample, experts=False)
-            kl = velocity_distance(output.velocity, base_output.velocity, context.encoded.region, self.mean)
+            kl = velocity_distance(output.velocity, reference, context.encoded.region, self.mean)
             total += settings.kl_weight * kl
             metrics["kl_loss"] = kl
         return total, (metrics, old)
@@ -231,6 +290,13 @@ class Objective:
         paired_gates = jnp.stack([gates, jnp.zeros_like(gates)], axis=1).reshape(-1, gates.shape[-1])
         velocity = self.velocity(trainable, frozen, x, t, condition, Adapter(paired_gates))
         return velocity[0::2], velocity[1::2]
+
+
+def sample_gates(gates: jax.Array | None, sample: Sample) -> jax.Array | None:
+    """Return the gates [B, E] that generated a sample: one-hot at the drawn expert with `sample` routing."""
+    if gates is None or sample.experts is None:
+        return gates
+    return jax.nn.one_hot(sample.experts, gates.shape[-1])
 
 
 def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, num_points: int) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ra_jax.rl.strength import PolicyStrength
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -19,6 +21,7 @@ import optax
         "ema",
         "router_mean",
         "temperature",
+        "strength",
         "clip_at_sync",
         "step",
         "seed",
@@ -36,6 +39,7 @@ class TrainState:
         ema: averaged weights; None without averaging.
         router_mean: running mean of the gates [E]; None without experts.
         temperature: τ.
+        strength: weights of the policy loss; None unless the estimator is contrast.
         clip_at_sync: clip_fraction at the last step before the latest sync of the old policy; NaN until measured.
         step: number of the next step, int32.
         seed: int32. It is part of the state so that one compiled program serves every seed.
@@ -47,6 +51,7 @@ class TrainState:
     ema: Any
     router_mean: jax.Array | None
     temperature: jax.Array
+    strength: PolicyStrength | None
     clip_at_sync: jax.Array
     step: jax.Array
     seed: jax.Array
@@ -59,6 +64,7 @@ def init_state(
     seed: int,
     num_experts: int,
     temperature: float,
+    strength: PolicyStrength | None,
     with_old_params: bool,
     with_ema: bool,
 ) -> TrainState:
@@ -73,6 +79,7 @@ def init_state(
         seed: seed of the run.
         num_experts: E; 0 without experts.
         temperature: initial τ.
+        strength: weights of the policy loss; None unless the estimator is contrast.
         with_old_params: whether the state has a separate old policy.
         with_ema: whether the weights are averaged.
     """
@@ -87,6 +94,7 @@ def init_state(
         ema=copy_trainable() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),
+        strength=strength,
         clip_at_sync=jnp.full((), jnp.nan, jnp.float32),  # not measured yet
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.int32),

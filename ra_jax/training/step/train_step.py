@@ -24,7 +24,7 @@ from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 
 # Metrics that a step reports only for its last update. In the first update the old policy may equal the current policy.
-LAST_UPDATE_METRICS = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change")
+LAST_UPDATE_METRICS = ("mean_ratio", "clip_fraction", "approx_kl", "policy_change", "reference_distance")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def compute_gradients(
         return total, (metrics | {"train_loss": jnp.where(rewards_finite, loss, 0.0)}, old_terms)
 
     def add_microbatch_gradient(total, experience: Experience):
-        context = LossContext(frozen, experience.batch, experience.encoded, state.seed, state.temperature)
+        context = LossContext(
+            frozen, experience.batch, experience.encoded, state.seed, state.temperature, state.strength
+        )
         metrics, old_terms = {"train_loss": jnp.zeros(())}, None
         if experience.encoded.clean is not None:
             loss_and_gradient = jax.value_and_grad(objective.base_loss, has_aux=True)
@@ -159,7 +161,7 @@ def compute_gradients(
             total = jax.tree.map(jnp.add, total, gradient)
             metrics = base_metrics | {"train_loss": loss}
         if experience.advantages is not None:
-            inputs = (experience.samples, experience.advantages, experience.old_terms)
+            inputs = (experience.samples, experience.advantages, experience.old_terms, experience.reference)
             total, (policy_metrics, old_terms) = jax.lax.scan(
                 lambda total, sample_inputs: add_policy_gradient(total, sample_inputs, context), total, inputs
             )

@@ -1,0 +1,131 @@
+"""Chooses the strength of the estimator `contrast`, and prints what it is expected to do, before the first step.
+
+In human mode the scores are those of the records. In automatic mode they are those of rollouts of the initial weights,
+which are the reference.
+"""
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+
+import jax
+import numpy as np
+
+from ra_jax.config.settings import TrainConfig
+from ra_jax.data.loader import Loader
+from ra_jax.data.scores import SCORE_NAMES
+from ra_jax.errors import DataError
+from ra_jax.models.fill_model import Weights
+from ra_jax.parallel.partitioner import fetch
+from ra_jax.rl.advantages import group_advantages
+from ra_jax.rl.strength import (
+    LossWeights,
+    PolicyStrength,
+    StrengthTable,
+    choose_strength,
+    policy_weights,
+    strength_table,
+)
+from ra_jax.training.dataset import RunData
+from ra_jax.training.step.encode import LossContext, encode
+from ra_jax.training.step.generation import generate_samples
+from ra_jax.training.step.objective import Objective
+from ra_jax.training.step.settings import RolloutSettings
+from ra_jax.training.step.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def given_strength(config: TrainConfig, *, has_results: bool) -> PolicyStrength | None:
+    """Return the weights of the policy loss for --policy_strength; None unless the estimator is contrast.
+
+    Before `auto` has chosen a strength, it is 1.
+    """
+    if not config.uses_policy or config.grpo.estimator != "contrast":
+        return None
+    strength = config.grpo.policy_strength
+    return policy_weights(1.0 if strength == "auto" else strength, loss_weights(config, has_results=has_results))
+
+
+def initial_strength(config: TrainConfig, data: RunData) -> PolicyStrength | None:
+    """Return the weights of the policy loss before step 0; None unless the estimator is contrast.
+
+    In human mode the strength is chosen from the scores of the records (`--policy_strength auto`), and the table of
+    predicted movements is printed. In automatic mode `measured_strength` follows later.
+    """
+    given = given_strength(config, has_results=data.has_target)
+    if given is None or config.mode != "human":
+        return given
+    values, weights = data.values, loss_weights(config, has_results=data.has_target)
+    table = strength_table(SCORE_NAMES, values["scores"], values["advantage"], values["sample_weight"], weights)
+    return _choose(config, table, config.grpo.reward_weights, weights, config.data.train_json_path)
+
+
+def measured_strength(
+    config: TrainConfig,
+    objective: Objective,
+    rollouts: RolloutSettings,
+    loader: Loader,
+    state: TrainState,
+    frozen: Weights,
+) -> PolicyStrength:
+    """Return the weights of the policy loss of automatic mode, measured on rollouts of the initial weights.
+
+    Args:
+        config: the run's configuration.
+        objective: the run's loss.
+        rollouts: the run's rollouts.
+        loader: yields conditions, one in a batch.
+        state: the initial state, which has the reference as its weights.
+        frozen: the frozen weights.
+    """
+
+    @jax.jit
+    def score(state: TrainState, frozen: Weights, batch):
+        encoded = encode(objective.model, frozen, batch, objective.settings.loss_region)
+        context = LossContext(frozen, batch, encoded, state.seed, state.temperature, state.strength)
+        _, scores = generate_samples(objective, rollouts, state, context)
+        return scores, group_advantages(scores, rollouts.reward_weights, drop_negative=rollouts.drop_negative)[0]
+
+    measured = [
+        [fetch(x) for x in score(state, frozen, batch)] for batch in islice(loader.iterate(0), loader.batches_per_epoch)
+    ]
+    scores, advantages = (np.concatenate(x, axis=1) for x in zip(*measured, strict=True))
+    scores, advantages = scores.reshape(-1, scores.shape[-1]), advantages.reshape(-1)
+    weights = loss_weights(config, has_results="result" in next(loader.iterate(0)))
+    names = [reward.name for reward in rollouts.rewards]
+    table = strength_table(names, scores, advantages, np.ones(len(scores)), weights)
+    source = f"{len(scores)} rollouts of {loader.batches_per_epoch} scenes"
+    return _choose(config, table, rollouts.reward_weights, weights, source)
+
+
+def loss_weights(config: TrainConfig, *, has_results: bool) -> LossWeights:
+    """Return the weights of the run's losses; without results there is no base loss."""
+    losses = config.losses
+    base = losses.base_loss_weight if has_results else 0.0
+    return LossWeights(base=base, policy=losses.policy_loss_weight, kl=config.grpo.kl_weight)
+
+
+def _choose(
+    config: TrainConfig, table: StrengthTable, reward_weights: Sequence[float], weights: LossWeights, source: str
+) -> PolicyStrength:
+    strength = config.grpo.policy_strength
+    if strength == "auto":
+        try:
+            strength = choose_strength(table, np.asarray(reward_weights))
+        except ValueError:
+            raise DataError(
+                f"{source}: no score is higher in the better results of a scene, so that the policy has nothing to "
+                "learn (do scenes have results with different scores?); add scored results, or remove "
+                "--enable_grpo_loss"
+            ) from None
+    chosen = policy_weights(strength, weights)
+    log.info(
+        "policy_strength = %.3g (pull %.3g, anchor %.3g); scores of %s, and how far they are expected to move:\n  %s",
+        strength,
+        chosen.pull,
+        chosen.anchor,
+        source,
+        "\n  ".join(table.lines(strength)),
+    )
+    return chosen
