@@ -10,6 +10,7 @@ A batch consists of parts. The settings of the run determine its parts:
     latents   latents and image tokens from a pack with latents; a step then does not encode the photos
     redux     inputs of Redux; present if the model has image tokens and no pack provides them
     training  what a training step needs besides images; absent in batches for previews and validation
+    judged    masks for the rewards of generated images; present in automatic mode
     rewards   scores, rewards and advantages; present in human mode with --enable_grpo_rewards
 
 `loader.Loader` loads the keys of `LOADED_FIELDS`. `training.dataset.record_values` computes the keys of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import jax  # The import takes seconds, and commands that only read data do not need JAX.
 
 Batch = dict[str, "jax.Array"]
-Part = Literal["photos", "results", "latents", "redux", "training", "rewards"]
+Part = Literal["photos", "results", "latents", "redux", "judged", "training", "rewards"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ LOADED_FIELDS: dict[str, Field] = {
     "source": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
     "reference": Field(_PANEL_SHAPE, ("uint8",), ("photos",)),
     "result": Field(_PANEL_SHAPE, ("uint8",), ("photos", "results")),
-    "mask": Field(("B", "h", "w"), ("uint8",)),  # 1 = remove
+    "mask": Field(("B", "h", "w"), ("uint8",)),  # 1 = remove; enlarged if masks are augmented
+    "file_mask": Field(("B", "h", "w"), ("uint8",), ("judged",)),  # the mask as it is in the file
     "redux_pixels": Field(("B", "s", "s", 3), ("float32",), ("redux",)),  # preprocessed reference
     "masked_latents": Field(_TOKENS_SHAPE, ("float32",), ("latents",)),  # of the diptych, with masked pixels gray
     "image_tokens": Field(("B", "T", "D"), ("float32", "bfloat16"), ("latents",)),

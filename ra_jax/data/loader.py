@@ -57,6 +57,7 @@ class LoaderOptions:
             `redux_pixels`.
         rows: rows of a global batch that this process reads, in this order; None for all rows.
         latents: load latents and image tokens from the pack. Batches then have no `redux_pixels`.
+        file_masks: also yield the masks before they are augmented, as `file_mask`.
         photos: load source, reference and result. A step that uses only latents does not need them.
         workers: number of threads that load batches ahead. With 0, each batch is loaded when it is requested.
         cache_bytes: size of the cache of decoded panels in bytes.
@@ -72,6 +73,7 @@ class LoaderOptions:
     seed: int
     multiple: int
     augment_masks: bool = False
+    file_masks: bool = False
     preprocess_reference: Callable[[Image.Image], np.ndarray] | None = None
     rows: Sequence[int] | None = None
     latents: bool = False
@@ -152,6 +154,8 @@ class Loader:
                 f"while loading record {record.index} (id {record.id!r}), which was readable when the run started"
             )
             raise
+        if self._options.file_masks:
+            example["file_mask"] = example["mask"]
         if self._options.augment_masks:
             generator = random_generator(self._options.seed, MASK_STREAM, epoch, scene)
             example["mask"] = augment_mask(example["mask"], generator)

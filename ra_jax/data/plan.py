@@ -5,6 +5,8 @@ own rows. All processes therefore use the same bucket at each step and finish an
 resume with another number of processes.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +51,8 @@ def batches_per_epoch(buckets: np.ndarray, batch_size: int) -> int:
 def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> EpochPlan:
     """Shuffle scenes and the records within each scene, divide each bucket into batches, and shuffle the batches.
 
-    The records of a scene stay adjacent, but a batch may end between them. If the last batch of a bucket is incomplete,
-    records from the beginning of the bucket are repeated to fill it.
+    The records of a scene stay adjacent and in one batch wherever they fit (`_pack_scenes`). If the last batch of a
+    bucket is incomplete, records from the beginning of the bucket are repeated to fill it.
 
     Args:
         scenes: [R] scene id of each record. Records of one scene have the same bucket.
@@ -67,6 +69,7 @@ def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed
     rows, batch_buckets = [], []
     for bucket in np.unique(buckets):
         records = record_order[buckets[record_order] == bucket]
+        records = _pack_scenes(np.split(records, np.flatnonzero(np.diff(scenes[records])) + 1), batch_size)
         batches = -(-len(records) // batch_size)
         rows.append(np.resize(records, (batches, batch_size)))  # np.resize repeats from the beginning
         batch_buckets.append(np.full(batches, bucket))
@@ -77,6 +80,33 @@ def epoch_plan(scenes: np.ndarray, buckets: np.ndarray, *, batch_size: int, seed
         buckets=np.concatenate(batch_buckets)[batch_order].astype(np.int32),
         condition_weight=_condition_weight(scenes[rows]),
     )
+
+
+def _pack_scenes(scenes: Sequence[np.ndarray], batch_size: int) -> np.ndarray:
+    """Order records such that batches of `batch_size` consecutive records have whole scenes wherever they fit.
+
+    The advantages of a scene's records sum to 0, but those of half a scene do not. Each batch takes the first scenes
+    that fit into its room. A scene is divided only if no waiting scene fits into what is left of a batch.
+
+    Args:
+        scenes: the records of each scene, in the order of the epoch.
+        batch_size: number of records in a batch.
+    """
+    waiting: dict[int, deque[tuple[int, np.ndarray]]] = {}  # by size, each in the order of the epoch
+    for rank, records in enumerate(scenes):
+        waiting.setdefault(len(records), deque()).append((rank, records))
+    order, room = [], batch_size
+    while waiting:
+        fitting = [size for size in waiting if size <= room]
+        size = min(fitting or waiting, key=lambda size: waiting[size][0][0])
+        rank, records = waiting[size].popleft()
+        if not waiting[size]:
+            del waiting[size]
+        order.append(records[:room])
+        if len(rest := records[room:]):
+            waiting.setdefault(len(rest), deque()).appendleft((rank, rest))
+        room = (room - len(order[-1])) or batch_size
+    return np.concatenate(order)
 
 
 def _condition_weight(scenes: np.ndarray) -> np.ndarray:

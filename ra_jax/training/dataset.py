@@ -112,6 +112,7 @@ def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, row
         seed=config.run.seed,
         multiple=loaded.model.size_multiple,
         augment_masks=config.data.mask_augmentation,
+        file_masks="judged" in parts,
         preprocess_reference=loaded.preprocess,
         rows=rows,
         latents="latents" in parts,
@@ -132,6 +133,7 @@ def batch_parts(config: TrainConfig, *, results: bool, latents: bool) -> frozens
         "results": results,
         "latents": latents,
         "redux": not latents,
+        "judged": automatic,
         "training": True,
         "rewards": config.mode == "human" and config.grpo.enable_grpo_rewards,
     }

@@ -87,9 +87,8 @@ def measured_strength(
         _, scores = generate_samples(objective, rollouts, state, context)
         return scores, group_advantages(scores, rollouts.reward_weights, drop_negative=rollouts.drop_negative)[0]
 
-    measured = [
-        [fetch(x) for x in score(state, frozen, batch)] for batch in islice(loader.iterate(0), loader.batches_per_epoch)
-    ]
+    batches = islice(loader.iterate(0), loader.batches_per_epoch)
+    measured = [[fetch(x) for x in score(state, frozen, batch | {"file_mask": batch["mask"]})] for batch in batches]
     scores, advantages = (np.concatenate(x, axis=1) for x in zip(*measured, strict=True))
     scores, advantages = scores.reshape(-1, scores.shape[-1]), advantages.reshape(-1)
     weights = loss_weights(config, has_results="result" in next(loader.iterate(0)))

@@ -38,6 +38,32 @@ def test_records_of_a_scene_are_adjacent():
         assert (np.diff(scenes) != 0).sum() == len(np.unique(scenes)) - 1
 
 
+def test_scenes_that_fill_batches_are_never_divided():
+    scenes = np.repeat(np.arange(10), 4)
+    for epoch in range(4):
+        plan = epoch_plan(scenes, np.zeros(40, int), batch_size=8, seed=0, epoch=epoch)
+        assert (
+            np.sort(scenes[plan.rows], axis=1) == np.sort(scenes[plan.rows], axis=1)[:, [0, 0, 0, 0, 4, 4, 4, 4]]
+        ).all()
+        np.testing.assert_array_equal(plan.condition_weight, 0.25)
+
+
+@pytest.mark.parametrize("sizes", [[1, 3, 4, 2, 2] * 6, [8, 3, 5, 1, 7, 8, 4, 4] * 3])
+def test_few_scenes_are_divided_between_batches(sizes):
+    """If batches were filled in the order of the epoch, most batches would end inside a scene."""
+    scenes, counts = np.repeat(np.arange(len(sizes)), sizes), []
+    for epoch in range(10):
+        plan = epoch_plan(scenes, np.zeros_like(scenes), batch_size=8, seed=0, epoch=epoch)
+        counts.append(sum((scenes[plan.rows] == scene).any(1).sum() > 1 for scene in range(len(sizes))))
+    assert np.mean(counts) < 0.4 * len(plan.rows)
+
+
+def test_a_scene_larger_than_a_batch_is_divided():
+    scenes = np.repeat([0, 1, 2], [10, 3, 3])
+    plan = epoch_plan(scenes, np.zeros(16, int), batch_size=4, seed=1, epoch=0)
+    assert sorted(plan.rows.ravel()) == list(range(16))
+
+
 def test_order_depends_on_epoch_and_seed_alone():
     np.testing.assert_array_equal(make_plan(3, 1).rows, make_plan(3, 1).rows)
     plans = [make_plan(epoch, seed) for seed in range(2) for epoch in range(2)]

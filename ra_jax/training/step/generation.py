@@ -100,11 +100,14 @@ def sample_experts(
 def reward_inputs(objective: Objective, settings: RolloutSettings, context: LossContext) -> RewardInputs:
     """Return the inputs of the rewards: the photo, the mask and, if the records have results, the ground truth.
 
+    The mask is the one in the file (`file_mask`) and not the enlarged one that the model was given. A larger mask would
+    judge pixels outside the object, which the ground truth would not pass either.
+
     `target` is the record's result, and `target_decoded` is the result after encoding and decoding by the VAE. `image`
     is a placeholder (the photo), which the caller replaces by the generated image.
     """
     batch, encoded = context.batch, context.encoded
-    source, mask = (batch[name].astype(jnp.float32) for name in ("source", "mask"))
+    source, mask = (batch[name].astype(jnp.float32) for name in ("source", "file_mask"))
     if encoded.clean is None:
         return RewardInputs(image=source / 255.0, source=source / 255.0, mask=mask)
     return RewardInputs(
