@@ -62,6 +62,11 @@ def geometry(leaves: Mapping[str, Any]) -> dict[str, list]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
+def checkpoint_bytes(state: Any) -> int:
+    """Return the size of a checkpoint's arrays in bytes; Orbax compresses them, so that its files may be smaller."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 class Checkpoints:
     """The checkpoints in one folder of a run. Only the newest `limit` checkpoints are kept; all of them for None."""
 

@@ -80,6 +80,11 @@ def _mode_problems(grpo: GRPOConfig, losses: LossConfig, reward_functions: tuple
             f"kl_weight = {grpo.kl_weight} without a policy loss: it keeps the policy close to the base; "
             "add --use_grpo --enable_grpo_rewards --enable_grpo_loss, or remove --kl_weight"
         )
+    if grpo.norm_guard_weight and not (grpo.use_grpo and grpo.enable_grpo_rewards and grpo.enable_grpo_loss):
+        yield (
+            f"norm_guard_weight = {grpo.norm_guard_weight} without a policy loss: it limits the policy's velocities; "
+            "add --use_grpo --enable_grpo_rewards --enable_grpo_loss, or remove --norm_guard_weight"
+        )
     if not any(grpo.reward_weights) and not reward_functions:
         yield (
             "removal_reward_weight, background_reward_weight and smoothness_reward_weight are all 0: expected at least "

@@ -158,11 +158,14 @@ class GRPOConfig:
     policy_temperature: Annotated[float | Literal["auto"], above(0)] = "auto"
     # Interval between copies of the trained weights to the old policy, in steps (at least 1). Only human mode uses it.
     policy_sync_steps: Annotated[int, at_least(1)] = 8
-    # Number of (time, noise) pairs at which the estimators matching and nft evaluate each result (at least 1).
+    # Number of (time, noise) pairs at which contrast, matching and nft evaluate each result (at least 1).
     num_policy_timesteps: Annotated[int, at_least(1)] = 4
+    # Weight of a penalty on velocities that are longer than the reference's (at least 0). 0: off.
+    norm_guard_weight: Annotated[float, at_least(0)] = 0.0
     # Fraction of the noise schedule, counted from its noisy end, from which the times of num_policy_timesteps are drawn
-    # (greater than 0 and at most 1).
-    policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
+    # (greater than 0 and at most 1). auto: 0.7; 0.5 for the estimator contrast with automatic rewards, because its pull
+    # would feed on itself where generated images are nearly clean.
+    policy_timestep_fraction: Annotated[float | Literal["auto"], above_and_at_most(0, 1)] = "auto"
     # Weight of the squared distance between the velocities of the trained model and of the base (at least 0). 0: off.
     kl_weight: Annotated[float, at_least(0)] = 0.0
     # Weight of the removal score in the reward (at least 0).
@@ -230,6 +233,8 @@ class LossConfig:
 
     # Weight of the base loss, the flow-matching loss on the records' results (at least 0).
     base_loss_weight: Annotated[float, at_least(0)] = 1.0
+    # Guidance value that the transformer gets as input in the base loss (at least 0). None: guidance_scale.
+    base_guidance_scale: Annotated[float | None, at_least(0)] = None
     # Weight of the policy loss (at least 0).
     policy_loss_weight: Annotated[float, at_least(0)] = 0.1
     # Weight of the diversity loss, which keeps all experts in use (at least 0).
@@ -399,6 +404,13 @@ class TrainConfig:
     def uses_policy(self) -> bool:
         """Whether the total loss has a policy term."""
         return self.grpo.use_grpo and self.grpo.enable_grpo_rewards and self.grpo.enable_grpo_loss
+
+    @property
+    def policy_timestep_fraction(self) -> float:
+        """Fraction of the noise schedule from which the policy's times are drawn, with `auto` replaced."""
+        if self.grpo.policy_timestep_fraction != "auto":
+            return self.grpo.policy_timestep_fraction
+        return 0.5 if self.mode == "automatic" and self.grpo.estimator == "contrast" else 0.7
 
     @property
     def adapts_temperature(self) -> bool:

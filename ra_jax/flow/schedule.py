@@ -86,6 +86,16 @@ class FlowSchedule:
         """Draw a shifted logit-normal time: t = shift_times(σ(n)), n ~ N(0, 1); a float32 scalar in (0, 1)."""
         return self.shift_times(jax.nn.sigmoid(jax.random.normal(key, (), jnp.float32)), tokens)
 
+    def training_density(self, t: np.ndarray, tokens: int) -> np.ndarray:
+        """Compute the probability density of `draw_training_time` at times t in (0, 1).
+
+        Shifting adds a constant m to logit(t), which is μ, or log `shift` without dynamic shifting. t is therefore
+        logit-normal: p(t) = φ(logit(t) − m)/(t·(1 − t)) with the standard normal density φ.
+        """
+        offset = self.mu(tokens) if self.use_dynamic_shifting else np.log(self.shift)
+        logit = np.log(t / (1.0 - t))
+        return np.exp(-0.5 * (logit - offset) ** 2) / np.sqrt(2.0 * np.pi) / (t * (1.0 - t))
+
 
 def stratified_times(key: jax.Array, count: int, fraction: float) -> jax.Array:
     """Draw `count` decreasing times [count] from the noisiest `fraction` of [0, 1].

@@ -13,6 +13,7 @@ from ra_jax.outputs import replace_file
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 
 DRIFT_TITLE, USAGE_TITLE, GATES_TITLE = "Held-out drift", "Expert usage", "Expert weight"
+HELD_OUT_TITLE = "Held-out reward"
 # Title of a chart -> names or patterns of its metrics. A chart is left out if none of its metrics is recorded.
 # `recorded_charts` adds the charts of the experts.
 CHARTS = {
@@ -23,12 +24,15 @@ CHARTS = {
     "Ratio": ("mean_ratio",),
     "Clipping and KL": ("clip_fraction", "clip_fraction_at_sync", "approx_kl"),
     "Policy temperature": ("policy_temperature",),
+    HELD_OUT_TITLE: ("held_out_reward",),
+    "Held-out scores": ("held_out_*_score",),
     "Reward": ("mean_reward", "reward_std"),
     "Scores": ("removal_score", "background_score", "smoothness_score", "*_score"),
     "Groups with equal rewards": ("frac_reward_zero_std",),
     "Reward fallbacks": ("reward_fallbacks",),
     "Velocity norm relative to the base": ("velocity_norm_ratio", "held_out_velocity_norm_ratio"),
     "KL to the base": ("kl_to_base",),
+    "Distance from the reference": ("reference_distance",),
     "Held-out flow loss": ("held_out_flow_loss",),
     DRIFT_TITLE: ("held_out_flow_drift",),
     "Gradient norm": ("grad_norm",),
@@ -46,7 +50,12 @@ def recorded_charts(rows: Sequence[Mapping[str, float]], expert_names: Sequence[
     """
     recorded = sorted(set().union(*rows))
     charts = {
-        title: {metric: metric for pattern in patterns for metric in fnmatch.filter(recorded, pattern)}
+        title: {
+            metric: metric
+            for pattern in patterns
+            for metric in fnmatch.filter(recorded, pattern)
+            if metric.startswith("held_out_") == pattern.startswith("held_out_")
+        }
         for title, patterns in CHARTS.items()
     }
     for title, kind in ((USAGE_TITLE, "usage"), (GATES_TITLE, "weight")):

@@ -109,8 +109,9 @@ def render_facts(rows: Rows, config: TrainConfig) -> str:
     total = config.run.max_train_steps
     facts["Steps recorded"] = f"{last_step} of {total}" if total else f"{last_step}"
     if (seconds := time_in_steps(rows)) is not None:
-        since = "" if rows[0]["step"] == 1 else f" from step {rows[0]['step']} on"
-        excluded = "model loading, previews and drift measurements"
+        first_step = min(row["step"] for row in rows if row["step"] > 0)
+        since = "" if first_step == 1 else f" from step {first_step} on"
+        excluded = "model loading, looks and drift measurements"
         facts["Time in steps"] = f"{format_duration(seconds)}{since}, excluding {excluded}"
     items = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     return f'<dl class="facts">{"".join(items)}</dl>'
@@ -120,8 +121,9 @@ def time_in_steps(rows: Rows) -> float | None:
     """Return the total duration of the steps [s]; None if there are no rows or a row has no `step_time`.
 
     The `step_time` of a row is the mean over the steps since the previous row. The first row covers a single step, the
-    first step of the run.
+    first step of the run. A row of step 0 has only the measurements of the first look.
     """
+    rows = [row for row in rows if row["step"] > 0]
     if not rows or any("step_time" not in row for row in rows):
         return None
     previous_steps = [rows[0]["step"] - 1, *(row["step"] for row in rows)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ra_jax.flow.path import velocity_target
 from ra_jax.flow.regions import region_mean
 from ra_jax.rl.advantages import ADVANTAGE_LIMIT
+from ra_jax.rl.strength import PolicyStrength
 
 LOG_RATIO_LIMIT = 3.0  # ρ stays below e³
 
@@ -53,11 +54,10 @@ def contrast_policy_loss(
     log_ratio: jax.Array,
     advantages: jax.Array,
     anchor: jax.Array,
+    strength: PolicyStrength,
     *,
     clip_range: float,
     temperature: jax.Array | float,
-    pull: jax.Array | float,
-    anchor_weight: jax.Array | float,
     mean: Mean = jnp.mean,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss of the estimator `contrast`: a clipped surrogate to first order, and an anchor.
@@ -77,10 +77,9 @@ def contrast_policy_loss(
         log_ratio: ℓ_θ − ℓ_old, [B] float32.
         advantages: A [B]; no gradient flows into them.
         anchor: distance of the current policy from the reference, [B].
+        strength: κ (`pull`) and b (`anchor`).
         clip_range: ε.
         temperature: τ.
-        pull: κ.
-        anchor_weight: b.
         mean: mean over the global batch.
 
     Returns:
@@ -92,7 +91,7 @@ def contrast_policy_loss(
     surrogate, metrics = _clipped_surrogate(1.0 + log_ratio, advantages, clip_range, mean)
     distance = mean(anchor)
     metrics |= jax.lax.stop_gradient({"approx_kl": 0.5 * mean(log_ratio**2), "reference_distance": distance})
-    return pull * (temperature * surrogate + anchor_weight * distance), metrics
+    return strength.pull * (temperature * surrogate + strength.anchor * distance), metrics
 
 
 def _clipped_surrogate(

@@ -196,10 +196,9 @@ def policy_loss(
             log_ratio,
             advantages,
             output.anchor,
+            strength,
             clip_range=clip_range,
             temperature=temperature,
-            pull=strength.pull,
-            anchor_weight=strength.anchor,
             mean=mean,
         )
     loss, metrics = clipped_policy_loss(log_ratio, advantages, clip_range=clip_range, mean=mean)
@@ -231,3 +230,15 @@ def velocity_distance(
     """
     squared_difference = (velocity - jax.lax.stop_gradient(reference)) ** 2
     return mean(region_mean(squared_difference, repeat_rows(region, len(velocity) // len(region))))
+
+
+def norm_excess(velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean) -> jax.Array:
+    """Compute the mean over all points of max(‖v‖/‖v_ref‖ − 1, 0)², with ‖·‖² = mean_Ω (·)² (a scalar).
+
+    Reinforcement by the forward process makes velocities longer (NormGuard, 2606.27771). Shorter ones cost nothing.
+    The arguments are those of `velocity_distance`.
+    """
+    rows = repeat_rows(region, len(velocity) // len(region))
+    squared_norms = [region_mean(v**2, rows) for v in (velocity, jax.lax.stop_gradient(reference))]
+    ratio = jnp.sqrt(squared_norms[0] / squared_norms[1])
+    return mean(jnp.maximum(ratio - 1.0, 0.0) ** 2)

@@ -155,3 +155,32 @@ def choose_strength(table: StrengthTable, reward_weights: np.ndarray) -> float:
     weights = np.where(taught, reward_weights, 0.0)
     strength = (weights * gaps).sum() / (weights * table.advantage_covariances).sum()
     return float(min(strength, table.max_strength))
+
+
+def share_pushed_away(
+    advantages: np.ndarray,
+    sample_weights: np.ndarray,
+    base_density: np.ndarray,
+    policy_density: np.ndarray,
+    *,
+    base_weight: float,
+    policy_weight: float,
+) -> float:
+    """Compute for which share of (record, time) pairs the estimator `matching` has no fixed point.
+
+    At ρ = 1 the total loss of record i at time t is c_i(t)·‖v_θ − v*‖² with
+
+        c_i(t) = w_base·w_i·p_base(t) + (w_policy/τ)·A_i·p_policy(t)
+
+    Where c_i(t) < 0, the velocity is pushed away from the record without end. The clip only limits how fast.
+
+    Args:
+        advantages: A [R].
+        sample_weights: w [R], with mean 1.
+        base_density: p_base [T], the density of the base loss's times.
+        policy_density: p_policy [T] at the same times.
+        base_weight: w_base.
+        policy_weight: w_policy/τ.
+    """
+    pull = policy_weight * np.asarray(advantages)[:, None] * policy_density
+    return float((base_weight * np.asarray(sample_weights)[:, None] * base_density + pull < 0).mean())

@@ -1,5 +1,7 @@
 """Builds the settings of objective, rollouts and step, and the initial train state, from the configuration."""
 
+from dataclasses import replace
+
 import optax
 
 from ra_jax.config.settings import TrainConfig
@@ -18,11 +20,15 @@ def objective_settings(config: TrainConfig) -> ObjectiveSettings:
     losses = config.losses
     return ObjectiveSettings(
         guidance_scale=config.model.guidance_scale,
+        base_guidance_scale=(
+            config.model.guidance_scale if losses.base_guidance_scale is None else losses.base_guidance_scale
+        ),
         loss_region=losses.loss_region,
         base_loss_weight=losses.base_loss_weight,
         policy_loss_weight=losses.policy_loss_weight,
         diversity_loss_weight=losses.diversity_loss_weight,
         kl_weight=config.grpo.kl_weight,
+        norm_guard_weight=config.grpo.norm_guard_weight,
         policy=policy_settings(config) if config.uses_policy else None,
         sequential_timesteps=config.model.gradient_checkpointing == "points",
         dropout=config.experts.use_lora and config.experts.lora_dropout > 0,
@@ -38,9 +44,9 @@ def policy_settings(config: TrainConfig) -> PolicySettings:
         estimator=grpo.estimator,
         clip_range=grpo.clip_range,
         num_pairs=grpo.num_policy_timesteps,
-        time_fraction=grpo.policy_timestep_fraction,
+        time_fraction=config.policy_timestep_fraction,
         anchor_rest=(
-            grpo.estimator == "contrast" and grpo.policy_timestep_fraction < 1 and config.losses.base_loss_weight == 0
+            grpo.estimator == "contrast" and config.policy_timestep_fraction < 1 and config.losses.base_loss_weight == 0
         ),
         pull_temperature=INITIAL_TEMPERATURE if grpo.policy_temperature == "auto" else None,
         noise_level=config.rollouts.sde_noise_level,
@@ -96,13 +102,13 @@ def initial_state(
         strength: weights of the policy loss; None unless the estimator is contrast.
     """
     temperature = config.grpo.policy_temperature
-    return init_state(
+    state = init_state(
         trainable,
         optimizer,
         seed=config.run.seed,
         num_experts=config.experts.num_experts if config.experts.use_lora else 0,
         temperature=INITIAL_TEMPERATURE if temperature == "auto" else temperature,
-        strength=strength,
         with_old_params=config.uses_policy and config.mode == "human",
         with_ema=config.optimization.ema_decay > 0,
     )
+    return replace(state, strength=strength)

@@ -233,6 +233,7 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
         raise DataError(f"{config.data.train_json_path}: {error}") from None
     values = {"sample_weight": sample_weight}
     if config.grpo.enable_grpo_rewards:
+        warn_of_single_results(config, scenes)
         group_std = np.sqrt(group_means((rewards - group_means(rewards, scenes)) ** 2, scenes))
         values |= {
             "scores": scores,
@@ -242,6 +243,20 @@ def record_values(config: TrainConfig, records: Sequence[Record]) -> dict[str, n
             "zero_std_group": zero_std_groups(rewards, scenes).astype(np.float32),
         }
     return values
+
+
+def warn_of_single_results(config: TrainConfig, scenes: np.ndarray) -> None:
+    """Warn of scenes with one result; `scenes` [R] is the scene of each record."""
+    counts = np.bincount(scenes)
+    single, total = int((counts == 1).sum()), int((counts > 0).sum())
+    if single and config.uses_policy:
+        log.warning(
+            "%d of %d scenes (%.0f %%) have a single result: it is compared with the mean of all results, so that it "
+            "counts as good where the photo is easy; several results of each scene teach more",
+            single,
+            total,
+            100.0 * single / total,
+        )
 
 
 def single_record_loader(config: TrainConfig, records: Sequence[Record], loaded: LoadedModel) -> Loader:

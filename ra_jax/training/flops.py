@@ -11,6 +11,7 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import has_results
 from ra_jax.models.flux import FluxConfig
 from ra_jax.parallel.partitioning import named_leaves
+from ra_jax.training.build import objective_settings, policy_settings
 
 
 def attention_flops(config: FluxConfig, image_tokens: int, context_tokens: int) -> float:
@@ -95,7 +96,7 @@ class StepPasses:
     Attributes:
         records: number of records in the step's batch.
         policy_passes: number of policy passes per sample and update.
-        kl: whether each policy pass also needs a forward pass of the base, for the KL loss.
+        reference: whether each policy pass of a step's first update also needs a forward pass of the reference.
         old_policy_share: fraction of steps in which each policy pass also needs a forward pass of the old policy.
         updates: number of updates of the weights.
         samples: number of samples per condition.
@@ -105,7 +106,7 @@ class StepPasses:
 
     records: int
     policy_passes: int
-    kl: bool = False
+    reference: bool = False
     old_policy_share: float = 0.0
     updates: int = 1
     samples: int = 1
@@ -118,10 +119,11 @@ def step_flops(cost: ForwardCost, passes: StepPasses) -> float:
 
     Recomputation of activations and gradients of frozen weights do not count.
     """
-    policy_pass = cost.forward_and_backward + passes.kl * cost.base + passes.old_policy_share * cost.total
-    policy = policy_pass * passes.policy_passes * passes.samples
-    update = cost.forward_and_backward * passes.base_loss + policy
-    return passes.records * (passes.updates * update + passes.rollout_steps * passes.samples * cost.total)
+    policy_passes = passes.policy_passes * passes.samples
+    policy_pass = cost.forward_and_backward + passes.old_policy_share * cost.total
+    update = cost.forward_and_backward * passes.base_loss + policy_pass * policy_passes
+    once = cost.base * passes.reference * policy_passes + cost.total * passes.rollout_steps * passes.samples
+    return passes.records * (passes.updates * update + once)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,13 @@ class ModelSizes:
     image_tokens: int
 
 
+def points_per_sample(config: TrainConfig) -> int:
+    """Return the number of points (x_t, t) at which the policy loss evaluates a sample."""
+    if config.grpo.estimator == "sde":
+        return config.rollouts.sde_window
+    return config.grpo.num_policy_timesteps + policy_settings(config).anchor_rest
+
+
 def flops_from_config(
     config: TrainConfig, sizes: ModelSizes, batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array], step: int
 ) -> float:
@@ -153,8 +162,7 @@ def flops_from_config(
         step: number of the step, from 0.
     """
     height, width = batch["mask"].shape[-2:]
-    automatic, sde = config.mode == "automatic", config.grpo.estimator == "sde"
-    policy_passes = config.rollouts.sde_window if sde else config.grpo.num_policy_timesteps
+    automatic = config.mode == "automatic"
     has_policy_loss = config.uses_policy and (not automatic or config.rollouts.due(step))
     tokens = 2 * height * width // sizes.token_side**2, config.model.max_sequence_length + sizes.image_tokens
     experts = {name: x.shape for name, x in named_leaves(sizes.trainable).items() if config.experts.use_lora}
@@ -166,8 +174,8 @@ def flops_from_config(
     )
     passes = StepPasses(
         records=config.run.train_batch_size * config.run.gradient_accumulation_steps,
-        policy_passes=policy_passes if has_policy_loss else 0,
-        kl=config.grpo.kl_weight > 0.0,
+        policy_passes=points_per_sample(config) if has_policy_loss else 0,
+        reference=objective_settings(config).uses_reference,
         old_policy_share=0.0 if automatic else 1.0 - 1.0 / config.grpo.policy_sync_steps,
         updates=config.updates,
         samples=config.rollouts.num_generations if automatic else 1,

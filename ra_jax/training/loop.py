@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ra_jax.checkpoints import BEST_DIR, Checkpoints
+from ra_jax.checkpoints import BEST_DIR, Checkpoints, checkpoint_bytes
 from ra_jax.config.parse import to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
@@ -133,6 +134,25 @@ class RunCheckpoints:
         if self._best is not None:
             self._best.delete_after(setup.first_step)
         self._unshard = setup.partitioner.unshard
+        if is_main_process():
+            self._describe_room(config, setup)
+
+    def _describe_room(self, config: TrainConfig, setup: Setup) -> None:
+        """Log the size of a checkpoint, and warn if those that the run keeps do not fit the disk."""
+        size = checkpoint_bytes(self._unshard(setup.state))
+        free = shutil.disk_usage(setup.output).free
+        limit, interval = config.run.checkpoints_total_limit, config.run.checkpointing_steps or setup.total_steps
+        remaining = -(-(setup.total_steps - setup.first_step) // interval)
+        # While a checkpoint is written, the one that it replaces is still there.
+        count = (remaining if limit is None else min(remaining, limit + 1)) + 2 * (self._best is not None)
+        message = "a checkpoint takes %.3g GB, and the run needs room for up to %d; %s has %.3g GB free"
+        if count * size <= free:
+            log.info(message, size / 1e9, count, setup.output, free / 1e9)
+            return
+        log.warning(
+            f"{message}: raise --checkpointing_steps, or lower --checkpoints_total_limit or --lora_rank",
+            *(size / 1e9, count, setup.output, free / 1e9),
+        )
 
     def save(self, steps_done: int, state: TrainState, *, regular: bool, best: bool) -> None:
         """Start to save the state after `steps_done` steps: as a regular checkpoint, as the best one, or both."""

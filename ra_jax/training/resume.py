@@ -295,8 +295,7 @@ def make_reference(config: TrainConfig, trainable: Weights, resume_from: Path | 
     Raises:
         CheckpointError: a run that started with other experts is resumed, but their copy is missing.
     """
-    settings = objective_settings(config)
-    if settings.policy is None or not (settings.policy.uses_reference or settings.kl_weight):
+    if not objective_settings(config).uses_reference:
         return None
     if not config.experts.use_lora:
         dtype = model_options(config).dtype

@@ -19,7 +19,6 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
-from ra_jax.data.records import Record
 from ra_jax.errors import ConfigError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
@@ -34,6 +33,7 @@ from ra_jax.parallel.partitioner import Partitioner, make_partitioner
 from ra_jax.parallel.processes import barrier, is_main_process
 from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
 from ra_jax.rewards.registry import RewardInputs
+from ra_jax.rl.strength import PolicyStrength
 from ra_jax.training.agreement import check_same_plan, run_signature
 from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import (
@@ -64,7 +64,13 @@ from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 from ra_jax.training.step.train_step import make_train_step
-from ra_jax.training.strength import initial_strength, loss_weights, measured_strength
+from ra_jax.training.strength import (
+    given_strength,
+    loss_weights,
+    strength_from_rollouts,
+    strength_from_scores,
+    warn_of_matching,
+)
 
 log = logging.getLogger(__name__)
 
@@ -181,32 +187,27 @@ def set_up(config: TrainConfig) -> Setup:
     check_same_plan({"base model": loaded.fingerprint})
     schedule = FlowSchedule.from_folder(loaded.folder)
     check_noisy_steps(config, data.buckets, schedule, loaded)
+    warn_of_matching(config, data, schedule, loaded.model.size_multiple)
     loader = training_loader(config, data, loaded, rows)
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
+    objective, step = Objective(loaded.model, schedule, objective_settings(config)), step_settings(config, rewards)
     trainable = initial_params(config, loaded)
     reference = make_reference(config, trainable, resume_from)
-    make_state = partial(initial_state, config, optimizer, strength=initial_strength(config, data))
-    state, first_step = partitioner.init(make_state, trainable), 0
+    strength = given_strength(config, has_results=data.has_target)
+    state, first_step = partitioner.init(partial(initial_state, config, optimizer, strength=strength), trainable), 0
     if resume_from is not None:
         weights = loss_weights(config, has_results=data.has_target)
         state, first_step = restore_state(resume_from, state, loaded.fingerprint, config, weights)
-    objective = Objective(loaded.model, schedule, objective_settings(config))
-    step = step_settings(config, rewards)
-    if config.mode == "automatic" and state.strength is not None and resume_from is None:
-        scenes = single_record_loader(config, strength_records(config, data), loaded)
+    elif strength is not None:
         with partitioner.scope():
-            strength = measured_strength(config, objective, step.rollouts, scenes, state, loaded.frozen)
-        state = replace(state, strength=strength)
+            state = replace(state, strength=choose_initial_strength(config, data, loaded, objective, step, state))
     looks = make_looks(config, output, data, loaded, schedule)
     held_out = HeldOut(looks, make_guard(config, data, loaded, objective), config.run.patience)
     if first_step:
         held_out.restore(output, first_step)
     prepare_output_dir_once(config, output, keep=resume_from is not None)
-    if reference is not None:
-        if config.experts.use_lora:
-            save_reference(output, reference, loaded.fingerprint, to_flat_dict(config))
-        loaded = replace(loaded, frozen=loaded.frozen | {"reference": reference})
+    loaded = add_reference(config, output, loaded, reference)
     shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
     return Setup(
         output=output,
@@ -228,6 +229,15 @@ def set_up(config: TrainConfig) -> Setup:
         total_steps=total_steps,
         held_out=held_out,
     )
+
+
+def add_reference(config: TrainConfig, output: Path, loaded: LoadedModel, reference: Weights | None) -> LoadedModel:
+    """Add the weights of the reference to the frozen weights, and keep those of experts in the run's folder."""
+    if reference is None:
+        return loaded
+    if config.experts.use_lora:
+        save_reference(output, reference, loaded.fingerprint, to_flat_dict(config))
+    return replace(loaded, frozen=loaded.frozen | {"reference": reference})
 
 
 def prepare_output_dir_once(config: TrainConfig, output: Path, *, keep: bool) -> None:
@@ -304,14 +314,26 @@ def build_rewards(
     return tuple(check_reward(reward, *inputs) for reward in rewards)
 
 
-def strength_records(config: TrainConfig, data: RunData) -> list[Record]:
-    """Return the records whose rollouts are measured to choose the strength: held-out ones, if the rewards fit them.
+def choose_initial_strength(
+    config: TrainConfig,
+    data: RunData,
+    loaded: LoadedModel,
+    objective: Objective,
+    step: StepSettings,
+    state: TrainState,
+) -> PolicyStrength:
+    """Choose the strength of the policy from the scores of the records, or from rollouts in automatic mode.
 
-    Rewards that compare with a result need records that have one.
+    The rollouts are of held-out scenes if the rewards fit them: rewards that compare with a result need records that
+    have one.
     """
+    if config.mode == "human":
+        return strength_from_scores(config, data)
     fit = (data.held_out[0].result is not None) == data.has_target
     records = data.held_out if fit else data.records
-    return choose_scenes(records, config.grpo.reward_weights, config.logging.validation_scenes)
+    records = choose_scenes(records, config.grpo.reward_weights, config.logging.validation_scenes)
+    loader = single_record_loader(config, records, loaded)
+    return strength_from_rollouts(config, objective, step.rollouts, loader, state, loaded.frozen)
 
 
 def check_noisy_steps(config: TrainConfig, buckets: Sequence[Size], schedule: FlowSchedule, loaded: LoadedModel):

@@ -15,6 +15,7 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.loader import Loader
 from ra_jax.data.scores import SCORE_NAMES
 from ra_jax.errors import DataError
+from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.partitioner import fetch
 from ra_jax.rl.advantages import group_advantages
@@ -24,8 +25,10 @@ from ra_jax.rl.strength import (
     StrengthTable,
     choose_strength,
     policy_weights,
+    share_pushed_away,
     strength_table,
 )
+from ra_jax.training.build import INITIAL_TEMPERATURE
 from ra_jax.training.dataset import RunData
 from ra_jax.training.step.encode import LossContext, encode
 from ra_jax.training.step.generation import generate_samples
@@ -47,21 +50,14 @@ def given_strength(config: TrainConfig, *, has_results: bool) -> PolicyStrength 
     return policy_weights(1.0 if strength == "auto" else strength, loss_weights(config, has_results=has_results))
 
 
-def initial_strength(config: TrainConfig, data: RunData) -> PolicyStrength | None:
-    """Return the weights of the policy loss before step 0; None unless the estimator is contrast.
-
-    In human mode the strength is chosen from the scores of the records (`--policy_strength auto`), and the table of
-    predicted movements is printed. In automatic mode `measured_strength` follows later.
-    """
-    given = given_strength(config, has_results=data.has_target)
-    if given is None or config.mode != "human":
-        return given
+def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
+    """Return the weights of the policy loss of human mode, and print the table of predicted movements."""
     values, weights = data.values, loss_weights(config, has_results=data.has_target)
     table = strength_table(SCORE_NAMES, values["scores"], values["advantage"], values["sample_weight"], weights)
     return _choose(config, table, config.grpo.reward_weights, weights, config.data.train_json_path)
 
 
-def measured_strength(
+def strength_from_rollouts(
     config: TrainConfig,
     objective: Objective,
     rollouts: RolloutSettings,
@@ -96,6 +92,36 @@ def measured_strength(
     table = strength_table(names, scores, advantages, np.ones(len(scores)), weights)
     source = f"{len(scores)} rollouts of {loader.batches_per_epoch} scenes"
     return _choose(config, table, rollouts.reward_weights, weights, source)
+
+
+def warn_of_matching(config: TrainConfig, data: RunData, schedule: FlowSchedule, token_side: int) -> None:
+    """Warn at the start of a run of the estimator `matching` that its loss has no minimum for some of the records.
+
+    Args:
+        config: the run's configuration.
+        data: the run's data.
+        schedule: times of the base loss.
+        token_side: side of a token in pixels.
+    """
+    if not config.uses_policy or config.grpo.estimator != "matching" or config.mode != "human":
+        return
+    fraction, temperature = config.policy_timestep_fraction, config.grpo.policy_temperature
+    tokens = max(2 * height * width for height, width in data.buckets) // token_side**2
+    times = 1.0 - fraction * (np.arange(64) + 0.5) / 64
+    share = share_pushed_away(
+        data.values["advantage"],
+        data.values["sample_weight"],
+        schedule.training_density(times, tokens),
+        np.full(64, 1.0 / fraction),
+        base_weight=config.losses.base_loss_weight,
+        policy_weight=config.losses.policy_loss_weight
+        / (INITIAL_TEMPERATURE if temperature == "auto" else temperature),
+    )
+    log.warning(
+        "policy_estimator matching pushes the model away from %.0f %% of the (result, time) pairs, without a limit: a "
+        "long run leaves the data. Watch held_out_reward, or use the estimator contrast, which comes to rest",
+        100 * share,
+    )
 
 
 def loss_weights(config: TrainConfig, *, has_results: bool) -> LossWeights:

@@ -195,7 +195,7 @@ def make_our_step(geometry: Geometry, experts: int, rank: int, remat: str):
     config = from_flat_dict({"train_json_path": "none is read", "output_dir": "none is written"})  # a standard step
     objective = Objective(model, FlowSchedule(), objective_settings(config))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    options = {"seed": 0, "num_experts": experts, "temperature": 0.1, "strength": None}
+    options = {"seed": 0, "num_experts": experts, "temperature": 0.1}
     options |= {"with_old_params": False, "with_ema": False}
     state = jax.jit(lambda trainable: init_state(trainable, optimizer, **options))(trainable)
     program = StepDefinition(objective, optimizer, step_settings(config, ()))

@@ -77,6 +77,7 @@ def generate_removals(
     experts: Path | Weights | None = None,
     *,
     num_inference_steps: int,
+    seed: int = 0,
 ) -> np.ndarray:
     """Generate images [S, h, w, 3] of the scenes without their objects. They are not blended with the source.
 
@@ -87,6 +88,7 @@ def generate_removals(
         scenes: S scenes.
         experts: a run's output folder, a checkpoint folder, or weights as in `LoadedModel.trainable`. None: the base.
         num_inference_steps: Euler steps.
+        seed: seed of the noise.
     """
     loaded = load_base(fill, redux, config)
     if experts is None:
@@ -96,7 +98,7 @@ def generate_removals(
     remove = _compile_remover(fill, redux, config, num_inference_steps)
     panels = make_panels(scenes, loaded.preprocess)
     count, height, width = panels["mask"].shape
-    keys = example_keys(stream_key(0, "held-out"), jnp.arange(count))
+    keys = example_keys(stream_key(seed, "held-out"), jnp.arange(count))
     noise = initial_noise(loaded.model, keys, height, width)
     images = []
     for first in range(0, count, BATCH_SIZE):

@@ -72,7 +72,7 @@ CONTRADICTIONS = [
     (["--base_precision", "int8"], "base_precision = int8 without use_lora"),
     (["--report_to", "none", "tensorboard"], "none cannot be combined with trackers"),
     (["--kl_weight", "0.5"], "kl_weight = 0.5 without a policy loss"),
-    ([*GRPO, "--kl_weight", "0.5"], "kl_weight = 0.5 without use_lora"),
+    (["--norm_guard_weight", "0.5"], "norm_guard_weight = 0.5 without a policy loss"),
     (["--num_processes", "2"], "num_processes without coordinator_address and process_id: give --coordinator_address"),
     (
         ["--coordinator_address", "a:1", "--num_processes", "2", "--process_id", "2"],

@@ -5,12 +5,12 @@ from ra_jax.training.flops import ForwardCost, StepPasses, attention_flops, expe
 
 
 def test_human_scored_step():
-    """3 records. Each takes 1 + 4 trained passes, which cost two forward passes each, and 4 forward passes of the base.
+    """3 records. Each takes 1 + 4 trained passes, which cost two forward passes each, and 4 passes of the reference.
 
     In 7 of 8 steps it also takes 4 forward passes of the old policy.
     """
     cost = ForwardCost(base=10.0, attention=0.0)
-    passes = StepPasses(records=3, policy_passes=4, kl=True, old_policy_share=7 / 8)
+    passes = StepPasses(records=3, policy_passes=4, reference=True, old_policy_share=7 / 8)
     assert step_flops(cost, passes) == 30 * (5 * 2 + 3.5 + 4)
     whole = ForwardCost(base=10.0, attention=0.0, full_fine_tuning=True)
     assert step_flops(whole, StepPasses(records=3, policy_passes=0)) == 30 * 3
@@ -24,7 +24,9 @@ def test_automatic_step():
     cost = ForwardCost(base=10.0, attention=0.0)
     count = {"records": 3, "samples": 8, "rollout_steps": 6, "updates": 2, "policy_passes": 4}
     assert step_flops(cost, StepPasses(**count)) == 30 * (8 * 6 + 2 * (2 + 8 * 4 * 2))
-    assert step_flops(cost, StepPasses(**count, kl=True, base_loss=False)) == 30 * (8 * 6 + 2 * 8 * 4 * 3)
+    assert step_flops(cost, StepPasses(**count, reference=True, base_loss=False)) == 30 * (
+        8 * 6 + 2 * 8 * 4 * 2 + 8 * 4
+    )
 
 
 def test_attention():
@@ -41,9 +43,9 @@ def test_attention():
 
 
 def test_experts():
-    """The experts' products count once per forward pass and twice more in a backward pass, but not in passes for KL."""
+    """The experts' products count in a forward pass, twice more in a backward pass, and not in the reference's."""
     cost = ForwardCost(base=10.0, attention=0.0, experts=1.0)
-    flops = step_flops(cost, StepPasses(records=3, policy_passes=4, kl=True, old_policy_share=7 / 8))
+    flops = step_flops(cost, StepPasses(records=3, policy_passes=4, reference=True, old_policy_share=7 / 8))
     assert flops == 3 * (5 * (2 * 11 + 1) + 3.5 * 11 + 4 * 10)
     shapes = {
         "transformer_blocks/attn/to_q/lora_a": (2, 4, 3),

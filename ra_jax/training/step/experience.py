@@ -108,8 +108,7 @@ def evaluate_reference(
     objective: Objective, state: TrainState, context: LossContext, samples: Sample
 ) -> jax.Array | None:
     """Compute `Objective.reference_velocity` of every sample, [G, R, N, 4C]; None if the loss does not depend on it."""
-    settings = objective.settings
-    if not (settings.policy.uses_reference or settings.kl_weight):
+    if not objective.settings.uses_reference:
         return None
 
     def evaluate_sample(_, sample: Sample):

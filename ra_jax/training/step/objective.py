@@ -1,6 +1,6 @@
 """The loss of a step, term by term.
 
-    total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖²
+    total = w_base·base + w_policy·policy + w_diversity·diversity + w_kl·mean_Ω ‖v_θ − v_ref‖² + w_norm·norm_excess
 
 v_ref is the velocity of the reference: of the base without experts, or of the weights that the run started with, if
 they are not the base (`reference_velocity`). The diversity term is computed once over all microbatches of a
@@ -24,7 +24,15 @@ from ra_jax.models.router import diversity_loss
 from ra_jax.parallel.collectives import all_mean, all_sum
 from ra_jax.rl.estimators import MatchingCache, TransitionCache, repeat_rows
 from ra_jax.rl.losses import flow_matching_error
-from ra_jax.rl.policy import OldPolicy, PolicyOutput, evaluate_policy, policy_cache, policy_loss, velocity_distance
+from ra_jax.rl.policy import (
+    OldPolicy,
+    PolicyOutput,
+    evaluate_policy,
+    norm_excess,
+    policy_cache,
+    policy_loss,
+    velocity_distance,
+)
 from ra_jax.rl.rollouts import Sample
 from ra_jax.training.step.encode import EncodedBatch, LossContext, group_keys
 from ra_jax.training.step.settings import ObjectiveSettings
@@ -58,9 +66,18 @@ class Objective:
         """Compute `all_sum`, the sum over the replicas."""
         return all_sum(x, self.axis_name)
 
-    def velocity(self, trainable, frozen: Weights, x, t, condition: Condition, adapter: Adapter) -> jax.Array:
-        """Compute v_θ(x_t, t, c) [R, N, 4C] at the run's guidance scale."""
-        guidance_scale = self.settings.guidance_scale
+    def velocity(
+        self,
+        trainable,
+        frozen: Weights,
+        x,
+        t,
+        condition: Condition,
+        adapter: Adapter,
+        guidance_scale: float | None = None,
+    ) -> jax.Array:
+        """Compute v_θ(x_t, t, c) [R, N, 4C], by default at the run's guidance scale."""
+        guidance_scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         return self.model.velocity(trainable, frozen, x, t, condition, adapter=adapter, guidance_scale=guidance_scale)
 
     def sample_noise(
@@ -88,7 +105,9 @@ class Objective:
         noise, t, dropout_keys = self.sample_noise(batch, encoded.clean, context.seed, update)
         adapter = Adapter(gates, dropout_keys if self.settings.dropout else None)
         x = interpolate(encoded.clean, noise, t)
-        predicted = self.velocity(trainable, context.frozen, x, t, encoded.condition, adapter)
+        predicted = self.velocity(
+            trainable, context.frozen, x, t, encoded.condition, adapter, self.settings.base_guidance_scale
+        )
         errors = flow_matching_error(predicted, encoded.clean, noise, encoded.region)
         loss = self.mean(batch["sample_weight"] * errors)
         return self.settings.base_loss_weight * loss, {"base_loss": loss}
@@ -180,7 +199,7 @@ class Objective:
         *,
         on_policy: jax.Array,
     ) -> tuple[jax.Array, tuple[Metrics, OldPolicy]]:
-        """Compute w_policy·policy + w_kl·mean_Ω ‖v_θ − v_ref‖² for one sample of each condition.
+        """Compute w_policy·policy + w_kl·mean_Ω ‖v_θ − v_ref‖² + w_norm·norm_excess for one sample of each condition.
 
         With the estimator contrast, w_policy·policy is the whole `losses.contrast_policy_loss`.
 
@@ -213,6 +232,10 @@ class Objective:
         if settings.policy.estimator == "contrast":  # κ has the factor w_policy already
             loss /= settings.policy_loss_weight
         total, metrics = settings.policy_loss_weight * loss, metrics | {"policy_loss": loss}
+        if settings.norm_guard_weight:
+            excess = norm_excess(output.velocity, reference, context.encoded.region, self.mean)
+            total += settings.norm_guard_weight * excess
+            metrics["norm_guard_loss"] = excess
         if settings.kl_weight:
             kl = velocity_distance(output.velocity, reference, context.encoded.region, self.mean)
             total += settings.kl_weight * kl

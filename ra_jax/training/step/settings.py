@@ -19,11 +19,13 @@ class ObjectiveSettings:
 
     Attributes:
         guidance_scale: guidance scale that the network embeds.
+        base_guidance_scale: the same for the base loss.
         loss_region: the region Ω, one of `flow.regions.LOSS_REGIONS`.
         base_loss_weight: w_base.
         policy_loss_weight: w_policy.
         diversity_loss_weight: w_diversity.
         kl_weight: w_kl.
+        norm_guard_weight: w_norm.
         policy: settings of the policy term; None without this term. It needs rewards and `--enable_grpo_loss`.
         sequential_timesteps: whether the points (x_t, t) of a log-probability are computed one after another. This
             needs the memory of only one point, but one more forward pass per point.
@@ -33,16 +35,24 @@ class ObjectiveSettings:
     """
 
     guidance_scale: float
+    base_guidance_scale: float
     loss_region: str
     base_loss_weight: float
     policy_loss_weight: float
     diversity_loss_weight: float
     kl_weight: float
+    norm_guard_weight: float
     policy: PolicySettings | None
     sequential_timesteps: bool
     dropout: bool
     routing_decay: float
     routing_specialization: float
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss depends on the velocity of the reference."""
+        weights = self.kl_weight + self.norm_guard_weight
+        return self.policy is not None and (self.policy.uses_reference or weights > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

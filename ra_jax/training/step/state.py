@@ -64,11 +64,10 @@ def init_state(
     seed: int,
     num_experts: int,
     temperature: float,
-    strength: PolicyStrength | None,
     with_old_params: bool,
     with_ema: bool,
 ) -> TrainState:
-    """Create the state before step 0.
+    """Create the state before step 0, without a strength.
 
     The old policy and the averaged weights are copies in memory, because the state is donated to each step, and a
     buffer can be donated only once.
@@ -79,7 +78,6 @@ def init_state(
         seed: seed of the run.
         num_experts: E; 0 without experts.
         temperature: initial τ.
-        strength: weights of the policy loss; None unless the estimator is contrast.
         with_old_params: whether the state has a separate old policy.
         with_ema: whether the weights are averaged.
     """
@@ -94,7 +92,7 @@ def init_state(
         ema=copy_trainable() if with_ema else None,
         router_mean=jnp.full((num_experts,), 1.0 / num_experts, jnp.float32) if num_experts else None,
         temperature=jnp.asarray(temperature, jnp.float32),
-        strength=strength,
+        strength=None,
         clip_at_sync=jnp.full((), jnp.nan, jnp.float32),  # not measured yet
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.int32),
