@@ -32,7 +32,7 @@ from ra_jax.training.resume import make_reference
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.train_step import make_train_step
-from ra_jax.training.strength import given_strength
+from ra_jax.training.strength import given_strength, loss_weights
 
 # Flag -> the only hub model that the flag may name here. `FLUX_FILL_DEV` has the sizes of both models.
 KNOWN_MODELS = {
@@ -120,7 +120,7 @@ def build_abstract_step(config: TrainConfig, devices: list[jax.Device]) -> Abstr
     check_buckets(parse_buckets(config.data.aspect_ratio_buckets), model.size_multiple)
     optimizer, _ = build_optimizer(config.optimization, config.run.max_train_steps or 1000, config.updates)
     has_results = needs_result(config)
-    strength = given_strength(config, has_results=has_results)
+    strength = given_strength(config, loss_weights(config, has_results=has_results))
     state = jax.eval_shape(partial(initial_state, config, optimizer, strength=strength), trainable)
     reference = jax.eval_shape(partial(make_reference, config, resume_from=None), trainable)
     if reference is not None:

@@ -192,14 +192,13 @@ def set_up(config: TrainConfig) -> Setup:
     total_steps = config.total_steps(loader.batches_per_epoch * config.run.gradient_accumulation_steps)
     optimizer, learning_rate = build_optimizer(config.optimization, total_steps, config.updates)
     objective, step = Objective(loaded.model, schedule, objective_settings(config)), step_settings(config, rewards)
-    trainable = initial_params(config, loaded)
+    trainable, weights = initial_params(config, loaded), loss_weights(config, has_results=data.has_target)
     reference = make_reference(config, trainable, resume_from)
-    strength = given_strength(config, has_results=data.has_target)
-    state, first_step = partitioner.init(partial(initial_state, config, optimizer, strength=strength), trainable), 0
+    make_state = partial(initial_state, config, optimizer, strength=given_strength(config, weights))
+    state, first_step = partitioner.init(make_state, trainable), 0
     if resume_from is not None:
-        weights = loss_weights(config, has_results=data.has_target)
         state, first_step = restore_state(resume_from, state, loaded.fingerprint, config, weights)
-    elif strength is not None:
+    elif state.strength is not None:
         with partitioner.scope():
             state = replace(state, strength=choose_initial_strength(config, data, loaded, objective, step, state))
     looks = make_looks(config, output, data, loaded, schedule)

@@ -39,7 +39,7 @@ from ra_jax.training.step.state import TrainState
 log = logging.getLogger(__name__)
 
 
-def given_strength(config: TrainConfig, *, has_results: bool) -> PolicyStrength | None:
+def given_strength(config: TrainConfig, weights: LossWeights) -> PolicyStrength | None:
     """Return the weights of the policy loss for --policy_strength; None unless the estimator is contrast.
 
     Before `auto` has chosen a strength, it is 1.
@@ -47,7 +47,7 @@ def given_strength(config: TrainConfig, *, has_results: bool) -> PolicyStrength 
     if not config.uses_policy or config.grpo.estimator != "contrast":
         return None
     strength = config.grpo.policy_strength
-    return policy_weights(1.0 if strength == "auto" else strength, loss_weights(config, has_results=has_results))
+    return policy_weights(1.0 if strength == "auto" else strength, weights)
 
 
 def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:

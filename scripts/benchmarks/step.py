@@ -45,7 +45,7 @@ from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
 from ra_jax.training.step.state import TrainState
 from ra_jax.training.step.train_step import StepDefinition, learn, make_train_step
-from ra_jax.training.strength import given_strength
+from ra_jax.training.strength import given_strength, loss_weights
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Step:
         abstract_step = build_abstract_step(config, jax.devices()[:1])
         state, frozen, batch = abstract_step.arguments
         trainable, frozen = random_weights((state.trainable, frozen), jax.random.key(0))
-        strength = given_strength(config, has_results="result" in batch)
+        strength = given_strength(config, loss_weights(config, has_results="result" in batch))
         batch = {name: draw_field(name, x) for name, x in batch.items()}
         state = jax.jit(partial(initial_state, config, abstract_step.optimizer, strength=strength))(trainable)
         optimizer, settings = abstract_step.optimizer, abstract_step.settings
