@@ -163,9 +163,9 @@ class GRPOConfig:
     # Weight of a penalty on velocities that are longer than the reference's (at least 0). 0: off.
     norm_guard_weight: Annotated[float, at_least(0)] = 0.0
     # Fraction of the noise schedule, counted from its noisy end, from which the times of num_policy_timesteps are drawn
-    # (greater than 0 and at most 1). auto: 0.7; 0.5 for the estimator contrast with automatic rewards, because its pull
-    # would feed on itself where generated images are nearly clean.
-    policy_timestep_fraction: Annotated[float | Literal["auto"], above_and_at_most(0, 1)] = "auto"
+    # (greater than 0 and at most 1). With automatic rewards keep it below 1 for the estimator contrast: its pull feeds
+    # on itself where generated images are nearly clean.
+    policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
     # Weight of the squared distance between the velocities of the trained model and of the base (at least 0). 0: off.
     kl_weight: Annotated[float, at_least(0)] = 0.0
     # Weight of the removal score in the reward (at least 0).
@@ -404,13 +404,6 @@ class TrainConfig:
     def uses_policy(self) -> bool:
         """Whether the total loss has a policy term."""
         return self.grpo.use_grpo and self.grpo.enable_grpo_rewards and self.grpo.enable_grpo_loss
-
-    @property
-    def policy_timestep_fraction(self) -> float:
-        """Fraction of the noise schedule from which the policy's times are drawn, with `auto` replaced."""
-        if self.grpo.policy_timestep_fraction != "auto":
-            return self.grpo.policy_timestep_fraction
-        return 0.5 if self.mode == "automatic" and self.grpo.estimator == "contrast" else 0.7
 
     @property
     def adapts_temperature(self) -> bool:

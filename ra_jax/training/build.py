@@ -44,9 +44,9 @@ def policy_settings(config: TrainConfig) -> PolicySettings:
         estimator=grpo.estimator,
         clip_range=grpo.clip_range,
         num_pairs=grpo.num_policy_timesteps,
-        time_fraction=config.policy_timestep_fraction,
+        time_fraction=grpo.policy_timestep_fraction,
         anchor_rest=(
-            grpo.estimator == "contrast" and config.policy_timestep_fraction < 1 and config.losses.base_loss_weight == 0
+            grpo.estimator == "contrast" and grpo.policy_timestep_fraction < 1 and config.losses.base_loss_weight == 0
         ),
         pull_temperature=INITIAL_TEMPERATURE if grpo.policy_temperature == "auto" else None,
         noise_level=config.rollouts.sde_noise_level,

@@ -224,10 +224,12 @@ class HeldOut:
         return Judgment(metrics, self.record.save(step, look.reward), ending)
 
     def restore(self, output: Path, first_step: int) -> None:
-        """In a resumed run, restore the state from the rows of metrics.jsonl up to `first_step`, and from `best/`.
+        """Restore the state from the rows of metrics.jsonl up to `first_step`, and from `best/`, if a run is resumed.
 
-        Process 0 reads them, and all processes get the same state.
+        Process 0 reads them, and all processes get the same state. A run that starts at step 0 has nothing to restore.
         """
+        if first_step == 0:
+            return
         values = np.zeros(len(vars(self.record)) + 1)
         if is_main_process():
             file = output / METRICS_FILE  # missing if the run goes on in another folder

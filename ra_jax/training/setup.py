@@ -203,15 +203,13 @@ def set_up(config: TrainConfig) -> Setup:
             state = replace(state, strength=choose_initial_strength(config, data, loaded, objective, step, state))
     looks = make_looks(config, output, data, loaded, schedule)
     held_out = HeldOut(looks, make_guard(config, data, loaded, objective), config.run.patience)
-    if first_step:
-        held_out.restore(output, first_step)
+    held_out.restore(output, first_step)
     prepare_output_dir_once(config, output, keep=resume_from is not None)
     loaded = add_reference(config, output, loaded, reference)
-    shapes = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
     return Setup(
         output=output,
         partitioner=partitioner,
-        loaded=replace(loaded, trainable=shapes[0], frozen=shapes[1]),  # arrays would be a second copy in memory
+        loaded=without_arrays(loaded),
         frozen=partitioner.shard(prepare_frozen(loaded.frozen)),
         loader=loader,
         parts=batch_parts(config, results=data.has_target, latents=data.latents),
@@ -228,6 +226,12 @@ def set_up(config: TrainConfig) -> Setup:
         total_steps=total_steps,
         held_out=held_out,
     )
+
+
+def without_arrays(loaded: LoadedModel) -> LoadedModel:
+    """Replace the weights by their shapes; the arrays would be a second copy in memory."""
+    trainable, frozen = jax.eval_shape(lambda *x: x, loaded.trainable, loaded.frozen)
+    return replace(loaded, trainable=trainable, frozen=frozen)
 
 
 def add_reference(config: TrainConfig, output: Path, loaded: LoadedModel, reference: Weights | None) -> LoadedModel:

@@ -105,7 +105,7 @@ def warn_of_matching(config: TrainConfig, data: RunData, schedule: FlowSchedule,
     """
     if not config.uses_policy or config.grpo.estimator != "matching" or config.mode != "human":
         return
-    fraction, temperature = config.policy_timestep_fraction, config.grpo.policy_temperature
+    fraction, temperature = config.grpo.policy_timestep_fraction, config.grpo.policy_temperature
     tokens = max(2 * height * width for height, width in data.buckets) // token_side**2
     times = 1.0 - fraction * (np.arange(64) + 0.5) / 64
     share = share_pushed_away(
