@@ -10,7 +10,7 @@ import pytest
 
 from ra_jax.rl.estimators import MatchingCache, repeat_rows
 from ra_jax.rl.losses import nft_loss, optimality
-from ra_jax.rl.policy import PolicySettings, evaluate_policy, policy_cache, policy_loss, velocity_distance
+from ra_jax.rl.policy import PolicySettings, evaluate_policy, norm_excess, policy_cache, policy_loss, velocity_distance
 from ra_jax.rl.rollouts import Sample
 from ra_jax.rl.strength import PolicyStrength
 
@@ -263,3 +263,10 @@ def test_velocity_distance_is_the_mean_square_over_the_region_of_each_record():
     ours = velocity_distance(jnp.asarray(velocities), jnp.zeros_like(velocities), jnp.asarray(region))
     cells = [(velocities[row, row // 2].reshape(C4 // 4, 4)[:, 0] ** 2).mean() for row in range(2 * B)]
     assert float(ours) == pytest.approx(np.mean(cells), rel=1e-5)
+
+
+def test_norm_excess_penalizes_only_velocities_longer_than_the_reference():
+    reference = jnp.ones((2 * B, N, C4))
+    factors = jnp.asarray([0.5, 1.0, 1.5, 2.0, 0.1, 1.1])
+    excess = norm_excess(factors[:, None, None] * reference, reference, REGION)
+    assert float(excess) == pytest.approx(np.mean(np.maximum(np.asarray(factors) - 1, 0) ** 2), rel=1e-4)

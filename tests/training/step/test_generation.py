@@ -48,7 +48,7 @@ def generate(setup, batch, **changes):
     @jax.jit
     def run(state, frozen, batch):
         encoded = encode(setup.loaded.model, frozen, batch, "balanced")
-        context = LossContext(frozen, batch, encoded, state.seed, state.temperature)
+        context = LossContext(frozen, batch, encoded, state.seed, state.temperature, state.strength)
         return encoded, *generate_samples(setup.objective, settings, state, context)
 
     return Rollout(setup, batch, *run(setup.state, setup.frozen, batch))

@@ -182,6 +182,12 @@ def test_accumulation_does_not_change_diversity_loss_and_reward_metrics(make_con
     assert np.abs(np.asarray(whole.state.router_mean) - 1 / 3).max() > 1e-3
 
 
+def test_the_distance_from_the_reference_and_the_norm_guard_start_at_zero(make_config):
+    metrics = run_config(make_config(norm_guard_weight=1.0, learning_rate=0.1), 3).metrics
+    assert metrics[0]["reference_distance"] == metrics[0]["norm_guard_loss"] == 0.0
+    assert metrics[2]["reference_distance"] > 0.0 and metrics[2]["norm_guard_loss"] > 0.0
+
+
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
     """New experts have B = 0 and no effect, so the distance is 0 before the first update and positive after it."""
     metrics = run_config(make_config(kl_weight=1.0), 2).metrics
@@ -200,13 +206,14 @@ def test_dropout_acts_in_the_base_loss_only(make_config):
     objective, frozen = setup.objective, setup.frozen
     encoded = encode(objective.model, frozen, batch, "balanced")
     sample = Sample(encoded.clean)
-    context = LossContext(frozen, batch, encoded, state.seed, state.temperature)
-    old = objective.evaluate_policy(trainable, context, sample).terms
+    context = LossContext(frozen, batch, encoded, state.seed, state.temperature, state.strength)
+    reference = objective.reference_velocity(trainable, context, sample)
+    old = objective.evaluate_policy(trainable, context, sample, reference).terms
 
     def losses(dropout):
         changed = replace(objective, settings=replace(objective.settings, dropout=dropout))
         base, _ = changed.base_loss(trainable, context, state.step)
-        arguments = (trainable, context, sample, batch["advantage"], old)
+        arguments = (trainable, context, sample, batch["advantage"], old, reference)
         policy, (metrics, _) = changed.policy_loss(*arguments, on_policy=jnp.asarray(False))
         return base, policy, metrics["mean_ratio"]
 
@@ -231,7 +238,7 @@ def test_the_temperature_adapts_only_at_the_last_step_before_a_sync(human_run):
     before, _ = update_temperature(replace(state, step=jnp.asarray(6)), jnp.asarray(0.9), settings)
     sync, clip = update_temperature(replace(state, step=jnp.asarray(7)), jnp.asarray(0.9), settings)
     assert before == pytest.approx(0.1)
-    assert sync == pytest.approx(0.1 * np.exp(0.1 * (0.9 - 0.15)))
+    assert sync == pytest.approx(0.1 * np.exp(0.5 * (0.9 - 0.15)))
     assert clip == pytest.approx(0.9)
 
 
