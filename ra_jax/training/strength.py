@@ -38,16 +38,18 @@ from ra_jax.training.step.state import TrainState
 
 log = logging.getLogger(__name__)
 
+PLACEHOLDER = 1.0  # strength before `auto` has chosen one
+
 
 def given_strength(config: TrainConfig, weights: LossWeights) -> PolicyStrength | None:
     """Return the weights of the policy loss for --policy_strength; None unless the estimator is contrast.
 
-    Before `auto` has chosen a strength, it is 1.
+    Before `auto` has chosen a strength, it is `PLACEHOLDER`.
     """
     if not config.uses_policy or config.grpo.estimator != "contrast":
         return None
     strength = config.grpo.policy_strength
-    return policy_weights(1.0 if strength == "auto" else strength, weights)
+    return policy_weights(PLACEHOLDER if strength == "auto" else strength, weights)
 
 
 def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
@@ -87,6 +89,13 @@ def strength_from_rollouts(
     measured = [[fetch(x) for x in score(state, frozen, batch | {"file_mask": batch["mask"]})] for batch in batches]
     scores, advantages = (np.concatenate(x, axis=1) for x in zip(*measured, strict=True))
     scores, advantages = scores.reshape(-1, scores.shape[-1]), advantages.reshape(-1)
+    finite = np.isfinite(scores).all(-1) & np.isfinite(advantages)
+    if not finite.any():
+        log.warning(
+            "no rollout of the initial weights has rewards that are finite: policy_strength stays %g", PLACEHOLDER
+        )
+        return state.strength
+    scores, advantages = scores[finite], advantages[finite]
     weights = loss_weights(config, has_results="result" in next(loader.iterate(0)))
     names = [reward.name for reward in rollouts.rewards]
     table = strength_table(names, scores, advantages, np.ones(len(scores)), weights)

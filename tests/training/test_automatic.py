@@ -86,7 +86,9 @@ def test_the_sampled_expert_is_part_of_the_ratio_and_trains_the_router(
     assert "router/logits/kernel" in find_changed_leaves(before, state.trainable)
 
 
-@pytest.mark.parametrize(("estimator", "precision", "bound"), [("matching", "bf16", 1e-3), ("sde", "no", 1e-6)])
+@pytest.mark.parametrize(
+    ("estimator", "precision", "bound"), [("contrast", "bf16", 1e-3), ("matching", "bf16", 1e-3), ("sde", "no", 1e-6)]
+)
 def test_equal_parameters_give_equal_log_probabilities(
     make_automatic_config, photo_flags, with_optimizations, estimator, precision, bound
 ):
@@ -170,7 +172,9 @@ def test_a_run_starts_with_another_runs_experts(
     trained = set_up(human)
     moved = [jax.tree.map(lambda x, by=by: x + by, trained.state.trainable) for by in (0.1, 0.2)]
     checkpoints = RunCheckpoints(human, trained)
-    checkpoints.save(1, replace(trained.state, trainable=moved[0], ema=moved[1] if ema_decay else None))
+    checkpoints.save(
+        1, replace(trained.state, trainable=moved[0], ema=moved[1] if ema_decay else None), regular=True, best=False
+    )
     checkpoints.close()
     setup = set_up(make_automatic_config(init_experts_from=human.run.output_dir))
     assert find_changed_leaves({"trainable": moved[0], "ema": moved[1]}[part], setup.state.trainable) == set()

@@ -68,10 +68,10 @@ def test_standard_batches(make_config, standard):
 
 def test_automatic_batches(make_automatic_config, photo_flags):
     batch, parts = first_batch(make_automatic_config())
-    assert parts == {"photos", "results", "redux", "training"}
+    assert parts == {"photos", "results", "redux", "judged", "training"}
     check_schema(batch, parts)
     batch, parts = first_batch(make_automatic_config(**photo_flags))
-    assert parts == {"photos", "redux", "training"}
+    assert parts == {"photos", "redux", "judged", "training"}
     check_schema(batch, parts)
 
 
@@ -81,7 +81,7 @@ def test_batches_of_a_pack_with_latents(make_config, make_automatic_config, stan
     sizes = check_schema(batch, parts)
     assert {letter: sizes[letter] for letter in ("N", "C4", "T", "D")} == {"N": 32, "C4": 16, "T": 4, "D": 32}
     batch, parts = first_batch(make_automatic_config(**packed))  # rewards need the photos
-    assert parts == {"photos", "results", "latents", "training"}
+    assert parts == {"photos", "results", "latents", "judged", "training"}
     check_schema(batch, parts)
 
 

@@ -62,7 +62,11 @@ def test_a_run_writes_all_of_its_outputs(straight):
     assert sorted(path.name for path in (straight / "previews").iterdir()) == [f"step_00000{n}.png" for n in (0, 3, 6)]
     assert Image.open(straight / "curves.png").size[0] > 500
     assert list((straight / "tensorboard").iterdir())
-    assert {path.name for path in straight.iterdir()} == {*RUN_FOLDERS, *RUN_FILES, CONFIG_FILE} - {"wandb", "best"}
+    assert {path.name for path in straight.iterdir()} == {*RUN_FOLDERS, *RUN_FILES, CONFIG_FILE} - {
+        "wandb",
+        "best",
+        "reference",
+    }
 
 
 def test_previews_show_four_panels_a_scene_and_change(straight):

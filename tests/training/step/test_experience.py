@@ -37,10 +37,11 @@ def test_rollouts_with_equal_rewards_give_a_gradient_of_zero(make_automatic_conf
 @pytest.mark.parametrize(
     ("flags", "dropped"),
     [
-        ({}, True),
+        ({}, False),
+        ({"policy_estimator": "matching"}, True),
         ({"policy_estimator": "sde"}, False),
         ({"policy_estimator": "nft", "kl_weight": 0.1}, False),
-        ({"negative_advantages": "keep"}, False),
+        ({"policy_estimator": "matching", "negative_advantages": "keep"}, False),
         ({"policy_estimator": "sde", "negative_advantages": "drop"}, True),
     ],
 )
@@ -61,7 +62,7 @@ def test_without_the_grpo_loss_rewards_are_metrics_only(make_automatic_config, r
     assert "mean_reward" in rows[0] and "policy_loss" not in rows[0]
 
 
-@pytest.mark.parametrize("estimator", ["matching", "sde"])
+@pytest.mark.parametrize("estimator", ["contrast", "matching", "sde"])
 def test_rewards_that_are_not_finite_remove_the_policy_loss_of_the_step(make_automatic_config, run_steps, estimator):
     """The updated weights equal those of a step without rewards. The metrics of rewards and policy are NaN."""
     flags = {"policy_estimator": estimator, "log_freq": 100, "adam_weight_decay": 0.0}

@@ -81,7 +81,10 @@ def test_rollouts_equal_the_images_of_inference_for_the_same_noise(rollout, monk
     decoded = jnp.clip(
         right_panel(setup.loaded.model.decode(setup.frozen, encoded.clean, encoded.condition.grid)), 0, 1
     )
-    inputs = RewardInputs(images, batch["source"] / np.float32(255), batch["mask"].astype(np.float32), truth, decoded)
+    assert (batch["mask"] >= batch["file_mask"]).all() and (batch["mask"] > batch["file_mask"]).any()  # it is augmented
+    inputs = RewardInputs(
+        images, batch["source"] / np.float32(255), batch["file_mask"].astype(np.float32), truth, decoded
+    )
     for i, name in enumerate(("removal", "background", "smoothness")):
         np.testing.assert_allclose(scores[0, :, i], REWARDS[name].function(inputs), atol=1e-3)
 
