@@ -13,7 +13,8 @@ trainings start from each base, with the same data, number of steps and seeds:
     score             base loss weighted by the scores
     softmax           base loss weighted by a softmax over the rewards of a group
     best              base loss on the best result of each group
-    grpo              human-scored GRPO
+    grpo              human-scored GRPO by the estimator matching, whose loss has no fixed point, for few steps
+    contrast          human-scored GRPO with the default settings
     clean             ceiling: trained on the ground truth alone
     best_equal_time   `best` with as many steps as fit into the wall time of `grpo`
 
@@ -48,14 +49,22 @@ SCORED = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": Tru
 UNSCORED = dict.fromkeys(SCORED, False) | {
     "enable_grpo_loss": False,
     "base_loss_weighting": "none",
-    "policy_estimator": "matching",
+    "policy_estimator": "auto",
 }
 METHODS = {  # in the order in which they are trained
     "standard": UNSCORED,
     "score": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "score"},
     "softmax": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "softmax"},
     "best": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
-    "grpo": SCORED | {"enable_grpo_loss": True},
+    "grpo": SCORED
+    | {
+        "enable_grpo_loss": True,
+        "policy_estimator": "matching",
+        "policy_temperature": 0.2,
+        "policy_loss_weight": 2.0,
+        "base_loss_weighting": "best",
+    },
+    "contrast": SCORED | {"enable_grpo_loss": True},
     "best_equal_time": SCORED | {"enable_grpo_loss": False, "base_loss_weighting": "best"},
     "clean": UNSCORED,
 }
@@ -67,6 +76,7 @@ TITLES = {  # of rows in the table
     "best": "best-of-group",
     "best_equal_time": "best-of-group, GRPO's wall time",
     "grpo": "human-scored GRPO",
+    "contrast": "the same with the estimator contrast",
     "clean": "ceiling: trained on the truth",
     "roundtrip": "ceiling: VAE round trip of the truth",
 }

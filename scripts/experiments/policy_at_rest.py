@@ -26,7 +26,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -137,13 +136,15 @@ class Point:
 
 def one_result_per_photo(experiment: Experiment) -> Path:
     """Write the demo's records with only one result of each photo, and return the path of the file."""
-    source = experiment.paths.train / "labeled_dict.json"
-    kept = {}
-    for i, record in enumerate(json.loads(source.read_text(encoding="utf-8"))):
-        if record["src"] not in kept or i % 4 == len(kept) % 4:  # another candidate for each photo
-            kept[record["src"]] = record
-    path = experiment.paths.train / "labeled_single.json"
-    write_file(path, json.dumps(list(kept.values())))
+    folder = experiment.paths.train.resolve()
+    by_photo: dict[str, list[dict]] = {}
+    for record in json.loads((folder / "labeled_dict.json").read_text(encoding="utf-8")):
+        paths = {name: str(folder / record[name]) for name in ("ref", "src", "mask", "result") if name in record}
+        by_photo.setdefault(record["src"], []).append(record | paths)
+    # The first candidate of the first photo, the second of the second, and so on: all are equally likely.
+    kept = [records[i % len(records)] for i, records in enumerate(by_photo.values())]
+    path = experiment.root / "single.json"
+    write_file_with_folder(path, json.dumps(kept))
     return path
 
 
@@ -207,7 +208,7 @@ class Measurement:
             pixel_std: std of a pixel inside the mask over the removals, root mean square over pixels and scenes.
             reward_std: within-scene std of the total reward by the rule, root mean square over the scenes.
         """
-        few = jax.tree.map(lambda x: x[:scenes], self.scenes)
+        few = make_scenes(self._experiment.first_scene, scenes)
         images = [
             generate_removals(
                 *self._base, few, checkpoint, num_inference_steps=self._experiment.num_inference_steps, seed=seed
@@ -234,7 +235,9 @@ def run(experiment: Experiment) -> None:
 def run_cell(experiment: Experiment, cell: str, seed: int) -> None:
     """Train a cell, measure its checkpoints, and write its file."""
     config = training_config(experiment, cell, seed)
-    output = train(config)
+    output = Path(config.run.output_dir)
+    if not (output / "checkpoints" / str(config.run.max_train_steps)).exists():
+        train(config)
     rows = read_rows(output / "metrics.jsonl")
     measurement = Measurement(experiment, output / "config.toml")
     checkpoints = sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -271,6 +274,12 @@ def mean_of(point: dict, name: str) -> float:
     return float(np.mean(point[name]))
 
 
+def gain_ratio(base: dict, end: dict, best: dict, name: str) -> float:
+    """Return the gain at the end divided by the gain of the best look; NaN if the best look is the base's."""
+    gain, best_gain = (mean_of(point, name) - mean_of(base, name) for point in (end, best))
+    return gain / best_gain if best_gain else float("nan")
+
+
 def window(rows: list[dict], name: str, end: int, length: int) -> float:
     """Return the mean of a metric over the rows of the `length` steps that end at step `end`."""
     return float(np.mean([row[name] for row in rows if end - length < row["step"] <= end and name in row]))
@@ -282,8 +291,8 @@ def summarize(cell: str, seed: int, content: dict) -> str:
     gains = []
     for name in ("people", "truth"):
         start = mean_of(base, name)
-        gain, best_gain = mean_of(end, name) - start, mean_of(best, name) - start
-        gains.append(f"{name} {start:+.3f} -> {mean_of(end, name):+.3f}, {gain / best_gain:.2f} of the best look's")
+        ratio = gain_ratio(base, end, best, name)
+        gains.append(f"{name} {start:+.3f} -> {mean_of(end, name):+.3f}, {ratio:.2f} of the best look's gain")
     inside = f"PSNR in mask {mean_of(base, 'psnr_inside'):.2f} -> {mean_of(end, 'psnr_inside'):.2f}"
     return f"{cell}, seed {seed}: {'; '.join(gains)} (step {best['step']}); {inside}; spread {content['spread']}"
 
@@ -320,7 +329,7 @@ def print_rest(cells: dict[str, list[dict]]) -> None:
             for name in ("people", "truth"):
                 start = mean_of(base, name)
                 early = f"{mean_of(points[500], name):+.3f}" if 500 in points else ""
-                ratio = (mean_of(end, name) - start) / (mean_of(best, name) - start)
+                ratio = gain_ratio(base, end, best, name)
                 psnr = f"{mean_of(base, 'psnr_inside'):.1f} → {mean_of(end, 'psnr_inside'):.1f}"
                 columns = (cell, content["settings"]["seed"], name, f"{start:+.3f}", early)
                 columns += (f"{mean_of(best, name):+.3f} (step {best['step']})", f"{mean_of(end, name):+.3f}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ra_jax.checkpoints import Checkpoints
+from ra_jax.data.synthetic import DatasetSettings, write_dataset
 from ra_jax.demo.prepare import DemoSettings
 
 MODEL = """
@@ -165,3 +166,39 @@ def test_validate_rewards(load_experiment, scored_scenes, capsys):
     printed = capsys.readouterr().out
     assert "### with ground truth, 6 photos" in printed and "### without ground truth, 6 photos" in printed
     assert "ok   with ground truth: truth above source" in printed
+
+
+def test_policy_at_rest(load_experiment, make_demo, restore_cache, tmp_path, monkeypatch, capsys):
+    """Looks need held-out photos, and photos are held out of ten or more."""
+    module = load_experiment("policy_at_rest")
+    monkeypatch.setitem(module.TINY, "max_sequence_length", 8)
+    monkeypatch.setitem(module.GUIDE, "target_modules", r".*\.to_q")
+    experiment = module.Experiment(
+        root=tmp_path / "output",
+        demo=tmp_path / "demo",
+        cells=("contrast", "best_of_group", "strength_2", "single"),
+        steps=4,
+        strength_steps=2,
+        every=2,
+        held_out=4,
+        num_inference_steps=1,
+        noise_seeds=2,
+    )
+    make_demo(experiment.demo)
+    shutil.rmtree(experiment.paths.train)
+    write_dataset(experiment.paths.train, DatasetSettings(scenes=12, size=32, mix="no_clean", seed=0))
+    module.run(experiment)
+    cells = {cell: json.loads(experiment.cell_file(cell, 0).read_text()) for cell in experiment.cells}
+    assert [point["step"] for point in cells["contrast"]["points"]] == [-1, 2, 4]
+    assert np.shape(cells["contrast"]["points"][0]["scores"]) == (4, 3)
+    assert cells["best_of_group"]["strength"] is None
+    assert cells["strength_2"]["strength"] == pytest.approx(2 * cells["contrast"]["strength"], rel=1e-6)
+    assert len(json.loads((tmp_path / "output" / "single.json").read_text())) == 12
+    # Different noise gives different removals.
+    assert cells["contrast"]["spread"]["base"]["pixel_std"] > 0.0
+    capsys.readouterr()
+    module.table(experiment)
+    printed = capsys.readouterr().out
+    assert "| contrast | 0 | people |" in printed and "contrast minus best_of_group, truth:" in printed
+    assert "| 2 | " in printed and "| 1 | " in printed  # strengths relative to auto's
+    assert (tmp_path / "output" / "rest.png").exists() and (tmp_path / "output" / "strength.png").exists()

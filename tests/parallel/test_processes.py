@@ -101,11 +101,12 @@ def test_an_unusable_coordinator_address_is_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
-    """Only process 0 writes, both draw the previews, and SIGTERM to process 1 ends both with a checkpoint."""
-    previews = {"validation_steps": 1000, "num_inference_steps": 2, "num_validation_images": 1}
+def test_two_processes_train_as_one_and_end_together(make_config_in, scored_scenes, tmp_path):
+    """Only process 0 writes, both look at the held-out scenes, and SIGTERM to process 1 ends both with a checkpoint."""
+    looks = {"validation_steps": 1000, "num_inference_steps": 2, "validation_scenes": 1}
+    looks["val_json_path"] = str(scored_scenes / "triplets.json")
     standard = {"use_grpo": False, "use_human_scores": False, "enable_grpo_rewards": False, "enable_grpo_loss": False}
-    config = make_config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **previews)
+    config = make_config_in(tmp_path, mesh_fsdp=2, max_train_steps=1000, **standard, **looks)
     (tmp_path / "config.toml").write_text(to_toml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -130,10 +131,11 @@ def test_two_processes_train_as_one_and_end_together(make_config_in, tmp_path):
     logs = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, logs
     steps = [row["step"] for row in read_rows(metrics)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert read_metadata(find_checkpoint(run)).position == len(steps)
+    assert steps == list(range(len(steps)))
+    assert read_metadata(find_checkpoint(run)).position == len(steps) - 1
+    assert find_checkpoint(run, prefer_best=True).parts[-2:] == ("best", "0")
     assert [path.name for path in (run / "previews").iterdir()] == ["step_000000.png"]
-    assert "preview: " in logs[0] and "preview: " not in logs[1]
+    assert "look at step 0: held_out_reward" in logs[0] and "look at step 0" not in logs[1]
 
 
 @pytest.mark.parametrize(
