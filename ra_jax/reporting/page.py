@@ -13,7 +13,7 @@ from ra_jax.config.parse import from_checkpoint, to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.outputs import write_file
 from ra_jax.reporting.charts import Chart, Rows, area_chart, color_class, format_number, line_chart
-from ra_jax.reporting.curves import DRIFT_TITLE, GATES_TITLE, USAGE_TITLE, recorded_charts
+from ra_jax.reporting.curves import DRIFT_TITLE, GATES_TITLE, HELD_OUT_TITLE, USAGE_TITLE, recorded_charts
 from ra_jax.reporting.preview_strip import preview_strip
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.version import __version__
@@ -28,6 +28,7 @@ MODE_DESCRIPTIONS = {
     "automatic": "automatic: learns from rewards of generated images",
 }
 KEY_FIGURES = {
+    "held_out_reward": "Held-out reward",
     "train_loss": "Total loss",
     "base_loss": "Base loss",
     "policy_loss": "Policy loss",
@@ -46,7 +47,9 @@ CHART_NOTES = {
     "Ratio": "1 right after a sync of the old policy",
     "Velocity norm relative to the base": "starts at 1; a steady increase means drift",
     "KL to the base": "mean squared difference from the base's velocity",
-    DRIFT_TITLE: "relative increase of the held-out flow loss over the base's",
+    HELD_OUT_TITLE: "of removals of held-out scenes; the checkpoint of the highest is in best/",
+    "Distance from the reference": "levels off where the policy comes to rest",
+    DRIFT_TITLE: "relative increase of the held-out flow loss over its lowest value so far",
     "Gradient norm": "before clipping",
     "Seconds per step": "the first step includes compilation",
     USAGE_TITLE: "fraction of conditions for which the expert has the largest gate",

@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.util import find_spec
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -108,3 +109,14 @@ def test_stratified_times_fill_equal_parts_of_the_noisiest_fraction():
     offsets = (edges[:-1] - times) / (fraction / count)
     correlation = np.corrcoef(offsets.T) - np.eye(count)
     assert np.abs(correlation).max() < 0.1  # the draws of the parts are independent
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(), FlowSchedule(use_dynamic_shifting=False)])
+def test_density_of_training_times_is_that_of_the_draws(schedule):
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    times = np.asarray(jax.jit(jax.vmap(lambda key: schedule.draw_training_time(key, 1000)))(keys))
+    counts, edges = np.histogram(times, bins=20, range=(0, 1))
+    centers = np.linspace(0, 1, 2001)[1:-1]
+    density = schedule.training_density(centers, 1000)
+    expected = [density[(centers >= low) & (centers < high)].sum() / 2000 for low, high in pairwise(edges)]
+    np.testing.assert_allclose(counts / len(times), expected, atol=0.01)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from ra_jax.config.checks import LEAST_POLICY_WEIGHT
-from ra_jax.rl.strength import MAX_SHIFT, LossWeights, choose_strength, policy_weights, strength_table
+from ra_jax.rl.strength import (
+    MAX_SHIFT,
+    LossWeights,
+    choose_strength,
+    policy_weights,
+    share_pushed_away,
+    strength_table,
+)
 
 GUIDE = LossWeights(base=1.0, policy=0.1, kl=0.0)
 
@@ -91,3 +98,17 @@ def test_scores_that_never_vary_leave_nothing_to_learn():
 def test_a_movement_beyond_the_best_score_is_remarked():
     table, _, _ = draw_table(np.random.default_rng(4), spread=0.45)
     assert "more than there is to gain" in table.lines(100.0)[1]
+
+
+def test_share_of_results_that_matching_pushes_away():
+    """Two results at two times: c = w_base·w·p_base + w_policy·A·p_policy, by hand."""
+    share = share_pushed_away(
+        np.asarray([1.0, -1.0]),
+        np.asarray([1.5, 0.5]),
+        np.asarray([2.0, 0.1]),
+        np.asarray([1.0, 1.0]),
+        base_weight=1.0,
+        policy_weight=0.8,
+    )
+    # c of the worse result: 0.5·2 − 0.8 = 0.2 and 0.5·0.1 − 0.8 < 0; of the better one both are positive.
+    assert share == 0.25

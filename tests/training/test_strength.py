@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from ra_jax.checkpoints import restore
 from ra_jax.errors import CheckpointError, ConfigError, DataError
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.rl.strength import LossWeights, choose_strength, policy_weights, strength_table
-from ra_jax.training.loop import train
+from ra_jax.training.loop import RunCheckpoints, train
 from ra_jax.training.setup import set_up
 
 AUTO = {"policy_strength": "auto", "policy_loss_weight": 0.1}
@@ -170,3 +171,36 @@ def test_a_lost_reference_is_reported(continued, tmp_path):
             set_up(replace(config, run=run))
     finally:
         lost.rename(output / "reference")
+
+
+def test_matching_warns_of_results_that_it_pushes_away(make_config, caplog):
+    set_up(make_config(policy_estimator="matching"))
+    assert "policy_estimator matching pushes the model away from" in caplog.text
+    caplog.clear()
+    set_up(make_config(overwrite_output_dir=True))
+    assert "pushes the model away" not in caplog.text
+
+
+def test_scenes_with_one_result_are_named(make_config, scored_scenes, tmp_path, caplog):
+    records = json.loads((scored_scenes / "labeled_dict.json").read_text())
+    for record in records:
+        for name in ("src", "mask", "ref", "result"):
+            record[name] = str(scored_scenes / record[name])
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(records[:9]))  # two scenes of four results, and one of a single result
+    set_up(make_config(train_json_path=str(path)))
+    assert "1 of 3 scenes (33 %) have a single result" in caplog.text
+
+
+def test_the_size_of_checkpoints_and_the_room_on_the_disk_are_told(trained, caplog, monkeypatch):
+    config, output = trained
+    setup = set_up(resumed(config, output))
+    with caplog.at_level(logging.INFO):
+        RunCheckpoints(config, setup).close()
+    size = sum(x.nbytes for x in jax.tree.leaves(setup.state)) / 1e9
+    assert f"a checkpoint takes {size:.3g} GB, and the run needs room for up to" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    longer = replace(setup, total_steps=setup.total_steps + 5)
+    RunCheckpoints(config, longer).close()
+    assert caplog.records[-1].levelname == "WARNING" and "raise --checkpointing_steps" in caplog.text
