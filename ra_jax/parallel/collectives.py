@@ -16,9 +16,10 @@ from ra_jax.parallel.partitioning import batch_shards, shard_batch
 def map_microbatches(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
     """Apply `function` to x [B, ...] in microbatches of at most `size` rows per device, one after another.
 
-    All microbatches have the same size: the largest one that divides the number of rows on a device.
+    All microbatches have the same size: the largest one that divides the number of rows on a device. If the devices do
+    not divide the rows evenly, as in measurements of single scenes, every device has all rows.
     """
-    shards = batch_shards()
+    shards = batch_shards() if x.shape[0] % batch_shards() == 0 else 1
     rows = x.shape[0] // shards
     size = max(n for n in range(1, min(size, rows) + 1) if rows % n == 0)
     if size == rows:

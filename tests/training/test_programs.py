@@ -92,7 +92,7 @@ def test_a_compiler_that_runs_out_of_memory_counts_as_not_fitting(make_automatic
 
 
 @pytest.mark.slow
-def test_memory_grows_only_by_the_latents_of_more_samples(make_automatic_config, photo_flags):
+def test_memory_grows_only_by_the_latents_and_the_reference_of_more_samples(make_automatic_config, photo_flags):
     """Temporary memory of the compiled step with 2 and with 8 rollouts per condition."""
 
     def temporaries(generations):
@@ -103,7 +103,8 @@ def test_memory_grows_only_by_the_latents_of_more_samples(make_automatic_config,
         return program.memory_analysis().temp_size_in_bytes, latents
 
     (few, latents), (many, _) = temporaries(2), temporaries(8)
-    assert many - few < 6 * 4 * latents
+    # A rollout keeps its latents and the velocity of the reference at three points.
+    assert many - few < 6 * 5 * latents
 
 
 def test_caches_are_cleared_once_per_program_and_not_during_compilation(make_automatic_config, monkeypatch):
