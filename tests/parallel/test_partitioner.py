@@ -48,16 +48,17 @@ def finish(*programs) -> list[dict]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def compare(folder, name, reference) -> None:
+def compare(folder, name, reference, *, loss_error=0.0) -> None:
     """Compare losses and leaves with the reference.
 
-    Losses agree within 1e-5, leaves within 1e-5 of the leaf's norm. The limit is 5e-5 for the optimizer's mean of
-    gradients, and twice that for its mean of squared gradients: better and worse results of a scene cancel in them.
+    Losses agree within 1e-5 and an absolute `loss_error`, leaves within 1e-5 of the leaf's norm. The limit is 5e-5 for
+    the optimizer's mean of gradients, in which better and worse results of a scene cancel, and twice that for its mean
+    of squared gradients.
     """
     with np.load(folder / f"{name}.npz") as ours, np.load(reference) as theirs:
         assert set(ours) == set(theirs)
-        np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
-        for leaf in theirs:
+        np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5, atol=loss_error)
+        for leaf in set(theirs) - {"losses"}:
             np.testing.assert_array_equal(np.isnan(ours[leaf]), np.isnan(theirs[leaf]))  # not measured
             one, other = (np.nan_to_num(x[leaf].astype(np.float64)) for x in (ours, theirs))
             limit = (1e-4 if "/nu/" in leaf else 5e-5) if leaf.startswith("opt_state") else 1e-5
@@ -163,7 +164,8 @@ def test_all_partitioners_take_the_same_steps_on_automatic_rewards(make_automati
     launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     for name in ("2x4", "pmap"):
-        compare(tmp_path, name, tmp_path / "one.npz")
+        # Terms of the size κ·τ·|A|, about 10, cancel within a group.
+        compare(tmp_path, name, tmp_path / "one.npz", loss_error=1e-5)
 
 
 def test_replicas_on_one_device_have_the_same_base(make_config):
