@@ -99,7 +99,8 @@ def _policy_problems(config: TrainConfig) -> Iterator[str]:
             "num_generations = 1: the advantage of a rollout compares it with the other rollouts of its condition, and "
             "is 0 without others; expected at least 2 (8 is usual)"
         )
-    if grpo.policy_estimator != "auto" and not config.uses_policy:
+    # "matching" was the default once, and is in the config.toml of every run of that time.
+    if grpo.policy_estimator not in ("auto", "matching") and not config.uses_policy:
         yield (
             f"policy_estimator = {grpo.policy_estimator} without a policy loss: add --use_grpo --enable_grpo_rewards "
             "--enable_grpo_loss, or remove --policy_estimator"
@@ -131,6 +132,12 @@ def _policy_problems(config: TrainConfig) -> Iterator[str]:
                 "would hold the model back more than policy_strength allows, whatever its value; raise "
                 "--policy_loss_weight (0.1 is usual), or remove --enable_grpo_loss"
             )
+    contrast = config.uses_policy and grpo.estimator == "contrast"
+    if automatic and contrast and config.rollouts.negative_advantages == "drop":
+        yield (
+            "negative_advantages = drop with the estimator contrast: with advantages whose mean is not 0, the policy's "
+            "own rollouts push it on and on; use --negative_advantages keep, or --policy_estimator matching"
+        )
     if grpo.policy_estimator == "nft" and grpo.nft_about == "old" and config.uses_policy and not grpo.kl_weight:
         yield (
             "nft_about = old with kl_weight = 0: nothing bounds the sum of the policy's moves, and it drifts away from "

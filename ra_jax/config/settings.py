@@ -166,7 +166,8 @@ class GRPOConfig:
     # (greater than 0 and at most 1). With automatic rewards keep it below 1 for the estimator contrast: its pull feeds
     # on itself where generated images are nearly clean.
     policy_timestep_fraction: Annotated[float, above_and_at_most(0, 1)] = 0.7
-    # Weight of the squared distance between the velocities of the trained model and of the base (at least 0). 0: off.
+    # Weight of the squared distance between the velocities of the trained model and of the weights that the run starts
+    # with (at least 0). 0: off.
     kl_weight: Annotated[float, at_least(0)] = 0.0
     # Weight of the removal score in the reward (at least 0).
     removal_reward_weight: Annotated[float, at_least(0)] = 0.4
@@ -300,9 +301,9 @@ class RunConfig:
     max_train_steps: Annotated[int | None, at_least(1)] = None
     # Interval between checkpoints, in steps (at least 0). 0: only one checkpoint, at the end.
     checkpointing_steps: Annotated[int, at_least(0)] = 500
-    # Number of checkpoints to keep; the oldest ones are deleted (at least 1). The best checkpoint, in best/, is kept in
-    # addition. None: keep all.
-    checkpoints_total_limit: Annotated[int | None, at_least(1)] = 3
+    # Number of checkpoints to keep; the oldest ones are deleted (at least 0). The best checkpoint, in best/, is kept in
+    # addition. 0: keep all.
+    checkpoints_total_limit: Annotated[int | None, at_least(0)] = 3
     # Continue a run from a checkpoint: "latest" for the latest one in output_dir, or the folder of a checkpoint.
     resume_from_checkpoint: str | None = None
     # Start a new run with the experts and router of another run: its output_dir, or the folder of one of its

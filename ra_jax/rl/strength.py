@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ra_jax.rl.advantages import group_means
+
 MAX_SHIFT = 5.0  # largest s·std(A) that `choose_strength` chooses, in standard deviations of the results
 LEAST_GAP = 0.1  # part of a score's gap that is always left to the policy
 
@@ -106,24 +108,56 @@ class StrengthTable:
         return lines
 
 
+@dataclass(frozen=True)
+class ScoreDeviations:
+    """Scores of results, as deviations from those of the same scene.
+
+    Attributes:
+        rows: numbers of the results [R].
+        deviations: [R, S].
+    """
+
+    rows: np.ndarray
+    deviations: np.ndarray
+
+
+def within_scenes(scores: np.ndarray, scenes: np.ndarray) -> ScoreDeviations:
+    """Compute the deviations of scores [R, S] from the mean of their scene.
+
+    A model can move only what differs between results of the same condition. Scenes with one result are therefore left
+    out, unless all scenes have one: then the deviations are from the mean of all results.
+    """
+    counts = np.bincount(scenes)[scenes]
+    if (counts == 1).all():
+        return ScoreDeviations(np.arange(len(scores)), scores - scores.mean(0))
+    rows = np.flatnonzero(counts > 1)
+    return ScoreDeviations(rows, (scores - group_means(scores, scenes))[rows])
+
+
 def strength_table(
-    names: Sequence[str], scores: np.ndarray, advantages: np.ndarray, sample_weights: np.ndarray, weights: LossWeights
+    names: Sequence[str],
+    means: np.ndarray,
+    deviations: np.ndarray,
+    advantages: np.ndarray,
+    sample_weights: np.ndarray,
+    weights: LossWeights,
 ) -> StrengthTable:
-    """Measure what `choose_strength` needs, over all results.
+    """Measure what `choose_strength` needs.
 
     Args:
         names: names of the S scores.
-        scores: [R, S] in [0, 1].
+        means: mean of each score [S].
+        deviations: deviations of the results' scores from what they are compared with, [R, S].
         advantages: A [R].
         sample_weights: weights of the results in the base loss [R], with mean 1.
         weights: weights of the losses.
     """
-    centered = np.asarray(scores, np.float64) - np.mean(scores, 0, dtype=np.float64)
+    centered = np.asarray(deviations, np.float64)
     advantages, sample_weights = (np.asarray(x, np.float64) for x in (advantages, sample_weights))
     std = advantages.std()
     return StrengthTable(
         names=tuple(names),
-        means=np.mean(scores, 0, dtype=np.float64),
+        means=np.asarray(means, np.float64),
         advantage_covariances=advantages @ centered / len(centered),
         weight_covariances=sample_weights @ centered / len(centered),
         base_share=weights.base * 0.1 / (4.0 * (weights.base or 1.0) * weights.policy),

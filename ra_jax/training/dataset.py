@@ -74,7 +74,8 @@ def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], 
     """
     if config.data.val_json_path is not None:
         return records, load_records(config.data.val_json_path, need_result=config.run.max_drift is not None)
-    train, held_out = split_photos(records, config.data.validation_split, config.run.seed)
+    fraction = config.data.validation_split if config.logging.validation_steps else 0.0  # nothing else needs them
+    train, held_out = split_photos(records, fraction, config.run.seed)
     photos, held_out_photos = len({record.src for record in records}), len({record.src for record in held_out})
     if held_out:
         log.info(

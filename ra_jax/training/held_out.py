@@ -250,7 +250,7 @@ class HeldOut:
         if record.highest == -math.inf:
             return None
         if record.saved == -math.inf:
-            return f"held_out_reward {record.latest:+.3f} at the end; no look was within max_drift"
+            return f"held_out_reward {record.latest:+.3f} at the last look; best/ has no checkpoint"
         return (
             f"best look at step {record.saved_step:.0f}: held_out_reward {record.saved:+.3f}, at the last look "
             f"{record.latest:+.3f}; the checkpoint of the best look is in {BEST_DIR}/"

@@ -32,16 +32,18 @@ from ra_jax.training.step.state import example_keys, stream_key
 def choose_scenes(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
     """Choose at most `count` scenes, evenly spread over the data, and return the best record of each.
 
-    The best record has the highest reward. Its result is shown in previews.
+    The best record shows the ground truth, or else has the highest reward. Its result is shown in previews.
     """
     scenes = scene_ids(records)
     distinct = np.unique(scenes)
 
-    def reward(i: int) -> float:
-        return 0.0 if records[i].scores is None else float(total_reward(np.asarray(records[i].scores), reward_weights))
+    def rank(i: int) -> tuple[bool, float]:
+        scores = records[i].scores
+        reward = 0.0 if scores is None else float(total_reward(np.asarray(scores), reward_weights))
+        return shows_truth(records[i]), reward
 
     chosen_scenes = distinct[spread(len(distinct), count)]
-    return [records[max(np.flatnonzero(scenes == scene), key=reward)] for scene in chosen_scenes]
+    return [records[max(np.flatnonzero(scenes == scene), key=rank)] for scene in chosen_scenes]
 
 
 def spread(total: int, count: int) -> np.ndarray:

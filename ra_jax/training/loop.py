@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> Path:
     """
     enable_compilation_cache(config.run.jax_compilation_cache_dir)
     setup = set_up(config)
+    config = setup.config
     checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
     ending = "interrupted"
     try:
@@ -129,7 +130,8 @@ class RunCheckpoints:
     def __init__(self, config: TrainConfig, setup: Setup):
         settings = to_flat_dict(config) | {"init_experts_from": setup.initial_experts}
         self._metadata = {"config": settings, "base": setup.loaded.fingerprint}
-        self._regular = Checkpoints(setup.output, limit=config.run.checkpoints_total_limit)
+        self._limit = config.run.checkpoints_total_limit or None
+        self._regular = Checkpoints(setup.output, limit=self._limit)
         self._best = Checkpoints(setup.output, folder=BEST_DIR, limit=1) if setup.held_out.chooses_best else None
         if self._best is not None:
             self._best.delete_after(setup.first_step)
@@ -141,7 +143,7 @@ class RunCheckpoints:
         """Log the size of a checkpoint, and warn if those that the run keeps do not fit the disk."""
         size = checkpoint_bytes(self._unshard(setup.state))
         free = shutil.disk_usage(setup.output).free
-        limit, interval = config.run.checkpoints_total_limit, config.run.checkpointing_steps or setup.total_steps
+        limit, interval = self._limit, config.run.checkpointing_steps or setup.total_steps
         remaining = -(-(setup.total_steps - setup.first_step) // interval)
         # While a checkpoint is written, the one that it replaces is still there.
         count = (remaining if limit is None else min(remaining, limit + 1)) + 2 * (self._best is not None)

@@ -47,7 +47,9 @@ RUN_FILES = (METRICS_FILE, "curves.png", "report.html")
 # Settings that a resumed run may change, each with the consequence that a warning names.
 OTHER_BATCHES = "its batches differ from the batches of an uninterrupted run"
 OTHER_ROUNDING = "its base is computed with different rounding"
+OTHER_SPLIT = "photos that are held out now may have been trained on"
 RESUME_WARNINGS = {
+    "validation_split": OTHER_SPLIT,
     "train_batch_size": OTHER_BATCHES,
     "gradient_accumulation_steps": OTHER_BATCHES,
     "mixed_precision": OTHER_ROUNDING,
@@ -321,9 +323,43 @@ def save_reference(output: Path, reference: Weights, fingerprint: str, settings:
     checkpoints.close()
 
 
+def resumed_config(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
+    """Check the seed and the estimator of a resumed run, and return its configuration (`keep_data_settings`).
+
+    Without a checkpoint the run is new, and the configuration is returned as it is.
+    """
+    if checkpoint is None:
+        return config
+    check_seed(checkpoint, config.run.seed)
+    check_estimator(checkpoint, config)
+    return keep_data_settings(config, checkpoint)
+
+
+def keep_data_settings(config: TrainConfig, checkpoint: Path) -> TrainConfig:
+    """Return the configuration of a resumed run with what runs of before did by default: hold no photo out, keep all.
+
+    Runs that lack `validation_split` have trained on all photos and kept all checkpoints, unless they said otherwise.
+    """
+    previous = read_metadata(checkpoint).config
+    if "validation_split" in previous:
+        return config
+    log.warning("the run of %s held no photos out and kept its checkpoints: the resumed run does the same", checkpoint)
+    run, data = config.run, replace(config.data, validation_split=0.0)
+    if previous.get("checkpoints_total_limit") is None:
+        run = replace(run, checkpoints_total_limit=0)
+    return replace(config, data=data, run=run)
+
+
 def check_estimator(checkpoint: Path, config: TrainConfig) -> None:
     """Raise ConfigError if the run of the checkpoint was trained with another policy estimator."""
-    estimator = from_checkpoint(read_metadata(checkpoint).config).grpo.estimator
+    previous = read_metadata(checkpoint).config
+    estimator = from_checkpoint(previous).grpo.estimator
+    center = previous.get("nft_about", "old")  # runs without this setting were about the old policy
+    if config.uses_policy and estimator == config.grpo.estimator == "nft" and center != config.grpo.nft_about:
+        raise ConfigError(
+            f"nft_about = {config.grpo.nft_about}: the run of checkpoint {checkpoint} was trained about {center}, "
+            f"which is another loss; give --nft_about {center}, or start a new run"
+        )
     if config.uses_policy and estimator != config.grpo.estimator:
         raise ConfigError(
             f"policy_estimator = {config.grpo.policy_estimator} ({config.grpo.estimator}): the run of checkpoint "

@@ -19,7 +19,7 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
-from ra_jax.errors import ConfigError
+from ra_jax.errors import ConfigError, RewardError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.interop.diffusers import FILL_SUBFOLDERS, LoadedModel, load_fill_model, read_configs
@@ -49,15 +49,14 @@ from ra_jax.training.looks import Looks, LookSettings, choose_scenes, shows_trut
 from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.resume import (
-    check_estimator,
     check_run_outputs,
-    check_seed,
     checkpoint_to_resume,
     initial_experts,
     initial_params,
     make_reference,
     prepare_output_dir,
     restore_state,
+    resumed_config,
     save_reference,
 )
 from ra_jax.training.step.objective import Objective
@@ -82,6 +81,7 @@ class Setup:
     """Everything that the training loop needs.
 
     Attributes:
+        config: the run's configuration. A resumed run may keep settings of before.
         output: the run's folder.
         partitioner: shards batches and weights over devices, and compiles steps.
         loaded: the model, with the shapes of its weights in place of the weights.
@@ -102,6 +102,7 @@ class Setup:
         held_out: looks and drift, and what follows from them.
     """
 
+    config: TrainConfig
     output: Path
     partitioner: Partitioner
     loaded: LoadedModel
@@ -175,9 +176,7 @@ def set_up(config: TrainConfig) -> Setup:
     output = Path(config.run.output_dir)
     resume_from = checkpoint_to_resume(config, output)
     check_run_outputs(config, output, resume_from)
-    if resume_from is not None:
-        check_seed(resume_from, config.run.seed)
-        check_estimator(resume_from, config)
+    config = resumed_config(config, resume_from)
     data = load_run_data(config)
     check_same_plan(run_signature(config, data.records, data.held_out, resume_from))
     partitioner = make_partitioner(config.parallel)
@@ -205,8 +204,9 @@ def set_up(config: TrainConfig) -> Setup:
     held_out = HeldOut(looks, make_guard(config, data, loaded, objective), config.run.patience)
     held_out.restore(output, first_step)
     prepare_output_dir_once(config, output, keep=resume_from is not None)
-    loaded = add_reference(config, output, loaded, reference)
+    loaded = add_reference(config, output, loaded, reference, partitioner)
     return Setup(
+        config=config,
         output=output,
         partitioner=partitioner,
         loaded=without_arrays(loaded),
@@ -234,12 +234,16 @@ def without_arrays(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, trainable=trainable, frozen=frozen)
 
 
-def add_reference(config: TrainConfig, output: Path, loaded: LoadedModel, reference: Weights | None) -> LoadedModel:
+def add_reference(
+    config: TrainConfig, output: Path, loaded: LoadedModel, reference: Weights | None, partitioner: Partitioner
+) -> LoadedModel:
     """Add the weights of the reference to the frozen weights, and keep those of experts in the run's folder."""
     if reference is None:
         return loaded
     if config.experts.use_lora:
-        save_reference(output, reference, loaded.fingerprint, to_flat_dict(config))
+        # As checkpoints are saved: with several processes, Orbax takes no array that only one of them knows.
+        shared = partitioner.unshard(partitioner.shard(reference))
+        save_reference(output, shared, loaded.fingerprint, to_flat_dict(config))
     return replace(loaded, frozen=loaded.frozen | {"reference": reference})
 
 
@@ -265,6 +269,7 @@ def prepare_frozen(frozen: Weights) -> Weights:
 def check_fits(config: TrainConfig, geometry: FillGeometry) -> None:
     """Raise ConfigError if all weights do not fit one device. Under pmap every device has a copy of all weights."""
     _, *weights = abstract_fill_model(geometry, model_options(config), attention="xla")
+    weights.append(jax.eval_shape(partial(make_reference, config, resume_from=None), weights[0]))
     required, available = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), device_memory()
     if required > available:
         raise ConfigError(
@@ -369,11 +374,18 @@ def make_looks(
     records = choose_scenes(data.held_out, weights, logging_config.validation_scenes)
     with_truth = all(map(shows_truth, records))
     specs = config.rollouts.reward_functions if config.mode == "automatic" and not with_truth else ()
+    rewards = ()
+    if data.is_held_out:
+        try:
+            rewards = build_rewards(specs, config, data.buckets, 1, has_target=with_truth)
+        except RewardError as error:  # the run's own rewards need a truth that the held-out records do not have
+            log.warning("held_out_reward is computed by the rewards without ground truth: %s", error)
+            rewards = build_rewards((), config, data.buckets, 1, has_target=False)
     settings = LookSettings(
         num_inference_steps=logging_config.num_inference_steps,
         guidance_scale=config.model.guidance_scale,
         num_previews=logging_config.num_validation_images,
-        rewards=build_rewards(specs, config, data.buckets, 1, has_target=with_truth) if data.is_held_out else (),
+        rewards=rewards,
         with_truth=with_truth,
         seed=config.run.seed,
     )

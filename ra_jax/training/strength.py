@@ -13,6 +13,7 @@ import numpy as np
 
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.loader import Loader
+from ra_jax.data.records import scene_ids
 from ra_jax.data.scores import SCORE_NAMES
 from ra_jax.errors import DataError
 from ra_jax.flow.schedule import FlowSchedule
@@ -27,6 +28,7 @@ from ra_jax.rl.strength import (
     policy_weights,
     share_pushed_away,
     strength_table,
+    within_scenes,
 )
 from ra_jax.training.build import INITIAL_TEMPERATURE
 from ra_jax.training.dataset import RunData
@@ -55,7 +57,15 @@ def given_strength(config: TrainConfig, weights: LossWeights) -> PolicyStrength 
 def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
     """Return the weights of the policy loss of human mode, and print the table of predicted movements."""
     values, weights = data.values, loss_weights(config, has_results=data.has_target)
-    table = strength_table(SCORE_NAMES, values["scores"], values["advantage"], values["sample_weight"], weights)
+    results = within_scenes(values["scores"], scene_ids(data.records))
+    table = strength_table(
+        SCORE_NAMES,
+        values["scores"].mean(0),
+        results.deviations,
+        values["advantage"][results.rows],
+        values["sample_weight"][results.rows],
+        weights,
+    )
     return _choose(config, table, config.grpo.reward_weights, weights, config.data.train_json_path)
 
 
@@ -91,14 +101,14 @@ def strength_from_rollouts(
     scores, advantages = scores.reshape(-1, scores.shape[-1]), advantages.reshape(-1)
     finite = np.isfinite(scores).all(-1) & np.isfinite(advantages)
     if not finite.any():
-        log.warning(
-            "no rollout of the initial weights has rewards that are finite: policy_strength stays %g", PLACEHOLDER
-        )
+        strength = float(state.strength.strength)
+        log.warning("no rollout of the initial weights has rewards that are finite: policy_strength is %g", strength)
         return state.strength
     scores, advantages = scores[finite], advantages[finite]
     weights = loss_weights(config, has_results="result" in next(loader.iterate(0)))
     names = [reward.name for reward in rollouts.rewards]
-    table = strength_table(names, scores, advantages, np.ones(len(scores)), weights)
+    deviations = scores - scores.mean(0)
+    table = strength_table(names, scores.mean(0), deviations, advantages, np.ones(len(scores)), weights)
     source = f"{len(scores)} rollouts of {loader.batches_per_epoch} scenes"
     return _choose(config, table, rollouts.reward_weights, weights, source)
 
@@ -137,6 +147,8 @@ def loss_weights(config: TrainConfig, *, has_results: bool) -> LossWeights:
     """Return the weights of the run's losses; without results there is no base loss."""
     losses = config.losses
     base = losses.base_loss_weight if has_results else 0.0
+    if config.mode == "automatic":
+        base *= config.rollouts.reward_interval  # the base loss acts in all steps, the policy in those with rewards
     return LossWeights(base=base, policy=losses.policy_loss_weight, kl=config.grpo.kl_weight)
 
 

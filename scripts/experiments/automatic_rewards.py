@@ -115,7 +115,7 @@ def training_config(experiment: Experiment, paths: DemoPaths, method: str, seed:
         "max_train_steps": steps,
         "validation_steps": 0,
         "checkpointing_steps": max(1, steps // experiment.points),
-        "checkpoints_total_limit": None,
+        "checkpoints_total_limit": 0,
         "report_to": ["none"],
         "log_freq": max(1, steps // (2 * experiment.points)),
         "seed": seed,

@@ -276,7 +276,7 @@ def curve(experiment: Experiment) -> None:
                 experiment, evaluation.paths, method, output, steps=experiment.steps, seed=experiment.seeds[0]
             )
             interval = max(1, experiment.steps // 10)
-            intervals = {"checkpointing_steps": interval, "checkpoints_total_limit": None, "log_freq": interval}
+            intervals = {"checkpointing_steps": interval, "checkpoints_total_limit": 0, "log_freq": interval}
             train(from_flat_dict(to_flat_dict(config) | intervals))
             print(f"\n{mix}, {TITLES[method]}, {experiment.held_out} held-out scenes\n")
             print("| step | reward | mean \\|defect\\| | PSNR in mask | base loss | gradient norm |")

@@ -160,7 +160,7 @@ def training_config(experiment: Experiment, cell: str, seed: int):
         "overwrite_output_dir": True,
         "checkpointing_steps": experiment.every,
         "validation_steps": experiment.every,
-        "checkpoints_total_limit": None,
+        "checkpoints_total_limit": 0,
         "report_to": ["none"],
         "seed": seed,
     }

@@ -73,6 +73,7 @@ CONTRADICTIONS = [
     (["--report_to", "none", "tensorboard"], "none cannot be combined with trackers"),
     (["--kl_weight", "0.5"], "kl_weight = 0.5 without a policy loss"),
     (["--norm_guard_weight", "0.5"], "norm_guard_weight = 0.5 without a policy loss"),
+    ([*AUTOMATIC, "--negative_advantages", "drop"], "negative_advantages = drop with the estimator contrast"),
     (["--num_processes", "2"], "num_processes without coordinator_address and process_id: give --coordinator_address"),
     (
         ["--coordinator_address", "a:1", "--num_processes", "2", "--process_id", "2"],

@@ -11,6 +11,7 @@ from ra_jax.rl.strength import (
     policy_weights,
     share_pushed_away,
     strength_table,
+    within_scenes,
 )
 
 GUIDE = LossWeights(base=1.0, policy=0.1, kl=0.0)
@@ -44,7 +45,11 @@ def draw_table(rng, *, weights=GUIDE, spread=0.1, sample_weights=None):
     scores = 0.5 + spread * rng.uniform(-1, 1, size=(2000, 3))
     advantages = (scores - 0.5) @ [2.0, 1.0, -1.0] + 0.05 * rng.normal(size=2000)
     ones = np.ones(2000) if sample_weights is None else sample_weights(scores)
-    return strength_table(("a", "b", "c"), scores, advantages, ones, weights), scores, advantages
+    return (
+        strength_table(("a", "b", "c"), scores.mean(0), scores - scores.mean(0), advantages, ones, weights),
+        scores,
+        advantages,
+    )
 
 
 def test_predicted_movement_is_the_mean_score_under_the_minimum_of_the_losses():
@@ -90,7 +95,7 @@ def test_a_base_loss_that_brings_the_gain_by_itself_leaves_a_tenth_to_the_policy
 
 
 def test_scores_that_never_vary_leave_nothing_to_learn():
-    table = strength_table(("a",), np.full((8, 1), 0.5), np.zeros(8), np.ones(8), GUIDE)
+    table = strength_table(("a",), np.full(1, 0.5), np.zeros((8, 1)), np.zeros(8), np.ones(8), GUIDE)
     with pytest.raises(ValueError, match="no score grows"):
         choose_strength(table, np.ones(1))
 
@@ -112,3 +117,12 @@ def test_share_of_results_that_matching_pushes_away():
     )
     # c of the worse result: 0.5·2 − 0.8 = 0.2 and 0.5·0.1 − 0.8 < 0; of the better one both are positive.
     assert share == 0.25
+
+
+def test_only_differences_within_a_scene_count():
+    scores = np.asarray([[0.1], [0.3], [0.9], [0.5], [0.7]])
+    found = within_scenes(scores, np.asarray([0, 0, 1, 2, 2]))  # scene 1 has a single result
+    assert found.rows.tolist() == [0, 1, 3, 4]
+    np.testing.assert_allclose(found.deviations[:, 0], [-0.1, 0.1, -0.1, 0.1])
+    single = within_scenes(scores, np.arange(5))
+    np.testing.assert_allclose(single.deviations[:, 0], scores[:, 0] - 0.5)

@@ -37,9 +37,15 @@ def test_scenes_are_spread_evenly(total, count, expected):
     assert spread(total, count).tolist() == expected
 
 
+def test_the_truth_is_chosen_before_any_candidate():
+    candidate = SimpleNamespace(src="a.png", mask="m.png", scores=(0.9, 0.9, 0.9), source="policy", result="r.png")
+    truth = SimpleNamespace(src="a.png", mask="m.png", scores=None, source="gt", result="gt.png")
+    assert choose_scenes([candidate, truth], (1.0, 0.0, 0.0), 4) == [truth]
+
+
 def test_the_best_record_of_each_scene_is_chosen():
     records = [
-        SimpleNamespace(src=f"{scene}.png", mask="m.png", scores=(score, 0.5, 0.5))
+        SimpleNamespace(src=f"{scene}.png", mask="m.png", scores=(score, 0.5, 0.5), source="policy", result="r.png")
         for scene in range(4)
         for score in (0.2, 0.9, 0.4)
     ]

@@ -24,7 +24,9 @@ def test_human_mode_chooses_the_strength_from_the_scores_and_prints_the_table(ma
         setup = set_up(make_config(**AUTO))
     values = setup.loader._extras
     guide = LossWeights(base=1.0, policy=0.1, kl=0.0)
-    table = strength_table("abc", values["scores"], values["advantage"], values["sample_weight"], guide)
+    scores = values["scores"].reshape(6, 4, 3)  # scenes of four results
+    deviations = (scores - scores.mean(1, keepdims=True)).reshape(24, 3)
+    table = strength_table("abc", scores.mean((0, 1)), deviations, values["advantage"], values["sample_weight"], guide)
     expected = choose_strength(table, np.asarray([0.4, 0.3, 0.3]))
     assert float(setup.state.strength.strength) == pytest.approx(expected, rel=1e-6)
     assert float(setup.state.strength.pull) == pytest.approx(4 * expected, rel=1e-6)
