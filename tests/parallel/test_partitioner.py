@@ -48,10 +48,10 @@ def finish(*programs) -> list[dict]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def compare(folder, name, reference, *, loss_error=0.0) -> None:
+def compare(folder, name, reference, *, loss_error=1e-5) -> None:
     """Compare losses and leaves with the reference.
 
-    Losses agree within 1e-5 and an absolute `loss_error`, leaves within 1e-5 of the leaf's norm. The limit is 5e-5 for
+    Losses agree within 1e-5 and an absolute `loss_error`, leaves within 3e-5 of the leaf's norm. The limit is 1e-4 for
     the optimizer's mean of gradients, in which better and worse results of a scene cancel, and twice that for its mean
     of squared gradients.
     """
@@ -61,7 +61,7 @@ def compare(folder, name, reference, *, loss_error=0.0) -> None:
         for leaf in set(theirs) - {"losses"}:
             np.testing.assert_array_equal(np.isnan(ours[leaf]), np.isnan(theirs[leaf]))  # not measured
             one, other = (np.nan_to_num(x[leaf].astype(np.float64)) for x in (ours, theirs))
-            limit = (1e-4 if "/nu/" in leaf else 5e-5) if leaf.startswith("opt_state") else 1e-5
+            limit = (2e-4 if "/nu/" in leaf else 1e-4) if leaf.startswith("opt_state") else 3e-5
             assert np.linalg.norm(one - other) <= limit * np.linalg.norm(other), (name, leaf)
 
 
