@@ -18,7 +18,7 @@ FLOORS = (
     {"outputs"},
     {"config", "data", "rewards"},
     {"parallel"},
-    {"models"},
+    {"models", "optimizers"},
     {"interop", "flow"},
     {"checkpoints"},
     {"rl"},
@@ -130,13 +130,13 @@ def test_everything_public_has_a_docstring():
 
 
 def test_no_room_outgrows_the_house():
-    """The largest room has at most 20 % of the lines; training at most 14 files beside the compiled step."""
+    """The largest room has at most 18 % of the lines; training at most 14 files beside the compiled step."""
     lines = Counter()
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".css", ".js"):
             lines[path.relative_to(PACKAGE).parts[0]] += path.read_text(encoding="utf-8").count("\n")
     room, largest = lines.most_common(1)[0]
-    assert largest <= 0.2 * lines.total(), room
+    assert largest <= 0.18 * lines.total(), room
     assert len(list((PACKAGE / "training").glob("*.py"))) <= 14
 
 

@@ -20,6 +20,7 @@ from ra_jax.interop.diffusers import read_configs, read_redux_configs
 from ra_jax.models.attention import implementation_for
 from ra_jax.models.geometry import FLUX_FILL_DEV, FillGeometry, abstract_fill_model
 from ra_jax.models.options import model_options
+from ra_jax.optimizers import build_optimizer
 from ra_jax.parallel.mesh import check_batch, make_mesh
 from ra_jax.parallel.partitioner import MeshPartitioner
 from ra_jax.parallel.partitioning import BATCH
@@ -27,7 +28,6 @@ from ra_jax.rewards.custom import parse_rewards
 from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import batch_parts
 from ra_jax.training.flops import ModelSizes, flops_from_config
-from ra_jax.training.optimizers import build_optimizer
 from ra_jax.training.resume import make_reference
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.settings import StepSettings
@@ -51,7 +51,7 @@ class AbstractStep:
         optimizer: the optimizer.
         settings: the static settings of the step.
         arguments: (train state, frozen weights, batch), with `jax.ShapeDtypeStruct`s for arrays.
-        flops: model FLOPs of one step over all chips (`training.flops.step_flops`).
+        flops: model FLOPs of one step over all chips (`models.flops.step_flops`).
         base_bytes: bytes of the frozen transformer, over all chips.
     """
 

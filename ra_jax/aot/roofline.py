@@ -48,7 +48,7 @@ class Roofline:
     """Lower bounds of the step time. They are computed, not measured.
 
     Attributes:
-        flops: model FLOPs of the whole step over all chips (`training.flops.step_flops`).
+        flops: model FLOPs of the whole step over all chips (`models.flops.step_flops`).
         compute_seconds: time for these FLOPs if every chip computes at its peak.
         collective_bytes: bytes that one chip sends, by kind of collective.
         collective_seconds: time to send these bytes if all links of the chip run at full bandwidth.

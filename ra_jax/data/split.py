@@ -1,9 +1,11 @@
-"""Hold out some of the photos of a data set, for runs without held-out records of their own."""
+"""Which photos of a data set are held out, and which held-out scenes are shown and scored during a run."""
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ra_jax.data.plan import SPLIT_STREAM, random_generator
-from ra_jax.data.records import Record
+from ra_jax.data.records import Record, scene_ids
 
 MIN_PHOTOS = 10  # with fewer photos none is held out
 
@@ -33,3 +35,30 @@ def split_photos(records: Sequence[Record], fraction: float, seed: int) -> tuple
         [record for record in records if record.src not in held_out],
         [record for record in records if record.src in held_out],
     )
+
+
+def choose_scenes(records: Sequence[Record], score_weights: Sequence[float], count: int) -> list[Record]:
+    """Choose at most `count` scenes, evenly spread over the data, and return the best record of each.
+
+    The best record shows the ground truth, or else has the highest weighted sum of scores. Its result is shown in
+    previews.
+    """
+    scenes = scene_ids(records)
+    distinct = np.unique(scenes)
+
+    def rank(i: int) -> tuple[bool, float]:
+        scores = records[i].scores
+        return shows_truth(records[i]), 0.0 if scores is None else float(np.dot(scores, score_weights))
+
+    chosen_scenes = distinct[spread(len(distinct), count)]
+    return [records[max(np.flatnonzero(scenes == scene), key=rank)] for scene in chosen_scenes]
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """Return at most `count` of the indices 0 … total − 1, evenly spread and in order."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
+def shows_truth(record: Record) -> bool:
+    """Return whether the record's result is the ground truth: its source says so, or nobody scored it."""
+    return record.result is not None and (record.source == "gt" or (record.scores is None and record.source is None))

@@ -168,6 +168,27 @@ def check_reward(reward: Reward, *shapes: RewardInputs) -> Reward:
     return replace(reward, function=lambda inputs: jnp.asarray(reward.function(inputs), jnp.float32))
 
 
+def build_rewards(
+    specs: Sequence[str],
+    weights: Sequence[float],
+    panels: Sequence[tuple[int, int]],
+    batch_size: int,
+    *,
+    has_target: bool,
+) -> tuple[Reward, ...]:
+    """Parse rewards (`parse_rewards`), and check each for batches of every panel size (height, width) in pixels.
+
+    Raises RewardError for a reward that is unknown, raises an exception, or does not return numbers [B].
+    """
+    rewards, inputs = parse_rewards(specs, weights, has_target), []
+    for height, width in panels:
+        photo = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32)
+        truth = photo if has_target else None
+        mask = jax.ShapeDtypeStruct(photo.shape[:-1], jnp.float32)
+        inputs.append(RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth))
+    return tuple(check_reward(reward, *inputs) for reward in rewards)
+
+
 def _batch_size(inputs: RewardInputs) -> int:
     return inputs.image.shape[0]
 

@@ -46,6 +46,24 @@ def repeat_rows(x: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
+def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, num_points: int) -> jax.Array:
+    """Compute `velocity` in a loop over the points of a record. Returns the velocities [R, N, 4C].
+
+    A point is a pair (x_t, t), and each record has `num_points` of them. Pass k of the loop computes point k of all
+    records. The backward pass recomputes the forward pass of each point. The memory is therefore the same as for one
+    point, and the cost is one more forward pass per point.
+
+    Args:
+        velocity: (x [B, N, 4C], t [B]) -> [B, N, 4C].
+        x: [R, N, 4C] with R = B·num_points. The rows of a record are adjacent.
+        t: [R].
+        num_points: number of points per record.
+    """
+    x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, num_points, *a.shape[1:]), 1, 0) for a in (x, t))
+    by_point = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
+    return jnp.moveaxis(by_point, 0, 1).reshape(x.shape)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["clean", "times", "noise", "region", "reference"],

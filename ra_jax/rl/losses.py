@@ -46,7 +46,7 @@ def clipped_policy_loss(
     """
     log_ratio = jnp.minimum(log_ratio, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
-    loss, metrics = _clipped_surrogate(ratio, advantages, clip_range, mean)
+    loss, metrics = _clipped_surrogate(ratio, advantages, clip_range, mean, center=1.0)
     return loss, metrics | jax.lax.stop_gradient({"approx_kl": mean(ratio - 1.0 - log_ratio)})
 
 
@@ -63,7 +63,7 @@ def contrast_policy_loss(
     """Compute the loss of the estimator `contrast`: a clipped surrogate to first order, and an anchor.
 
         ρ = 1 + (ℓ_θ − ℓ_old)
-        loss = κ·[ τ·mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) ) + b·mean(anchor) ]
+        loss = κ·[ τ·mean( A + max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) ) + b·mean(anchor) ]
 
     ℓ is `estimators.contrast_log_prob`, which is linear in v_θ. The first term of a sample is therefore convex and
     piecewise linear in v_θ for either sign of A, and its gradient has at most the size 2κ|A|·‖u‖. With an anchor that
@@ -72,6 +72,9 @@ def contrast_policy_loss(
     KL-constrained reward maximization, to first order (FlowAWR, 2606.30376).
 
     τ cancels wherever ρ is not clipped: it is only the unit in which ε is measured.
+
+    A has no gradient. It is added so that the loss is 0 at ρ = 1 for v_θ = v_ref, and it is not computed: the surrogate
+    takes ρ − 1 in place of ρ. Otherwise the rounding of 1 + x, times A, would hide the small differences of a step.
 
     Args:
         log_ratio: ℓ_θ − ℓ_old, [B] float32.
@@ -88,22 +91,25 @@ def contrast_policy_loss(
             approx_kl: ½·mean((ℓ_θ − ℓ_old)²).
             reference_distance: mean of the anchor.
     """
-    surrogate, metrics = _clipped_surrogate(1.0 + log_ratio, advantages, clip_range, mean)
+    surrogate, metrics = _clipped_surrogate(log_ratio, advantages, clip_range, mean)
     distance = mean(anchor)
     metrics |= jax.lax.stop_gradient({"approx_kl": 0.5 * mean(log_ratio**2), "reference_distance": distance})
     return strength.pull * (temperature * surrogate + strength.anchor * distance), metrics
 
 
 def _clipped_surrogate(
-    ratio: jax.Array, advantages: jax.Array, clip_range: float, mean: Mean
+    x: jax.Array, advantages: jax.Array, clip_range: float, mean: Mean, *, center: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Compute mean( max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) ), and the metrics mean_ratio and clip_fraction."""
+    """Compute mean( max(−A·x, −A·clip(x, c − ε, c + ε)) ), and the metrics mean_ratio and clip_fraction.
+
+    x is the ratio plus c − 1: with the center c = 1 it is ρ, with c = 0 it is ρ − 1.
+    """
     advantages = jax.lax.stop_gradient(advantages)
-    clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
-    loss = mean(jnp.maximum(-advantages * ratio, -advantages * clipped))
+    clipped = jnp.clip(x, center - clip_range, center + clip_range)
+    loss = mean(jnp.maximum(-advantages * x, -advantages * clipped))
     metrics = {
-        "mean_ratio": mean(ratio),
-        "clip_fraction": mean((jnp.abs(ratio - 1.0) > clip_range).astype(jnp.float32)),
+        "mean_ratio": mean(x) + (1.0 - center),
+        "clip_fraction": mean((jnp.abs(x - center) > clip_range).astype(jnp.float32)),
     }
     return loss, jax.lax.stop_gradient(metrics)
 

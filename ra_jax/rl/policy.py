@@ -232,13 +232,17 @@ def velocity_distance(
     return mean(region_mean(squared_difference, repeat_rows(region, len(velocity) // len(region))))
 
 
+def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:
+    """Compute √(mean_Ω ‖v‖² / mean_Ω ‖v_base‖²) [R] of velocities [R, N, 4C], with `region` [R, N, 4] for mean_Ω."""
+    return jnp.sqrt(region_mean(velocity**2, region) / region_mean(base**2, region))
+
+
 def norm_excess(velocity: jax.Array, reference: jax.Array, region: jax.Array, mean: Callable = jnp.mean) -> jax.Array:
-    """Compute the mean over all points of max(‖v‖/‖v_ref‖ − 1, 0)², with ‖·‖² = mean_Ω (·)² (a scalar).
+    """Compute the mean over all points of max(‖v‖/‖v_ref‖ − 1, 0)² (a scalar); see `norm_ratio`.
 
     Reinforcement by the forward process makes velocities longer (NormGuard, 2606.27771). Shorter ones cost nothing.
     The arguments are those of `velocity_distance`.
     """
     rows = repeat_rows(region, len(velocity) // len(region))
-    squared_norms = [region_mean(v**2, rows) for v in (velocity, jax.lax.stop_gradient(reference))]
-    ratio = jnp.sqrt(squared_norms[0] / squared_norms[1])
+    ratio = norm_ratio(velocity, jax.lax.stop_gradient(reference), rows)
     return mean(jnp.maximum(ratio - 1.0, 0.0) ** 2)

@@ -28,9 +28,10 @@ from ra_jax.parallel.partitioner import fetch
 from ra_jax.parallel.processes import is_main_process
 from ra_jax.reporting.trackers import METRICS_FILE, read_rows
 from ra_jax.rl.estimators import matching_cache, repeat_rows
+from ra_jax.rl.policy import norm_ratio
 from ra_jax.training.looks import Looks
 from ra_jax.training.step.encode import encode
-from ra_jax.training.step.objective import Objective, norm_ratio
+from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.state import example_keys, stream_key
 
 log = logging.getLogger(__name__)

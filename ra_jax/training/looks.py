@@ -5,7 +5,7 @@ some of them. The scenes and their noise stay the same during the whole run.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from ra_jax.data.diptych import right_panel
 from ra_jax.data.loader import Loader
-from ra_jax.data.records import Record, scene_ids
+from ra_jax.data.split import spread
 from ra_jax.flow.schedule import FlowSchedule
 from ra_jax.inference.sampling import as_diptych, initial_noise, make_remover
 from ra_jax.models.fill_model import FillModel, Weights
@@ -27,33 +27,6 @@ from ra_jax.reporting.contact_sheet import contact_sheet
 from ra_jax.rewards.custom import Reward
 from ra_jax.rewards.registry import RewardInputs, total_reward
 from ra_jax.training.step.state import example_keys, stream_key
-
-
-def choose_scenes(records: Sequence[Record], reward_weights, count: int) -> list[Record]:
-    """Choose at most `count` scenes, evenly spread over the data, and return the best record of each.
-
-    The best record shows the ground truth, or else has the highest reward. Its result is shown in previews.
-    """
-    scenes = scene_ids(records)
-    distinct = np.unique(scenes)
-
-    def rank(i: int) -> tuple[bool, float]:
-        scores = records[i].scores
-        reward = 0.0 if scores is None else float(total_reward(np.asarray(scores), reward_weights))
-        return shows_truth(records[i]), reward
-
-    chosen_scenes = distinct[spread(len(distinct), count)]
-    return [records[max(np.flatnonzero(scenes == scene), key=rank)] for scene in chosen_scenes]
-
-
-def spread(total: int, count: int) -> np.ndarray:
-    """Return at most `count` of the indices 0 … total − 1, evenly spread and in order."""
-    return np.linspace(0, total - 1, min(count, total)).astype(int)
-
-
-def shows_truth(record: Record) -> bool:
-    """Return whether the record's result is the ground truth: its source says so, or nobody scored it."""
-    return record.result is not None and (record.source == "gt" or (record.scores is None and record.source is None))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from ra_jax.config.parse import to_flat_dict
@@ -19,6 +18,7 @@ from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
+from ra_jax.data.split import choose_scenes, shows_truth
 from ra_jax.errors import ConfigError, RewardError
 from ra_jax.flow.samplers import window_starts
 from ra_jax.flow.schedule import FlowSchedule
@@ -28,13 +28,13 @@ from ra_jax.models.blocks import unstack_blocks
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.geometry import FillGeometry, abstract_fill_model
 from ra_jax.models.options import model_options
+from ra_jax.optimizers import build_optimizer
+from ra_jax.parallel.agreement import check_same_plan, run_signature
 from ra_jax.parallel.compilation import device_memory
 from ra_jax.parallel.partitioner import Partitioner, make_partitioner
 from ra_jax.parallel.processes import barrier, is_main_process
-from ra_jax.rewards.custom import Reward, check_reward, parse_rewards
-from ra_jax.rewards.registry import RewardInputs
+from ra_jax.rewards.custom import Reward, build_rewards
 from ra_jax.rl.strength import PolicyStrength
-from ra_jax.training.agreement import check_same_plan, run_signature
 from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import (
     RunData,
@@ -45,8 +45,7 @@ from ra_jax.training.dataset import (
     training_loader,
 )
 from ra_jax.training.held_out import DriftGuard, HeldOut
-from ra_jax.training.looks import Looks, LookSettings, choose_scenes, shows_truth
-from ra_jax.training.optimizers import build_optimizer
+from ra_jax.training.looks import Looks, LookSettings
 from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.resume import (
     check_run_outputs,
@@ -299,27 +298,11 @@ def load_model(config: TrainConfig, partitioner: Partitioner) -> LoadedModel:
 
 
 def make_rewards(config: TrainConfig, buckets: Sequence[Size], *, has_target: bool) -> tuple[Reward, ...]:
-    """Build the rewards of automatic mode, and check each with the shapes of every bucket; empty in the other modes.
-
-    Raises RewardError for a reward that is unknown, raises an exception, or does not return numbers [B].
-    """
+    """Build the rewards of automatic mode (`build_rewards`); empty in the other modes."""
     if config.mode != "automatic":
         return ()
-    size, specs = config.run.train_batch_size, config.rollouts.reward_functions
-    return build_rewards(specs, config, buckets, size, has_target=has_target)
-
-
-def build_rewards(
-    specs: Sequence[str], config: TrainConfig, buckets: Sequence[Size], batch_size: int, *, has_target: bool
-) -> tuple[Reward, ...]:
-    """Build the rewards of `specs` (`parse_rewards`), and check each with the shapes of every bucket."""
-    rewards, inputs = parse_rewards(specs, config.grpo.reward_weights, has_target), []
-    for height, width in buckets:
-        photo = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32)
-        truth = photo if has_target else None
-        mask = jax.ShapeDtypeStruct(photo.shape[:-1], jnp.float32)
-        inputs.append(RewardInputs(image=photo, source=photo, mask=mask, target=truth, target_decoded=truth))
-    return tuple(check_reward(reward, *inputs) for reward in rewards)
+    specs, batch_size = config.rollouts.reward_functions, config.run.train_batch_size
+    return build_rewards(specs, config.grpo.reward_weights, buckets, batch_size, has_target=has_target)
 
 
 def choose_initial_strength(
@@ -377,10 +360,10 @@ def make_looks(
     rewards = ()
     if data.is_held_out:
         try:
-            rewards = build_rewards(specs, config, data.buckets, 1, has_target=with_truth)
+            rewards = build_rewards(specs, weights, data.buckets, 1, has_target=with_truth)
         except RewardError as error:  # the run's own rewards need a truth that the held-out records do not have
             log.warning("held_out_reward is computed by the rewards without ground truth: %s", error)
-            rewards = build_rewards((), config, data.buckets, 1, has_target=False)
+            rewards = build_rewards((), weights, data.buckets, 1, has_target=False)
     settings = LookSettings(
         num_inference_steps=logging_config.num_inference_steps,
         guidance_scale=config.model.guidance_scale,

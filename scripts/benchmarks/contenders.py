@@ -154,16 +154,9 @@ def make_our_experience(model, geometry: Geometry):
 
 def count_our_flops(geometry: Geometry, trainable: dict) -> float:
     """Compute the FLOPs of the model in a step, without recomputation."""
+    from ra_jax.models.flops import ForwardCost, StepPasses, attention_flops, expert_flops, forward_flops, step_flops
     from ra_jax.models.flux import FluxConfig
     from ra_jax.parallel.partitioning import named_leaves
-    from ra_jax.training.flops import (
-        ForwardCost,
-        StepPasses,
-        attention_flops,
-        expert_flops,
-        forward_flops,
-        step_flops,
-    )
 
     flux, sizes = FluxConfig.from_dict(geometry.flux()), (geometry.tokens, geometry.context)
     shapes = {name: x.shape for name, x in named_leaves(trainable).items()}

@@ -15,10 +15,10 @@ from ra_jax.aot.abstract_step import build_abstract_step, read_geometry, smaller
 from ra_jax.aot.topology import Chip, topology_devices
 from ra_jax.config.parse import parse
 from ra_jax.errors import ConfigError
+from ra_jax.models.flops import attention_flops, expert_flops, forward_flops
 from ra_jax.models.geometry import FLUX_FILL_DEV
 from ra_jax.parallel.partitioner import MeshPartitioner
 from ra_jax.parallel.partitioning import named_leaves
-from ra_jax.training.flops import attention_flops, expert_flops, forward_flops
 
 CHIP = Chip(peak_flops=1e9, memory=1e9, link_bandwidth=1e9)
 

@@ -20,8 +20,9 @@ from ra_jax.training.setup import set_up
 PROGRAM = Path(__file__).with_name("fake_devices.py")
 STEPS = 5
 # Adam divides a gradient by its magnitude. With a tiny ε, gradients that consist of rounding errors would change the
-# weights by full steps.
-STEADY = {"learning_rate": 1e-3, "adam_epsilon": 1e-3}
+# weights by full steps. The strength gives the policy a pull of 10. The default of this tiny data set gives hundreds,
+# and the rounding of sums over a scene, in which better and worse results cancel, grows with it.
+STEADY = {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "policy_strength": 0.25}
 LAUNCHES = {
     "one": {"one_device": True},
     "8x1": {},
@@ -48,20 +49,19 @@ def finish(*programs) -> list[dict]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def compare(folder, name, reference, *, loss_error=1e-5) -> None:
+def compare(folder, name, reference) -> None:
     """Compare losses and leaves with the reference.
 
-    Losses agree within 1e-5 and an absolute `loss_error`, leaves within 3e-5 of the leaf's norm. The limit is 1e-4 for
-    the optimizer's mean of gradients, in which better and worse results of a scene cancel, and twice that for its mean
-    of squared gradients.
+    Losses agree within 1e-5, leaves within 1e-5 of the leaf's norm. The limit is 3e-5 for the optimizer's mean of
+    gradients, and twice that for its mean of squared gradients.
     """
     with np.load(folder / f"{name}.npz") as ours, np.load(reference) as theirs:
         assert set(ours) == set(theirs)
-        np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5, atol=loss_error)
-        for leaf in set(theirs) - {"losses"}:
+        np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
+        for leaf in theirs:
             np.testing.assert_array_equal(np.isnan(ours[leaf]), np.isnan(theirs[leaf]))  # not measured
             one, other = (np.nan_to_num(x[leaf].astype(np.float64)) for x in (ours, theirs))
-            limit = (2e-4 if "/nu/" in leaf else 1e-4) if leaf.startswith("opt_state") else 3e-5
+            limit = (6e-5 if "/nu/" in leaf else 3e-5) if leaf.startswith("opt_state") else 1e-5
             assert np.linalg.norm(one - other) <= limit * np.linalg.norm(other), (name, leaf)
 
 
@@ -159,13 +159,11 @@ def test_two_processes_take_the_same_steps_as_one_device(human, tmp_path):
 @pytest.mark.slow
 def test_all_partitioners_take_the_same_steps_on_automatic_rewards(make_automatic_config, photo_flags, tmp_path):
     flags = {"train_batch_size": 8, "rollout_steps": 2, "num_generations": 2, "decode_batch_size": 1}
-    flags["policy_strength"] = 5.0  # a strength that is measured has rounding of its own
     config = to_flat_dict(make_automatic_config(**flags, **photo_flags, **STEADY))
     launches = {name: LAUNCHES[name] for name in ("one", "2x4", "pmap")}
     finish(start(tmp_path, config, launches, steps=2))
     for name in ("2x4", "pmap"):
-        # Terms of the size κ·τ·|A|, about 10, cancel within a group.
-        compare(tmp_path, name, tmp_path / "one.npz", loss_error=1e-5)
+        compare(tmp_path, name, tmp_path / "one.npz")
 
 
 def test_replicas_on_one_device_have_the_same_base(make_config):

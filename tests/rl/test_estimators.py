@@ -13,6 +13,7 @@ from ra_jax.models.lora import Adapter
 from ra_jax.rl.estimators import (
     MatchingCache,
     TransitionCache,
+    map_timesteps,
     matching_cache,
     matching_log_prob,
     normalized_log_ratio,
@@ -243,3 +244,15 @@ def test_the_policy_gradient_reaches_experts_and_router(make_policy_step):
     _, _, gradient = step(trainable, trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_mapping_time_steps_one_by_one_gives_the_same_rows():
+    x, t = jnp.arange(24.0).reshape(6, 4, 1), jnp.arange(6.0)
+    shapes = []
+
+    def velocity(x, t):
+        shapes.append(x.shape)
+        return x * t[:, None, None]
+
+    np.testing.assert_array_equal(map_timesteps(velocity, x, t, num_points=3), velocity(x, t))
+    assert shapes == [(2, 4, 1), (6, 4, 1)]

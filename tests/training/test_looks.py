@@ -1,7 +1,6 @@
 """Looks: which scenes they show, what they compare removals with, and their scores."""
 
 import json
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,47 +9,10 @@ import pytest
 from ra_jax.data.diptych import right_panel
 from ra_jax.inference.sampling import as_diptych, initial_noise, make_remover
 from ra_jax.rewards.registry import REWARDS, RewardInputs
-from ra_jax.training.looks import choose_scenes, shows_truth, spread
 from ra_jax.training.setup import set_up
 from ra_jax.training.step.state import example_keys, stream_key
 
 FLAGS = {"validation_steps": 1, "validation_scenes": 2, "num_inference_steps": 2}
-
-
-@pytest.mark.parametrize(
-    ("scores", "source", "result", "expected"),
-    [
-        (None, None, "r.png", True),
-        ((0.1, 0.2, 0.3), None, "r.png", False),  # people scored it: it is a candidate
-        ((1.0, 1.0, 1.0), "gt", "r.png", True),
-        (None, "policy", "r.png", False),
-        (None, "other", "r.png", False),
-        (None, None, None, False),
-    ],
-)
-def test_a_result_is_the_truth_if_nobody_scored_it_or_if_it_says_so(scores, source, result, expected):
-    assert shows_truth(SimpleNamespace(scores=scores, source=source, result=result)) is expected
-
-
-@pytest.mark.parametrize(("total", "count", "expected"), [(10, 3, [0, 4, 9]), (2, 5, [0, 1]), (1, 1, [0])])
-def test_scenes_are_spread_evenly(total, count, expected):
-    assert spread(total, count).tolist() == expected
-
-
-def test_the_truth_is_chosen_before_any_candidate():
-    candidate = SimpleNamespace(src="a.png", mask="m.png", scores=(0.9, 0.9, 0.9), source="policy", result="r.png")
-    truth = SimpleNamespace(src="a.png", mask="m.png", scores=None, source="gt", result="gt.png")
-    assert choose_scenes([candidate, truth], (1.0, 0.0, 0.0), 4) == [truth]
-
-
-def test_the_best_record_of_each_scene_is_chosen():
-    records = [
-        SimpleNamespace(src=f"{scene}.png", mask="m.png", scores=(score, 0.5, 0.5), source="policy", result="r.png")
-        for scene in range(4)
-        for score in (0.2, 0.9, 0.4)
-    ]
-    chosen = choose_scenes(records, (1.0, 0.0, 0.0), 2)
-    assert [(record.src, record.scores[0]) for record in chosen] == [("0.png", 0.9), ("3.png", 0.9)]
 
 
 @pytest.fixture(scope="module")

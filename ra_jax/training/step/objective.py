@@ -7,7 +7,6 @@ they are not the base (`reference_velocity`). The diversity term is computed onc
 step, the other terms per microbatch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,13 +21,14 @@ from ra_jax.models.fill_model import FillModel, Weights
 from ra_jax.models.lora import Adapter
 from ra_jax.models.router import diversity_loss
 from ra_jax.parallel.collectives import all_mean, all_sum
-from ra_jax.rl.estimators import MatchingCache, TransitionCache, repeat_rows
+from ra_jax.rl.estimators import MatchingCache, TransitionCache, map_timesteps, repeat_rows
 from ra_jax.rl.losses import flow_matching_error
 from ra_jax.rl.policy import (
     OldPolicy,
     PolicyOutput,
     evaluate_policy,
     norm_excess,
+    norm_ratio,
     policy_cache,
     policy_loss,
     velocity_distance,
@@ -320,26 +320,3 @@ def sample_gates(gates: jax.Array | None, sample: Sample) -> jax.Array | None:
     if gates is None or sample.experts is None:
         return gates
     return jax.nn.one_hot(sample.experts, gates.shape[-1])
-
-
-def map_timesteps(velocity: Callable, x: jax.Array, t: jax.Array, num_points: int) -> jax.Array:
-    """Compute `velocity` in a loop over the points of a record. Returns the velocities [R, N, 4C].
-
-    A point is a pair (x_t, t), and each record has `num_points` of them. Pass k of the loop computes point k of all
-    records. The backward pass recomputes the forward pass of each point. The memory is therefore the same as for one
-    point, and the cost is one more forward pass per point.
-
-    Args:
-        velocity: (x [B, N, 4C], t [B]) -> [B, N, 4C].
-        x: [R, N, 4C] with R = B·num_points. The rows of a record are adjacent.
-        t: [R].
-        num_points: number of points per record.
-    """
-    x_by_point, t_by_point = (jnp.moveaxis(a.reshape(-1, num_points, *a.shape[1:]), 1, 0) for a in (x, t))
-    by_point = jax.lax.map(jax.checkpoint(lambda point: velocity(*point)), (x_by_point, t_by_point))
-    return jnp.moveaxis(by_point, 0, 1).reshape(x.shape)
-
-
-def norm_ratio(velocity: jax.Array, base: jax.Array, region: jax.Array) -> jax.Array:
-    """Compute √(mean_Ω ‖v‖² / mean_Ω ‖v_base‖²) [R] of velocities [R, N, 4C], with `region` [R, N, 4] for mean_Ω."""
-    return jnp.sqrt(region_mean(velocity**2, region) / region_mean(base**2, region))

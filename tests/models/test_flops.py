@@ -1,7 +1,7 @@
 """FLOPs of a step, compared with counts by hand."""
 
+from ra_jax.models.flops import ForwardCost, StepPasses, attention_flops, expert_flops, step_flops
 from ra_jax.models.flux import FluxConfig
-from ra_jax.training.flops import ForwardCost, StepPasses, attention_flops, expert_flops, step_flops
 
 
 def test_human_scored_step():

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ra_jax.config.settings import OptimizationConfig
-from ra_jax.training.optimizers import build_optimizer, learning_rate_schedule, muon_dimensions, weight_decay_mask
+from ra_jax.optimizers import build_optimizer, learning_rate_schedule, muon_dimensions, weight_decay_mask
 
 if find_spec("torch"):
     import torch

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from ra_jax.errors import ConfigError
-from ra_jax.training.agreement import check_same_plan, run_signature
+from ra_jax.parallel.agreement import check_same_plan, run_signature
 from ra_jax.training.dataset import load_training_records
 from ra_jax.training.setup import set_up
 
