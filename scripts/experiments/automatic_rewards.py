@@ -27,8 +27,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from held_out import HeldOutScenes, bootstrap_interval, decode_encoded_truth, make_scenes, measure_rewards
+from held_out import (
+    HeldOutScenes,
+    bootstrap_interval,
+    decode_encoded_truth,
+    make_scenes,
+    measure_rewards,
+    run_commands,
+    save_figure,
+    write_json,
+)
 from matplotlib import pyplot as plt
 
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
@@ -36,7 +44,6 @@ from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.synthetic import measure_defects
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths, DemoSettings, prepare
-from ra_jax.outputs import write_file
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import SCORES, RewardInputs, total_reward
 from ra_jax.training.loop import train
@@ -266,12 +273,6 @@ def seconds_until(config: TrainConfig, step: int) -> float:
     return seconds * last_step / (last_step - rows[0]["step"])
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file; make its folder. The file appears only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(content))
-
-
 def load_cells(experiment: Experiment) -> dict[str, dict]:
     """Read the cells, by method.
 
@@ -391,19 +392,8 @@ def draw(experiment: Experiment, cells: dict[str, dict]) -> Path:
     axes[0].set_ylabel("mean total reward, held-out scenes")
     axes[0].set_xscale("log")
     axes[0].legend(loc="center left", fontsize=8)
-    figure.tight_layout()
-    path = experiment.root / f"{experiment.pairs}.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def main() -> None:
-    """Parse the command line and run the command."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "table": table}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    return save_figure(figure, experiment.root / f"{experiment.pairs}.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_commands({"run": run, "table": table})

@@ -1,4 +1,4 @@
-"""Removals of held-out scenes, their measurements, and bootstrap intervals of paired differences.
+"""Removals of held-out scenes, their measurements, and bootstrap intervals of paired differences; files and commands.
 
 The experiments import this module and no other script. A held-out scene is a synthetic scene of the demo that no
 training uses. Arrays have one row for each scene; images are float32 [S, h, w, 3] in [0, 1].
@@ -7,14 +7,20 @@ training uses. Arrays have one row for each scene; images are float32 [S, h, w, 
 sizes of the experts, the number of prompt tokens and the guidance scale.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ra_jax.checkpoints import find_checkpoint, restore
@@ -26,9 +32,11 @@ from ra_jax.inference.sampling import initial_noise, make_remover
 from ra_jax.interop.diffusers import LoadedModel, load_fill_model
 from ra_jax.models.fill_model import Weights
 from ra_jax.models.options import ModelOptions, expert_configs
+from ra_jax.outputs import write_file
 from ra_jax.rewards.registry import REWARDS, SCORES, RewardInputs
 from ra_jax.training.step.state import example_keys, stream_key
 
+matplotlib.use("Agg")
 BATCH_SIZE = 32  # scenes in one call of the remover
 SMALLEST_ERROR = 1e-10  # mean squared error; limits PSNR to 100 dB
 
@@ -225,3 +233,22 @@ def bootstrap_interval(differences: np.ndarray, samples: int = 4000, seed: int =
     rows = rng.integers(differences.shape[1], size=(samples, differences.shape[1]))
     means = differences[seeds[:, :, None], rows[:, None, :]].mean((1, 2))
     return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file; make its folder. The file appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(content))
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Save a figure as a PNG file, close it, and return the path of the file."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def run_commands(commands: Mapping[str, Callable[[Any], None]]) -> None:
+    """Run the command that the command line names; `commands` are functions of an experiment's settings, by name."""
+    tyro.extras.subcommand_cli_from_dict(dict(commands), use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))

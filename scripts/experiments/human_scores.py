@@ -29,8 +29,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
-from held_out import HeldOutScenes, bootstrap_interval, make_scenes, measure_removals
+from held_out import (
+    HeldOutScenes,
+    bootstrap_interval,
+    make_scenes,
+    measure_removals,
+    run_commands,
+)
 
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict, to_present_names
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as REWARD_WEIGHTS
@@ -410,11 +415,5 @@ def draw_sheet(experiment: Experiment, mix: str) -> None:
     print(f"contact sheet (source, truth, {', '.join(METHODS)}): {path}")
 
 
-def main() -> None:
-    """Parse the command line and run the command."""
-    commands = {"run": run, "measure": measure_again, "table": table, "curve": curve}
-    tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
-
-
 if __name__ == "__main__":
-    main()
+    run_commands({"run": run, "measure": measure_again, "table": table, "curve": curve})

@@ -27,9 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-import tyro
 from held_out import (
     HeldOutScenes,
     bootstrap_interval,
@@ -37,19 +35,19 @@ from held_out import (
     make_scenes,
     measure_removals,
     measure_rewards,
+    run_commands,
+    save_figure,
+    write_json,
 )
+from matplotlib import pyplot as plt
 
 from ra_jax.checkpoints import find_checkpoint
 from ra_jax.config.parse import from_flat_dict, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
-from ra_jax.outputs import write_file
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import SCORES, total_reward
 from ra_jax.training.loop import train
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 GUIDE = {  # the first command of the guide
     "use_grpo": True,
@@ -144,7 +142,7 @@ def one_result_per_photo(experiment: Experiment) -> Path:
     # The first candidate of the first photo, the second of the second, and so on: all are equally likely.
     kept = [records[i % len(records)] for i, records in enumerate(by_photo.values())]
     path = experiment.root / "single.json"
-    write_file_with_folder(path, json.dumps(kept))
+    write_json(path, kept)
     return path
 
 
@@ -251,7 +249,7 @@ def run_cell(experiment: Experiment, cell: str, seed: int) -> None:
         "spread": {"base": measurement.spread(None), "end": measurement.spread(checkpoints[-1])},
         "rows": rows,
     }
-    write_file_with_folder(experiment.cell_file(cell, seed), json.dumps(content))
+    write_json(experiment.cell_file(cell, seed), content)
     print(summarize(cell, seed, content), flush=True)
 
 
@@ -261,12 +259,6 @@ def read_strength(checkpoint: Path) -> float:
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return float(jnp.asarray(reader.restore(checkpoint / "state")["strength.strength"]))
-
-
-def write_file_with_folder(path: Path, text: str) -> None:
-    """Write a file, and make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text)
 
 
 def mean_of(point: dict, name: str) -> float:
@@ -405,7 +397,7 @@ def draw_curves(experiment: Experiment, cells: dict[str, list[dict]]) -> Path:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    return save(figure, experiment.root / "rest.png")
+    return save_figure(figure, experiment.root / "rest.png")
 
 
 def draw_strength(experiment: Experiment, cells: dict[str, list[dict]]) -> Path | None:
@@ -423,23 +415,8 @@ def draw_strength(experiment: Experiment, cells: dict[str, list[dict]]) -> Path 
     axis.axhline(0.0, color="black", linewidth=0.6)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return save(figure, experiment.root / "strength.png")
-
-
-def save(figure, path: Path) -> Path:
-    """Save a figure as a PNG file, and return its path."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def main() -> None:
-    """Parse the command line and run the command."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "table": table}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    return save_figure(figure, experiment.root / "strength.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_commands({"run": run, "table": table})

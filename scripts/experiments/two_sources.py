@@ -14,7 +14,13 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from held_out import decode_encoded_truth, generate_removals, make_scenes, measure_rewards
+from held_out import (
+    decode_encoded_truth,
+    generate_removals,
+    make_scenes,
+    measure_rewards,
+    run_commands,
+)
 from scipy.stats import spearmanr
 
 from ra_jax.config.parse import from_flat_dict, load_toml
@@ -90,12 +96,5 @@ def train(training: Training) -> None:
         print(f"| {name} | {total_reward(scores, WEIGHTS).mean():.3f} | {means} | {np.mean(measured['psnr']):.2f} |")
 
 
-def main() -> None:
-    """Parse the command line and run the command."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"agree": agree, "train": train}, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run_commands({"agree": agree, "train": train})
