@@ -17,6 +17,7 @@ from ra_jax.data.loader import check_results
 from ra_jax.data.packs import LABEL_FIELDS, SPLIT, VERSION, Example, LatentEncoding, import_tfds
 from ra_jax.data.panels import Panels, load_panels, nearest_bucket
 from ra_jax.data.records import Record
+from ra_jax.data.split import photo_ids
 from ra_jax.errors import DataError, OutputError
 from ra_jax.outputs import Inputs, Outputs, check_outputs, check_staging, replace_folder, staging_folder
 
@@ -101,12 +102,14 @@ def write_pack(
         first_records.setdefault(_condition_key(record), record)
     condition_index = {key: index for index, key in enumerate(first_records)}
     conditions = list(first_records.values())
+    photos = photo_ids(conditions)
     metadata = {
         "encoding": None if encoder is None else asdict(encoder.encoding),
         "conditions": [
             {
                 "size": _panel_size(encoder, record) or record.size,
                 "scene": scenes.setdefault((record.src, record.mask), index),
+                "photo": photos[index],
                 "ref": record.ref is not None,
             }
             for index, record in enumerate(conditions)

@@ -66,8 +66,9 @@ class Pack:
     Attributes:
         folder: folder of the pack.
         encoding: how the latents were computed; None for a pack without latents.
-        condition_metadata: a dict for each condition: `size` of its images, `ref` (whether it has a reference), and
-            `scene`, the index of the first condition with the same src and mask.
+        condition_metadata: a dict for each condition: `size` of its images, `ref` (whether it has a reference),
+            `scene`, the index of the first condition with the same src and mask, and `photo`, the `split.photo_id` of
+            the file that src was made from (not in older packs).
         record_metadata: a dict for each record: the fields of `LABEL_FIELDS`, the index `condition`, and `result`
             (whether it has a result).
 
@@ -144,6 +145,11 @@ class PackedImage:
     def stem(self) -> str:
         """Name and index of the image, used in place of the stem of a file name."""
         return f"{self.name}{self.index:06d}"
+
+    @property
+    def photo_id(self) -> str | None:
+        """`split.photo_id` of the photo of this image's condition; None in older packs."""
+        return self.pack.condition_metadata[self.index].get("photo")
 
     def example(self) -> Example:
         """Return the whole example that holds the image."""

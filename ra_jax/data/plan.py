@@ -14,7 +14,6 @@ import numpy as np
 # Values of `stream` in `random_generator`.
 PLAN_STREAM = 0
 MASK_STREAM = 1
-SPLIT_STREAM = 2
 
 
 @dataclass(frozen=True)

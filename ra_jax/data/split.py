@@ -1,39 +1,59 @@
 """Which photos of a data set are held out, and which held-out scenes are shown and scored during a run."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from ra_jax.data.plan import SPLIT_STREAM, random_generator
+from ra_jax.data.images import ImageFile
+from ra_jax.data.packs import PackedImage
 from ra_jax.data.records import Record, scene_ids
 
 MIN_PHOTOS = 10  # with fewer photos none is held out
 
 
-def split_photos(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+def photo_id(photo: ImageFile) -> str:
+    """Return the SHA-256 hash of the file of a photo.
+
+    A pack has the hashes of the files that it was made from. Older packs lack them: then the packed image is hashed,
+    which is the same file in a pack without latents.
+    """
+    packed_id = photo.photo_id if isinstance(photo, PackedImage) else None
+    return packed_id or hashlib.sha256(photo.read_bytes()).hexdigest()
+
+
+def photo_ids(records: Sequence[Record]) -> list[str]:
+    """Return the id of each record's photo (`photo_id`). Every file is read once."""
+    ids = {photo: photo_id(photo) for photo in dict.fromkeys(record.src for record in records)}
+    return [ids[record.src] for record in records]
+
+
+def split_photos(
+    records: Sequence[Record], photos: Sequence[str], fraction: float
+) -> tuple[list[Record], list[Record]]:
     """Divide records into records to train on and held-out records, by photo.
 
-    All records of a photo are on the same side, also if they have different masks. The split is a pure function of the
-    records, the fraction and the seed, so that all processes and a resumed run make the same one. Both sides keep the
-    order of the records.
+    The photos with the smallest ids are held out. The split therefore depends on the photos themselves: it is the same
+    on all processes, in resumed runs, with another seed, and if the files are packed, moved or in another order. If
+    photos are added, only few of the others change sides.
 
     Args:
         records: all records.
-        fraction: fraction of the photos to hold out, in [0, 1); at least one photo is held out if it is above 0.
-        seed: seed of the run.
+        photos: id of each record's photo (`photo_ids`). Records of a photo are on the same side, whatever their masks.
+        fraction: fraction of the photos to hold out, in [0, 1). If it is above 0, at least one photo is on each side.
 
     Returns:
-        The records to train on, and the held-out records. With fewer than 10 photos, or if the fraction is 0, no record
-        is held out.
+        The records to train on, and the held-out records, both in the order of `records`. With fewer than 10 photos, or
+        if the fraction is 0, no record is held out.
     """
-    photos = list(dict.fromkeys(record.src for record in records))
-    if not fraction or len(photos) < MIN_PHOTOS:
+    distinct = sorted(set(photos))
+    if not fraction or len(distinct) < MIN_PHOTOS:
         return list(records), []
-    order = random_generator(seed, SPLIT_STREAM).permutation(len(photos))
-    held_out = {photos[i] for i in order[: max(1, round(fraction * len(photos)))]}
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    held_out = set(distinct[:count])
     return (
-        [record for record in records if record.src not in held_out],
-        [record for record in records if record.src in held_out],
+        [record for record, photo in zip(records, photos, strict=True) if photo not in held_out],
+        [record for record, photo in zip(records, photos, strict=True) if photo in held_out],
     )
 
 

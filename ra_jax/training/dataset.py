@@ -11,7 +11,7 @@ from ra_jax.data.batch import Part
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader, LoaderOptions, pack_encoding, parse_buckets
 from ra_jax.data.records import Record, load_records, scene_ids
-from ra_jax.data.split import MIN_PHOTOS, split_photos
+from ra_jax.data.split import MIN_PHOTOS, photo_ids, split_photos
 from ra_jax.errors import ConfigError, DataError
 from ra_jax.interop.diffusers import LoadedModel, encoders_fingerprint
 from ra_jax.parallel.partitioner import Partitioner
@@ -71,30 +71,56 @@ def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], 
 
     The held-out records are those of --val_json_path, or else of some photos of --train_json_path. There are none if
     there are too few photos.
+
+    Raises:
+        DataError: --val_json_path cannot be read.
+        ConfigError: no photo is held out, but --patience needs some.
     """
-    if config.data.val_json_path is not None:
-        return records, load_records(config.data.val_json_path, need_result=config.run.max_drift is not None)
-    fraction = config.data.validation_split if config.logging.validation_steps else 0.0  # nothing else needs them
-    train, held_out = split_photos(records, fraction, config.run.seed)
-    photos, held_out_photos = len({record.src for record in records}), len({record.src for record in held_out})
+    data, photos = config.data, photo_ids(records)
+    if data.val_json_path is not None:
+        held_out = load_records(data.val_json_path, need_result=config.run.max_drift is not None)
+        warn_of_shared_photos(data.val_json_path, photo_ids(held_out), photos)
+        return records, held_out
+    if not config.logging.validation_steps:
+        return records, []  # nothing else needs held-out records
+    train, held_out = split_photos(records, photos, data.validation_split)
+    count = len(set(photos))
     if held_out:
         log.info(
             "%d of %d photos of %s are held out (validation_split = %g): their removals are scored, nothing is trained "
             "on them",
-            held_out_photos,
-            photos,
-            config.data.train_json_path,
-            config.data.validation_split,
+            len(set(photo_ids(held_out))),
+            count,
+            data.train_json_path,
+            data.validation_split,
         )
-    elif config.logging.validation_steps:
-        log.warning(
-            "no photo is held out (%d photos, validation_split = %g): nothing measures how well the run removes, so "
-            "that no best checkpoint is kept; give --val_json_path, or at least %d photos",
-            photos,
-            config.data.validation_split,
-            MIN_PHOTOS,
+        return train, held_out
+    advice = "--val_json_path" if data.validation_split else "--val_json_path or --validation_split"
+    if count < MIN_PHOTOS:
+        advice += f", or at least {MIN_PHOTOS} photos"
+    message = f"no photo is held out ({count} photos, validation_split = {data.validation_split:g})"
+    if config.run.patience is not None:
+        raise ConfigError(
+            f"patience = {config.run.patience}: it counts looks at held-out photos, but {message}; give {advice}, or "
+            "remove --patience"
         )
+    log.warning(
+        "%s: nothing measures how well the run removes, so that no best checkpoint is kept; give %s", message, advice
+    )
     return train, held_out
+
+
+def warn_of_shared_photos(path: str, held_out: Sequence[str], trained: Sequence[str]) -> None:
+    """Warn if the data set `path` of held-out photos has photos that are trained on, both given by `photo_ids`."""
+    shared = set(held_out) & set(trained)
+    if shared:
+        log.warning(
+            "%d of %d photos of %s are also trained on: held_out_reward then shows what the run knows by heart, and the "
+            "best checkpoint may be a later one than it should; remove them from one of the two data sets",
+            len(shared),
+            len(set(held_out)),
+            path,
+        )
 
 
 def training_loader(config: TrainConfig, data: RunData, loaded: LoadedModel, rows: np.ndarray) -> Loader:

@@ -15,9 +15,10 @@ from ra_jax.data.__main__ import main
 from ra_jax.data.batch import check_schema
 from ra_jax.data.loader import Loader, LoaderOptions
 from ra_jax.data.pack_writer import write_pack
-from ra_jax.data.packs import LatentEncoding
+from ra_jax.data.packs import LatentEncoding, PackedImage
 from ra_jax.data.panels import Panels
 from ra_jax.data.records import check_records, load_records, scene_ids
+from ra_jax.data.split import photo_ids
 from ra_jax.errors import DataError
 
 SIZES = [(24, 24), (16, 32), (20, 20), (32, 16), (48, 48)]
@@ -123,6 +124,16 @@ def test_a_pack_with_latents_gives_the_encoders_arrays_and_the_panels_of_the_fil
             np.testing.assert_array_equal(batch[name], file_batch[name], err_msg=name)
         for name, value in latents_batch.items():
             np.testing.assert_array_equal(value, batch[name], err_msg=name)
+
+
+def test_photos_of_a_pack_have_the_ids_of_their_files(data_file, pack, tmp_path, monkeypatch):
+    from_files = load_records(data_file)
+    write_pack(from_files, tmp_path / "encoded", encoder=FakeEncoder())
+    expected = photo_ids(from_files)
+    assert len(set(expected)) == 5
+    assert photo_ids(load_records(pack)) == photo_ids(load_records(tmp_path / "encoded")) == expected
+    monkeypatch.setattr(PackedImage, "photo_id", None)  # as in packs that were written before these ids
+    assert photo_ids(load_records(pack)) == expected
 
 
 def test_latents_need_a_pack_with_latents_and_masks_without_augmentation(data_file, pack, tmp_path):

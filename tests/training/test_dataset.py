@@ -10,6 +10,7 @@ from ra_jax.data.batch import COMPUTED_FIELDS, batch_fields, check_schema
 from ra_jax.data.pack_writer import write_pack
 from ra_jax.data.packs import LatentEncoding
 from ra_jax.data.records import load_records
+from ra_jax.errors import ConfigError
 from ra_jax.interop.diffusers import encoders_fingerprint
 from ra_jax.training.dataset import batch_parts, load_run_data, single_record_loader, training_loader
 
@@ -106,3 +107,22 @@ def test_batch_shapes_of_ahead_of_time_compilation_are_those_of_the_loader(make_
     batch, _ = first_batch(config)
     shapes = {name: (x.shape, x.dtype) for name, x in batch_shapes(config, read_geometry(config)).items()}
     assert shapes == {name: ((1, *array.shape), array.dtype) for name, array in batch.items()}
+
+
+def test_a_few_photos_cannot_be_held_out(make_config, caplog):
+    load_run_data(make_config(validation_steps=1))
+    assert "no photo is held out (6 photos, validation_split = 0.1)" in caplog.text
+    assert "give --val_json_path, or at least 10 photos" in caplog.text
+    with pytest.raises(ConfigError, match=r"patience = 2: .*no photo is held out \(6 photos.*or remove --patience"):
+        load_run_data(make_config(validation_steps=1, patience=2))
+
+
+def test_advice_without_a_split_names_it(make_config, caplog):
+    load_run_data(make_config(validation_steps=1, validation_split=0.0))
+    assert "give --val_json_path or --validation_split, or at least 10 photos" in caplog.text
+
+
+def test_held_out_photos_that_are_trained_on_are_named(make_config, scored_scenes, caplog):
+    path = scored_scenes / "triplets.json"  # the same photos in another file
+    load_run_data(make_config(val_json_path=str(path), validation_steps=1))
+    assert f"6 of 6 photos of {path} are also trained on" in caplog.text
