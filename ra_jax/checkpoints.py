@@ -5,7 +5,9 @@ and each array has the path of its leaf as its name. The frozen base is never sa
 (`CheckpointMetadata`). Saving is asynchronous: a folder gets its final name only when it is complete.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import orbax.checkpoint as ocp
 
 from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_DIR = "checkpoints"
 BEST_DIR = "best"  # holds the checkpoint of the best look of a run, in the same format
@@ -108,7 +112,10 @@ class Checkpoints:
         return None if step is None else self.folder / str(step)
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints after `step`, because a run that resumes from `step` saves these steps again."""
+        """Delete the checkpoints after `step`, because a run that resumes from `step` saves these steps again.
+
+        Such a checkpoint lacks files (`find_checkpoint`), or else the run would resume from it.
+        """
         for later_step in [saved_step for saved_step in self._manager.all_steps() if saved_step > step]:
             self._manager.delete(later_step)
 
@@ -126,11 +133,14 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
 def find_checkpoint(where: str | Path, *, prefer_best: bool = False) -> Path:
     """Find a checkpoint, and return its resolved path. Links are followed.
 
+    A checkpoint with missing files is skipped, with a warning if it is newer: a process that is killed while it deletes
+    a checkpoint leaves such a folder.
+
     Args:
         where: the checkpoint itself, the output folder of a run, or the folder `checkpoints` or `best` in an output
             folder. If there are several checkpoints, the latest is returned.
-        prefer_best: in an output folder, prefer the checkpoint in `best`, to use the weights. Without it the latest
-            checkpoint is preferred, to continue the run. The other folder is used if the preferred one is empty.
+        prefer_best: in an output folder, prefer the checkpoint in `best`, to use the weights. Without it, the latest
+            checkpoint in either folder is returned, to continue the run.
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -138,20 +148,40 @@ def find_checkpoint(where: str | Path, *, prefer_best: bool = False) -> Path:
     path = Path(where).resolve()
     if is_checkpoint(path):
         return path
+    parents = [path / folder for folder in (CHECKPOINT_DIR, BEST_DIR) if (path / folder).is_dir()]
     # `where` is a folder of checkpoints if it has the name of one, or if it is a link to a folder with such a name.
-    holds_steps = bool({path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR})
-    folders = (BEST_DIR, CHECKPOINT_DIR) if prefer_best else (CHECKPOINT_DIR, BEST_DIR)
-    parents = [path] if holds_steps else [path / folder for folder in folders]
-    candidates = [
-        [folder for folder in parent.glob("*") if folder.name.isdecimal()] for parent in parents if parent.is_dir()
-    ]
-    steps = next(filter(None, candidates), [])
+    if not parents and {path.name, Path(where).name} & {CHECKPOINT_DIR, BEST_DIR}:
+        parents = [path]
+    folders = [folder for parent in parents for folder in steps_in(parent)]
+    broken = [folder for folder in folders if not _is_complete(folder)]
+    steps = [folder for folder in folders if folder not in broken]  # of equal steps, the first is taken
+    if prefer_best:
+        steps = [folder for folder in steps if folder.parent.name == BEST_DIR] or steps
     if not steps:
+        reason = f"; {', '.join(map(str, broken))}: files are missing" if broken else ""
         raise CheckpointError(
             f"no checkpoint in {where}: expected a run's output folder (with {CHECKPOINT_DIR}/<step> in it) or "
-            "one such checkpoint folder"
+            f"one such checkpoint folder{reason}"
         )
-    return max(steps, key=lambda folder: int(folder.name)).resolve()
+    latest = max(steps, key=step_of)
+    for folder in broken:
+        if step_of(folder) > step_of(latest):
+            log.warning("%s: files of this checkpoint are missing; using %s", folder, latest)
+    return latest.resolve()
+
+
+def steps_in(parent: Path) -> list[Path]:
+    """List the checkpoints `<step>` in a folder, also those that are not complete."""
+    return [folder for folder in parent.glob("*") if folder.name.isdecimal()]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint `<step>`."""
+    return int(checkpoint.name)
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in ("about/metadata", "state/manifest.ocdbt"))
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -170,9 +200,21 @@ def enclosing_checkpoint(path: Path) -> Path | None:
 
 
 def read_metadata(checkpoint: Path) -> CheckpointMetadata:
-    """Read the metadata of a checkpoint folder."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    """Read the metadata of a checkpoint folder; raises CheckpointError if it cannot be read."""
+    with _reading(checkpoint), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return CheckpointMetadata(**reader.restore(checkpoint / "about"))
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Context manager that replaces the errors of a checkpoint that is broken by one that says so."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} cannot be read, files of it are missing or damaged: {str(error)[:500]}\n"
+            "Copy it again, or use another checkpoint of its run."
+        ) from error
 
 
 def check_base(checkpoint: Path, metadata: CheckpointMetadata, fingerprint: str) -> None:
@@ -194,7 +236,8 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
     `like` is a pytree of arrays or ShapeDtypeStructs: the state of a run, or the part of the state that `prefix` names,
     such as "trainable".
 
-    Raises CheckpointError if the checkpoint has other leaves, shapes or dtypes. The message lists the differences.
+    Raises CheckpointError if the checkpoint cannot be read, or has other leaves, shapes or dtypes. The message lists
+    the differences.
     """
     on_disk = leaves_on_disk(like, prefix)
     expected, part = geometry(on_disk), prefix and name_on_disk(prefix) + "/"
@@ -207,7 +250,7 @@ def restore(checkpoint: Path, like: Any, *, prefix: str = "") -> Any:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
         for name, leaf in zip(expected, leaves, strict=True)
     }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _reading(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
             checkpoint / "state",
             args=ocp.args.PyTreeRestore(

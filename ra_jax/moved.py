@@ -37,7 +37,7 @@ MOVED = {
     "ra_jax.models.weights": ("ra_jax.interop.diffusers", "ra_jax.interop.hub", "ra_jax.errors"),
     "ra_jax.rl.rewards": ("ra_jax.rewards.registry", "ra_jax.rewards.removal"),
     "ra_jax.rl.user_rewards": ("ra_jax.rewards.custom", "ra_jax.errors"),
-    "ra_jax.training.beginnings": ("ra_jax.training.resume",),
+    "ra_jax.training.beginnings": ("ra_jax.training.resume", "ra_jax.run_folder"),
     "ra_jax.training.charts": ("ra_jax.reporting.charts",),
     "ra_jax.training.checkpoints": ("ra_jax.checkpoints", "ra_jax.parallel.partitioning", "ra_jax.errors"),
     "ra_jax.training.distributed": ("ra_jax.parallel.processes", "ra_jax.parallel.agreement"),

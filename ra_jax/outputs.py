@@ -6,6 +6,7 @@ and by inode. Commands call it before they compute, create or delete anything. `
 complete new content, even if the program is killed.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -267,6 +268,23 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write bytes or text (as UTF-8) to `path`, by `replace_file`."""
     with replace_file(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Context manager that replaces the error of a full disk in its block by an OutputError that says what to do.
+
+    Orbax raises ValueError with the text of the operating system's error, and everything else OSError.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise OutputError(
+            f"{folder}: the disk is full, or its quota is used up: complete checkpoints are unharmed; make room, then "
+            "continue with --resume_from_checkpoint latest"
+        ) from error
 
 
 @contextmanager

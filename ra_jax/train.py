@@ -24,14 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for library in ("absl", "orbax", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("absl").addFilter(_drop_traceback)
     try:
         config, file = parse(argv), config_file(argv)
         # Imported after parsing, so that --help and wrong flags are answered at once.
         from ra_jax.parallel.processes import initialize
 
         initialize(config.parallel)
+        from ra_jax.run_folder import check_config_not_replaced
         from ra_jax.training.loop import train
-        from ra_jax.training.resume import check_config_not_replaced
 
         if file is not None:
             check_config_not_replaced(config, file)
@@ -46,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"error: {reward_error[1]}")
         raise
     print(f"trained: {output}")
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Keep the message of Orbax's log records only. Its threads log the tracebacks of errors that are raised, too."""
+    record.exc_info = None
+    return True
 
 
 if __name__ == "__main__":

@@ -224,6 +224,18 @@ def scored_scenes(tmp_path_factory):
     return write_dataset(folder, DatasetSettings(scenes=6, size=32, mix="no_clean", seed=0))
 
 
+@pytest.fixture(scope="session")
+def make_checkpoint_files():
+    """Return a function that makes a folder look like a complete checkpoint. It cannot be restored."""
+
+    def make(folder: Path) -> None:
+        for file in ("state/manifest.ocdbt", "about/metadata"):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).touch()
+
+    return make
+
+
 FEW_LAYERS = r".*\.(to_q|to_add_out|proj_mlp)"  # layers of both kinds of blocks; all layers make a larger program
 HUMAN = {"use_grpo": True, "use_human_scores": True, "enable_grpo_rewards": True, "enable_grpo_loss": True}
 

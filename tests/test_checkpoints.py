@@ -1,5 +1,6 @@
 """Checkpoints on disk: which ones remain and are found, how they are restored, and the names of their arrays."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from ra_jax.checkpoints import (
     BEST_DIR,
+    CHECKPOINT_DIR,
     CheckpointMetadata,
     Checkpoints,
     check_base,
@@ -46,14 +48,59 @@ def test_delete_after_deletes_the_checkpoints_of_later_steps(tmp_path):
     assert step_numbers(tmp_path / BEST_DIR) == [2, 4, 5]
 
 
-def test_find_checkpoint_returns_the_latest_or_else_the_best(tmp_path):
+@pytest.mark.parametrize("name", ["run", BEST_DIR, CHECKPOINT_DIR])
+def test_find_checkpoint_returns_the_latest_or_the_best(tmp_path, name):
+    """The output folder itself may have the name of a folder of checkpoints."""
+    root = tmp_path / name
+
+    def found(*folders, **options):
+        return find_checkpoint(root.joinpath(*folders), **options).relative_to(root).as_posix()
+
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        find_checkpoint(tmp_path)
-    save_steps(tmp_path, [7], folder=BEST_DIR, limit=1).close()
-    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / BEST_DIR) == (tmp_path / BEST_DIR / "7").resolve()
+        find_checkpoint(root)
+    save_steps(root, [5], folder=BEST_DIR, limit=1).close()
+    assert found() == found(BEST_DIR) == "best/5"
+    save_steps(root, [3]).close()
+    assert found() == found(prefer_best=True) == "best/5" and found(CHECKPOINT_DIR) == "checkpoints/3"
+    save_steps(root, [5]).close()
+    assert found() == "checkpoints/5" and found(prefer_best=True) == "best/5"
+    save_steps(root, [7]).close()
+    assert found() == "checkpoints/7" and found(prefer_best=True) == found(BEST_DIR) == "best/5"
+
+
+@pytest.mark.parametrize("file", ["about/metadata", "state/manifest.ocdbt", "state", "."])
+def test_a_checkpoint_without_some_of_its_files_is_not_found(tmp_path, caplog, file):
     save_steps(tmp_path, [3, 5]).close()
-    assert find_checkpoint(tmp_path).parts[-2:] == ("checkpoints", "5")
-    assert find_checkpoint(tmp_path / BEST_DIR).name == "7"
+    damaged = tmp_path / CHECKPOINT_DIR / "5" / file
+    if damaged.is_dir():
+        shutil.rmtree(damaged)
+        damaged.mkdir(exist_ok=True)
+    else:
+        damaged.unlink()
+    assert find_checkpoint(tmp_path).name == "3"
+    assert f"{tmp_path}/checkpoints/5: files of this checkpoint are missing; using" in caplog.text
+    shutil.rmtree(tmp_path / CHECKPOINT_DIR / "3")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints/5: files are missing"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shutil.rmtree(folder / "state/d"),
+        lambda folder: next((folder / "state/d").iterdir()).write_bytes(b"\0\0"),
+        lambda folder: (folder / "state/manifest.ocdbt").write_bytes(b"none"),
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: (folder / "about/metadata").write_text("{"),
+        lambda folder: (folder / "about/metadata").write_text('{"step": 1}'),
+        lambda folder: (folder / "about/metadata").unlink(),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    folder = save_state(tmp_path, {"w": jnp.zeros(2)})
+    damage(folder)
+    with pytest.raises(CheckpointError, match=f"checkpoint {folder} cannot be read, files of it are missing or damag"):
+        restore(folder, {"w": jnp.zeros(2)})
 
 
 def test_checkpoints_beyond_the_limit_are_deleted(tmp_path):

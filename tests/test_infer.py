@@ -109,7 +109,7 @@ def test_a_missing_checkpoint_is_refused(scene):
 
 
 @pytest.fixture
-def working_folder(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch, make_checkpoint_files):
     """The working folder: photos/ and masks/ with a.png and b.png, run/ with a checkpoint, and two model folders."""
     monkeypatch.setattr(pipeline, "RemovalPipeline", RecordingPipeline)
     monkeypatch.chdir(tmp_path)
@@ -117,8 +117,7 @@ def working_folder(tmp_path, monkeypatch):
         Path(folder).mkdir()
         for name in ("a", "b"):
             Image.new(mode, (20, 10), "white").save(f"{folder}/{name}.png")
-    for part in ("state", "about"):
-        Path("run/checkpoints/4", part).mkdir(parents=True)
+    make_checkpoint_files(Path("run/checkpoints/4"))
     for folder in ("run/best", "tiny", "tiny_redux"):
         Path(folder).mkdir()
     models = {"pretrained_model_name_or_path": "tiny", "pretrained_redux_model_name_or_path": "tiny_redux"}

@@ -36,7 +36,7 @@ def write_image(path, seed):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, make_checkpoint_files):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # train's logging would remain for other tests
     subfolders = ("photos", "masks", "refs", "set/input", "set/mask", "set/gt", "set/ref", "set/result")
@@ -51,8 +51,7 @@ def folder(tmp_path, monkeypatch):
     Path("set/triplets.json").write_text(json.dumps({"mapping": {f"{name}.png": [f"{name}.png"] for name in NAMES}}))
     Path("model/transformer").mkdir(parents=True)
     Path("model/transformer/config.json").write_text("{}")
-    for part in ("state", "about"):
-        Path("run/checkpoints/4", part).mkdir(parents=True)
+    make_checkpoint_files(Path("run/checkpoints/4"))
     Path("run/config.toml").write_text(RUN_CONFIG)
     return tmp_path
 

@@ -1,5 +1,6 @@
 """Checks of outputs against inputs, by every kind of path, and the atomic replacement of files and folders."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from ra_jax.outputs import (
     Outputs,
     check_outputs,
     check_staging,
+    explain_full_disk,
     replace_file,
     replace_folder,
     staging_folder,
@@ -397,3 +399,24 @@ class TestReplacedFolder:
             with pytest.raises(OutputError, match=r"new\.partial: .* is not the unfinished folder of a stopped run"):
                 check(Path("new"))
         assert staging.lstat() == before
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+            ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code='28']"),
+        ],
+    )
+    def test_is_explained(self, error):
+        message = r"run: the disk is full, .*; make room, then continue with --resume_from_checkpoint latest"
+        with pytest.raises(OutputError, match=message), explain_full_disk(Path("run")):
+            raise error
+
+    @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), ValueError("bad value"), OutputError("x")])
+    def test_other_errors_stay(self, error):
+        with pytest.raises(type(error)) as raised, explain_full_disk(Path("run")):
+            raise error
+        assert raised.value is error

@@ -24,6 +24,7 @@ FLOORS = (
     {"rl"},
     {"inference"},
     {"evaluation", "reporting", "pipeline"},
+    {"run_folder"},
     {"training"},
     {"__init__", "aot", "demo", "train", "infer", "evaluate"},
     {"__main__"},

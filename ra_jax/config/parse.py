@@ -27,6 +27,8 @@ _TYPES: dict[str, Any] = {  # flat name of each flag and TOML key -> type, witho
 }
 # Name in earlier versions -> present name. Flags, TOML files and checkpoints may still use the earlier name.
 FORMER_NAMES = {"routing_specialisation": "routing_specialization"}
+# Settings that were optional in earlier versions: what None meant. Checkpoints may still have it.
+FORMER_NONE = {"checkpoints_total_limit": 0}
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
 
 
@@ -228,7 +230,7 @@ def _convert_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
             and its former name (`FORMER_NAMES`).
     """
     _check_former_names(flat)
-    flat = to_present_names(flat)
+    flat = {name: FORMER_NONE.get(name) if value is None else value for name, value in to_present_names(flat).items()}
     for name, value in flat.items():
         if name not in _TYPES:
             if isinstance(value, dict):

@@ -31,7 +31,7 @@ class DataConfig:
     # None: validation_split holds out photos of train_json_path.
     val_json_path: str | None = None
     # Fraction of the photos of train_json_path that are held out if there is no val_json_path (at least 0 and below 1).
-    # Of fewer than 10 photos none is held out.
+    # Of fewer than 10 photos none is held out. The content of the photos decides which, in all runs alike.
     validation_split: Annotated[float, at_least_and_below(0, 1)] = 0.1
     # Format of the scores in the records. dict: {"removal_score": ...}; tensor: [removal, background, smoothness].
     score_format: Literal["dict", "tensor"] = "dict"
@@ -139,9 +139,9 @@ class GRPOConfig:
     # policy; matching: by the flow-matching error, without anything that holds the policy; sde: by the probability of
     # the noisy sampling steps (automatic rewards only); nft: by the velocity, without a ratio; auto: contrast.
     policy_estimator: Literal["auto", "contrast", "matching", "sde", "nft"] = "auto"
-    # How far the estimator contrast moves the model (greater than 0): at rest, a score has moved by about this number
-    # times its covariance with the advantage. auto: as far as the scores of the data suggest.
-    policy_strength: Annotated[float | Literal["auto"], above(0)] = "auto"
+    # How far the estimator contrast moves the model (between 1e-06 and 1000, both excluded): at rest, a score has moved
+    # by about this number times its covariance with the advantage. auto: as far as the scores of the data suggest.
+    policy_strength: Annotated[float | Literal["auto"], between(1e-6, 1000)] = "auto"
     # Clip range of the estimators contrast and matching: the policy ratio is clipped to 1 ± this value (between 0 and
     # 1, both excluded). The ratio is the probability of a result under the trained weights divided by its probability
     # under the old policy.
@@ -303,8 +303,9 @@ class RunConfig:
     checkpointing_steps: Annotated[int, at_least(0)] = 500
     # Number of checkpoints to keep; the oldest ones are deleted (at least 0). The best checkpoint, in best/, is kept in
     # addition. 0: keep all.
-    checkpoints_total_limit: Annotated[int | None, at_least(0)] = 3
-    # Continue a run from a checkpoint: "latest" for the latest one in output_dir, or the folder of a checkpoint.
+    checkpoints_total_limit: Annotated[int, at_least(0)] = 3
+    # Continue a run from a checkpoint: "latest" for the latest one in output_dir, perhaps the one in best/, or the
+    # folder of a checkpoint.
     resume_from_checkpoint: str | None = None
     # Start a new run with the experts and router of another run: its output_dir, or the folder of one of its
     # checkpoints.

@@ -137,7 +137,7 @@ def within_scenes(scores: np.ndarray, scenes: np.ndarray) -> ScoreDeviations:
 def strength_table(
     names: Sequence[str],
     means: np.ndarray,
-    deviations: np.ndarray,
+    compared: ScoreDeviations,
     advantages: np.ndarray,
     sample_weights: np.ndarray,
     weights: LossWeights,
@@ -147,19 +147,19 @@ def strength_table(
     Args:
         names: names of the S scores.
         means: mean of each score [S].
-        deviations: deviations of the results' scores from what they are compared with, [R, S].
-        advantages: A [R].
-        sample_weights: weights of the results in the base loss [R], with mean 1.
+        compared: the results that tell how far scores move, and their deviations.
+        advantages: A [R] of all results.
+        sample_weights: weights of all results in the base loss [R], with mean 1.
         weights: weights of the losses.
     """
-    centered = np.asarray(deviations, np.float64)
     advantages, sample_weights = (np.asarray(x, np.float64) for x in (advantages, sample_weights))
-    std = advantages.std()
+    std = advantages.std()  # of all results: the policy loss pulls by the advantages of all
+    centered = np.asarray(compared.deviations, np.float64)
     return StrengthTable(
         names=tuple(names),
         means=np.asarray(means, np.float64),
-        advantage_covariances=advantages @ centered / len(centered),
-        weight_covariances=sample_weights @ centered / len(centered),
+        advantage_covariances=advantages[compared.rows] @ centered / len(centered),
+        weight_covariances=sample_weights[compared.rows] @ centered / len(centered),
         base_share=weights.base * 0.1 / (4.0 * (weights.base or 1.0) * weights.policy),
         max_strength=MAX_SHIFT / std if std else 0.0,
     )
@@ -179,11 +179,15 @@ def choose_strength(table: StrengthTable, reward_weights: np.ndarray) -> float:
         reward_weights: weights w of the scores in the total reward [S].
 
     Raises:
-        ValueError: no score has a positive covariance and a positive weight, so that there is nothing to learn.
+        ValueError: there is nothing to learn, because no score has a positive covariance, a positive weight and a mean
+            below 1; or a mean is not in [0, 1].
     """
-    taught = (table.advantage_covariances > 0) & (np.asarray(reward_weights) > 0)
+    for name, mean in zip(table.names, table.means, strict=True):
+        if not 0.0 <= mean <= 1.0:
+            raise ValueError(f"the mean of {name} is {mean:g}: expected scores between 0 and 1")
+    taught = (table.advantage_covariances > 0) & (np.asarray(reward_weights) > 0) & (table.means < 1.0)
     if not taught.any():
-        raise ValueError("no score grows with the advantage")
+        raise ValueError("no score is higher in the better results of a scene, so that the policy has nothing to learn")
     room = 1.0 - table.means
     gaps = np.maximum(room - table.base_share * table.weight_covariances, LEAST_GAP * room)
     weights = np.where(taught, reward_weights, 0.0)

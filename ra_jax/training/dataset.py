@@ -115,8 +115,8 @@ def warn_of_shared_photos(path: str, held_out: Sequence[str], trained: Sequence[
     shared = set(held_out) & set(trained)
     if shared:
         log.warning(
-            "%d of %d photos of %s are also trained on: held_out_reward then shows what the run knows by heart, and the "
-            "best checkpoint may be a later one than it should; remove them from one of the two data sets",
+            "%d of %d photos of %s are also trained on: held_out_reward then shows what the run knows by heart, and "
+            "best/ may come from a later step than it should; remove them from one of the two data sets",
             len(shared),
             len(set(held_out)),
             path,

@@ -12,7 +12,7 @@ far, and the velocity norm with the base's.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ra_jax.checkpoints import BEST_DIR
+from ra_jax.checkpoints import BEST_DIR, steps_in
 from ra_jax.data.loader import Loader
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.partitioner import fetch
@@ -123,6 +123,7 @@ class Record:
         highest_step: its step.
         looks_since: number of looks after it.
         latest: the latest held_out_reward.
+        latest_step: its step; −1 before the first look.
         saved: held_out_reward of the checkpoint in `best/`; −∞ if there is none.
         saved_step: its step.
     """
@@ -131,12 +132,13 @@ class Record:
     highest_step: int = 0
     looks_since: int = 0
     latest: float = -math.inf
+    latest_step: int = -1
     saved: float = -math.inf
     saved_step: int = 0
 
     def add(self, step: int, reward: float) -> None:
         """Count a look. NaN is never the highest."""
-        self.latest = reward
+        self.latest, self.latest_step = reward, step
         if reward > self.highest:
             self.highest, self.highest_step, self.looks_since = reward, step, 0
         else:
@@ -235,15 +237,31 @@ class HeldOut:
         if is_main_process():
             file = output / METRICS_FILE  # missing if the run goes on in another folder
             rows = [row for row in read_rows(file) if row["step"] <= first_step] if file.exists() else []
-            saved = [int(path.name) for path in (output / BEST_DIR).glob("*") if path.name.isdecimal()]
-            record = replay(rows, saved)
+            record = self._replay(rows, {int(folder.name) for folder in steps_in(output / BEST_DIR)})
             losses = [row["held_out_flow_loss"] for row in rows if "held_out_flow_loss" in row]
             values = np.asarray([*vars(record).values(), min(losses, default=math.inf)])
         shared = multihost_utils.broadcast_one_to_all(values.view(np.uint8))  # bytes: JAX would round float64
         *record_values, lowest_loss = np.asarray(shared, np.uint8).view(np.float64).tolist()
-        self.record = Record(*record_values)
+        kinds = [type(value) for value in vars(Record()).values()]
+        self.record = Record(*(kind(value) for kind, value in zip(kinds, record_values, strict=True)))
         if self._guard is not None:
             self._guard.lowest_loss = lowest_loss
+
+    def _replay(self, rows: Sequence[Mapping[str, float]], saved_steps: Collection[int]) -> Record:
+        """Return the record of the looks in these rows that can be compared with those of this start."""
+        looks = [row for row in rows if "held_out_reward" in row]
+        if not self.chooses_best:
+            return Record()
+        comparable = [row for row in looks if row.get("held_out_set") == self._looks.number]
+        if len(comparable) < len(looks):
+            log.warning(
+                "%d of %d looks of the run so far were at other scenes or with other settings, and are not compared "
+                "with later ones: the best look is sought anew%s",
+                len(looks) - len(comparable),
+                len(looks),
+                f", and replaces {BEST_DIR}/; copy it to keep it" if saved_steps else "",
+            )
+        return replay(comparable, saved_steps)
 
     def describe(self) -> str | None:
         """Describe the best look, the latest look and the folder to use, for the end of a run; None without looks."""
@@ -253,17 +271,15 @@ class HeldOut:
         if record.saved == -math.inf:
             return f"held_out_reward {record.latest:+.3f} at the last look; best/ has no checkpoint"
         return (
-            f"best look at step {record.saved_step:.0f}: held_out_reward {record.saved:+.3f}, at the last look "
+            f"best look at step {record.saved_step}: held_out_reward {record.saved:+.3f}, at the last look "
             f"{record.latest:+.3f}; the checkpoint of the best look is in {BEST_DIR}/"
         )
 
 
-def replay(rows: Iterable[Mapping[str, float]], saved_steps: Iterable[int]) -> Record:
-    """Return the record of a run with these rows of metrics, and with checkpoints of these steps in `best/`."""
-    record, saved_steps = Record(), set(saved_steps)
-    for row in rows:
-        if "held_out_reward" not in row:
-            continue
+def replay(looks: Iterable[Mapping[str, float]], saved_steps: Collection[int]) -> Record:
+    """Return the record of a run with the looks of these rows, and with checkpoints of these steps in `best/`."""
+    record = Record()
+    for row in looks:
         record.add(row["step"], row["held_out_reward"])
         if row["step"] in saved_steps:
             record.save(row["step"], row["held_out_reward"])

@@ -5,6 +5,7 @@ some of them. The scenes and their noise stay the same during the whole run.
 """
 
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -36,12 +37,14 @@ class Look:
     Attributes:
         scores: mean of each reward's score over the scenes; empty if the scenes are not scored.
         reward: mean total reward over the scenes; None if the scenes are not scored.
+        number: `Looks.number`.
         seconds: duration of the look.
         preview: path of the preview sheet.
     """
 
     scores: Mapping[str, float]
     reward: float | None
+    number: int
     seconds: float
     preview: Path
 
@@ -50,7 +53,12 @@ class Look:
         if self.reward is None:
             return {}
         scores = {f"held_out_{name}_score": score for name, score in self.scores.items()}
-        return {"held_out_reward": self.reward, **scores, "look_seconds": self.seconds}
+        return {
+            "held_out_reward": self.reward,
+            **scores,
+            "held_out_set": float(self.number),
+            "look_seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,10 @@ class LookSettings:
 class Looks:
     """Removes the objects of held-out scenes, scores the results, and draws `previews/step_<n>.png`.
 
+    Attributes:
+        number: a number that is the same in all runs whose looks can be compared: with the same scenes, the same
+            settings of the removal, and the same rewards.
+
     Args:
         output_dir: the run's folder.
         model: the model.
@@ -98,6 +110,19 @@ class Looks:
         self._score = jax.jit(self._score_images)
         self._key = stream_key(settings.seed, "previews")
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
+        self.number = self._compute_number()
+
+    def _compute_number(self) -> int:
+        """Compute `number` from the panels of all scenes and from the settings."""
+        settings = self._settings
+        rewards = [(reward.name, reward.weight) for reward in settings.rewards]
+        removal = (settings.num_inference_steps, settings.guidance_scale, settings.seed)
+        number = zlib.crc32(repr((removal, rewards)).encode())
+        names = ("source", "mask", "reference", *(["result"] if settings.with_truth else []))
+        for batch in self._batches:
+            for name in names:
+                number = zlib.crc32(np.ascontiguousarray(batch[name]), number)
+        return number
 
     @property
     def are_scored(self) -> bool:
@@ -131,10 +156,11 @@ class Looks:
     def _summarize(self, scores: list[np.ndarray], seconds: float, preview: Path) -> Look:
         rewards = self._settings.rewards
         if not rewards:
-            return Look({}, None, seconds, preview)
+            return Look({}, None, self.number, seconds, preview)
         means = np.concatenate(scores).mean(0)
         by_name = {reward.name: float(mean) for reward, mean in zip(rewards, means, strict=True)}
-        return Look(by_name, float(total_reward(means, [reward.weight for reward in rewards])), seconds, preview)
+        reward = float(total_reward(means, [reward.weight for reward in rewards]))
+        return Look(by_name, reward, self.number, seconds, preview)
 
     def _score_images(self, frozen: Weights, batch: Mapping[str, jax.Array], images: jax.Array) -> jax.Array:
         """Compute the scores [B, S] of images [B, h, w, 3] in [0, 1]."""

@@ -6,17 +6,18 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from ra_jax.checkpoints import BEST_DIR, Checkpoints, checkpoint_bytes
+from ra_jax.checkpoints import BEST_DIR, Checkpoints, checkpoint_bytes, step_of
 from ra_jax.config.parse import to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.data.batch import Batch
+from ra_jax.outputs import explain_full_disk
 from ra_jax.parallel.compilation import enable_compilation_cache
 from ra_jax.parallel.processes import is_main_process, should_stop
 from ra_jax.reporting.curves import plot_curves
@@ -42,29 +43,37 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UserError: `set_up` raises it.
+        OutputError: the disk is full.
         FloatingPointError: the loss or the gradient is not finite, or rewards failed in ten steps in a row. No
             checkpoint is written after that.
     """
     enable_compilation_cache(config.run.jax_compilation_cache_dir)
     setup = set_up(config)
     config = setup.config
-    checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
     ending = "interrupted"
-    try:
-        ending = run_steps(config, setup, recorder, checkpoints)
-    except (Exception, SystemExit) as error:
-        ending = "stopped by SIGTERM" if isinstance(error, SystemExit) else f"stopped by an error: {error}"
-        raise
-    finally:
-        checkpoints.close()
-        recorder.close()
-        if is_main_process():
-            curves = plot_curves(setup.output, config.experts.names)
-            report = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
-            log.info("%s; curves: %s, report: %s", ending, curves, report)
-            if (best := setup.held_out.describe()) is not None:
-                log.info("%s", best)
+    with explain_full_disk(setup.output), ExitStack() as stack:
+        checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
+        # Called in reverse order, each of them also if another one fails.
+        stack.callback(lambda: report(config, setup, ending))
+        stack.callback(recorder.close)
+        stack.callback(checkpoints.close)
+        try:
+            ending = run_steps(config, setup, recorder, checkpoints)
+        except (Exception, SystemExit) as error:
+            ending = "stopped by SIGTERM" if isinstance(error, SystemExit) else f"stopped by an error: {error}"
+            raise
     return setup.output
+
+
+def report(config: TrainConfig, setup: Setup, ending: str) -> None:
+    """Draw the curves, write the report, and log how the run ended and where its best checkpoint is."""
+    if not is_main_process():
+        return
+    curves = plot_curves(setup.output, config.experts.names)
+    page = write_report(setup.output, to_flat_dict(config), config.experts.names, ending)
+    log.info("%s; curves: %s, report: %s", ending, curves, page)
+    if (best := setup.held_out.describe()) is not None:
+        log.info("%s", best)
 
 
 def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str:
@@ -80,10 +89,12 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     first_batch = next(batches)
     for step in setup.first_step_per_program():
         train_step.prepare(state, setup.frozen, first_batch, step)
-    if setup.first_step == 0:
-        judgment = judge(config, setup, recorder, state, 0)
-        recorder.write_first(judgment.metrics)
-        checkpoints.save(0, state, regular=False, best=judgment.is_best)
+    if setup.first_step == 0 or lacks_look(config, setup):
+        judgment = judge(config, setup, recorder, state, setup.first_step)
+        recorder.write_extra(setup.first_step, judgment.metrics)
+        checkpoints.save(setup.first_step, state, regular=False, best=judgment.is_best)
+        if judgment.ending is not None:
+            return describe_ending(setup.first_step, judgment, checkpoints)
     batches = recorder.time_waits(chain([first_batch], batches))
     with catch_sigterm() as stop_flag:
         for steps_done, batch in zip(range(setup.first_step + 1, total_steps + 1), batches, strict=False):
@@ -102,8 +113,29 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
             if stopping:
                 raise SystemExit(128 + signal.SIGTERM)
             if judgment.ending is not None:
-                return f"stopped at step {steps_done} by {judgment.ending}"
+                return describe_ending(steps_done, judgment, checkpoints)
     return "completed"
+
+
+def describe_ending(steps_done: int, judgment: Judgment, checkpoints: "RunCheckpoints") -> str:
+    """Describe why a run ends early, and which checkpoint is left of a run that has drifted too far."""
+    ending = f"stopped at step {steps_done} by {judgment.ending}"
+    if not judgment.drifted:
+        return ending
+    latest = checkpoints.latest()
+    if latest is not None:
+        return f"{ending}; these weights are not saved, the latest checkpoint is {latest}"
+    return f"{ending}; no checkpoint was saved before: lower --checkpointing_steps, or raise --max_drift"
+
+
+def lacks_look(config: TrainConfig, setup: Setup) -> bool:
+    """Return whether a resumed run has not yet taken the look that is due at its first step.
+
+    SIGTERM ends a run without the look of that step, because the look could take longer than there is time.
+    """
+    held_out, interval = setup.held_out, config.logging.validation_steps
+    look_due = held_out.chooses_best and setup.first_step % interval == 0
+    return look_due and held_out.record.latest_step != setup.first_step
 
 
 def judge(config: TrainConfig, setup: Setup, recorder: "Recorder", state: TrainState, steps_done: int) -> Judgment:
@@ -130,11 +162,11 @@ class RunCheckpoints:
     def __init__(self, config: TrainConfig, setup: Setup):
         settings = to_flat_dict(config) | {"init_experts_from": setup.initial_experts}
         self._metadata = {"config": settings, "base": setup.loaded.fingerprint}
-        self._limit = config.run.checkpoints_total_limit or None
+        self._limit = config.run.checkpoints_total_limit or None  # 0: all
         self._regular = Checkpoints(setup.output, limit=self._limit)
         self._best = Checkpoints(setup.output, folder=BEST_DIR, limit=1) if setup.held_out.chooses_best else None
-        if self._best is not None:
-            self._best.delete_after(setup.first_step)
+        for checkpoints in self._all():
+            checkpoints.delete_after(setup.first_step)
         self._unshard = setup.partitioner.unshard
         if is_main_process():
             self._describe_room(config, setup)
@@ -144,7 +176,7 @@ class RunCheckpoints:
         size = checkpoint_bytes(self._unshard(setup.state))
         free = shutil.disk_usage(setup.output).free
         limit, interval = self._limit, config.run.checkpointing_steps or setup.total_steps
-        remaining = -(-(setup.total_steps - setup.first_step) // interval)
+        remaining = max(0, -(-(setup.total_steps - setup.first_step) // interval))
         # While a checkpoint is written, the one that it replaces is still there.
         count = (remaining if limit is None else min(remaining, limit + 1)) + 2 * (self._best is not None)
         message = "a checkpoint takes %.3g GB, and the run needs room for up to %d; %s has %.3g GB free"
@@ -162,11 +194,18 @@ class RunCheckpoints:
             if due:
                 checkpoints.save(steps_done, self._unshard(state), position=steps_done, **self._metadata)
 
+    def latest(self) -> Path | None:
+        """Wait for saves in progress, and return the latest checkpoint in either folder; None if there is none."""
+        return max(filter(None, [checkpoints.latest() for checkpoints in self._all()]), key=step_of, default=None)
+
     def close(self) -> None:
         """Wait for saves in progress, then release the folders."""
-        for checkpoints in (self._regular, self._best):
-            if checkpoints is not None:
-                checkpoints.close()
+        with ExitStack() as stack:  # releases the others, too, if one fails
+            for checkpoints in self._all():
+                stack.callback(checkpoints.close)
+
+    def _all(self) -> list[Checkpoints]:
+        return [checkpoints for checkpoints in (self._regular, self._best) if checkpoints is not None]
 
 
 class Recorder:
@@ -258,11 +297,11 @@ class Recorder:
             )
         return row
 
-    def write_first(self, metrics: Mapping[str, float]) -> None:
-        """Write the held-out measurements before the first step as the row of step 0, if there are any."""
+    def write_extra(self, steps_done: int, metrics: Mapping[str, float]) -> None:
+        """Write held-out measurements before the first step of this start as a row of their own, if there are any."""
         if metrics:
             for tracker in self._trackers:
-                tracker.write(0, dict(metrics))
+                tracker.write(steps_done, dict(metrics))
 
     def close(self) -> None:
         """Close the progress bar and the trackers."""

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from ra_jax.config.parse import to_flat_dict
-from ra_jax.config.settings import TrainConfig
+from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS, TrainConfig
 from ra_jax.data.batch import Batch, Part, check_schema
 from ra_jax.data.images import Size
 from ra_jax.data.loader import Loader
@@ -35,6 +35,7 @@ from ra_jax.parallel.partitioner import Partitioner, make_partitioner
 from ra_jax.parallel.processes import barrier, is_main_process
 from ra_jax.rewards.custom import Reward, build_rewards
 from ra_jax.rl.strength import PolicyStrength
+from ra_jax.run_folder import check_run_outputs, prepare_output_dir
 from ra_jax.training.build import initial_state, objective_settings, step_settings
 from ra_jax.training.dataset import (
     RunData,
@@ -48,12 +49,10 @@ from ra_jax.training.held_out import DriftGuard, HeldOut
 from ra_jax.training.looks import Looks, LookSettings
 from ra_jax.training.programs import CompiledSteps
 from ra_jax.training.resume import (
-    check_run_outputs,
     checkpoint_to_resume,
     initial_experts,
     initial_params,
     make_reference,
-    prepare_output_dir,
     restore_state,
     resumed_config,
     save_reference,
@@ -354,6 +353,8 @@ def make_looks(
     if not config.logging.validation_steps:
         return None
     weights, logging_config = config.grpo.reward_weights, config.logging
+    if not any(weights):  # allowed where nothing learns from these scores
+        weights = DEFAULT_REWARD_WEIGHTS
     records = choose_scenes(data.held_out, weights, logging_config.validation_scenes)
     with_truth = all(map(shows_truth, records))
     specs = config.rollouts.reward_functions if config.mode == "automatic" and not with_truth else ()

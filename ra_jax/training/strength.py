@@ -23,6 +23,7 @@ from ra_jax.rl.advantages import group_advantages
 from ra_jax.rl.strength import (
     LossWeights,
     PolicyStrength,
+    ScoreDeviations,
     StrengthTable,
     choose_strength,
     policy_weights,
@@ -57,16 +58,12 @@ def given_strength(config: TrainConfig, weights: LossWeights) -> PolicyStrength 
 def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
     """Return the weights of the policy loss of human mode, and print the table of predicted movements."""
     values, weights = data.values, loss_weights(config, has_results=data.has_target)
-    results = within_scenes(values["scores"], scene_ids(data.records))
-    table = strength_table(
-        SCORE_NAMES,
-        values["scores"].mean(0),
-        results.deviations,
-        values["advantage"][results.rows],
-        values["sample_weight"][results.rows],
-        weights,
-    )
-    return _choose(config, table, config.grpo.reward_weights, weights, config.data.train_json_path)
+    scores, advantages, sample_weights = values["scores"], values["advantage"], values["sample_weight"]
+    compared = within_scenes(scores, scene_ids(data.records))
+    table = strength_table(SCORE_NAMES, scores.mean(0), compared, advantages, sample_weights, weights)
+    advice = "add scored results, several of each scene and with different scores, or remove --enable_grpo_loss"
+    source = config.data.train_json_path
+    return _choose(config, table, config.grpo.reward_weights, weights, source=source, advice=advice)
 
 
 def strength_from_rollouts(
@@ -107,10 +104,13 @@ def strength_from_rollouts(
     scores, advantages = scores[finite], advantages[finite]
     weights = loss_weights(config, has_results="result" in next(loader.iterate(0)))
     names = [reward.name for reward in rollouts.rewards]
-    deviations = scores - scores.mean(0)
-    table = strength_table(names, scores.mean(0), deviations, advantages, np.ones(len(scores)), weights)
+    compared = ScoreDeviations(np.arange(len(scores)), scores - scores.mean(0))
+    table = strength_table(names, scores.mean(0), compared, advantages, np.ones(len(scores)), weights)
     source = f"{len(scores)} rollouts of {loader.batches_per_epoch} scenes"
-    return _choose(config, table, rollouts.reward_weights, weights, source)
+    advice = (
+        "check --reward_functions and their weights, give a number as --policy_strength, or remove --enable_grpo_loss"
+    )
+    return _choose(config, table, rollouts.reward_weights, weights, source=source, advice=advice)
 
 
 def warn_of_matching(config: TrainConfig, data: RunData, schedule: FlowSchedule, token_side: int) -> None:
@@ -153,18 +153,33 @@ def loss_weights(config: TrainConfig, *, has_results: bool) -> LossWeights:
 
 
 def _choose(
-    config: TrainConfig, table: StrengthTable, reward_weights: Sequence[float], weights: LossWeights, source: str
+    config: TrainConfig,
+    table: StrengthTable,
+    reward_weights: Sequence[float],
+    weights: LossWeights,
+    *,
+    source: str,
+    advice: str,
 ) -> PolicyStrength:
+    """Return the weights of the policy loss, and print the table.
+
+    Args:
+        config: the run's configuration.
+        table: predicted movements of the scores.
+        reward_weights: weights of the scores in the total reward [S].
+        weights: weights of the losses.
+        source: where the scores are from, for messages.
+        advice: what to do if `auto` finds nothing to learn.
+
+    Raises:
+        DataError: `auto` finds nothing to learn.
+    """
     strength = config.grpo.policy_strength
     if strength == "auto":
         try:
             strength = choose_strength(table, np.asarray(reward_weights))
-        except ValueError:
-            raise DataError(
-                f"{source}: no score is higher in the better results of a scene, so that the policy has nothing to "
-                "learn (do scenes have results with different scores?); add scored results, or remove "
-                "--enable_grpo_loss"
-            ) from None
+        except ValueError as error:
+            raise DataError(f"{source}: {error}; {advice}") from None
     chosen = policy_weights(strength, weights)
     log.info(
         "policy_strength = %.3g (pull %.3g, anchor %.3g); scores of %s, and how far they are expected to move:\n  %s",

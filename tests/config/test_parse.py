@@ -258,3 +258,8 @@ def test_names_of_the_single_module_of_0_1_are_importable_from_the_package():
         for name in names.split():
             assert getattr(ra_jax.config, name) is getattr(module, name)
     assert sorted(" ".join(places.values()).split()) == sorted(ra_jax.config.__all__)
+
+
+def test_a_checkpoint_of_an_earlier_release_has_no_limit():
+    settings = {"train_json_path": "data.json", "output_dir": "run"} | {"checkpoints_total_limit": None}
+    assert from_checkpoint(settings).run.checkpoints_total_limit == 0

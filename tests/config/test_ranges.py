@@ -22,6 +22,7 @@ from ra_jax.config.ranges import (
 )
 from ra_jax.config.settings import TrainConfig
 
+ABOVE_MILLIONTH, BELOW_THOUSAND = math.nextafter(1e-6, 1), math.nextafter(1000, 0)
 TINY, BELOW_ONE, ABOVE_ONE = math.ulp(0.0), math.nextafter(1, 0), math.nextafter(1, 2)
 
 # (range, its words, numbers inside with the edges first, numbers outside with the nearest first)
@@ -34,6 +35,12 @@ CASES = [
     (at_least_and_below(0, 1), "a value at least 0 and below 1", (0, BELOW_ONE), (-TINY, 1, -1, 2)),
     (above_and_at_most(0, 1), "a value greater than 0 and at most 1", (TINY, 1), (0, ABOVE_ONE, -1, 2)),
     (between(0, 1), "a value between 0 and 1, both excluded", (TINY, BELOW_ONE), (0, 1, -1, 2)),
+    (
+        between(1e-6, 1000),
+        "a value between 1e-06 and 1000, both excluded",
+        (ABOVE_MILLIONTH, BELOW_THOUSAND),
+        (1e-6, 1000, 0, -1),
+    ),
 ]
 NUMBERS = {words: (inside, (*outside, math.nan, math.inf, -math.inf)) for _, words, inside, outside in CASES}
 

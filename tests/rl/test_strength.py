@@ -7,6 +7,7 @@ from ra_jax.config.checks import LEAST_POLICY_WEIGHT
 from ra_jax.rl.strength import (
     MAX_SHIFT,
     LossWeights,
+    ScoreDeviations,
     choose_strength,
     policy_weights,
     share_pushed_away,
@@ -40,13 +41,18 @@ def test_the_anchor_is_positive_above_the_smallest_policy_loss_weight(strength):
     assert anchor(1.01 * LEAST_POLICY_WEIGHT) > 0 > anchor(0.99 * LEAST_POLICY_WEIGHT)
 
 
+def compare_all(scores):
+    """The deviations of all results from their mean."""
+    return ScoreDeviations(np.arange(len(scores)), scores - scores.mean(0))
+
+
 def draw_table(rng, *, weights=GUIDE, spread=0.1, sample_weights=None):
     """Scores of 2,000 results that vary by `spread`, and advantages that grow with the first two of three scores."""
     scores = 0.5 + spread * rng.uniform(-1, 1, size=(2000, 3))
     advantages = (scores - 0.5) @ [2.0, 1.0, -1.0] + 0.05 * rng.normal(size=2000)
     ones = np.ones(2000) if sample_weights is None else sample_weights(scores)
     return (
-        strength_table(("a", "b", "c"), scores.mean(0), scores - scores.mean(0), advantages, ones, weights),
+        strength_table(("a", "b", "c"), scores.mean(0), compare_all(scores), advantages, ones, weights),
         scores,
         advantages,
     )
@@ -95,9 +101,38 @@ def test_a_base_loss_that_brings_the_gain_by_itself_leaves_a_tenth_to_the_policy
 
 
 def test_scores_that_never_vary_leave_nothing_to_learn():
-    table = strength_table(("a",), np.full(1, 0.5), np.zeros((8, 1)), np.zeros(8), np.ones(8), GUIDE)
-    with pytest.raises(ValueError, match="no score grows"):
+    table = strength_table(("a",), np.full(1, 0.5), compare_all(np.zeros((8, 1))), np.zeros(8), np.ones(8), GUIDE)
+    with pytest.raises(ValueError, match="no score is higher in the better results"):
         choose_strength(table, np.ones(1))
+
+
+def test_the_limit_counts_the_advantages_of_all_results():
+    """Ten results in scenes of two, whose scores hardly differ, among 1,000 single ones: the policy loss sees all."""
+    rng = np.random.default_rng(5)
+    advantages = np.concatenate([np.tile([0.1, -0.1], 5), rng.normal(size=1000)])
+    compared = ScoreDeviations(np.arange(10), 0.001 * advantages[:10, None])
+    table = strength_table(("a",), np.full(1, 0.5), compared, advantages, np.ones(1010), GUIDE)
+    strength = choose_strength(table, np.ones(1))
+    assert strength == pytest.approx(MAX_SHIFT / advantages.std()) and strength < 6.0
+
+
+@pytest.mark.parametrize("mean", [1.5, -0.2, np.nan])
+def test_scores_outside_0_and_1_are_refused(mean):
+    advantages = np.asarray([1.0, -1.0])
+    compared = ScoreDeviations(np.arange(2), advantages[:, None])
+    table = strength_table(("mine",), np.asarray([mean]), compared, advantages, np.ones(2), GUIDE)
+    with pytest.raises(ValueError, match=f"the mean of mine is {mean:g}: expected scores between 0 and 1"):
+        choose_strength(table, np.ones(1))
+
+
+def test_scores_that_are_all_1_leave_nothing_to_learn():
+    """A score of mean 1 has no gap; another one that is taught sets the strength alone."""
+    advantages = np.asarray([1.0, -1.0])
+    compared = ScoreDeviations(np.arange(2), np.asarray([[0.1, 0.1], [-0.1, -0.1]]))
+    table = strength_table(("a", "b"), np.asarray([1.0, 0.8]), compared, advantages, np.ones(2), GUIDE)
+    assert choose_strength(table, np.ones(2)) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        choose_strength(table, np.asarray([1.0, 0.0]))
 
 
 def test_a_movement_beyond_the_best_score_is_remarked():

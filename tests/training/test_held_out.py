@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from ra_jax.checkpoints import find_checkpoint
+from ra_jax.checkpoints import Checkpoints, find_checkpoint, restore
+from ra_jax.errors import OutputError
+from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.reporting.trackers import read_rows
-from ra_jax.training.held_out import Drift, HeldOut, Record, replay
+from ra_jax.training.held_out import Drift, HeldOut, Judgment, Record, replay
 from ra_jax.training.looks import Look
-from ra_jax.training.loop import train
+from ra_jax.training.loop import describe_ending, train
 from ra_jax.training.setup import set_up
 
+NUMBER = 7  # of the looks here
 WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0)
 TOO_FAR = Drift(flow_loss=0.4, flow_drift=0.3, velocity_norm_ratio=1.0)
 
@@ -64,7 +68,9 @@ def test_the_limit_applies_to_both_measurements_and_nan_exceeds_it():
 def scripted(rewards, drifts=None, patience=None):
     """Return held-out measurements whose looks have these rewards, one after another, and whose guard these drifts."""
     rewards, guard = iter(rewards), None
-    looks = SimpleNamespace(take=lambda *_: Look({}, next(rewards), 1.0, Path("preview.png")), are_scored=True)
+    looks = SimpleNamespace(
+        take=lambda *_: Look({}, next(rewards), NUMBER, 1.0, Path("preview.png")), are_scored=True, number=NUMBER
+    )
     if drifts is not None:
         drifts = iter(drifts)
         guard = SimpleNamespace(measure=lambda *_: next(drifts), limit=0.05)
@@ -103,23 +109,24 @@ def test_patience_ends_the_run_after_that_many_looks_without_a_better_one():
     assert not judgments[3].drifted
 
 
-ROWS = [
-    {"step": 0, "held_out_reward": 0.0},
-    {"step": 1, "train_loss": 1.0},
-    {"step": 2, "held_out_reward": 0.3},
-    {"step": 4, "held_out_reward": 0.2},
-    {"step": 6, "held_out_reward": 0.25},
+LOOKS = [
+    {"step": 0, "held_out_reward": 0.0, "held_out_set": NUMBER},
+    {"step": 2, "held_out_reward": 0.3, "held_out_set": NUMBER},
+    {"step": 4, "held_out_reward": 0.2, "held_out_set": NUMBER},
+    {"step": 6, "held_out_reward": 0.25, "held_out_set": NUMBER},
 ]
+ROWS = [LOOKS[0], {"step": 1, "train_loss": 1.0}, *LOOKS[1:]]
 
 
 def test_the_record_of_a_run_is_replayed_from_its_rows():
-    record = replay(ROWS, saved_steps=[2])
-    assert record == Record(highest=0.3, highest_step=2, looks_since=2, latest=0.25, saved=0.3, saved_step=2)
+    record = replay(LOOKS, saved_steps=[2])
+    assert record == Record(
+        highest=0.3, highest_step=2, looks_since=2, latest=0.25, latest_step=6, saved=0.3, saved_step=2
+    )
 
 
 def test_a_best_checkpoint_that_was_lost_is_replaced_by_the_next_look():
-    """A checkpoint of a later step was in best/. The run resumed before it, and forgot it."""
-    record = replay(ROWS, saved_steps=[])
+    record = replay(LOOKS, saved_steps=[])
     assert record.looks_since == 2 and record.saved == -math.inf
     assert record.save(8, 0.1) and not record.save(10, 0.1)
 
@@ -132,9 +139,23 @@ def test_a_resumed_run_restores_its_record_and_its_lowest_loss(tmp_path):
     (tmp_path / "best" / "2").mkdir(parents=True)
     held_out = scripted([0.1], drifts=[WITHIN], patience=3)
     held_out.restore(tmp_path, first_step=6)
-    assert held_out.record == replay(ROWS, [2])
+    assert held_out.record == replay(LOOKS, [2])
+    assert type(held_out.record.saved_step) is int and "best look at step 2: " in held_out.describe()
     assert held_out._guard.lowest_loss == pytest.approx(0.44)
     assert held_out.judge(8, None, None, None, look_due=True, drift_due=False).ending.startswith("patience = 3")
+
+
+def test_a_resumed_run_forgets_looks_that_cannot_be_compared(tmp_path, caplog):
+    """The run looked at other scenes until step 2."""
+    rows = [row | {"held_out_set": NUMBER + (row["step"] <= 2)} for row in LOOKS]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "best" / "2").mkdir(parents=True)
+    held_out = scripted([0.1], patience=3)
+    held_out.restore(tmp_path, first_step=6)
+    assert held_out.record == replay(LOOKS[2:], [])
+    assert "2 of 4 looks of the run so far were at other scenes or with other settings" in caplog.text
+    assert "and replaces best/; copy it to keep it" in caplog.text
+    assert held_out.judge(8, None, None, None, look_due=True, drift_due=False).is_best
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +190,89 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(finished):
 
 def test_rows_of_looks_have_the_scores_and_the_cost(finished):
     row = read_rows(finished[0] / "metrics.jsonl")[0]
-    assert row.keys() == {"step", "held_out_reward", "look_seconds"} | {
+    assert row.keys() == {"step", "held_out_reward", "held_out_set", "look_seconds"} | {
         f"held_out_{name}_score" for name in ("removal", "background", "smoothness")
     }
     weights = {"removal": 0.4, "background": 0.3, "smoothness": 0.3}
     expected = sum(weight * (2 * row[f"held_out_{name}_score"] - 1) for name, weight in weights.items())
     assert row["held_out_reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def copy_of(config, folder, **run):
+    """The configuration of another run like `config`, in a new folder."""
+    return replace(config, run=replace(config.run, output_dir=str(folder / "run"), **run))
+
+
+def assert_same_end(output, other, setup):
+    """Both runs have the same looks and the same last checkpoint, bit for bit."""
+    ended = [named_leaves(restore(folder / "checkpoints" / "4", setup.state)) for folder in (output, other)]
+    for name in ended[0]:
+        np.testing.assert_array_equal(ended[0][name], ended[1][name], err_msg=name)
+    looks = [
+        {row["step"]: row["held_out_reward"] for row in read_rows(folder / "metrics.jsonl") if "held_out_reward" in row}
+        for folder in (output, other)
+    ]
+    assert looks[0] == looks[1]
+
+
+def test_a_killed_run_continues_from_a_best_checkpoint_that_is_newer(finished, tmp_path, interrupt_at):
+    output, config = finished
+    config = copy_of(config, tmp_path, checkpointing_steps=0)
+    interrupt_at(3, lambda: train(config))
+    best = find_checkpoint(config.run.output_dir)
+    assert best.parent.name == "best"
+    setup = set_up(copy_of(config, tmp_path, resume_from_checkpoint="latest"))
+    assert setup.first_step == int(best.name)
+    assert_same_end(train(copy_of(config, tmp_path, resume_from_checkpoint="latest")), output, setup)
+    assert find_checkpoint(config.run.output_dir, prefer_best=True).name == find_checkpoint(output / "best").name
+
+
+def test_a_look_that_sigterm_prevented_is_taken_when_the_run_continues(finished, tmp_path, monkeypatch):
+    output, config = finished
+    config = copy_of(config, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("ra_jax.training.loop.should_stop", lambda is_set, steps_done: steps_done == 2)
+        train(config)
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "held_out_reward" in row] == [0]
+    config = copy_of(config, tmp_path, resume_from_checkpoint="latest")
+    setup = set_up(config)
+    assert setup.first_step == 2
+    assert_same_end(train(config), output, setup)
+
+
+def test_looks_are_numbered_by_their_scenes_and_settings(finished, tmp_path):
+    _, config = finished
+    number = read_rows(finished[0] / "metrics.jsonl")[0]["held_out_set"]
+
+    def number_with(**changes):
+        groups = {
+            group: replace(settings, **{name: value for name, value in changes.items() if hasattr(settings, name)})
+            for group, settings in vars(config).items()
+        }
+        changed = copy_of(replace(config, **groups), tmp_path, overwrite_output_dir=True)
+        return float(set_up(changed).held_out._looks.number)
+
+    assert number_with() == number_with(num_validation_images=1) == number_with(learning_rate=1.0) == number
+    changes = ({"validation_scenes": 2}, {"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"seed": 5})
+    changes += ({"removal_reward_weight": 0.9}, {"aspect_ratio_buckets": "32,48"})
+    assert len({number, *(number_with(**change) for change in changes)}) == 7
+
+
+@pytest.mark.parametrize(("latest", "expected"), [(Path("run/best/3"), "is run/best/3"), (None, "lower --checkpoint")])
+def test_the_end_of_a_run_that_drifted_names_its_latest_checkpoint(latest, expected):
+    judgment = Judgment(ending="max_drift = 0.05: too far", drifted=True)
+    ending = describe_ending(7, judgment, SimpleNamespace(latest=lambda: latest))
+    assert ending.startswith("stopped at step 7 by max_drift = 0.05: too far; ") and expected in ending
+
+
+def test_a_full_disk_ends_the_run_with_advice_and_a_report(finished, tmp_path, monkeypatch):
+    def fail(self, step, *args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises(OutputError, match=r"run: the disk is full, .*--resume_from_checkpoint latest"):
+        train(copy_of(finished[1], tmp_path))
+    assert "stopped by an error: RESOURCE_EXHAUSTED" in (tmp_path / "run/report.html").read_text()
 
 
 def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(make_automatic_config, scored_scenes):
@@ -201,4 +299,5 @@ def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(make_automatic_
     best = max(looks, key=lambda row: row["held_out_reward"])["step"]
     assert [path.name for path in (output / "best").iterdir()] == [str(best)]
     assert str(rows[-1]["step"]) not in {path.name for path in (output / "checkpoints").iterdir()}
-    assert "max_drift = 0.05" in (output / "report.html").read_text()
+    report = (output / "report.html").read_text()
+    assert "max_drift = 0.05" in report and f"the latest checkpoint is {find_checkpoint(output)}" in report

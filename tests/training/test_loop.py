@@ -18,8 +18,8 @@ from ra_jax.errors import CheckpointError, ConfigError, DataError
 from ra_jax.parallel.partitioning import named_leaves
 from ra_jax.pipeline import RemovalPipeline
 from ra_jax.reporting.trackers import read_rows
+from ra_jax.run_folder import CONFIG_FILE, RUN_FILES, RUN_FOLDERS, prepare_output_dir
 from ra_jax.training.loop import Recorder, train
-from ra_jax.training.resume import CONFIG_FILE, RUN_FILES, RUN_FOLDERS, prepare_output_dir
 from ra_jax.training.setup import set_up
 
 CLOCK = {"step_time", "data_wait", "images_per_second", "tflops_per_second_per_device"}

@@ -20,11 +20,12 @@ RUN_CONFIG = '# data\ntrain_json_path = "set/#labeled.json"\n\n# run\noutput_dir
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, make_checkpoint_files):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)  # its handler would remain for other tests
-    for path in ("set", "model/transformer", "run/checkpoints/4/state", "run/checkpoints/4/about"):
+    for path in ("set", "model/transformer"):
         Path(path).mkdir(parents=True)
+    make_checkpoint_files(Path("run/checkpoints/4"))
     Path("set/labeled.json").write_text('[{"src": "a.png", "mask": "b.png"}]')
     Path("run/config.toml").write_text(RUN_CONFIG)
 
@@ -114,6 +115,16 @@ def test_checkpoints_in_another_folder_are_found_through_a_link(folder, named):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ra_jax.training.setup.resumed_config", lambda config, _: config)  # the checkpoint is empty
         assert "none.json: no such file or folder" in refused(argv)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_keeps_its_initial_experts(folder):
+    """Started again at step 0, it would have new experts instead."""
+    Path("new/reference").mkdir(parents=True)
+    Path("new/config.toml").write_text(RUN_CONFIG)
+    argv = flags(train_json_path="set/labeled.json", output_dir="new", resume_from_checkpoint="latest")
+    message = refused(argv)
+    assert "new: the run started with the experts of another run, and was stopped before its first" in message
+    assert "start it again with --overwrite_output_dir and its --init_experts_from" in message
 
 
 def test_initial_experts_are_not_deleted(folder):

@@ -12,7 +12,7 @@ import pytest
 from ra_jax.checkpoints import restore
 from ra_jax.errors import CheckpointError, ConfigError, DataError
 from ra_jax.parallel.partitioning import named_leaves
-from ra_jax.rl.strength import LossWeights, choose_strength, policy_weights, strength_table
+from ra_jax.rl.strength import LossWeights, ScoreDeviations, choose_strength, policy_weights, strength_table
 from ra_jax.training.loop import RunCheckpoints, train
 from ra_jax.training.setup import set_up
 
@@ -26,7 +26,8 @@ def test_human_mode_chooses_the_strength_from_the_scores_and_prints_the_table(ma
     guide = LossWeights(base=1.0, policy=0.1, kl=0.0)
     scores = values["scores"].reshape(6, 4, 3)  # scenes of four results
     deviations = (scores - scores.mean(1, keepdims=True)).reshape(24, 3)
-    table = strength_table("abc", scores.mean((0, 1)), deviations, values["advantage"], values["sample_weight"], guide)
+    compared = ScoreDeviations(np.arange(24), deviations)
+    table = strength_table("abc", scores.mean((0, 1)), compared, values["advantage"], values["sample_weight"], guide)
     expected = choose_strength(table, np.asarray([0.4, 0.3, 0.3]))
     assert float(setup.state.strength.strength) == pytest.approx(expected, rel=1e-6)
     assert float(setup.state.strength.pull) == pytest.approx(4 * expected, rel=1e-6)
@@ -69,8 +70,21 @@ def test_scores_that_never_vary_are_refused(make_config, scored_scenes, tmp_path
             record[name] = str(scored_scenes / record[name])
     path = tmp_path / "equal.json"
     path.write_text(json.dumps(records))
-    with pytest.raises(DataError, match=r"equal\.json: no score is higher in the better results"):
+    with pytest.raises(
+        DataError, match=r"equal\.json: no score is higher in the better results.*several of each scene"
+    ):
         set_up(make_config(train_json_path=str(path)))
+
+
+def test_rollouts_with_equal_rewards_are_refused(make_automatic_config, tmp_path, monkeypatch):
+    (tmp_path / "constant.py").write_text(
+        "import jax.numpy as jnp\ndef half(x):\n    return jnp.full(len(x.image), 0.5)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_automatic_config(validation_scenes=2, reward_functions=["constant:half"], **AUTO)
+    with pytest.raises(DataError, match=r"6 rollouts of 2 scenes: no score is higher .*; check --reward_functions"):
+        set_up(config)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +214,11 @@ def test_the_size_of_checkpoints_and_the_room_on_the_disk_are_told(trained, capl
     with caplog.at_level(logging.INFO):
         RunCheckpoints(config, setup).close()
     size = sum(x.nbytes for x in jax.tree.leaves(setup.state)) / 1e9
-    assert f"a checkpoint takes {size:.3g} GB, and the run needs room for up to" in caplog.text
+    assert f"a checkpoint takes {size:.3g} GB, and the run needs room for up to 0; {output}" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        RunCheckpoints(config, replace(setup, total_steps=1)).close()  # the run was longer than it is to be now
+    assert "room for up to 0;" in caplog.text
     caplog.clear()
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     longer = replace(setup, total_steps=setup.total_steps + 5)
