@@ -46,8 +46,9 @@ class PolicySettings:
         time_fraction: f; t is drawn from [1 − f, 1], the noisiest part of the schedule (contrast, matching, nft).
         anchor_rest: whether the anchor of contrast has one more point per sample, with t below 1 − f. It is needed if
             no base loss holds the policy there.
-        pull_temperature: τ₀ of matching. The loss is multiplied by τ/τ₀, so that the gradient does not depend on τ.
-            None: it is not multiplied.
+        pull_temperature: τ₀ of matching. The loss is multiplied by τ/τ₀, so that the gradient does not depend on τ
+            (with `sample` routing that of the velocity; that of the drawn gate then follows τ). None: it is not
+            multiplied.
         noise_level: η of the stochastic sampler (sde).
         sde_clip_range: ε of `clipped_policy_loss` for sde.
         nft_beta: β of `nft_loss`.

@@ -50,6 +50,22 @@ def test_the_guides_standard_command():
     assert config.experts.weights == (0.4, 0.3, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (HUMAN, True),
+        ([*HUMAN, "--policy_sync_steps", "1"], False),  # the old policy is always the current one
+        ([*HUMAN, "--policy_temperature", "0.3"], False),
+        ([*HUMAN, "--policy_estimator", "matching"], True),
+        ([*HUMAN, "--policy_estimator", "nft"], False),  # no ratio
+        ([*PATHS, *AUTOMATIC], True),
+        ([*PATHS, *AUTOMATIC, "--num_iterations", "1"], False),
+    ],
+)
+def test_the_temperature_adapts_where_ratios_can_be_clipped(flags, expected):
+    assert parse(flags).adapts_temperature == expected
+
+
 def test_modes():
     assert parse([*PATHS, "--use_grpo"]).mode == "standard"  # without --enable_grpo_rewards there are no rewards
     automatic = parse([*PATHS, *AUTOMATIC])

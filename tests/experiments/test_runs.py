@@ -145,19 +145,23 @@ def test_two_sources(load_experiment, configs, make_demo, scored_scenes, tmp_pat
     assert "24 scored results of 6 scenes" in capsys.readouterr().out
 
 
-def test_routing(load_experiment, configs, make_demo, tmp_path, monkeypatch, capsys):
+def test_routing(load_experiment, configs, make_demo, tmp_path, capsys):
     module = load_experiment("routing")
-    monkeypatch.setattr(module, "CONFIG", configs["human"])
     make_demo(tmp_path / "demo")
     folders = tmp_path / "demo" / "tiny_flux_fill", tmp_path / "demo" / "tiny_redux"
     loaded = load_experiment("held_out").load_base(*folders, configs["human"])
     checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save(1, {"trainable": loaded.trainable}, position=0, config={}, base=loaded.fingerprint)
     checkpoints.close()
+    shutil.copy(configs["human"], tmp_path / "run" / "config.toml")
     with pytest.raises(SystemExit) as ended:
         module.main((tmp_path / "run",), demo=tmp_path / "demo", scenes=6)
-    assert ended.value.code == 1  # the gates of a fresh router do not depend on the mask
-    assert f"| {tmp_path / 'run'} | " in capsys.readouterr().out
+    assert ended.value.code == 1  # the gates of a fresh router do not depend on the image, and its experts do nothing
+    assert f"| {tmp_path / 'run'} | 1.00 0.00 | 0.50 0.50 | 0.000 | 0.00 |" in capsys.readouterr().out
+    gates = np.asarray([[0.5, 0.5], [1.0, 0.0]])
+    np.testing.assert_allclose(module.entropy(gates), [np.log(2), 0.0], atol=1e-9)
+    contributions = np.asarray([[[[1.0, 0.0]], [[0.0, 2.0]]], [[[1.0, 1.0]], [[0.0, -3.0]]]])  # [2 experts, 2, 1, 2]
+    assert module.cosines(contributions) == {(0, 1): pytest.approx((2**-0.5 - 1) / 2)}
 
 
 def test_validate_rewards(load_experiment, scored_scenes, capsys):

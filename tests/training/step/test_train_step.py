@@ -195,6 +195,12 @@ def test_kl_weight_adds_the_distance_to_the_base(make_config):
     assert metrics[0]["velocity_norm_ratio"] == 1.0 and metrics[1]["velocity_norm_ratio"] != 1.0
 
 
+def test_kl_weight_without_experts_is_the_distance_to_the_initial_transformer(make_config):
+    """The initial transformer is a copy, which the updates do not reach."""
+    metrics = run_config(make_config(kl_weight=1.0, use_lora=False, learning_rate=1e-3), 2).metrics
+    assert metrics[0]["kl_loss"] == 0.0 and metrics[1]["kl_loss"] > 0.0
+
+
 def test_dropout_acts_in_the_base_loss_only(make_config):
     """Dropout changes the base loss but not the policy loss: for θ = θ_old, ρ is 1 with dropout, too."""
     setup = set_up(make_config(lora_dropout=0.5))
