@@ -55,12 +55,17 @@ def given_strength(config: TrainConfig, weights: LossWeights) -> PolicyStrength 
     return policy_weights(PLACEHOLDER if strength == "auto" else strength, weights)
 
 
-def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
-    """Return the weights of the policy loss of human mode, and print the table of predicted movements."""
+def table_of_scores(config: TrainConfig, data: RunData) -> StrengthTable:
+    """Return the predicted movements of human mode."""
     values, weights = data.values, loss_weights(config, has_results=data.has_target)
     scores, advantages, sample_weights = values["scores"], values["advantage"], values["sample_weight"]
     compared = within_scenes(scores, scene_ids(data.records))
-    table = strength_table(SCORE_NAMES, scores.mean(0), compared, advantages, sample_weights, weights)
+    return strength_table(SCORE_NAMES, scores.mean(0), compared, advantages, sample_weights, weights)
+
+
+def strength_from_scores(config: TrainConfig, data: RunData) -> PolicyStrength:
+    """Return the weights of the policy loss of human mode, and print the table of predicted movements."""
+    table, weights = table_of_scores(config, data), loss_weights(config, has_results=data.has_target)
     advice = "add scored results, several of each scene and with different scores, or remove --enable_grpo_loss"
     source = config.data.train_json_path
     return _choose(config, table, config.grpo.reward_weights, weights, source=source, advice=advice)

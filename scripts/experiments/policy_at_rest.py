@@ -47,7 +47,9 @@ from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
 from ra_jax.reporting.trackers import read_rows
 from ra_jax.rewards.registry import SCORES, total_reward
+from ra_jax.training.dataset import load_run_data
 from ra_jax.training.loop import train
+from ra_jax.training.strength import table_of_scores
 
 GUIDE = {  # the first command of the guide
     "use_grpo": True,
@@ -306,8 +308,9 @@ def table(experiment: Experiment) -> None:
     print_rest(cells)
     print_growth(cells)
     print_differences(cells)
-    print_strength(cells)
-    print(f"\nfigures: {draw_curves(experiment, cells)} {draw_strength(experiment, cells)}")
+    moved = movements(experiment, cells)
+    print_strength(moved)
+    print(f"\nfigures: {draw_curves(experiment, cells)} {draw_strength(experiment, moved)}")
 
 
 def print_rest(cells: dict[str, list[dict]]) -> None:
@@ -374,14 +377,32 @@ def strengths(cells: dict[str, list[dict]]) -> list[tuple[float, dict, dict]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
-def print_strength(cells: dict[str, list[dict]]) -> None:
-    """Print the measured movement of every score at every strength."""
-    heads = ("strength / auto", *SCORES, "gain, people", "gain, truth")
+def movements(experiment: Experiment, cells: dict[str, list[dict]]) -> dict[float, dict[str, np.ndarray]]:
+    """Return the predicted and the measured movement of every score [S], and the two gains, by strength / auto."""
+    found = strengths(cells)
+    if not found:
+        return {}
+    config = training_config(experiment, "contrast", experiment.seeds[0])
+    table = table_of_scores(config, load_run_data(config))
+    chosen = cells["contrast"][0]["strength"]
+    return {
+        factor: {
+            "predicted": table.movements(factor * chosen),
+            "measured": np.mean(end["scores"], 0) - np.mean(base["scores"], 0),
+            "gains": np.asarray([mean_of(end, name) - mean_of(base, name) for name in ("people", "truth")]),
+        }
+        for factor, base, end in found
+    }
+
+
+def print_strength(found: dict[float, dict[str, np.ndarray]]) -> None:
+    """Print the predicted and the measured movement of every score at every strength."""
+    heads = ("strength / auto", *(f"{name}, predicted → measured" for name in SCORES), "gain, people", "gain, truth")
     print("\n| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
-    for factor, base, end in strengths(cells):
-        moved = np.mean(end["scores"], 0) - np.mean(base["scores"], 0)
-        gains = (mean_of(end, name) - mean_of(base, name) for name in ("people", "truth"))
-        print(f"| {factor:g} | " + " | ".join(f"{value:+.3f}" for value in (*moved, *gains)) + " |")
+    for factor, moved in found.items():
+        pairs = zip(moved["predicted"], moved["measured"], strict=True)
+        columns = [f"{predicted:+.3f} → {measured:+.3f}" for predicted, measured in pairs]
+        print(f"| {factor:g} | " + " | ".join([*columns, *(f"{gain:+.3f}" for gain in moved["gains"])]) + " |")
 
 
 def draw_curves(experiment: Experiment, cells: dict[str, list[dict]]) -> Path:
@@ -400,18 +421,19 @@ def draw_curves(experiment: Experiment, cells: dict[str, list[dict]]) -> Path:
     return save_figure(figure, experiment.root / "rest.png")
 
 
-def draw_strength(experiment: Experiment, cells: dict[str, list[dict]]) -> Path | None:
-    """Draw the measured movement of every score against the strength."""
-    found = strengths(cells)
+def draw_strength(experiment: Experiment, found: dict[float, dict[str, np.ndarray]]) -> Path | None:
+    """Draw the measured against the predicted movement of every score, one point for each strength."""
     if not found:
         return None
-    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    predicted, measured = (np.stack([moved[name] for moved in found.values()]) for name in ("predicted", "measured"))
     for i, name in enumerate(SCORES):
-        moved = [np.mean(end["scores"], 0)[i] - np.mean(base["scores"], 0)[i] for _, base, end in found]
-        axis.plot([factor for factor, *_ in found], moved, marker="o", color=f"C{i}", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("strength / the strength that auto chooses")
-    axis.set_ylabel("movement of the mean score")
+        axis.plot(predicted[:, i], measured[:, i], marker="o", color=f"C{i}", label=name)
+        for factor, x, y in zip(found, predicted[:, i], measured[:, i], strict=True):
+            axis.annotate(f"×{factor:g}", (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlabel("predicted movement of the mean score")
+    axis.set_ylabel("measured movement")
     axis.axhline(0.0, color="black", linewidth=0.6)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
