@@ -76,13 +76,14 @@ def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], 
         DataError: --val_json_path cannot be read.
         ConfigError: no photo is held out, but --patience needs some.
     """
-    data, photos = config.data, photo_ids(records)
+    data = config.data
+    if data.val_json_path is None and not config.logging.validation_steps:
+        return records, []  # nothing needs held-out records
+    photos = photo_ids(records)
     if data.val_json_path is not None:
         held_out = load_records(data.val_json_path, need_result=config.run.max_drift is not None)
         warn_of_shared_photos(data.val_json_path, photo_ids(held_out), photos)
         return records, held_out
-    if not config.logging.validation_steps:
-        return records, []  # nothing else needs held-out records
     train, held_out = split_photos(records, photos, data.validation_split)
     count = len(set(photos))
     if held_out:

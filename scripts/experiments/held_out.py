@@ -8,7 +8,7 @@ sizes of the experts, the number of prompt tokens and the guidance scale.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -239,6 +239,18 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file; make its folder. The file appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(content))
+
+
+def print_row(*columns: object) -> None:
+    """Print a row of a table."""
+    print("| " + " | ".join(map(str, columns)) + " |", flush=True)
+
+
+def print_heads(heads: Sequence[str]) -> None:
+    """Print the first two rows of a table."""
+    print()
+    print_row(*heads)
+    print_row(*("---" for _ in heads))
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

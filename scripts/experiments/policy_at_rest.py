@@ -23,11 +23,12 @@ scored the training data ("people"), and by the automatic rewards that compare w
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from held_out import (
     HeldOutScenes,
     bootstrap_interval,
@@ -35,6 +36,8 @@ from held_out import (
     make_scenes,
     measure_removals,
     measure_rewards,
+    print_heads,
+    print_row,
     run_commands,
     save_figure,
     write_json,
@@ -238,29 +241,32 @@ def run_cell(experiment: Experiment, cell: str, seed: int) -> None:
     output = Path(config.run.output_dir)
     if not (output / "checkpoints" / str(config.run.max_train_steps)).exists():
         train(config)
-    rows = read_rows(output / "metrics.jsonl")
+    uses_contrast = config.uses_policy and config.grpo.estimator == "contrast"
     measurement = Measurement(experiment, output / "config.toml")
     checkpoints = sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    best = find_checkpoint(output / "best")
-    points = [measurement.measure(checkpoint) for checkpoint in (None, *checkpoints)]
     content = {
         "settings": to_flat_dict(config),
-        "strength": read_strength(checkpoints[-1]) if config.uses_policy and cell != "matching" else None,
-        "points": [vars(point) for point in points],
-        "best": vars(measurement.measure(best)),
+        "strength": float(read_state(checkpoints[-1])["strength.strength"]) if uses_contrast else None,
+        "norm_of_b": {checkpoint.name: norm_of_b(checkpoint) for checkpoint in checkpoints},
+        "points": [vars(measurement.measure(checkpoint)) for checkpoint in (None, *checkpoints)],
+        "best": vars(measurement.measure(find_checkpoint(output / "best"))),
         "spread": {"base": measurement.spread(None), "end": measurement.spread(checkpoints[-1])},
-        "rows": rows,
+        "rows": read_rows(output / "metrics.jsonl"),
     }
     write_json(experiment.cell_file(cell, seed), content)
     print(summarize(cell, seed, content), flush=True)
 
 
-def read_strength(checkpoint: Path) -> float:
-    """Return the strength s of a checkpoint's state."""
-    import orbax.checkpoint as ocp
-
+def read_state(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a checkpoint's state by name, such as "strength.strength"."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return float(jnp.asarray(reader.restore(checkpoint / "state")["strength.strength"]))
+        return {name: np.asarray(array) for name, array in reader.restore(checkpoint / "state").items()}
+
+
+def norm_of_b(checkpoint: Path) -> float:
+    """Return the norm of all matrices B of the experts, which are 0 at the start."""
+    leaves = [x for name, x in read_state(checkpoint).items() if re.fullmatch(r"trainable\..*lora_b", name)]
+    return float(np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in leaves)))
 
 
 def mean_of(point: dict, name: str) -> float:
@@ -284,9 +290,8 @@ def summarize(cell: str, seed: int, content: dict) -> str:
     base, end, best = content["points"][0], content["points"][-1], content["best"]
     gains = []
     for name in ("people", "truth"):
-        start = mean_of(base, name)
-        ratio = gain_ratio(base, end, best, name)
-        gains.append(f"{name} {start:+.3f} -> {mean_of(end, name):+.3f}, {ratio:.2f} of the best look's gain")
+        means, ratio = [mean_of(point, name) for point in (base, end)], gain_ratio(base, end, best, name)
+        gains.append(f"{name} {means[0]:+.3f} -> {means[1]:+.3f}, {ratio:.2f} of the best look's gain")
     inside = f"PSNR in mask {mean_of(base, 'psnr_inside'):.2f} -> {mean_of(end, 'psnr_inside'):.2f}"
     return f"{cell}, seed {seed}: {'; '.join(gains)} (step {best['step']}); {inside}; spread {content['spread']}"
 
@@ -316,26 +321,25 @@ def table(experiment: Experiment) -> None:
 def print_rest(cells: dict[str, list[dict]]) -> None:
     """Print where every cell starts, stands at step 500, at the best look and at the end."""
     heads = ("cell", "seed", "reward", "base", "step 500", "best look", "end", "end's gain / best's", "PSNR in mask")
-    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    print_heads(heads)
     for cell, contents in cells.items():
         for content in contents:
             points = {point["step"]: point for point in content["points"]}
             base, end, best = content["points"][0], content["points"][-1], content["best"]
             for name in ("people", "truth"):
-                start = mean_of(base, name)
                 early = f"{mean_of(points[500], name):+.3f}" if 500 in points else ""
                 ratio = gain_ratio(base, end, best, name)
                 psnr = f"{mean_of(base, 'psnr_inside'):.1f} → {mean_of(end, 'psnr_inside'):.1f}"
-                columns = (cell, content["settings"]["seed"], name, f"{start:+.3f}", early)
+                columns = (cell, content["settings"]["seed"], name, f"{mean_of(base, name):+.3f}", early)
                 columns += (f"{mean_of(best, name):+.3f} (step {best['step']})", f"{mean_of(end, name):+.3f}")
-                print("| " + " | ".join(map(str, (*columns, f"{ratio:.2f}", psnr))) + " |")
+                print_row(*columns, f"{ratio:.2f}", psnr)
 
 
 def print_growth(cells: dict[str, list[dict]]) -> None:
     """Print how much metrics grow over the second half of every run, as means over a tenth of its steps."""
     names = ("grad_norm", "base_loss", "kl_to_base", "reference_distance")
-    heads = ("cell", "seed", *names, "pixel std, end / base", "reward std, base", "reward std, end")
-    print("\n| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    heads = ("cell", "seed", *names, "‖B‖", "pixel std, end / base", "reward std, base", "reward std, end")
+    print_heads(heads)
     for cell, contents in cells.items():
         for content in contents:
             rows, last = content["rows"], content["rows"][-1]["step"]
@@ -346,10 +350,12 @@ def print_growth(cells: dict[str, list[dict]]) -> None:
                     continue
                 half, whole = (window(rows, name, end, last // 10) for end in (last // 2, last))
                 columns.append(f"{half:.3f} → {whole:.3f} ({whole / half:.2f})")
+            half, whole = (content["norm_of_b"][str(step)] for step in (last // 2, last))
+            columns.append(f"{half:.2f} → {whole:.2f} ({whole / half:.2f})")
             spread = content["spread"]
             columns.append(f"{spread['end']['pixel_std'] / spread['base']['pixel_std']:.2f}")
             columns += [f"{spread[name]['reward_std']:.3f}" for name in ("base", "end")]
-            print(f"| {cell} | {content['settings']['seed']} | " + " | ".join(columns) + " |")
+            print_row(cell, content["settings"]["seed"], *columns)
 
 
 def print_differences(cells: dict[str, list[dict]]) -> None:
@@ -398,11 +404,11 @@ def movements(experiment: Experiment, cells: dict[str, list[dict]]) -> dict[floa
 def print_strength(found: dict[float, dict[str, np.ndarray]]) -> None:
     """Print the predicted and the measured movement of every score at every strength."""
     heads = ("strength / auto", *(f"{name}, predicted → measured" for name in SCORES), "gain, people", "gain, truth")
-    print("\n| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    print_heads(heads)
     for factor, moved in found.items():
         pairs = zip(moved["predicted"], moved["measured"], strict=True)
         columns = [f"{predicted:+.3f} → {measured:+.3f}" for predicted, measured in pairs]
-        print(f"| {factor:g} | " + " | ".join([*columns, *(f"{gain:+.3f}" for gain in moved["gains"])]) + " |")
+        print_row(f"{factor:g}", *columns, *(f"{gain:+.3f}" for gain in moved["gains"]))
 
 
 def draw_curves(experiment: Experiment, cells: dict[str, list[dict]]) -> Path:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from held_out import load_base, load_experts, make_panels, make_scenes
+from held_out import load_base, load_experts, make_panels, make_scenes, print_heads, print_row
 
 from ra_jax.data.synthetic import quantize
 from ra_jax.demo.prepare import FIRST_HELD_OUT_SCENE, DemoPaths
@@ -106,7 +106,7 @@ def main(
     """
     failed = False
     heads = ("run", "usage", "gates", "information", "largest cosine", "gates, small masks", "gates, large masks")
-    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    print_heads(heads)
     for run in runs:
         router = Router(run, DemoPaths(demo), scenes)
         gates = router.gates()
@@ -119,7 +119,7 @@ def main(
             " ".join(f"{x:.2f}" for x in row) for row in (usage, mean, gates[small].mean(0), gates[large].mean(0))
         ]
         columns = (*listed[:2], f"{information:.3f}", f"{cosine:.2f}", *listed[2:])
-        print(f"| {run} | " + " | ".join(columns) + " |", flush=True)
+        print_row(run, *columns)
         failed |= usage.min() < LEAST_USAGE or mean.min() < LEAST_GATE
         failed |= information < LEAST_INFORMATION or not cosine < COSINE_LIMIT
     sys.exit(int(failed))
