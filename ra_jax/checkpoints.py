@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
+from ra_jax.parallel.processes import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +74,15 @@ def checkpoint_bytes(state: Any) -> int:
 
 
 class Checkpoints:
-    """The checkpoints in one folder of a run. Only the newest `limit` checkpoints are kept; all of them for None."""
+    """The checkpoints in one folder of a run. Only the newest `limit` checkpoints are kept; all of them for None.
+
+    Checkpoints that are not complete are renamed to `<step>.broken`, because Orbax would count them.
+    """
 
     def __init__(self, output_dir: str | Path, *, folder: str = CHECKPOINT_DIR, limit: int | None = None):
         self.folder = Path(output_dir).resolve() / folder
+        if is_main_process():
+            _set_broken_aside(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=limit, cleanup_tmp_directories=True),
@@ -111,14 +118,6 @@ class Checkpoints:
         step = self._manager.latest_step()
         return None if step is None else self.folder / str(step)
 
-    def delete_after(self, step: int) -> None:
-        """Delete the checkpoints after `step`, because a run that resumes from `step` saves these steps again.
-
-        Such a checkpoint lacks files (`find_checkpoint`), or else the run would resume from it.
-        """
-        for later_step in [saved_step for saved_step in self._manager.all_steps() if saved_step > step]:
-            self._manager.delete(later_step)
-
     def close(self) -> None:
         """Wait for saves in progress, then release the folder."""
         self._manager.wait_until_finished()
@@ -133,8 +132,8 @@ def _orbax_names(leaves: dict[str, Any]) -> dict[str, Any]:
 def find_checkpoint(where: str | Path, *, prefer_best: bool = False) -> Path:
     """Find a checkpoint, and return its resolved path. Links are followed.
 
-    A checkpoint with missing files is skipped, with a warning if it is newer: a process that is killed while it deletes
-    a checkpoint leaves such a folder.
+    A checkpoint without its metadata, its manifest or its data is skipped, with a warning if it would have been the
+    result. A process that is killed while it deletes a checkpoint can leave such a folder.
 
     Args:
         where: the checkpoint itself, the output folder of a run, or the folder `checkpoints` or `best` in an output
@@ -154,20 +153,22 @@ def find_checkpoint(where: str | Path, *, prefer_best: bool = False) -> Path:
         parents = [path]
     folders = [folder for parent in parents for folder in steps_in(parent)]
     broken = [folder for folder in folders if not _is_complete(folder)]
-    steps = [folder for folder in folders if folder not in broken]  # of equal steps, the first is taken
-    if prefer_best:
-        steps = [folder for folder in steps if folder.parent.name == BEST_DIR] or steps
+    steps = [folder for folder in folders if folder not in broken]
     if not steps:
         reason = f"; {', '.join(map(str, broken))}: files are missing" if broken else ""
         raise CheckpointError(
             f"no checkpoint in {where}: expected a run's output folder (with {CHECKPOINT_DIR}/<step> in it) or "
             f"one such checkpoint folder{reason}"
         )
-    latest = max(steps, key=step_of)
+
+    def rank(folder: Path) -> tuple[bool, int, bool]:
+        return prefer_best and folder.parent.name == BEST_DIR, step_of(folder), folder.parent.name != BEST_DIR
+
+    chosen = max(steps, key=rank)
     for folder in broken:
-        if step_of(folder) > step_of(latest):
-            log.warning("%s: files of this checkpoint are missing; using %s", folder, latest)
-    return latest.resolve()
+        if rank(folder) > rank(chosen):
+            log.warning("%s: files of this checkpoint are missing; using %s", folder, chosen)
+    return chosen.resolve()
 
 
 def steps_in(parent: Path) -> list[Path]:
@@ -180,8 +181,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name)
 
 
+def complete_steps(parent: Path) -> set[int]:
+    """Return the steps of the complete checkpoints in a folder."""
+    return {step_of(folder) for folder in steps_in(parent) if _is_complete(folder)}
+
+
 def _is_complete(folder: Path) -> bool:
-    return all((folder / file).is_file() for file in ("about/metadata", "state/manifest.ocdbt"))
+    return all(any(folder.glob(files)) for files in ("about/metadata", "state/manifest.ocdbt", "state/d/*"))
+
+
+def _set_broken_aside(parent: Path) -> None:
+    for folder in steps_in(parent):
+        if not _is_complete(folder):
+            names = (folder.with_name(f"{folder.name}.broken{number or ''}") for number in count())
+            target = next(name for name in names if not name.exists())
+            folder.rename(target)
+            log.warning("%s is not complete, and is now %s", folder, target)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -97,7 +97,7 @@ def check_run_outputs(config: TrainConfig, output: Path, resume_from: Path | Non
     for name in ("pretrained_model_name_or_path", "pretrained_redux_model_name_or_path"):
         nested[f"--{name}"] = [Path(getattr(config.model, name)).expanduser()]
     inputs["--reward_functions"] = reward_module_paths(config.rollouts.reward_functions)
-    if config.run.init_experts_from is not None:
+    if config.run.init_experts_from is not None and resume_from is None:
         nested["--init_experts_from"] = [find_checkpoint(config.run.init_experts_from, prefer_best=True)]
     own_folders = []
     if is_run_folder(output):
@@ -144,18 +144,19 @@ def prepare_output_dir(config: TrainConfig, output: Path, *, keep: bool) -> None
     replaced and not deleted, so that the folder still counts as a run if the process is killed in between. If an
     existing config.toml has other settings, it is first copied to config.toml.before.
 
-    The settings for the start of the run (overwrite, resume, initial experts) are not written, so that `--config` with
-    this file can resume the run.
+    --overwrite_output_dir and --resume_from_checkpoint are not written, so that `--config` with this file can resume
+    the run.
     """
-    if not keep and config.run.overwrite_output_dir and is_run_folder(output):
-        for path in (output / name for name in (*RUN_FOLDERS, *RUN_FILES)):
+    if not keep and is_run_folder(output):
+        # A run that was stopped before its first checkpoint starts again: with a new copy of its reference.
+        names = (*RUN_FOLDERS, *RUN_FILES) if config.run.overwrite_output_dir else (REFERENCE_DIR,)
+        for path in (output / name for name in names):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    defaults = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "init_experts_from": None}
-    config = replace(config, run=replace(config.run, **defaults))
+    config = replace(config, run=replace(config.run, overwrite_output_dir=False, resume_from_checkpoint=None))
     file = output / CONFIG_FILE
     if file.is_file() and not _has_settings(file, config):
         write_file(output / PREVIOUS_CONFIG, file.read_bytes())

@@ -229,8 +229,8 @@ def make_checkpoint_files():
     """Return a function that makes a folder look like a complete checkpoint. It cannot be restored."""
 
     def make(folder: Path) -> None:
-        for file in ("state/manifest.ocdbt", "about/metadata"):
-            (folder / file).parent.mkdir(parents=True)
+        for file in ("state/manifest.ocdbt", "state/d/0", "about/metadata"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).touch()
 
     return make

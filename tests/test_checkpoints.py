@@ -38,14 +38,15 @@ def step_numbers(folder):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def test_delete_after_deletes_the_checkpoints_of_later_steps(tmp_path):
-    checkpoints = save_steps(tmp_path, [2, 4, 6], folder=BEST_DIR)
-    checkpoints.delete_after(4)
-    assert checkpoints.latest().name == "4"
-    checkpoints.save(5, {"w": jnp.zeros(2)}, position=5, **METADATA)  # a resumed run can save later steps
-    assert checkpoints.latest().name == "5"
-    checkpoints.close()
-    assert step_numbers(tmp_path / BEST_DIR) == [2, 4, 5]
+def test_a_broken_checkpoint_is_set_aside_so_that_its_step_can_be_saved_again(tmp_path, caplog):
+    save_steps(tmp_path, [2, 4]).close()
+    for expected in ("4.broken", "4.broken1"):
+        (tmp_path / CHECKPOINT_DIR / "4" / "about/metadata").unlink()
+        save_steps(tmp_path, [4]).close()
+        assert f"checkpoints/4 is not complete, and is now {tmp_path}/checkpoints/{expected}" in caplog.text
+        assert (tmp_path / CHECKPOINT_DIR / expected / "state").is_dir()
+        assert find_checkpoint(tmp_path).name == "4" and not caplog.clear()
+    assert step_numbers(tmp_path / CHECKPOINT_DIR) == [2, 4]
 
 
 @pytest.mark.parametrize("name", ["run", BEST_DIR, CHECKPOINT_DIR])
@@ -68,7 +69,7 @@ def test_find_checkpoint_returns_the_latest_or_the_best(tmp_path, name):
     assert found() == "checkpoints/7" and found(prefer_best=True) == found(BEST_DIR) == "best/5"
 
 
-@pytest.mark.parametrize("file", ["about/metadata", "state/manifest.ocdbt", "state", "."])
+@pytest.mark.parametrize("file", ["about/metadata", "state/manifest.ocdbt", "state/d", "state", "."])
 def test_a_checkpoint_without_some_of_its_files_is_not_found(tmp_path, caplog, file):
     save_steps(tmp_path, [3, 5]).close()
     damaged = tmp_path / CHECKPOINT_DIR / "5" / file
@@ -84,10 +85,18 @@ def test_a_checkpoint_without_some_of_its_files_is_not_found(tmp_path, caplog, f
         find_checkpoint(tmp_path)
 
 
+def test_a_broken_best_checkpoint_is_named_if_another_one_is_used_for_its_weights(tmp_path, caplog):
+    save_steps(tmp_path, [5]).close()
+    save_steps(tmp_path, [3], folder=BEST_DIR).close()
+    (tmp_path / BEST_DIR / "3" / "about/metadata").unlink()
+    assert find_checkpoint(tmp_path).name == "5" and not caplog.text
+    assert find_checkpoint(tmp_path, prefer_best=True).name == "5"
+    assert f"{tmp_path}/best/3: files of this checkpoint are missing; using" in caplog.text
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: shutil.rmtree(folder / "state/d"),
         lambda folder: next((folder / "state/d").iterdir()).write_bytes(b"\0\0"),
         lambda folder: (folder / "state/manifest.ocdbt").write_bytes(b"none"),
         lambda folder: shutil.rmtree(folder / "state"),

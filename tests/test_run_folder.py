@@ -1,5 +1,7 @@
 """The folder of a run: files that are written, deleted and kept."""
 
+from dataclasses import replace
+
 import pytest
 
 from ra_jax import run_folder
@@ -96,3 +98,14 @@ def test_links_in_the_folder_are_deleted_and_their_targets_kept(output, config, 
 def test_the_output_of_to_toml_is_accepted_as_the_config_file_of_a_run(config, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(to_toml(config))
     check_config_unedited(tmp_path / CONFIG_FILE)
+
+
+def test_a_run_that_starts_again_makes_a_new_copy_of_its_reference(output, config):
+    """It was stopped before its first checkpoint. All other files stay."""
+    (output / "reference/0").mkdir(parents=True)
+    (output / "metrics.jsonl").touch()
+    config = replace(config, run=replace(config.run, overwrite_output_dir=False))
+    prepare_output_dir(config, output, keep=True)
+    assert (output / "reference/0").exists()
+    prepare_output_dir(config, output, keep=False)
+    assert not (output / "reference").exists() and (output / "metrics.jsonl").exists()

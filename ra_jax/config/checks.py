@@ -285,10 +285,10 @@ def _path_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _run_problems(run: RunConfig) -> Iterator[str]:
-    if run.resume_from_checkpoint and run.init_experts_from:
+    if run.resume_from_checkpoint not in (None, "latest") and run.init_experts_from:
         yield (
-            "resume_from_checkpoint with init_experts_from: the first continues a run, the second starts a new one; "
-            "give only one of them"
+            f"resume_from_checkpoint = {run.resume_from_checkpoint} with init_experts_from: the first continues a run, "
+            "the second starts a new one; give only one of them"
         )
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         yield (

@@ -308,7 +308,7 @@ class RunConfig:
     # folder of a checkpoint.
     resume_from_checkpoint: str | None = None
     # Start a new run with the experts and router of another run: its output_dir, or the folder of one of its
-    # checkpoints.
+    # checkpoints. With resume_from_checkpoint latest it counts only if there is no checkpoint yet.
     init_experts_from: str | None = None
     # Delete the run that output_dir already holds, and start a new one.
     overwrite_output_dir: bool = False

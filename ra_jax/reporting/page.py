@@ -124,9 +124,10 @@ def time_in_steps(rows: Rows) -> float | None:
     """Return the total duration of the steps [s]; None if there are no rows or a row has no `step_time`.
 
     The `step_time` of a row is the mean over the steps since the previous row. The first row covers a single step, the
-    first step of the run. A row of step 0 has only the measurements of the first look.
+    first step of the run. Rows with nothing but held-out measurements do not count: a run writes them before its first
+    step, and when it is resumed.
     """
-    rows = [row for row in rows if row["step"] > 0]
+    rows = [row for row in rows if "train_loss" in row or not any(name.startswith("held_out_") for name in row)]
     if not rows or any("step_time" not in row for row in rows):
         return None
     previous_steps = [rows[0]["step"] - 1, *(row["step"] for row in rows)]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,9 @@ from ra_jax.errors import ConfigError, OutputError
 from ra_jax.outputs import write_file
 
 METRICS_FILE = "metrics.jsonl"
+# Numbers of the held-out data that looks and drift were measured on: only equal ones can be compared. They are no
+# curves, so only metrics.jsonl has them.
+LOOK_SET, DRIFT_SET = "held_out_set", "held_out_drift_set"
 # `summarize` reports the latest value of these metrics, and the mean over the steps of all others.
 LATEST_METRICS = ("lr", "velocity_norm_ratio", "kl_to_base", "clip_fraction_at_sync", "policy_temperature")
 # Every step measures these metrics. `summarize` does not leave out their values that are NaN or infinite.
@@ -65,7 +68,7 @@ class TensorBoard:
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Add one scalar for each metric."""
-        for name, value in row.items():
+        for name, value in curves(row).items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -92,7 +95,7 @@ class WeightsAndBiases:
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Log the row at this step."""
-        self._run.log(row, step=step)
+        self._run.log(curves(row), step=step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -106,6 +109,11 @@ def open_trackers(output_dir: Path, report_to: Sequence[str], first_step: int) -
     """Open the tracker of metrics.jsonl and the trackers that `--report_to` names."""
     trackers = [TRACKERS[name](output_dir, first_step) for name in report_to if name != "none"]
     return [JsonLines(output_dir, first_step), *trackers]
+
+
+def curves(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a row that are curves."""
+    return {name: value for name, value in row.items() if name not in (LOOK_SET, DRIFT_SET)}
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -180,18 +180,18 @@ def choose_strength(table: StrengthTable, reward_weights: np.ndarray) -> float:
 
     Raises:
         ValueError: there is nothing to learn, because no score has a positive covariance, a positive weight and a mean
-            below 1; or a mean is not in [0, 1].
+            below 1; or the mean of a score with a weight is not in [0, 1].
     """
-    for name, mean in zip(table.names, table.means, strict=True):
-        if not 0.0 <= mean <= 1.0:
+    for name, mean, weight in zip(table.names, table.means, reward_weights, strict=True):
+        if weight > 0 and not 0.0 <= mean <= 1.0:
             raise ValueError(f"the mean of {name} is {mean:g}: expected scores between 0 and 1")
     taught = (table.advantage_covariances > 0) & (np.asarray(reward_weights) > 0) & (table.means < 1.0)
     if not taught.any():
         raise ValueError("no score is higher in the better results of a scene, so that the policy has nothing to learn")
     room = 1.0 - table.means
     gaps = np.maximum(room - table.base_share * table.weight_covariances, LEAST_GAP * room)
-    weights = np.where(taught, reward_weights, 0.0)
-    strength = (weights * gaps).sum() / (weights * table.advantage_covariances).sum()
+    weights = np.asarray(reward_weights)[taught]
+    strength = (weights * gaps[taught]).sum() / (weights * table.advantage_covariances[taught]).sum()
     return float(min(strength, table.max_strength))
 
 

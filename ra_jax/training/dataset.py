@@ -79,18 +79,19 @@ def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], 
     data = config.data
     if data.val_json_path is None and not config.logging.validation_steps:
         return records, []  # nothing needs held-out records
-    photos = photo_ids(records)
     if data.val_json_path is not None:
         held_out = load_records(data.val_json_path, need_result=config.run.max_drift is not None)
-        warn_of_shared_photos(data.val_json_path, photo_ids(held_out), photos)
+        warn_of_shared_photos(data.val_json_path, photo_ids(held_out), photo_ids(records))
         return records, held_out
+    photos = photo_ids(records)
     train, held_out = split_photos(records, photos, data.validation_split)
     count = len(set(photos))
     if held_out:
+        of_record = dict(zip((record.index for record in records), photos, strict=True))
         log.info(
             "%d of %d photos of %s are held out (validation_split = %g): their removals are scored, nothing is trained "
             "on them",
-            len(set(photo_ids(held_out))),
+            len({of_record[record.index] for record in held_out}),
             count,
             data.train_json_path,
             data.validation_split,

@@ -21,15 +21,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ra_jax.checkpoints import BEST_DIR, steps_in
+from ra_jax.checkpoints import BEST_DIR, complete_steps
 from ra_jax.data.loader import Loader
 from ra_jax.models.fill_model import Weights
 from ra_jax.parallel.partitioner import fetch
 from ra_jax.parallel.processes import is_main_process
-from ra_jax.reporting.trackers import METRICS_FILE, read_rows
+from ra_jax.reporting.trackers import DRIFT_SET, LOOK_SET, METRICS_FILE, read_rows
 from ra_jax.rl.estimators import matching_cache, repeat_rows
 from ra_jax.rl.policy import norm_ratio
-from ra_jax.training.looks import Looks
+from ra_jax.training.looks import Looks, batches_number
 from ra_jax.training.step.encode import encode
 from ra_jax.training.step.objective import Objective
 from ra_jax.training.step.state import example_keys, stream_key
@@ -48,15 +48,18 @@ class Drift:
         flow_loss: mean_Ω ‖v_θ − v*‖².
         flow_drift: flow_loss divided by the lowest flow loss of the run so far, minus 1. The base's counts, too.
         velocity_norm_ratio: ‖v_θ‖ / ‖v_base‖.
+        number: `DriftGuard.number`.
     """
 
     flow_loss: float
     flow_drift: float
     velocity_norm_ratio: float
+    number: int
 
     def metrics(self) -> dict[str, float]:
-        """Return the measurements under their names in metrics.jsonl, which start with `held_out_`."""
-        return {f"held_out_{name}": value for name, value in vars(self).items()}
+        """Return the measurements under their names in metrics.jsonl."""
+        names = ("flow_loss", "flow_drift", "velocity_norm_ratio")
+        return {f"held_out_{name}": getattr(self, name) for name in names} | {DRIFT_SET: float(self.number)}
 
     def excess(self, limit: float) -> str | None:
         """Describe the measurement that exceeds the limit (a fraction), for messages; None if both are within it."""
@@ -73,6 +76,7 @@ class DriftGuard:
     Attributes:
         limit: the largest allowed increase, as a fraction (`--max_drift`).
         lowest_loss: the lowest flow loss measured so far; ∞ before the first measurement.
+        number: a number that is the same in all runs whose flow losses can be compared.
 
     Args:
         objective: provides the model and the loss region.
@@ -84,6 +88,7 @@ class DriftGuard:
     def __init__(self, objective: Objective, loader: Loader, *, limit: float, seed: int):
         self.limit, self.lowest_loss = limit, np.inf
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
+        self.number = batches_number(self._batches, ("source", "mask", "reference", "result"), seed)
         self._measure = jax.jit(
             lambda trainable, frozen, batch: _flow_losses_and_norm_ratio(objective, trainable, frozen, batch, seed)
         )
@@ -96,7 +101,7 @@ class DriftGuard:
         )
         # min() with NaN last: a loss that is not finite is never the lowest.
         self.lowest_loss = min(self.lowest_loss, base_flow_loss, flow_loss)
-        return Drift(flow_loss, flow_loss / self.lowest_loss - 1.0, velocity_norm_ratio)
+        return Drift(flow_loss, flow_loss / self.lowest_loss - 1.0, velocity_norm_ratio, self.number)
 
 
 def _flow_losses_and_norm_ratio(objective: Objective, trainable, frozen, batch, seed: int) -> tuple[jax.Array, ...]:
@@ -237,8 +242,9 @@ class HeldOut:
         if is_main_process():
             file = output / METRICS_FILE  # missing if the run goes on in another folder
             rows = [row for row in read_rows(file) if row["step"] <= first_step] if file.exists() else []
-            record = self._replay(rows, {int(folder.name) for folder in steps_in(output / BEST_DIR)})
-            losses = [row["held_out_flow_loss"] for row in rows if "held_out_flow_loss" in row]
+            record = self._replay(rows, complete_steps(output / BEST_DIR))
+            number = None if self._guard is None else self._guard.number
+            losses = [row["held_out_flow_loss"] for row in rows if row.get(DRIFT_SET, math.nan) == number]
             values = np.asarray([*vars(record).values(), min(losses, default=math.inf)])
         shared = multihost_utils.broadcast_one_to_all(values.view(np.uint8))  # bytes: JAX would round float64
         *record_values, lowest_loss = np.asarray(shared, np.uint8).view(np.float64).tolist()
@@ -252,11 +258,11 @@ class HeldOut:
         looks = [row for row in rows if "held_out_reward" in row]
         if not self.chooses_best:
             return Record()
-        comparable = [row for row in looks if row.get("held_out_set") == self._looks.number]
+        comparable = [row for row in looks if row.get(LOOK_SET) == self._looks.number]
         if len(comparable) < len(looks):
             log.warning(
-                "%d of %d looks of the run so far were at other scenes or with other settings, and are not compared "
-                "with later ones: the best look is sought anew%s",
+                "%d of %d looks of the run so far cannot be compared with later ones (other scenes, other settings, or "
+                "an earlier version): the best look is sought anew%s",
                 len(looks) - len(comparable),
                 len(looks),
                 f", and replaces {BEST_DIR}/; copy it to keep it" if saved_steps else "",

@@ -6,7 +6,7 @@ some of them. The scenes and their noise stay the same during the whole run.
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ra_jax.data.batch import Batch
 from ra_jax.data.diptych import right_panel
 from ra_jax.data.loader import Loader
 from ra_jax.data.split import spread
@@ -25,6 +26,7 @@ from ra_jax.outputs import replace_file
 from ra_jax.parallel.partitioner import fetch
 from ra_jax.parallel.processes import is_main_process
 from ra_jax.reporting.contact_sheet import contact_sheet
+from ra_jax.reporting.trackers import LOOK_SET
 from ra_jax.rewards.custom import Reward
 from ra_jax.rewards.registry import RewardInputs, total_reward
 from ra_jax.training.step.state import example_keys, stream_key
@@ -56,7 +58,7 @@ class Look:
         return {
             "held_out_reward": self.reward,
             **scores,
-            "held_out_set": float(self.number),
+            LOOK_SET: float(self.number),
             "look_seconds": self.seconds,
         }
 
@@ -110,19 +112,10 @@ class Looks:
         self._score = jax.jit(self._score_images)
         self._key = stream_key(settings.seed, "previews")
         self._batches = list(islice(loader.iterate(0), loader.batches_per_epoch))
-        self.number = self._compute_number()
-
-    def _compute_number(self) -> int:
-        """Compute `number` from the panels of all scenes and from the settings."""
-        settings = self._settings
+        names = ("source", "mask", "reference", *(["result"] if settings.with_truth else []))
         rewards = [(reward.name, reward.weight) for reward in settings.rewards]
         removal = (settings.num_inference_steps, settings.guidance_scale, settings.seed)
-        number = zlib.crc32(repr((removal, rewards)).encode())
-        names = ("source", "mask", "reference", *(["result"] if settings.with_truth else []))
-        for batch in self._batches:
-            for name in names:
-                number = zlib.crc32(np.ascontiguousarray(batch[name]), number)
-        return number
+        self.number = batches_number(self._batches, names, (removal, rewards))
 
     @property
     def are_scored(self) -> bool:
@@ -172,6 +165,15 @@ class Looks:
             decoded = self._model.decode(frozen, self._model.encode(frozen, truth), grid)
             inputs |= {"target": right_panel(truth), "target_decoded": jnp.clip(right_panel(decoded), 0.0, 1.0)}
         return jnp.stack([reward.function(RewardInputs(**inputs)) for reward in self._settings.rewards], -1)
+
+
+def batches_number(batches: Sequence[Batch], names: Sequence[str], settings: object) -> int:
+    """Return a number that is equal for equal arrays `names` of the batches and equal settings."""
+    number = zlib.crc32(repr(settings).encode())
+    for batch in batches:
+        for name in names:
+            number = zlib.crc32(np.ascontiguousarray(batch[name]), number)
+    return number
 
 
 def _preview_row(batch: Mapping[str, np.ndarray], images: np.ndarray) -> tuple[np.ndarray, ...]:

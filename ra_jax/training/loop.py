@@ -48,10 +48,10 @@ def train(config: TrainConfig) -> Path:
             checkpoint is written after that.
     """
     enable_compilation_cache(config.run.jax_compilation_cache_dir)
-    setup = set_up(config)
-    config = setup.config
     ending = "interrupted"
-    with explain_full_disk(setup.output), ExitStack() as stack:
+    with explain_full_disk(Path(config.run.output_dir)), ExitStack() as stack:
+        setup = set_up(config)
+        config = setup.config
         checkpoints, recorder = RunCheckpoints(config, setup), Recorder(config, setup)
         # Called in reverse order, each of them also if another one fails.
         stack.callback(lambda: report(config, setup, ending))
@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> Path:
         stack.callback(checkpoints.close)
         try:
             ending = run_steps(config, setup, recorder, checkpoints)
+            checkpoints.latest()  # waits for the last save, which may fail
         except (Exception, SystemExit) as error:
             ending = "stopped by SIGTERM" if isinstance(error, SystemExit) else f"stopped by an error: {error}"
             raise
@@ -84,17 +85,13 @@ def run_steps(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoin
     state, train_step, total_steps = setup.state, setup.compiled_steps(), setup.total_steps
     checkpoint_interval = config.run.checkpointing_steps or total_steps
     if setup.first_step >= total_steps:
-        return "completed"
+        return first_look(config, setup, recorder, checkpoints) or "completed"
     batches = setup.batches()
     first_batch = next(batches)
     for step in setup.first_step_per_program():
         train_step.prepare(state, setup.frozen, first_batch, step)
-    if setup.first_step == 0 or lacks_look(config, setup):
-        judgment = judge(config, setup, recorder, state, setup.first_step)
-        recorder.write_extra(setup.first_step, judgment.metrics)
-        checkpoints.save(setup.first_step, state, regular=False, best=judgment.is_best)
-        if judgment.ending is not None:
-            return describe_ending(setup.first_step, judgment, checkpoints)
+    if (ending := first_look(config, setup, recorder, checkpoints)) is not None:
+        return ending
     batches = recorder.time_waits(chain([first_batch], batches))
     with catch_sigterm() as stop_flag:
         for steps_done, batch in zip(range(setup.first_step + 1, total_steps + 1), batches, strict=False):
@@ -123,30 +120,42 @@ def describe_ending(steps_done: int, judgment: Judgment, checkpoints: "RunCheckp
     if not judgment.drifted:
         return ending
     latest = checkpoints.latest()
-    if latest is not None:
-        return f"{ending}; these weights are not saved, the latest checkpoint is {latest}"
-    return f"{ending}; no checkpoint was saved before: lower --checkpointing_steps, or raise --max_drift"
+    if latest is None:
+        return f"{ending}; no checkpoint was saved before: lower --checkpointing_steps, or raise --max_drift"
+    if step_of(latest) == steps_done:
+        return f"{ending}; the latest checkpoint {latest} has these weights: use an earlier one"
+    return f"{ending}; these weights are not saved, the latest checkpoint is {latest}"
 
 
-def lacks_look(config: TrainConfig, setup: Setup) -> bool:
-    """Return whether a resumed run has not yet taken the look that is due at its first step.
+def first_look(config: TrainConfig, setup: Setup, recorder: "Recorder", checkpoints: "RunCheckpoints") -> str | None:
+    """Make the held-out measurements before the first step of this start; return how they end the run, or None.
 
-    SIGTERM ends a run without the look of that step, because the look could take longer than there is time.
+    A resumed run makes them only if it has not yet taken the look that is due. SIGTERM ends a run without the look of
+    its last step, because the look could take longer than there is time.
     """
-    held_out, interval = setup.held_out, config.logging.validation_steps
-    look_due = held_out.chooses_best and setup.first_step % interval == 0
-    return look_due and held_out.record.latest_step != setup.first_step
+    step, held_out = setup.first_step, setup.held_out
+    lacks_look = held_out.chooses_best and is_look_due(config, setup, step) and held_out.record.latest_step != step
+    if step > 0 and not lacks_look:
+        return None
+    judgment = judge(config, setup, recorder, setup.state, step)
+    recorder.write_extra(step, judgment.metrics)
+    checkpoints.save(step, setup.state, regular=False, best=judgment.is_best)
+    return None if judgment.ending is None else describe_ending(step, judgment, checkpoints)
+
+
+def is_look_due(config: TrainConfig, setup: Setup, steps_done: int) -> bool:
+    """Return whether a look is due: before the first step, after every `--validation_steps`, after the last step."""
+    interval = config.logging.validation_steps
+    return interval > 0 and (steps_done >= setup.total_steps or steps_done % interval == 0)
 
 
 def judge(config: TrainConfig, setup: Setup, recorder: "Recorder", state: TrainState, steps_done: int) -> Judgment:
     """Make the held-out measurements that are due after `steps_done` steps (`HeldOut.judge`).
 
-    A look is due before the first step, after every `--validation_steps` and after the last step. A measurement of
-    drift is due after every `--drift_steps` and after the last step. A look judges the averaged weights if the state
-    has them (`--ema_decay`), else the current weights.
+    A measurement of drift is due after every `--drift_steps` and after the last step. A look judges the averaged
+    weights if the state has them (`--ema_decay`), else the current weights.
     """
-    is_last = steps_done == setup.total_steps
-    look_due = config.logging.validation_steps > 0 and (is_last or steps_done % config.logging.validation_steps == 0)
+    is_last, look_due = steps_done == setup.total_steps, is_look_due(config, setup, steps_done)
     drift_due = config.run.max_drift is not None and (is_last or steps_done % config.run.drift_steps == 0)
     if not (look_due or drift_due):
         return Judgment()
@@ -165,8 +174,6 @@ class RunCheckpoints:
         self._limit = config.run.checkpoints_total_limit or None  # 0: all
         self._regular = Checkpoints(setup.output, limit=self._limit)
         self._best = Checkpoints(setup.output, folder=BEST_DIR, limit=1) if setup.held_out.chooses_best else None
-        for checkpoints in self._all():
-            checkpoints.delete_after(setup.first_step)
         self._unshard = setup.partitioner.unshard
         if is_main_process():
             self._describe_room(config, setup)
@@ -223,7 +230,8 @@ class Recorder:
             total=setup.total_steps, initial=setup.first_step, unit="step", dynamic_ncols=True, **bar_options
         )
         earlier_rows = read_rows(setup.output / METRICS_FILE) if is_main else []  # only process 0 writes this file
-        self._fallbacks = RewardFallbacks(earlier_rows[-1].get("reward_fallbacks", 0.0) if earlier_rows else 0.0)
+        counts = [row["reward_fallbacks"] for row in earlier_rows if "reward_fallbacks" in row]
+        self._fallbacks = RewardFallbacks(counts[-1] if counts else 0.0)
         self._pending_metrics: list[dict[str, jax.Array]] = []
         self._images = self._tflops = self._data_wait = 0.0
         self._start = time.perf_counter()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ra_jax.checkpoints import (
+    BEST_DIR,
+    CHECKPOINT_DIR,
     Checkpoints,
     check_base,
     enclosing_checkpoint,
@@ -15,8 +17,9 @@ from ra_jax.checkpoints import (
     is_checkpoint,
     read_metadata,
     restore,
+    steps_in,
 )
-from ra_jax.config.parse import from_checkpoint, to_flat_dict
+from ra_jax.config.parse import from_checkpoint, load_toml, to_flat_dict
 from ra_jax.config.settings import TrainConfig
 from ra_jax.errors import CheckpointError, ConfigError, OutputError
 from ra_jax.interop.diffusers import LoadedModel
@@ -59,8 +62,8 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     Raises:
         ConfigError: the folder already holds a run, which is neither resumed nor overwritten; or the checkpoint to
             resume from is not the latest of the run in the folder.
-        CheckpointError: `--resume_from_checkpoint` names a folder without a checkpoint; or the run that `latest` would
-            start anew began with the experts of another run.
+        CheckpointError: `--resume_from_checkpoint` names a folder without a checkpoint, or all its checkpoints lack
+            files; or the run that `latest` would start anew began with other experts.
         OutputError: the folder is a folder of checkpoints or lies in one; no run wrote the folder's config.toml; or
             the folder has a file where the run needs a folder, or a folder where the run needs a file.
     """
@@ -77,29 +80,44 @@ def checkpoint_to_resume(config: TrainConfig, output: Path) -> Path | None:
     holds_run = is_run_folder(output)
     if requested is not None and requested != "latest":
         checkpoint = find_checkpoint(requested)
-        if holds_run and checkpoint != find_checkpoint(output):
+        if holds_run and not _is_latest(checkpoint, output):
             raise ConfigError(
                 f"resume_from_checkpoint {checkpoint} is not the latest checkpoint of the run in output_dir {output}: "
                 "the folder would mix the resumed run with the later checkpoints; choose another --output_dir"
             )
         return checkpoint
     if requested == "latest":
-        try:
+        if any(steps_in(output / folder) for folder in (CHECKPOINT_DIR, BEST_DIR)):
             return find_checkpoint(output)
-        except CheckpointError as error:
-            if (output / REFERENCE_DIR).exists():
-                raise CheckpointError(
-                    f"{output}: the run started with the experts of another run, and was stopped before its first "
-                    "checkpoint; start it again with --overwrite_output_dir and its --init_experts_from"
-                ) from None
-            log.warning("--resume_from_checkpoint latest: starting at step 0, with new weights (%s)", error)
-            return None
+        check_same_start(config, output)
+        log.warning("--resume_from_checkpoint latest: %s holds no checkpoint yet, starting at step 0", output)
+        return None
     if holds_run and not config.run.overwrite_output_dir:
         raise ConfigError(
             f"output_dir {output} already holds a run: expected a new folder; resume the run with "
             "--resume_from_checkpoint latest, delete it with --overwrite_output_dir, or choose another --output_dir"
         )
     return None
+
+
+def _is_latest(checkpoint: Path, output: Path) -> bool:
+    """Return whether a checkpoint is the latest of the run in a folder, or as late as that one."""
+    latest = find_checkpoint(output)
+    return checkpoint.parent.parent == latest.parent.parent and checkpoint.name == latest.name
+
+
+def check_same_start(config: TrainConfig, output: Path) -> None:
+    """Raise CheckpointError if the run in a folder began with other experts than the configuration's.
+
+    Such a run was stopped before its first checkpoint, and starts again at step 0.
+    """
+    file = output / CONFIG_FILE
+    earlier = load_toml(file).get("init_experts_from") if file.is_file() else None
+    if earlier not in (None, config.run.init_experts_from):
+        raise CheckpointError(
+            f"{output}: the run started with the experts of {earlier}, and was stopped before its first checkpoint; "
+            f"give --init_experts_from {earlier} again, or --overwrite_output_dir for a new run"
+        )
 
 
 def check_seed(checkpoint: Path, seed: int) -> None:
@@ -185,6 +203,7 @@ def resumed_config(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
         return config
     check_seed(checkpoint, config.run.seed)
     check_estimator(checkpoint, config)
+    config = replace(config, run=replace(config.run, init_experts_from=None))  # the checkpoint has the experts
     return keep_data_settings(config, checkpoint)
 
 
@@ -201,7 +220,13 @@ def keep_data_settings(config: TrainConfig, checkpoint: Path) -> TrainConfig:
         settings, earlier = getattr(config, group), previous[name] or 0
         default = type(settings).__dataclass_fields__[name].default
         if getattr(settings, name) == default != earlier:
-            log.warning("%s is %s, as in the run of %s", name, earlier, checkpoint)
+            log.warning(
+                "%s is %s, as in the run of %s; to change it, give another value than the default %s",
+                name,
+                earlier,
+                checkpoint,
+                default,
+            )
             config = replace(config, **{group: replace(settings, **{name: earlier})})
     return config
 

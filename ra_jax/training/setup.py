@@ -353,18 +353,19 @@ def make_looks(
     if not config.logging.validation_steps:
         return None
     weights, logging_config = config.grpo.reward_weights, config.logging
-    if not any(weights):  # allowed where nothing learns from these scores
-        weights = DEFAULT_REWARD_WEIGHTS
     records = choose_scenes(data.held_out, weights, logging_config.validation_scenes)
     with_truth = all(map(shows_truth, records))
     specs = config.rollouts.reward_functions if config.mode == "automatic" and not with_truth else ()
+    # All weights may be 0 in runs that learn from no scores, or from other rewards.
+    default_weights = weights if any(weights) else DEFAULT_REWARD_WEIGHTS
     rewards = ()
     if data.is_held_out:
         try:
-            rewards = build_rewards(specs, weights, data.buckets, 1, has_target=with_truth)
+            own_weights = weights if specs else default_weights
+            rewards = build_rewards(specs, own_weights, data.buckets, 1, has_target=with_truth)
         except RewardError as error:  # the run's own rewards need a truth that the held-out records do not have
             log.warning("held_out_reward is computed by the rewards without ground truth: %s", error)
-            rewards = build_rewards((), weights, data.buckets, 1, has_target=False)
+            rewards = build_rewards((), default_weights, data.buckets, 1, has_target=False)
     settings = LookSettings(
         num_inference_steps=logging_config.num_inference_steps,
         guidance_scale=config.model.guidance_scale,

@@ -65,8 +65,8 @@ CONTRADICTIONS = [
     (["--lr_warmup_steps", "5"], "lr_scheduler constant has no warm-up"),
     (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give only one of them"),
     (
-        ["--use_lora", "--resume_from_checkpoint", "latest", "--init_experts_from", "run"],
-        "resume_from_checkpoint with init_experts_from",
+        ["--use_lora", "--resume_from_checkpoint", "run/checkpoints/4", "--init_experts_from", "run"],
+        "resume_from_checkpoint = run/checkpoints/4 with init_experts_from",
     ),
     (["--init_experts_from", "run"], "init_experts_from without use_lora"),
     (["--base_precision", "int8"], "base_precision = int8 without use_lora"),

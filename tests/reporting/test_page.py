@@ -320,6 +320,8 @@ def test_time_is_the_rows_means_by_their_steps():
     assert time_in_steps(rows) == 60.0 + 9 * 2.0 + 10 * 2.0
     assert time_in_steps(rows_of([501, 510])) == 60.0 + 9 * 2.0  # a run that starts at step 501
     assert time_in_steps([rows[0], {"step": 10}]) is None
+    look = {"held_out_reward": 0.1, "look_seconds": 9.0}  # before the first step, and when the run was resumed
+    assert time_in_steps([{"step": 0} | look, *rows[:2], {"step": 10} | look, rows[2]]) == time_in_steps(rows)
     assert time_in_steps([]) is None
     assert [format_duration(seconds) for seconds in (4.2, 59.99, 98, 12_040)] == [
         "4.2 s",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ra_jax.reporting import trackers
-from ra_jax.reporting.trackers import METRICS_FILE, JsonLines, read_rows, summarize
+from ra_jax.reporting.trackers import DRIFT_SET, LOOK_SET, METRICS_FILE, JsonLines, curves, read_rows, summarize
 
 
 def tracked(folder, first_step, *rows):
@@ -60,3 +60,12 @@ def test_what_some_steps_measured_is_their_mean():
     steps = [{"mean_reward": np.float32(value)} for value in (1.0, np.nan, 3.0)] + [{"lr": np.float32(1)}]
     steps[1]["my_score"] = np.float32(np.inf)
     assert summarize(steps) == {"mean_reward": 2.0, "lr": 1.0}
+
+
+def test_numbers_of_held_out_data_are_no_curves(tmp_path):
+    row = {"train_loss": 1.0, LOOK_SET: 4e9, DRIFT_SET: 3e9}
+    assert curves(row) == {"train_loss": 1.0}
+    tracker = JsonLines(tmp_path, 0)
+    tracker.write(1, row)
+    tracker.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1} | row]

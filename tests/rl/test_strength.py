@@ -1,5 +1,7 @@
 """The weights of the policy loss for a strength."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -123,6 +125,15 @@ def test_scores_outside_0_and_1_are_refused(mean):
     table = strength_table(("mine",), np.asarray([mean]), compared, advantages, np.ones(2), GUIDE)
     with pytest.raises(ValueError, match=f"the mean of mine is {mean:g}: expected scores between 0 and 1"):
         choose_strength(table, np.ones(1))
+    both = strength_table(
+        ("mine", "a"),
+        np.asarray([mean, 0.5]),
+        replace(compared, deviations=np.ones((2, 2)) * advantages[:, None]),
+        advantages,
+        np.ones(2),
+        GUIDE,
+    )
+    assert choose_strength(both, np.asarray([0.0, 1.0])) == pytest.approx(0.5)  # a score without a weight is only shown
 
 
 def test_scores_that_are_all_1_leave_nothing_to_learn():

@@ -20,8 +20,8 @@ from ra_jax.training.loop import describe_ending, train
 from ra_jax.training.setup import set_up
 
 NUMBER = 7  # of the looks here
-WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0)
-TOO_FAR = Drift(flow_loss=0.4, flow_drift=0.3, velocity_norm_ratio=1.0)
+WITHIN = Drift(flow_loss=0.3, flow_drift=0.01, velocity_norm_ratio=1.0, number=NUMBER)
+TOO_FAR = Drift(flow_loss=0.4, flow_drift=0.3, velocity_norm_ratio=1.0, number=NUMBER)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_drift_is_measured_against_the_lowest_flow_loss_so_far(guard, guarded_se
 
 def test_the_limit_applies_to_both_measurements_and_nan_exceeds_it():
     assert WITHIN.excess(0.05) is None
-    assert "6.0% above the lowest so far" in Drift(0.3, 0.06, 1.0).excess(0.05)
-    assert "velocity_norm_ratio on held-out results is 1.060" in Drift(0.3, 0.0, 1.06).excess(0.05)
-    assert Drift(0.3, 0.0, 0.5).excess(0.05) is None  # a lower norm is allowed
-    for broken in (Drift(np.nan, np.nan, 1.0), Drift(0.3, 0.0, np.nan)):
+    assert "6.0% above the lowest so far" in Drift(0.3, 0.06, 1.0, NUMBER).excess(0.05)
+    assert "velocity_norm_ratio on held-out results is 1.060" in Drift(0.3, 0.0, 1.06, NUMBER).excess(0.05)
+    assert Drift(0.3, 0.0, 0.5, NUMBER).excess(0.05) is None  # a lower norm is allowed
+    for broken in (Drift(np.nan, np.nan, 1.0, NUMBER), Drift(0.3, 0.0, np.nan, NUMBER)):
         assert "nan" in broken.excess(0.05)
 
 
@@ -73,7 +73,7 @@ def scripted(rewards, drifts=None, patience=None):
     )
     if drifts is not None:
         drifts = iter(drifts)
-        guard = SimpleNamespace(measure=lambda *_: next(drifts), limit=0.05)
+        guard = SimpleNamespace(measure=lambda *_: next(drifts), limit=0.05, number=NUMBER)
     return HeldOut(looks, guard, patience)
 
 
@@ -131,12 +131,13 @@ def test_a_best_checkpoint_that_was_lost_is_replaced_by_the_next_look():
     assert record.save(8, 0.1) and not record.save(10, 0.1)
 
 
-def test_a_resumed_run_restores_its_record_and_its_lowest_loss(tmp_path):
-    rows = [row | {"held_out_flow_loss": 0.5 - 0.01 * row["step"]} for row in ROWS] + [
+def test_a_resumed_run_restores_its_record_and_its_lowest_loss(tmp_path, make_checkpoint_files):
+    rows = [row | {"held_out_flow_loss": 0.5 - 0.01 * row["step"], "held_out_drift_set": NUMBER} for row in ROWS] + [
         {"step": 7, "held_out_reward": 9.0, "held_out_flow_loss": 0.1}
     ]
+    rows[0] |= {"held_out_flow_loss": 0.01, "held_out_drift_set": NUMBER + 1}  # of other records
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "best" / "2").mkdir(parents=True)
+    make_checkpoint_files(tmp_path / "best" / "2")
     held_out = scripted([0.1], drifts=[WITHIN], patience=3)
     held_out.restore(tmp_path, first_step=6)
     assert held_out.record == replay(LOOKS, [2])
@@ -145,15 +146,25 @@ def test_a_resumed_run_restores_its_record_and_its_lowest_loss(tmp_path):
     assert held_out.judge(8, None, None, None, look_due=True, drift_due=False).ending.startswith("patience = 3")
 
 
-def test_a_resumed_run_forgets_looks_that_cannot_be_compared(tmp_path, caplog):
+def test_a_broken_best_checkpoint_does_not_count_as_saved(tmp_path, make_checkpoint_files):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    make_checkpoint_files(tmp_path / "best" / "2")
+    (tmp_path / "best/2/about/metadata").unlink()
+    held_out = scripted([0.1])
+    held_out.restore(tmp_path, first_step=6)
+    assert held_out.record == replay(LOOKS, [])
+    assert held_out.judge(8, None, None, None, look_due=True, drift_due=False).is_best
+
+
+def test_a_resumed_run_forgets_looks_that_cannot_be_compared(tmp_path, caplog, make_checkpoint_files):
     """The run looked at other scenes until step 2."""
     rows = [row | {"held_out_set": NUMBER + (row["step"] <= 2)} for row in LOOKS]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "best" / "2").mkdir(parents=True)
+    make_checkpoint_files(tmp_path / "best" / "2")
     held_out = scripted([0.1], patience=3)
     held_out.restore(tmp_path, first_step=6)
     assert held_out.record == replay(LOOKS[2:], [])
-    assert "2 of 4 looks of the run so far were at other scenes or with other settings" in caplog.text
+    assert "2 of 4 looks of the run so far cannot be compared with later ones" in caplog.text
     assert "and replaces best/; copy it to keep it" in caplog.text
     assert held_out.judge(8, None, None, None, look_due=True, drift_due=False).is_best
 
@@ -227,17 +238,21 @@ def test_a_killed_run_continues_from_a_best_checkpoint_that_is_newer(finished, t
     assert find_checkpoint(config.run.output_dir, prefer_best=True).name == find_checkpoint(output / "best").name
 
 
-def test_a_look_that_sigterm_prevented_is_taken_when_the_run_continues(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last_step", [2, 4])
+def test_a_look_that_sigterm_prevented_is_taken_when_the_run_continues(finished, tmp_path, monkeypatch, last_step):
+    """Also if it stopped the run after its last step."""
     output, config = finished
     config = copy_of(config, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("ra_jax.training.loop.should_stop", lambda is_set, steps_done: steps_done == 2)
+        patch.setattr("ra_jax.training.loop.should_stop", lambda is_set, steps_done: steps_done == last_step)
         train(config)
-    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "held_out_reward" in row] == [0]
+    looks = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "held_out_reward" in row]
+    assert looks == list(range(0, last_step, 2))
     config = copy_of(config, tmp_path, resume_from_checkpoint="latest")
     setup = set_up(config)
-    assert setup.first_step == 2
+    assert setup.first_step == last_step
     assert_same_end(train(config), output, setup)
+    assert "Time in steps" in (tmp_path / "run/report.html").read_text()  # the row of that look has no duration
 
 
 def test_looks_are_numbered_by_their_scenes_and_settings(finished, tmp_path):
@@ -258,21 +273,41 @@ def test_looks_are_numbered_by_their_scenes_and_settings(finished, tmp_path):
     assert len({number, *(number_with(**change) for change in changes)}) == 7
 
 
-@pytest.mark.parametrize(("latest", "expected"), [(Path("run/best/3"), "is run/best/3"), (None, "lower --checkpoint")])
+@pytest.mark.parametrize(
+    ("latest", "expected"),
+    [
+        (Path("run/best/3"), "these weights are not saved, the latest checkpoint is run/best/3"),
+        (Path("run/checkpoints/7"), "the latest checkpoint run/checkpoints/7 has these weights: use an earlier one"),
+        (None, "no checkpoint was saved before: lower --checkpointing_steps, or raise --max_drift"),
+    ],
+)
 def test_the_end_of_a_run_that_drifted_names_its_latest_checkpoint(latest, expected):
     judgment = Judgment(ending="max_drift = 0.05: too far", drifted=True)
     ending = describe_ending(7, judgment, SimpleNamespace(latest=lambda: latest))
-    assert ending.startswith("stopped at step 7 by max_drift = 0.05: too far; ") and expected in ending
+    assert ending == f"stopped at step 7 by max_drift = 0.05: too far; {expected}"
 
 
-def test_a_full_disk_ends_the_run_with_advice_and_a_report(finished, tmp_path, monkeypatch):
-    def fail(self, step, *args, **kwargs):
-        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
+def fail_to_save(*args, **kwargs):
+    """Fail as Orbax does if the disk is full."""
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
 
-    monkeypatch.setattr(Checkpoints, "save", fail)
+
+@pytest.mark.parametrize("method", ["save", "latest"])
+def test_a_full_disk_ends_the_run_with_advice_and_a_report(finished, tmp_path, monkeypatch, method):
+    """Saves fail when they start, or later, when the run waits for them. The folders cannot be closed, either."""
+    closed = []
+    monkeypatch.setattr(Checkpoints, method, fail_to_save)
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self.folder.name) or fail_to_save())
     with pytest.raises(OutputError, match=r"run: the disk is full, .*--resume_from_checkpoint latest"):
         train(copy_of(finished[1], tmp_path))
+    assert sorted(closed) == ["best", "checkpoints"]
     assert "stopped by an error: RESOURCE_EXHAUSTED" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_full_disk_before_the_first_step_is_explained(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("ra_jax.training.setup.prepare_output_dir", fail_to_save)
+    with pytest.raises(OutputError, match=r"run: the disk is full"):
+        train(copy_of(finished[1], tmp_path))
 
 
 def test_drift_beyond_the_limit_stops_the_run_and_keeps_its_best(make_automatic_config, scored_scenes):

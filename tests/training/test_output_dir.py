@@ -117,14 +117,27 @@ def test_checkpoints_in_another_folder_are_found_through_a_link(folder, named):
         assert "none.json: no such file or folder" in refused(argv)
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_keeps_its_initial_experts(folder):
-    """Started again at step 0, it would have new experts instead."""
-    Path("new/reference").mkdir(parents=True)
-    Path("new/config.toml").write_text(RUN_CONFIG)
+@pytest.mark.parametrize("given", [[], ["--init_experts_from=other", "--use_lora"]])
+def test_a_run_that_was_stopped_before_its_first_checkpoint_keeps_its_initial_experts(folder, given):
+    """Started again at step 0 with other flags, it would have other experts."""
+    Path("new").mkdir()
+    Path("new/config.toml").write_text(RUN_CONFIG + 'init_experts_from = "run"\n')
     argv = flags(train_json_path="set/labeled.json", output_dir="new", resume_from_checkpoint="latest")
-    message = refused(argv)
-    assert "new: the run started with the experts of another run, and was stopped before its first" in message
-    assert "start it again with --overwrite_output_dir and its --init_experts_from" in message
+    message = refused([*argv, *given])
+    assert "new: the run started with the experts of run, and was stopped before its first checkpoint" in message
+    assert "give --init_experts_from run again, or --overwrite_output_dir for a new run" in message
+    assert "the experts of run" not in refused([*argv, "--init_experts_from=run", "--use_lora"])
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_run_whose_checkpoints_are_all_broken_is_not_started_again(folder, best):
+    """Its rows and its checkpoints would be lost."""
+    Path("run/checkpoints/4/about/metadata").unlink()
+    Path("run/metrics.jsonl").write_text('{"step": 4}\n')
+    if best:
+        Path("run/best/2/about").mkdir(parents=True)
+    message = refused(flags(train_json_path="set/labeled.json", output_dir="run", resume_from_checkpoint="latest"))
+    assert "no checkpoint in run" in message and "run/checkpoints/4" in message and "files are missing" in message
 
 
 def test_initial_experts_are_not_deleted(folder):

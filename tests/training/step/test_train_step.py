@@ -188,6 +188,13 @@ def test_the_distance_from_the_reference_and_the_norm_guard_start_at_zero(make_c
     assert metrics[2]["reference_distance"] > 0.0 and metrics[2]["norm_guard_loss"] > 0.0
 
 
+def test_a_quantized_base_is_the_reference_of_its_experts(make_config):
+    """The distance starts at exactly 0: the reference is the same int8 base, not the weights it was made from."""
+    metrics = run_config(make_config(base_precision="int8", learning_rate=0.1), 3).metrics
+    assert metrics[0]["reference_distance"] == metrics[0]["policy_loss"] == 0.0 and metrics[0]["mean_ratio"] == 1.0
+    assert metrics[2]["reference_distance"] > 0.0 and metrics[1]["policy_loss"] != 0.0
+
+
 def test_kl_weight_adds_the_distance_to_the_base(make_config):
     """New experts have B = 0 and no effect, so the distance is 0 before the first update and positive after it."""
     metrics = run_config(make_config(kl_weight=1.0), 2).metrics
