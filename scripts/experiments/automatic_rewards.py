@@ -10,10 +10,11 @@ scenes (`python -m ra_jax.demo`). There are two sets of pairs:
     truth    the ground truth as result; rewards that compare with it
 
 The trainings are GRPO with each estimator (contrast, matching, sde, nft), `chance`, `contrast_chance` and `standard`.
-`chance` is `matching` with a random reward, `contrast_chance` is `contrast` with it. `standard` takes as long as
-`matching` by the clock. At several checkpoints each model removes the objects of held-out scenes, which were used
-neither for training nor to choose settings. The automatic rewards and PSNR compare the images with the ground truth.
-The experiment also reports drift: how far the velocities are from the base's.
+`chance` is `matching` with a random reward. `contrast_chance` is `contrast` with it, at the strength that `contrast`
+has chosen, so `contrast` is trained first. `standard` takes as long as `matching` by the clock. At several checkpoints
+each model removes the objects of held-out scenes, which were used neither for training nor to choose settings. The
+automatic rewards and PSNR compare the images with the ground truth. The experiment also reports drift: how far the
+velocities are from the base's.
 
 A cell is one training (pairs, method, seed) and the file of its measurements.
 """
@@ -33,12 +34,14 @@ from held_out import (
     decode_encoded_truth,
     make_scenes,
     measure_rewards,
+    read_state,
     run_commands,
     save_figure,
     write_json,
 )
 from matplotlib import pyplot as plt
 
+from ra_jax.checkpoints import find_checkpoint
 from ra_jax.config.parse import from_flat_dict, load_toml, to_flat_dict
 from ra_jax.config.settings import DEFAULT_REWARD_WEIGHTS as WEIGHTS
 from ra_jax.config.settings import TrainConfig
@@ -127,6 +130,9 @@ def training_config(experiment: Experiment, paths: DemoPaths, method: str, seed:
         "log_freq": max(1, steps // (2 * experiment.points)),
         "seed": seed,
     }
+    if method == "contrast_chance":
+        state = read_state(find_checkpoint(experiment.run_dir("contrast", seed) / "checkpoints"))
+        settings["policy_strength"] = float(state["strength.strength"])
     settings |= PAIRS[experiment.pairs]
     settings["train_json_path"] = str(paths.train / settings["train_json_path"])
     user_settings = tomllib.loads("\n".join(experiment.settings))
@@ -182,7 +188,8 @@ def count_evaluations(config: TrainConfig, steps: int) -> float:
     if config.mode != "automatic":
         return base_loss
     timesteps = rollouts.sde_window if config.grpo.policy_estimator == "sde" else config.grpo.num_policy_timesteps
-    rollout = rollouts.rollout_steps + rollouts.num_iterations * timesteps * (3.0 + (config.grpo.kl_weight > 0))
+    updates = rollouts.num_iterations * timesteps * (3.0 + (config.grpo.kl_weight > 0))
+    rollout = rollouts.rollout_steps + updates + timesteps * (config.grpo.estimator == "contrast")  # its reference
     return base_loss + sum(map(rollouts.due, range(steps))) * conditions * rollouts.num_generations * rollout
 
 

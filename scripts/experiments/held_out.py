@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import orbax.checkpoint as ocp
 import tyro
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -58,6 +59,12 @@ def load_base(fill: Path, redux: Path, config: Path) -> LoadedModel:
 def load_experts(fill: Path, redux: Path, config: Path, run: Path) -> Weights:
     """Load the experts and router of a run's output folder (its latest checkpoint) or of a checkpoint folder."""
     return restore(find_checkpoint(run), load_base(fill, redux, config).trainable, prefix="trainable")
+
+
+def read_state(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a checkpoint's state by name, such as "strength.strength"."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return {name: np.asarray(array) for name, array in reader.restore(checkpoint / "state").items()}
 
 
 def make_panels(scenes: Scene, preprocess: Callable[[Image.Image], np.ndarray]) -> dict[str, np.ndarray]:

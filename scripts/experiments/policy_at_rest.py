@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 from held_out import (
     HeldOutScenes,
     bootstrap_interval,
@@ -38,6 +37,7 @@ from held_out import (
     measure_rewards,
     print_heads,
     print_row,
+    read_state,
     run_commands,
     save_figure,
     write_json,
@@ -255,12 +255,6 @@ def run_cell(experiment: Experiment, cell: str, seed: int) -> None:
     }
     write_json(experiment.cell_file(cell, seed), content)
     print(summarize(cell, seed, content), flush=True)
-
-
-def read_state(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a checkpoint's state by name, such as "strength.strength"."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return {name: np.asarray(array) for name, array in reader.restore(checkpoint / "state").items()}
 
 
 def norm_of_b(checkpoint: Path) -> float:

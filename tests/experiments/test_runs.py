@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -130,6 +131,11 @@ def test_automatic_rewards(load_experiment, configs, make_demo, restore_cache, t
     capsys.readouterr()
     module.table(experiment)
     assert "| chance | 1 | 4 |" in capsys.readouterr().out and (experiment.root / "flawed.png").exists()
+    checkpoints = Checkpoints(experiment.run_dir("contrast", 0))
+    checkpoints.save(4, {"strength": {"strength": jnp.asarray(2.5)}}, position=4, config={}, base="")
+    checkpoints.close()
+    config = module.training_config(experiment, module.DemoPaths(experiment.demo), "contrast_chance", 0, 4)
+    assert config.grpo.policy_strength == 2.5 and config.rollouts.reward_functions == ("automatic_rewards:chance",)
 
 
 def test_two_sources(load_experiment, configs, make_demo, scored_scenes, tmp_path, monkeypatch, capsys):
