@@ -344,7 +344,8 @@ def print_growth(cells: dict[str, list[dict]]) -> None:
                     continue
                 half, whole = (window(rows, name, end, last // 10) for end in (last // 2, last))
                 columns.append(f"{half:.3f} → {whole:.3f} ({whole / half:.2f})")
-            half, whole = (content["norm_of_b"][str(step)] for step in (last // 2, last))
+            norms = {int(step): norm for step, norm in content["norm_of_b"].items()}
+            half, whole = norms[max(step for step in norms if step <= max(last // 2, min(norms)))], norms[last]
             columns.append(f"{half:.2f} → {whole:.2f} ({whole / half:.2f})")
             spread = content["spread"]
             columns.append(f"{spread['end']['pixel_std'] / spread['base']['pixel_std']:.2f}")
