@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from ra_jax.errors import CheckpointError
 from ra_jax.parallel.partitioning import named_leaves
-from ra_jax.parallel.processes import is_main_process
+from ra_jax.parallel.processes import barrier, is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class Checkpoints:
         self.folder = Path(output_dir).resolve() / folder
         if is_main_process():
             _set_broken_aside(self.folder)
+        barrier("checkpoints are complete")  # Orbax lists them on every process
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=limit, cleanup_tmp_directories=True),

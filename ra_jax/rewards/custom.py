@@ -208,8 +208,8 @@ def _call(reward: Reward, inputs: RewardInputs, passthrough: tuple[type[Exceptio
         return reward.function(inputs)
     except passthrough:
         raise
-    except Exception as error:  # a user's function may raise any type; nothing is hidden: it is raised again, named
-        # The message names the reward, because a compiled step keeps only the text of an exception in a callback.
+    except Exception as error:  # whatever type a user's function raises, it is raised again, with the reward's name
+        # A compiled step keeps only the text of an exception in a callback, so that the text has to name the reward.
         raise RewardError(f"reward {reward.name!r} raised {_describe_error(error)}") from error
 
 

@@ -83,7 +83,8 @@ def hold_out(config: TrainConfig, records: list[Record]) -> tuple[list[Record], 
         held_out = load_records(data.val_json_path, need_result=config.run.max_drift is not None)
         warn_of_shared_photos(data.val_json_path, photo_ids(held_out), photo_ids(records))
         return records, held_out
-    photos = photo_ids(records)
+    # Without a split the photos are only counted, and their files need not be read.
+    photos = photo_ids(records) if data.validation_split else [str(record.src) for record in records]
     train, held_out = split_photos(records, photos, data.validation_split)
     count = len(set(photos))
     if held_out:
